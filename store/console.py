@@ -1,0 +1,66 @@
+"""What the four command lines share: error reporting and the progress bar.
+
+Progress goes to standard error, results to standard output, so that a command can be piped.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from store.errors import SaeHarvestError
+
+EXIT_FAILURE = 1
+EXIT_INTERRUPTED = 130
+
+
+class Commands(click.Group):
+    """A command group that turns a `SaeHarvestError` into one line on stderr and exit code 1.
+
+    Usage errors keep click's exit code 2. Anything else is a bug and keeps its traceback.
+    """
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        try:
+            super().main(*args, **kwargs)
+        except SaeHarvestError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(EXIT_FAILURE)
+        except BrokenPipeError:  # the reader of our output, `head` say, has gone
+            sys.stderr.close()
+            sys.exit(EXIT_FAILURE)
+        raise AssertionError("click always exits")
+
+
+def output() -> Console:
+    """The console for results, on standard output."""
+    return Console(highlight=False)
+
+
+def progress(unit: str) -> Progress:
+    """A progress bar on standard error: done, total, `rate` field, elapsed and remaining time.
+
+    Tasks are added with `add_task(description, total=…, rate="")`; update `rate` with a short
+    text such as "5,120 tokens/s". Without a terminal nothing moves: the bar is printed once.
+    """
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )

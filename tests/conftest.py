@@ -1,0 +1,97 @@
+"""One fixture model, one fixture corpus, one fixture store; everything small and real."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+N_LAYERS = 3
+WIDTH = 32
+CONTEXT_LENGTH = 32
+
+SUBJECTS = ["the cat", "a senator", "our team", "the bank", "this river", "my neighbour"]
+VERBS = ["sees", "crossed", "announced", "follows", "did not want", "will repair"]
+OBJECTS = ["the bridge", "a new law", "three goals", "café menus", "the red house", "東京"]
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 documents of a few sentences, as JSONL with id, title, url and text."""
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("corpus") / "stories.jsonl"
+    with path.open("w") as file:
+        for number in range(200):
+            sentences = [
+                f"{rng.choice(SUBJECTS)} {rng.choice(VERBS)} {rng.choice(OBJECTS)} {number}."
+                for _ in range(rng.randint(3, 30))
+            ]
+            row = {
+                "id": f"story-{number}",
+                "title": f"Story {number}",
+                "url": f"https://example.org/{number}",
+                "text": " ".join(sentences),
+            }
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Path:
+    """A 3-layer GPT-2 of width 32 with a byte-level BPE tokenizer, saved as users save theirs."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model") / "tiny-gpt2"
+    bpe = ByteLevelBPETokenizer()
+    texts = [json.loads(line)["text"] for line in corpus_file.read_text().splitlines()]
+    bpe.train_from_iterator(texts, vocab_size=400, special_tokens=["<|endoftext|>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=400,
+        n_positions=64,
+        n_embd=WIDTH,
+        n_layer=N_LAYERS,
+        n_head=4,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.2,
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_store(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Path, corpus_file: Path
+) -> Path:
+    """A sealed store of 8 shards of 1,024 rows: resid_post.1, width 32, float16."""
+    from harvest.config import HarvestConfig
+    from harvest.corpus import CorpusSpec
+    from harvest.run import run
+
+    path = tmp_path_factory.mktemp("store") / "store"
+    config = HarvestConfig(
+        model=str(model_folder),
+        corpus=CorpusSpec(name=str(corpus_file)),
+        sites=("resid_post.1",),
+        tokens=8 * 1024,
+        context_length=CONTEXT_LENGTH,
+        shard_rows=1024,
+        compute_dtype="float32",
+    )
+    run(config, path, workers=0, device="cpu")
+    return path
