@@ -13,9 +13,7 @@ from store.writer import Shard, commit_shard, create_store, seal, write_shard
 SITE = "resid_post.0"
 
 
-def make_plan(
-    n_contexts: int = 100, width: int = 8, seed: int = 0, dtype: str = "float16"
-) -> Plan:
+def make_plan(n_contexts: int = 100, width: int = 8, seed: int = 0, dtype: str = "float16") -> Plan:
     """13 shards of 8 contexts of 16 tokens, the last one short."""
     return Plan.model_validate(
         {

@@ -1,0 +1,126 @@
+"""Time of one SAE training step against its physical limit, one bf16 encoder product.
+
+    python -m bench.sae_step
+
+The step is the whole of it: choosing, exact values, decoding, gradients, clipping, Adam, unit
+decoder rows, average of weights, AuxK armed (no latent is dead at the start). The product writes
+into memory that is already there, the most that can be asked of it. Both are timed in turn,
+round by round, so that a busy machine slows both.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from store.console import output
+from train.config import TrainConfig
+from train.initial import Start, initial_sae
+from train.kernels import Gradients
+from train.optimizer import Optimizer
+from train.step import train_step
+
+D_IN, N_LATENTS, K, BATCH_ROWS = 768, 24_576, 32, 4096
+ROUNDS = 12
+GOAL, FLOOR = 1.4, 2.0
+
+
+class _Timed:
+    """The kernels, with the seconds each took."""
+
+    def __init__(self, kernels: Any) -> None:
+        self._kernels = kernels
+        self.seconds: defaultdict[str, list[float]] = defaultdict(list)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._kernels, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            result = method(*args, **kwargs)
+            self.seconds[name].append(time.perf_counter() - started)
+            return result
+
+        return timed
+
+
+def measure(device: str = "cpu", rounds: int = ROUNDS) -> dict[str, Any]:
+    """Seconds a step and seconds of the product, medians over rounds, and their ratio.
+
+    Returns:
+        value and limit (seconds), ratio, goal, floor, better ("lower"), parts (seconds by name).
+    """
+    config = TrainConfig(n_latents=N_LATENTS, k=K, tokens=BATCH_ROWS, batch_rows=BATCH_ROWS)
+    where = torch.device(device)
+    sae = initial_sae(config, "resid_post.0", Start(1.0, D_IN, torch.zeros(D_IN)), where)
+    optimizer, gradients = Optimizer(sae, config), Gradients.like(sae.W_enc)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(BATCH_ROWS, D_IN, generator=generator).to(where)
+    dead = torch.zeros(N_LATENTS, dtype=torch.bool, device=where)
+    low_x, low_w = x.bfloat16(), sae.W_enc.bfloat16()
+    scores = torch.empty(BATCH_ROWS, N_LATENTS, dtype=torch.bfloat16, device=where)
+    timed = _Timed(sae.kernels)
+    sae.kernels = timed  # type: ignore[assignment]
+
+    def product() -> None:
+        torch.mm(low_x, low_w.T, out=scores)
+
+    def step() -> None:
+        result = train_step(
+            sae, x, D_IN, dead, config.auxiliary_k(D_IN), config.auxk_alpha, gradients
+        )
+        optimizer.step(sae, gradients, result.grad_norm)
+
+    product_seconds, step_seconds = [], []
+    for round_number in range(rounds + 2):
+        if round_number == 2:  # compiled and warm
+            timed.seconds.clear()
+        took = [_seconds(product, where), _seconds(step, where)]
+        if round_number >= 2:
+            product_seconds.append(took[0])
+            step_seconds.append(took[1])
+    limit, value = float(np.median(product_seconds)), float(np.median(step_seconds))
+    parts = {name: float(np.median(_per_step(s, rounds))) for name, s in timed.seconds.items()}
+    return {
+        "value": value,
+        "limit": limit,
+        "ratio": value / limit,
+        "goal": GOAL,
+        "floor": FLOOR,
+        "better": "lower",
+        "parts": {**parts, "other": value - sum(parts.values())},
+    }
+
+
+def _seconds(work: Callable[[], None], where: torch.device) -> float:
+    started = time.perf_counter()
+    work()
+    if where.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _per_step(seconds: list[float], rounds: int) -> list[float]:
+    """Sums of the calls of each step."""
+    return np.array(seconds).reshape(rounds, -1).sum(1).tolist()
+
+
+def main() -> None:
+    result = measure()
+    table = Table("part of a step", "ms", "of the product", box=None)
+    for name, seconds in result["parts"].items():
+        table.add_row(name, f"{1e3 * seconds:.1f}", f"{seconds / result['limit']:.2f}")
+    table.add_row("step", f"{1e3 * result['value']:.1f}", f"{result['ratio']:.2f}")
+    table.add_row("bf16 product", f"{1e3 * result['limit']:.1f}", "1.00")
+    output().print(table)
+    output().print(f"goal {GOAL}, floor {FLOOR}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""What a user asks of a harvest: one object for the command line, a file and Python."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from harvest.corpus import CorpusSpec
+
+DEFAULT_BATCH_TOKENS = 2048
+
+
+class HarvestConfig(BaseModel):
+    """A request. The store's plan is made from it, with everything automatic decided."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(description="hub id, folder, .gguf file, or smollm2-135m")
+    corpus: CorpusSpec = Field(description="where the text comes from")
+    sites: tuple[str, ...] = Field(min_length=1, description="for example resid_post.12")
+    tokens: int = Field(gt=0, description="tokens to store, rounded up to whole contexts")
+    context_length: int = Field(default=128, gt=1, description="tokens per context")
+    bos: Literal["auto", "none", "context"] = Field(
+        default="auto", description="auto: as the tokenizer itself does"
+    )
+    seed: int = Field(default=0, ge=0, description="of the shuffling of contexts")
+    dtype: Literal["float16", "float32"] = Field(
+        default="float16", description="of the stored activations"
+    )
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto", description="of the forward pass; auto: bfloat16 where it is fast"
+    )
+    batch_tokens: int = Field(
+        default=DEFAULT_BATCH_TOKENS, gt=0, description="tokens per forward pass"
+    )
+    shard_rows: int = Field(
+        default=65_536, gt=0, description="rows per shard, rounded down to whole contexts"
+    )

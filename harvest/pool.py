@@ -1,0 +1,156 @@
+"""Where shards are worked on: Ray actors, or threads of this process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, Protocol
+
+from harvest.contexts import ShardInput
+from harvest.models import ResolvedModel
+from harvest.worker import ShardWorker
+from store.errors import RunError, SaeHarvestError
+from store.layout import Plan
+
+IN_FLIGHT = 2  # per worker: one in the model, one being written
+POLL_SECONDS = 0.5
+OBJECT_STORE_BYTES = 256 << 20  # shards travel as token ids, not as activations
+
+
+class Pool(Protocol):
+    """Takes shards and gives commit records back, in any order."""
+
+    capacity: int
+
+    def widths(self) -> dict[str, int]: ...
+    def submit(self, root: Path, plan: Plan, shard: ShardInput) -> None: ...
+    def collect(self) -> list[dict[str, Any]]:
+        """Records that became ready within about half a second."""
+        ...
+
+    def rows_done(self) -> int: ...
+
+
+class LocalPool:
+    """One worker in this process: no Ray, for notebooks, debugging and tests."""
+
+    capacity = IN_FLIGHT
+
+    def __init__(self, **worker: Any) -> None:
+        self._worker = ShardWorker(threads=None, **worker)
+        self._threads = ThreadPoolExecutor(IN_FLIGHT)
+        self._pending: set[Future[dict[str, Any]]] = set()
+
+    def widths(self) -> dict[str, int]:
+        return self._worker.widths()
+
+    def submit(self, root: Path, plan: Plan, shard: ShardInput) -> None:
+        self._pending.add(self._threads.submit(self._worker.harvest, root, plan, shard))
+
+    def collect(self) -> list[dict[str, Any]]:
+        done, self._pending = wait(self._pending, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+        return [future.result() for future in done]
+
+    def rows_done(self) -> int:
+        return self._worker.rows_done()
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+
+class RayPool:
+    """Ray actors, each with its share of the cores or one GPU, in a Ray of our own."""
+
+    def __init__(self, workers: int, **worker: Any) -> None:
+        import ray
+
+        self._ray = ray
+        cores = os.cpu_count() or 1
+        if workers > cores:
+            raise RunError(f"--workers {workers} is more than the {cores} cores of this machine.")
+        gpus = 1 if worker["device"] == "cuda" else 0
+        threads = max(1, cores // workers)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Ray puts the driver's folder first on its workers' path, where a user's own store.py
+        # or train.py would be taken for our packages: start it from an empty folder.
+        self._empty = tempfile.TemporaryDirectory(prefix="harvest-")
+        with contextlib.chdir(self._empty.name):
+            ray.init(
+                address="local",
+                num_cpus=cores,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                object_store_memory=OBJECT_STORE_BYTES,
+            )
+        actor = ray.remote(ShardWorker).options(
+            num_cpus=threads,
+            num_gpus=gpus,
+            max_concurrency=IN_FLIGHT + 1,  # one more answers `rows_done`
+            max_restarts=3,
+            max_task_retries=3,
+        )
+        self._actors = [actor.remote(threads=threads, **worker) for _ in range(workers)]
+        self._pending: dict[Any, int] = {}  # reference → index of the actor
+        self.capacity = IN_FLIGHT * workers
+
+    def widths(self) -> dict[str, int]:
+        return self._get([actor.widths.remote() for actor in self._actors])[0]
+
+    def submit(self, root: Path, plan: Plan, shard: ShardInput) -> None:
+        load = [list(self._pending.values()).count(i) for i in range(len(self._actors))]
+        chosen = load.index(min(load))
+        self._pending[self._actors[chosen].harvest.remote(root, plan, shard)] = chosen
+
+    def collect(self) -> list[dict[str, Any]]:
+        done, _ = self._ray.wait(list(self._pending), timeout=POLL_SECONDS)
+        for reference in done:
+            del self._pending[reference]
+        return self._get(done)
+
+    def rows_done(self) -> int:
+        return sum(self._get([actor.rows_done.remote() for actor in self._actors]))
+
+    def close(self) -> None:
+        self._ray.shutdown()
+        self._empty.cleanup()
+
+    def _get(self, references: list[Any]) -> list[Any]:
+        try:
+            return self._ray.get(references)
+        except self._ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, SaeHarvestError):
+                raise error.cause from None
+            raise
+        except self._ray.exceptions.RayActorError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, SaeHarvestError):
+                raise cause from None
+            raise RunError(
+                f"A worker died and could not be restarted ({str(error).splitlines()[0]}); "
+                "what is committed is safe: run the same command again, with fewer --workers "
+                "if memory ran out."
+            ) from error
+
+
+@contextlib.contextmanager
+def open_pool(
+    workers: int, model: ResolvedModel, sites: tuple[str, ...], compute_dtype: str, device: str
+) -> Iterator[LocalPool | RayPool]:
+    """Workers with the model loaded; 0 means this process, without Ray."""
+    worker = {
+        "model": model,
+        "sites": sites,
+        "compute_dtype": compute_dtype,
+        "device": device,
+    }
+    pool = RayPool(workers, **worker) if workers else LocalPool(**worker)
+    try:
+        yield pool
+    finally:
+        pool.close()

@@ -1,0 +1,210 @@
+"""The whole path on the packaged model and text, in minutes on two cores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from harvest.cli import harvest_with_bar
+from harvest.config import HarvestConfig
+from harvest.corpus import CorpusSpec
+from pipelines.evaluate.downstream import downstream_loss
+from pipelines.features.cli import build_with_bar
+from pipelines.features.config import FeatureConfig
+from pipelines.features.query import connect
+from pipelines.features.show import highlight
+from store.errors import RunError
+from store.objects import make_folder
+from store.reader import ActivationStore
+from train.cli import train_with_bar
+from train.config import TrainConfig
+
+SITE = "resid_post.12"
+HARVEST = HarvestConfig(
+    model="smollm2-135m",
+    corpus=CorpusSpec(name="news"),
+    sites=(SITE,),
+    tokens=262_144,
+)
+TRAIN = TrainConfig(
+    n_latents=4608,
+    k=32,
+    tokens=1_572_864,
+    batch_rows=4096,
+    lr=1e-3,
+    dead_after_tokens=200_000,
+)
+FEATURES = FeatureConfig()
+N_DOWNSTREAM_CONTEXTS = 64
+N_INTERESTING = 5
+N_SHOWN_CONTEXTS = 4
+
+
+def run_demo(root: Path, workers: int, console: Console) -> None:
+    """Harvest, train, build tables, measure; then print figures and five latents.
+
+    Everything lies in `root`/{store,sae,features}; what is there already is not done again.
+    """
+    store, sae, features = root / "store", root / "sae", root / "features"
+    make_folder(root.resolve())
+    figures = Figures(root / "figures.json")
+    console.rule("1/4  harvest: SmolLM2-135M over news")
+    harvested = harvest_with_bar(HARVEST, store, workers, "auto")
+    if harvested.rows_run:
+        figures.set("harvest", harvested.digest, rate=harvested.rows_run / harvested.seconds)
+    console.rule("2/4  train: a TopK sparse autoencoder")
+    trained = train_with_bar(TRAIN, store, sae, SITE, "auto")
+    if not trained.finished:
+        raise RunError(f"Training stopped after step {trained.steps}; run the demo again.")
+    console.rule("3/4  features: tables of every latent")
+    built = build_with_bar(store, sae, features, FEATURES)
+    digest = built.run["sae_digest"]
+    console.rule("4/4  downstream loss: the SAE in the model's place")
+    if figures.get("downstream", digest) is None:
+        measured = downstream_loss(store, sae, N_DOWNSTREAM_CONTEXTS)
+        figures.set("downstream", digest, **measured.to_json())
+    console.print()
+    console.print(figures_table(store, features, trained.evaluation, figures, harvested.digest))
+    for latent in interesting_latents(features):
+        console.print(brief(features, latent))
+    console.print(next_commands(store, sae, features))
+
+
+class Figures:
+    """Measured figures that are in none of the outputs, kept with what they were measured on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._all: dict[str, Any] = {}
+        if path.exists():
+            try:
+                self._all = json.loads(path.read_text())
+            except ValueError:
+                raise RunError(f"{path} is damaged; remove it and run again.") from None
+
+    def set(self, name: str, of: str, **values: Any) -> None:
+        """Keep values measured on the thing whose digest is `of`."""
+        self._all[name] = {"of": of, **values}
+        self._path.write_text(json.dumps(self._all, indent=2) + "\n")
+
+    def get(self, name: str, of: str) -> dict[str, Any] | None:
+        """The values, if they were measured on that very thing."""
+        found = self._all.get(name)
+        return found if found is not None and found["of"] == of else None
+
+
+def figures_table(
+    store_path: Path,
+    features: Path,
+    evaluation: dict[str, Any],
+    figures: Figures,
+    store_digest: str,
+) -> Table:
+    """What the demo measured; every figure says on which rows."""
+    store = ActivationStore.open(store_path)
+    site, plan = SITE, store.plan
+    ordinary, every = evaluation["without_outliers"], evaluation["with_outliers"]
+    harvested = figures.get("harvest", store_digest)
+    sae_digest = evaluation["sae_digest"]
+    downstream = figures.get("downstream", sae_digest)
+    if downstream is None:
+        raise RunError("The downstream loss of this SAE was not measured; run the demo again.")
+    statistics = store.statistics(site)
+    n_outliers = statistics["outlier"].rows
+    connection = connect(features)
+    [(n_latents, n_dead)] = connection.execute(
+        "SELECT count(*), count(*) FILTER (dead) FROM latents"
+    ).fetchall()
+    table = Table("figure", "value", "on what", box=None, title="Measured", title_justify="left")
+    table.add_row(
+        "rows", f"{store.n_rows:,}", f"{plan['model']['name']}, {site}, {plan['corpus']['name']}"
+    )
+    table.add_row(
+        "outlier rows",
+        f"{n_outliers:,} ({n_outliers / store.n_rows:.2%})",
+        f"{statistics['outlier_rule']}; left out below unless it says with",
+    )
+    if harvested is not None:
+        table.add_row(
+            "harvest", f"{harvested['rate']:,.0f} tokens/s", "when it ran, all workers together"
+        )
+    table.add_row("store", f"{store.n_bytes / store.n_rows:,.1f} bytes/row", "everything counted")
+    table.add_row("held-out FVU", f"{ordinary['fvu']:.4f}", f"{ordinary['rows']:,} held-out rows")
+    table.add_row(
+        "  with outlier rows", f"{every['fvu']:.4f}", f"{every['rows']:,} rows; says little"
+    )
+    table.add_row("L0", f"{ordinary['l0']:.1f}", "active latents per held-out row")
+    table.add_row(
+        "dead latents", f"{n_dead / n_latents:.2%}", f"of {n_latents:,}, never fired in the store"
+    )
+    table.add_row(
+        "ΔCE",
+        f"{downstream['delta_ce']:+.4f} nats/token",
+        f"{downstream['ce_model']:.3f} → {downstream['ce_sae']:.3f} on {downstream['tokens']:,} "
+        f"held-out tokens, {downstream['replaced']:.1%} of rows replaced",
+    )
+    return table
+
+
+def interesting_latents(features: Path) -> list[int]:
+    """Latents worth a first look: neither rare nor common, strong, on many different tokens.
+
+    A latent that fires on one token only is easily found by its token; these have a meaning
+    that several words share, and their random firings are nearly as strong as their best.
+    """
+    found = connect(features).execute(
+        "SELECT latent FROM latents "
+        "WHERE NOT dead AND density BETWEEN 0.0005 AND 0.01 AND n_contexts >= 40 "
+        "AND token_entropy_bits BETWEEN 2 AND 6 AND top_token_shares[1] < 0.4 "
+        "ORDER BY top_logits[1] * q50 / max DESC LIMIT ?",
+        [N_INTERESTING],
+    )
+    return [latent for (latent,) in found.fetchall()]
+
+
+def brief(features: Path, latent: int) -> Group:
+    """A latent in a few lines: what it fires on, what it speaks for, its best contexts."""
+    connection = connect(features)
+    [(density, tokens, logits, maximum)] = connection.execute(
+        "SELECT density, top_tokens[:6], top_logit_tokens[:6], max FROM latents WHERE latent = ?",
+        [latent],
+    ).fetchall()
+    title = Text(f"\nlatent {latent}", style="bold underline")
+    title.append(f"  fires on {density:.2%} of tokens: ", style="not bold not underline dim")
+    title.append(" ".join(repr(t) for t in tokens), style="not bold not underline")
+    title.append("; speaks for: ", style="not bold not underline dim")
+    title.append(" ".join(repr(t) for t in logits), style="not bold not underline")
+    lines = [title]
+    for texts, activations, position, start, source in connection.execute(
+        "SELECT c.token_texts, c.activations, c.position, c.window_start, d.source "
+        "FROM contexts c LEFT JOIN documents d USING (document) "
+        "WHERE c.latent = ? AND c.stratum = 'top' ORDER BY c.rank LIMIT ?",
+        [latent, N_SHOWN_CONTEXTS],
+    ).fetchall():
+        peak = position - start
+        near = slice(max(0, peak - 24), peak + 9)
+        line = Text("  ")
+        line.append_text(
+            highlight(texts[near], activations[near], maximum, peak - (near.start or 0))
+        )
+        lines.append(line.append(f"  {source}", style="dim italic"))
+    return Group(*lines)
+
+
+def next_commands(store: Path, sae: Path, features: Path) -> Group:
+    """What to type next."""
+    sql = "SELECT latent, density, top_tokens FROM latents ORDER BY density DESC LIMIT 10"
+    commands = [
+        f"sae-features show {interesting_latents(features)[0]} --features {features}",
+        f'sae-features query "{sql}" --features {features}',
+        f"harvest show --store {store}",
+        f"harvest verify --store {store}",
+        f"sae-features build --store {store} --sae {sae} --out {features}-40 --top 40",
+    ]
+    title = Text("\nTry next", style="bold")
+    return Group(title, *(Text(f"  {command}") for command in commands))

@@ -1,0 +1,155 @@
+"""Downstream loss: the model's cross-entropy when an SAE's output replaces its activations.
+
+Gao et al. (2024), section 4.1. The difference to the model's own cross-entropy, in nats per token,
+is what the reconstruction loses of what the model needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from harvest.discovery import probe
+from harvest.models import load_model
+from harvest.sites import Site
+from pipelines.features.build import check_fit
+from pipelines.source import model_of
+from store.errors import InputError
+from store.reader import ActivationStore
+from train.sae import SAE
+
+BATCH_CONTEXTS = 8
+RESIDUAL = ("resid_pre", "resid_post")
+
+
+@dataclass(frozen=True, slots=True)
+class Downstream:
+    """Cross-entropies in nats per predicted token, over `tokens` of them in `contexts`.
+
+    `replaced` is the share of rows whose activations were replaced: the rule of the SAE leaves
+    outlier rows as they are.
+    """
+
+    contexts: int
+    tokens: int
+    replaced: float
+    ce_model: float
+    ce_sae: float
+
+    @property
+    def delta_ce(self) -> float:
+        """Nats per token lost by the replacement."""
+        return self.ce_sae - self.ce_model
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"delta_ce": self.delta_ce}
+
+
+def downstream_loss(
+    store_path: Path,
+    sae_path: Path,
+    n_contexts: int,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Downstream:
+    """Measure on contexts cut from held-out documents only.
+
+    Raises:
+        InputError: the site is not on the residual stream, or no context is wholly held out.
+        SaeHarvestError: the store, the SAE or the model cannot be read, or do not fit.
+    """
+    store, sae = ActivationStore.open(store_path), SAE.load(sae_path)
+    site = Site.parse(check_fit(store, sae, sae_path))
+    if site.kind not in RESIDUAL:
+        raise InputError(f"Downstream loss replaces resid_pre or resid_post, not {site}.")
+    contexts = heldout_contexts(store, sae, str(site), n_contexts)
+    rule = sae.config.rule.model_copy(update={"split": "all"})
+    chosen = store.selected(str(site), rule).reshape(-1, store.context_length)[contexts]
+    dtype: torch.dtype = getattr(torch, store.plan["compute_dtype"])
+    model = load_model(model_of(store), dtype, "cpu")
+    blocks, calls = probe(model)
+    losses = np.zeros(2)
+    for first in range(0, len(contexts), BATCH_CONTEXTS):
+        here = contexts[first : first + BATCH_CONTEXTS]
+        ids = np.stack([store.tokens(c, c + 1)[0] for c in here.tolist()])
+        tokens = torch.from_numpy(ids.astype(np.int64))  # [batch, context_length]
+        mask = torch.from_numpy(chosen[first : first + BATCH_CONTEXTS])
+        losses[0] += cross_entropy(model, tokens)
+
+        def reconstruct(x: Tensor, mask: Tensor = mask) -> Tensor:
+            rows = x[mask].float()  # [replaced, d_in]
+            out = x.clone()
+            out[mask] = sae.decode(*sae.encode(rows)).to(x.dtype)
+            return out
+
+        block = blocks[site.layer]
+        with replaced(block, site.kind, calls[site.layer].place, reconstruct):
+            losses[1] += cross_entropy(model, tokens)
+        on_progress(first + len(here), len(contexts))
+    n_tokens = len(contexts) * (store.context_length - 1)
+    ce_model, ce_sae = (losses / n_tokens).tolist()
+    return Downstream(len(contexts), n_tokens, float(chosen.mean()), ce_model, ce_sae)
+
+
+def heldout_contexts(store: ActivationStore, sae: SAE, site: str, n: int) -> npt.NDArray[np.int64]:
+    """The first n contexts all of whose documents are held out from training [<= n]."""
+    rule = sae.config.rule.model_copy(update={"split": "heldout", "max_norm_medians": None})
+    found: list[int] = []
+    for shard in range(store.n_shards):
+        first, _ = store.shard_span(shard)
+        rows = store.selected_in_shard(site, rule, shard).reshape(-1, store.context_length)
+        begin = int(store.plan["bos"] == "context")  # a BOS belongs to no document
+        whole = np.flatnonzero(rows[:, begin:].all(axis=1))
+        found.extend((first // store.context_length + whole).tolist())
+        if len(found) >= n:
+            break
+    if not found:
+        raise InputError(
+            f"{store.path} has no context cut from held-out documents only; harvest more tokens."
+        )
+    return np.array(found[:n])
+
+
+def cross_entropy(model: nn.Module, tokens: Tensor) -> float:
+    """Sum over a batch [batch, context_length] of the nats of every token but the first."""
+    with torch.inference_mode():
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+        targets = tokens[:, 1:]
+        return nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), reduction="sum"
+        ).item()
+
+
+@contextmanager
+def replaced(
+    block: nn.Module, kind: str, place: int | str, change: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """While open, what enters (resid_pre) or leaves (resid_post) the block is changed."""
+
+    def on_input(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if isinstance(place, int):
+            args = (*args[:place], change(args[place]), *args[place + 1 :])
+        else:
+            kwargs = kwargs | {place: change(kwargs[place])}
+        return args, kwargs
+
+    def on_output(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (change(output[0]), *output[1:])
+        return change(output)
+
+    if kind == "resid_pre":
+        handle = block.register_forward_pre_hook(on_input, with_kwargs=True)
+    else:
+        handle = block.register_forward_hook(on_output)
+    try:
+        yield
+    finally:
+        handle.remove()

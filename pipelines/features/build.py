@@ -1,0 +1,165 @@
+"""The feature pass: one sparse run over a store, every latent at once, then the tables."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from harvest.models import load_tokenizer
+from pipelines.features import tables
+from pipelines.features.accumulate import Accumulator
+from pipelines.features.config import FeatureConfig
+from pipelines.features.lens import logit_lens
+from pipelines.features.neighbours import decoder_neighbours
+from pipelines.features.texts import TokenTexts
+from pipelines.source import model_of
+from store.errors import RunError
+from store.objects import make_folder
+from store.reader import ActivationStore
+from train.sae import SAE
+
+Progress = Callable[[int, int], None]  # rows done, rows in all
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """Ancestry of the tables, as in run.json; `seconds` is None if they were there already."""
+
+    run: dict[str, Any]
+    seconds: float | None
+
+
+def build(
+    store_path: Path,
+    sae_path: Path,
+    out: Path,
+    config: FeatureConfig,
+    on_progress: Progress = lambda done, total: None,
+) -> Built:
+    """Write the tables of every latent of an SAE into `out`, or find them there already.
+
+    The tables are made in a temporary folder beside `out` and renamed whole.
+
+    Raises:
+        RunError: the SAE does not fit the store, or `out` holds something else.
+        SaeHarvestError: the store or the SAE cannot be read.
+    """
+    store, sae = ActivationStore.open(store_path), SAE.load(sae_path)
+    site = check_fit(store, sae, sae_path)
+    rule = sae.config.rule.model_copy(update={"split": "all"})
+    run: dict[str, Any] = {
+        "tables": tables.FORMAT,
+        "store": str(store_path.resolve()),
+        "store_digest": store.digest,
+        "sae": str(sae_path.resolve()),
+        "sae_digest": sae.digest,
+        "site": site,
+        "model": store.plan["model"]["name"],
+        "n_latents": sae.config.n_latents,
+        "rows": rule.describe(),
+        "config": config.model_dump(mode="json"),
+        "code": version("sae-harvest"),
+    }
+    if existing := read_run(out):
+        moved = ("store", "sae", "code")
+        differing = [k for k in run if k not in moved and existing.get(k) != run[k]]
+        if differing:
+            raise RunError(
+                f"{out} holds tables of another build (differing: {', '.join(differing)}); "
+                "choose another --out or remove it."
+            )
+        return Built(existing, None)
+    if out.exists() and any(out.iterdir()):
+        raise RunError(f"{out} is not empty and holds no tables; choose another --out.")
+    model = model_of(store)
+    tokenizer = load_tokenizer(model)
+    start = time.perf_counter()
+    neighbours, cosines = decoder_neighbours(sae.W_dec, config.n_neighbours)
+    counts = Accumulator(sae.config.n_latents, store.context_length, neighbours, config)
+    accumulate(store, site, sae, rule, config, counts, on_progress)
+    lens = logit_lens(model, site, sae.W_dec, config.n_logits)
+    texts = TokenTexts(tokenizer)
+    make_folder(out.resolve().parent)
+    temporary = out.resolve().with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    weights = {name: getattr(sae, name).numpy() for name in ("W_enc", "W_dec", "b_enc")}
+    made = {
+        "latents": tables.latents_table(counts, store.n_contexts, weights, lens, texts, config),
+        "contexts": tables.contexts_table(store, counts, texts),
+        "histograms": tables.histograms_table(counts),
+        "neighbours": tables.neighbours_table(counts, cosines),
+        "tokens": tables.tokens_table(counts, texts),
+        "documents": tables.documents_table(store),
+    }
+    for name, table in made.items():
+        tables.write_table(temporary, name, table)
+    run["n_rows"] = counts.n_rows
+    (temporary / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+    if out.exists():
+        out.rmdir()
+    temporary.rename(out)
+    return Built(run, time.perf_counter() - start)
+
+
+def accumulate(
+    store: ActivationStore,
+    site: str,
+    sae: SAE,
+    rule: Any,
+    config: FeatureConfig,
+    counts: Accumulator,
+    on_progress: Progress = lambda done, total: None,
+) -> None:
+    """Encode every selected row of the store, shard by shard, and count."""
+    for shard in range(store.n_shards):
+        first, last = store.shard_span(shard)
+        selected = np.flatnonzero(store.selected_in_shard(site, rule, shard))
+        x = store.read(site, first, last)
+        indices = np.empty((len(selected), sae.config.k), np.int32)
+        values = np.empty((len(selected), sae.config.k), np.float32)
+        for low in range(0, len(selected), config.batch_rows):
+            here = slice(low, low + config.batch_rows)
+            found, value = sae.encode(torch.from_numpy(x[selected[here]]).float())
+            indices[here], values[here] = found.numpy(), value.numpy()
+            on_progress(first + int(selected[here][-1]) + 1, store.n_rows)
+        length = store.context_length
+        tokens = store.tokens(first // length, last // length).reshape(-1)
+        documents, _ = store.row_documents(shard)
+        counts.add(first, selected, indices, values, tokens, documents)
+
+
+def check_fit(store: ActivationStore, sae: SAE, sae_path: Path) -> str:
+    """The site of the store that the SAE was trained on; `RunError` if it cannot be."""
+    site = sae.config.site
+    if site not in store.sites:
+        raise RunError(
+            f"The SAE in {sae_path} was trained on {site}; {store.path} holds "
+            f"{', '.join(store.sites)}. Harvest that site, or use the SAE's own store."
+        )
+    if store.width(site) != sae.config.d_in:
+        raise RunError(
+            f"The SAE in {sae_path} takes {sae.config.d_in} numbers a row; {site} in "
+            f"{store.path} is {store.width(site)} wide. Use the store of the same model."
+        )
+    return site
+
+
+def read_run(out: Path) -> dict[str, Any] | None:
+    """run.json of finished tables, None if there are none; `RunError` if it is damaged."""
+    path = out / "run.json"
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        raise RunError(f"{path} is damaged; remove {out} and build the tables again.") from None

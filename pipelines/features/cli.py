@@ -1,0 +1,162 @@
+"""The `sae-features` command: build, show, query."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from store.console import Commands, output, progress
+
+features_option = click.option(
+    "--features",
+    type=click.Path(path_type=Path),
+    default=Path("runs/demo/features"),
+    show_default=True,
+    help="Folder of the tables.",
+)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="sae-harvest")
+def main() -> None:
+    """Parquet tables of every latent of an SAE, and questions to them.
+
+    \b
+    sae-features build --store runs/demo/store --sae runs/demo/sae --out runs/demo/features
+    sae-features show 123 --features runs/demo/features
+    """
+
+
+@main.command()
+@click.option("--store", type=click.Path(path_type=Path), required=True, help="Activation store.")
+@click.option("--sae", type=click.Path(path_type=Path), required=True, help="Trained SAE.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option(
+    "--top",
+    type=click.IntRange(1, 1000),
+    default=20,
+    show_default=True,
+    help="Highest activations kept per latent, one per document.",
+)
+@click.option(
+    "--random",
+    "n_random",
+    type=click.IntRange(0, 1000),
+    default=10,
+    show_default=True,
+    help="Random activations kept per latent.",
+)
+@click.option(
+    "--window",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Tokens shown around a peak.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of the random stratum.",
+)
+def build(
+    store: Path, sae: Path, out: Path, top: int, n_random: int, window: int, seed: int
+) -> None:
+    """One pass over the store: latents, contexts, histograms, neighbours, tokens, documents.
+
+    \b
+    sae-features build --store runs/demo/store --sae runs/demo/sae --out runs/demo/features
+    """
+    from pipelines.features.config import FeatureConfig
+
+    config = FeatureConfig(n_top=top, n_random=n_random, window_tokens=window, seed=seed)
+    built = build_with_bar(store, sae, out, config)
+    if built.seconds is None:
+        output().print(f"{out}: the tables are there already.", soft_wrap=True)
+    else:
+        rate = built.run["n_rows"] / built.seconds
+        output().print(
+            f"{out}: {built.run['n_latents']:,} latents over {built.run['n_rows']:,} rows "
+            f"({built.run['rows']}), {rate:,.0f} rows/s.",
+            soft_wrap=True,
+        )
+
+
+def build_with_bar(store: Path, sae: Path, out: Path, config: Any) -> Any:
+    """`pipelines.features.build.build` under a progress bar."""
+    from pipelines.features.build import build as run_build
+
+    with progress("rows") as bar:
+        task = bar.add_task("encoding", total=None, rate="")
+        start = time.perf_counter()
+
+        def show_progress(done: int, total: int) -> None:
+            rate = f"{done / (time.perf_counter() - start):,.0f} rows/s"
+            description = "encoding" if done < total else "writing tables"
+            bar.update(task, description=description, completed=done, total=total, rate=rate)
+
+        return run_build(store, sae, out, config, show_progress)
+
+
+@main.command()
+@click.argument("latent", type=click.IntRange(min=0))
+@features_option
+@click.option(
+    "--contexts",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    help="Top contexts printed.",
+)
+def show(latent: int, features: Path, contexts: int) -> None:
+    """Print a latent with its contexts highlighted.
+
+    \b
+    sae-features show 123 --features runs/demo/features
+    """
+    from pipelines.features.show import render_latent
+
+    output().print(render_latent(features, latent, contexts))
+
+
+@main.command()
+@click.argument("sql")
+@features_option
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=50,
+    show_default=True,
+    help="Rows printed at most.",
+)
+def query(sql: str, features: Path, limit: int) -> None:
+    """Run SQL over the views latents, contexts, histograms, neighbours, tokens, documents.
+
+    \b
+    sae-features query "SELECT latent, density FROM latents ORDER BY density DESC LIMIT 5"
+    """
+    from pipelines.features.query import query as run_query
+
+    columns, rows, more = run_query(features, sql, limit)
+    table = Table(box=None)
+    for column in columns:
+        table.add_column(Text(column))
+    for row in rows:
+        table.add_row(*(Text(_cell(value)) for value in row))
+    output().print(table)
+    if more:
+        click.echo(f"… more rows; --limit {limit} were printed.", err=True)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return ", ".join(_cell(v) for v in value)
+    return "" if value is None else str(value)

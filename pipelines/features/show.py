@@ -1,0 +1,134 @@
+"""One latent in the terminal: statistics, logit lens, contexts with their activations as heat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import duckdb
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from pipelines.features.query import connect
+from store.errors import InputError
+
+BARS = "▁▂▃▄▅▆▇█"
+HEAT = ("#fff3d6", "#ffe0a3", "#ffc766", "#ffa633", "#f57c00")  # light to strong
+SHOWN_TOKENS = 8
+
+
+def render_latent(features: Path, latent: int, n_contexts: int) -> RenderableType:
+    """What `sae-features show` prints.
+
+    Raises:
+        InputError: no such latent.
+        RunError: no tables.
+    """
+    connection = connect(features)
+    facts = _one(connection, "SELECT * FROM latents WHERE latent = ?", latent)
+    if facts is None:
+        highest = connection.execute("SELECT max(latent) FROM latents").fetchall()[0][0]
+        raise InputError(f"There is no latent {latent}; these tables hold 0 to {highest}.")
+    parts: list[RenderableType] = [_headline(facts)]
+    if facts["dead"]:
+        parts.append(Text("It never fired on these rows.", style="bold"))
+        return Group(*parts)
+    parts.append(_statistics(connection, facts))
+    for stratum in ("top", "random"):
+        found = connection.execute(
+            "SELECT c.activation, c.position, c.window_start, c.token_texts, c.activations, "
+            "d.source, d.title FROM contexts c LEFT JOIN documents d USING (document) "
+            "WHERE c.latent = ? AND c.stratum = ? ORDER BY c.rank LIMIT ?",
+            [latent, stratum, n_contexts if stratum == "top" else max(1, n_contexts // 3)],
+        ).fetchall()
+        parts.append(Text(f"\n{stratum} contexts", style="bold"))
+        parts.extend(_context(*row, maximum=facts["max"]) for row in found)
+    return Group(*parts)
+
+
+def highlight(texts: list[str], activations: list[float], maximum: float, peak: int | None) -> Text:
+    """Tokens with their background heated by activation; the peak is bold."""
+    line = Text()
+    for at, (text, a) in enumerate(zip(texts, activations, strict=True)):
+        shown = text.replace("\n", "↵")
+        style = ""
+        if a > 0:
+            level = min(int(a / max(maximum, 1e-9) * len(HEAT)), len(HEAT) - 1)
+            style = f"{'bold ' if at == peak else ''}black on {HEAT[level]}"
+        line.append(shown, style)
+    return line
+
+
+def _headline(facts: dict[str, Any]) -> Text:
+    return Text(f"latent {facts['latent']}", style="bold underline")
+
+
+def _statistics(connection: duckdb.DuckDBPyConnection, facts: dict[str, Any]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column()
+    table.add_row(
+        "fires on",
+        f"{facts['n_fire']:,} tokens ({facts['density']:.3%}), "
+        f"{facts['n_contexts']:,} contexts ({facts['context_density']:.2%})",
+    )
+    table.add_row(
+        "activation",
+        f"max {facts['max']:.2f}, mean {facts['mean']:.2f}, "
+        f"median {facts['q50']:.2f}, 99 % {facts['q99']:.2f}",
+    )
+    bins = connection.execute(
+        "SELECT bin, low, high, count FROM histograms WHERE latent = ? ORDER BY bin",
+        [facts["latent"]],
+    ).fetchall()
+    counts = {b: n for b, _, _, n in bins}
+    filled = [counts.get(b, 0) for b in range(bins[0][0], bins[-1][0] + 1)]
+    peak = max(filled)
+    drawn = "".join(" " if n == 0 else BARS[(len(BARS) - 1) * n // peak] for n in filled)
+    table.add_row("histogram", f"{bins[0][1]:.2g} {drawn} {bins[-1][2]:.2g} (log scale)")
+    tokens = zip(facts["top_tokens"], facts["top_token_shares"], strict=True)
+    table.add_row(
+        "on tokens", ", ".join(f"{_quoted(t)} {s:.0%}" for t, s in list(tokens)[:SHOWN_TOKENS])
+    )
+    if "top_logit_tokens" in facts:
+        for end, name in (("top", "speaks for"), ("bottom", "against")):
+            shown = facts[f"{end}_logit_tokens"][:SHOWN_TOKENS]
+            table.add_row(name, ", ".join(_quoted(t) for t in shown))
+    near = connection.execute(
+        "SELECT other, decoder_cosine, jaccard FROM neighbours WHERE latent = ? "
+        "ORDER BY rank LIMIT 4",
+        [facts["latent"]],
+    ).fetchall()
+    table.add_row(
+        "neighbours", ", ".join(f"{o} (cosine {c:.2f}, Jaccard {j:.2f})" for o, c, j in near)
+    )
+    return table
+
+
+def _context(
+    activation: float,
+    position: int,
+    window_start: int,
+    texts: list[str],
+    activations: list[float],
+    source: str | None,
+    title: str | None,
+    *,
+    maximum: float,
+) -> Text:
+    line = Text(f"{activation:7.2f}  ", style="bold")
+    line.append_text(highlight(texts, activations, maximum, position - window_start))
+    where = " · ".join(part for part in (source, title) if part)
+    return line.append(f"  {where}", style="dim italic") if where else line
+
+
+def _quoted(text: str) -> str:
+    return f"‘{text}’".replace("\n", "↵")
+
+
+def _one(connection: duckdb.DuckDBPyConnection, sql: str, *values: object) -> dict[str, Any] | None:
+    result = connection.execute(sql, list(values))
+    names = [column[0] for column in result.description or []]
+    row = result.fetchone()
+    return None if row is None else dict(zip(names, row, strict=True))
