@@ -22,9 +22,8 @@ from rich.table import Table
 from store.console import output
 from train.config import TrainConfig
 from train.initial import Start, initial_sae
-from train.kernels import Gradients
 from train.optimizer import Optimizer
-from train.step import train_step
+from train.step import Workspace, train_step
 
 D_IN, N_LATENTS, K, BATCH_ROWS = 768, 24_576, 32, 4096
 ROUNDS = 12
@@ -59,7 +58,7 @@ def measure(device: str = "cpu", rounds: int = ROUNDS) -> dict[str, Any]:
     config = TrainConfig(n_latents=N_LATENTS, k=K, tokens=BATCH_ROWS, batch_rows=BATCH_ROWS)
     where = torch.device(device)
     sae = initial_sae(config, "resid_post.0", Start(1.0, D_IN, torch.zeros(D_IN)), where)
-    optimizer, gradients = Optimizer(sae, config), Gradients.like(sae.W_enc)
+    optimizer, workspace = Optimizer(sae, config), Workspace(sae, BATCH_ROWS)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(BATCH_ROWS, D_IN, generator=generator).to(where)
     dead = torch.zeros(N_LATENTS, dtype=torch.bool, device=where)
@@ -73,9 +72,9 @@ def measure(device: str = "cpu", rounds: int = ROUNDS) -> dict[str, Any]:
 
     def step() -> None:
         result = train_step(
-            sae, x, D_IN, dead, config.auxiliary_k(D_IN), config.auxk_alpha, gradients
+            sae, x, D_IN, dead, config.auxiliary_k(D_IN), config.auxk_alpha, workspace
         )
-        optimizer.step(sae, gradients, result.grad_norm)
+        optimizer.step(sae, workspace.gradients, result.grad_norm)
 
     product_seconds, step_seconds = [], []
     for round_number in range(rounds + 2):

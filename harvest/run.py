@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from harvest.ahead import Ahead
 from harvest.config import HarvestConfig
-from harvest.contexts import WINDOW_CONTEXTS, default_bos, iter_shards
+from harvest.contexts import WINDOW_CONTEXTS, ShardInput, default_bos, iter_shards
 from harvest.corpus import Corpus, FileCorpus, open_corpus
 from harvest.encoding import end_of_text_id
 from harvest.models import (
@@ -147,14 +150,19 @@ def run(
         plan = create_store(root, wanted, versions())
         if len(committed_shards(root, plan)) == plan.n_shards:
             return Result(plan, seal(root, plan), 0, 0.0)
-    with open_pool(
-        workers, prepared.model, config.sites, prepared.fields["compute_dtype"], device
-    ) as pool:
+    with (
+        closing(Ahead(shard_inputs(prepared))) as ahead,  # tokenizes while the workers start
+        open_pool(
+            workers, prepared.model, config.sites, prepared.fields["compute_dtype"], device
+        ) as pool,
+    ):
         plan = prepared.plan(pool.widths())
         check_disk(root, plan)
+        waiting = iter(ahead)
+        shards = chain([next(waiting)], waiting)  # a corpus too short shows before we create
         plan = create_store(root, plan, versions())
         start = time.perf_counter()
-        rows = _harvest(root, plan, prepared, pool, on_progress)
+        rows = _harvest(root, plan, shards, pool, on_progress)
         seconds = time.perf_counter() - start
     return Result(plan, seal(root, plan), rows, seconds)
 
@@ -162,14 +170,14 @@ def run(
 def _harvest(
     root: Path,
     plan: Plan,
-    prepared: Prepared,
+    shards: Iterable[ShardInput],
     pool: LocalPool | RayPool,
     on_progress: Progress,
 ) -> int:
     """Work on every shard that has no commit; returns the rows done."""
     done = set(committed_shards(root, plan))
     todo = sum(_rows(plan, u) for u in range(plan.n_shards) if u not in done)
-    waiting = (s for s in shard_inputs(prepared, plan) if s.shard not in done)
+    waiting = (s for s in shards if s.shard not in done)
     in_flight, exhausted = 0, False
     while True:
         while not exhausted and in_flight < pool.capacity:
@@ -187,18 +195,18 @@ def _harvest(
         on_progress(min(pool.rows_done(), todo), todo)
 
 
-def shard_inputs(prepared: Prepared, plan: Plan) -> Any:
-    """Every shard of the plan as token ids and tables, in order (`ShardInput`s)."""
-    return iter_shards(
-        prepared.corpus,
-        prepared.tokenizer,
-        context_length=plan.context_length,
-        bos=plan.bos,
-        seed=plan.seed,
-        window_contexts=plan.window_contexts,
-        contexts_per_shard=plan.contexts_per_shard,
-        n_contexts=plan.n_contexts,
+def shard_inputs(prepared: Prepared) -> Iterator[ShardInput]:
+    """Every shard of the plan as token ids and tables, in order."""
+    names = (
+        "context_length",
+        "bos",
+        "seed",
+        "window_contexts",
+        "contexts_per_shard",
+        "n_contexts",
     )
+    arguments = {name: prepared.fields[name] for name in names}
+    return iter_shards(prepared.corpus, prepared.tokenizer, **arguments)
 
 
 def check_disk(root: Path, plan: Plan) -> None:

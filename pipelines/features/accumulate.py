@@ -128,8 +128,13 @@ class Accumulator:
         self._add_tokens(starts, row, value, tokens)
 
     def token_counts(self) -> pa.Table:
-        """latent, token, count, total (sum of activations); each pair once."""
+        """latent, token, count, total (sum of activations); each pair once.
+
+        Sorted by latent, then most frequent first, then by token.
+        """
         self._compact()
+        order = [("latent", "ascending"), ("count", "descending"), ("token", "ascending")]
+        self._token_parts = [self._token_parts[0].sort_by(order)]
         return self._token_parts[0]
 
     def _add_tokens(

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from harvest.models import load_tokenizer
 from pipelines.features import tables
 from pipelines.features.accumulate import Accumulator
 from pipelines.features.config import FeatureConfig
+from pipelines.features.folder import FORMAT, RUN_FILE, check_tables, read_run
 from pipelines.features.lens import logit_lens
 from pipelines.features.neighbours import decoder_neighbours
 from pipelines.features.texts import TokenTexts
@@ -25,6 +28,7 @@ from pipelines.source import model_of
 from store.errors import RunError
 from store.objects import make_folder
 from store.reader import ActivationStore
+from store.rules import RowRule
 from train.sae import SAE
 
 Progress = Callable[[int, int], None]  # rows done, rows in all
@@ -50,14 +54,14 @@ def build(
     The tables are made in a temporary folder beside `out` and renamed whole.
 
     Raises:
-        RunError: the SAE does not fit the store, or `out` holds something else.
+        RunError: the SAE does not fit the store, or `out` holds something else or can't be written.
         SaeHarvestError: the store or the SAE cannot be read.
     """
     store, sae = ActivationStore.open(store_path), SAE.load(sae_path)
     site = check_fit(store, sae, sae_path)
     rule = sae.config.rule.model_copy(update={"split": "all"})
     run: dict[str, Any] = {
-        "tables": tables.FORMAT,
+        "tables": FORMAT,
         "store": str(store_path.resolve()),
         "store_digest": store.digest,
         "sae": str(sae_path.resolve()),
@@ -77,21 +81,56 @@ def build(
                 f"{out} holds tables of another build (differing: {', '.join(differing)}); "
                 "choose another --out or remove it."
             )
+        check_tables(out)
         return Built(existing, None)
-    if out.exists() and any(out.iterdir()):
-        raise RunError(f"{out} is not empty and holds no tables; choose another --out.")
-    model = model_of(store)
-    tokenizer = load_tokenizer(model)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise RunError(f"{out} holds something else than tables; choose another --out.")
     start = time.perf_counter()
+    final = out.resolve()
+    temporary = final.with_name(f".{final.name}.tmp")
+    with writing(out):  # before the long pass, to know that it can be done
+        make_folder(final.parent)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    try:
+        made, run["n_rows"] = make_tables(store, site, sae, rule, config, on_progress)
+        with writing(out):
+            for name, table in made.items():
+                tables.write_table(temporary, name, table)
+            (temporary / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
+            temporary.replace(final)  # takes the place of an empty folder
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Built(run, time.perf_counter() - start)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """What goes wrong within is about writing `out`."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"Cannot write the tables into {out}: {error.strerror or error}; "
+            "choose another --out or make room there."
+        ) from error
+
+
+def make_tables(
+    store: ActivationStore,
+    site: str,
+    sae: SAE,
+    rule: RowRule,
+    config: FeatureConfig,
+    on_progress: Progress,
+) -> tuple[dict[str, pa.Table], int]:
+    """The tables by name, and how many rows were read for them."""
+    model = model_of(store)
+    texts = TokenTexts(load_tokenizer(model))
     neighbours, cosines = decoder_neighbours(sae.W_dec, config.n_neighbours)
     counts = Accumulator(sae.config.n_latents, store.context_length, neighbours, config)
     accumulate(store, site, sae, rule, config, counts, on_progress)
-    lens = logit_lens(model, site, sae.W_dec, config.n_logits)
-    texts = TokenTexts(tokenizer)
-    make_folder(out.resolve().parent)
-    temporary = out.resolve().with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    lens = logit_lens(model, site, sae.W_dec, config.n_logits, len(texts))
     weights = {name: getattr(sae, name).numpy() for name in ("W_enc", "W_dec", "b_enc")}
     made = {
         "latents": tables.latents_table(counts, store.n_contexts, weights, lens, texts, config),
@@ -101,21 +140,14 @@ def build(
         "tokens": tables.tokens_table(counts, texts),
         "documents": tables.documents_table(store),
     }
-    for name, table in made.items():
-        tables.write_table(temporary, name, table)
-    run["n_rows"] = counts.n_rows
-    (temporary / "run.json").write_text(json.dumps(run, indent=2) + "\n")
-    if out.exists():
-        out.rmdir()
-    temporary.rename(out)
-    return Built(run, time.perf_counter() - start)
+    return made, counts.n_rows
 
 
 def accumulate(
     store: ActivationStore,
     site: str,
     sae: SAE,
-    rule: Any,
+    rule: RowRule,
     config: FeatureConfig,
     counts: Accumulator,
     on_progress: Progress = lambda done, total: None,
@@ -131,11 +163,12 @@ def accumulate(
             here = slice(low, low + config.batch_rows)
             found, value = sae.encode(torch.from_numpy(x[selected[here]]).float())
             indices[here], values[here] = found.numpy(), value.numpy()
-            on_progress(first + int(selected[here][-1]) + 1, store.n_rows)
+            on_progress(first + int(selected[here][-1]), store.n_rows)
         length = store.context_length
         tokens = store.tokens(first // length, last // length).reshape(-1)
         documents, _ = store.row_documents(shard)
         counts.add(first, selected, indices, values, tokens, documents)
+        on_progress(last, store.n_rows)
 
 
 def check_fit(store: ActivationStore, sae: SAE, sae_path: Path) -> str:
@@ -152,14 +185,3 @@ def check_fit(store: ActivationStore, sae: SAE, sae_path: Path) -> str:
             f"{store.path} is {store.width(site)} wide. Use the store of the same model."
         )
     return site
-
-
-def read_run(out: Path) -> dict[str, Any] | None:
-    """run.json of finished tables, None if there are none; `RunError` if it is damaged."""
-    path = out / "run.json"
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError:
-        raise RunError(f"{path} is damaged; remove {out} and build the tables again.") from None

@@ -142,13 +142,14 @@ def query(sql: str, features: Path, limit: int) -> None:
     sae-features query "SELECT latent, density FROM latents ORDER BY density DESC LIMIT 5"
     """
     from pipelines.features.query import query as run_query
+    from pipelines.features.show import visible
 
     columns, rows, more = run_query(features, sql, limit)
     table = Table(box=None)
     for column in columns:
         table.add_column(Text(column))
     for row in rows:
-        table.add_row(*(Text(_cell(value)) for value in row))
+        table.add_row(*(Text(visible(_cell(value))) for value in row))
     output().print(table)
     if more:
         click.echo(f"… more rows; --limit {limit} were printed.", err=True)

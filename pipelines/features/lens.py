@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from harvest.models import ResolvedModel, load_model
+from harvest.models import ResolvedModel, load_model, pick_dtype
 
 BLOCK = 512
 WRITES_TO_RESIDUAL = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
@@ -30,22 +30,29 @@ class LogitLens:
     bottom_logits: npt.NDArray[np.float32]
 
 
-def logit_lens(model: ResolvedModel, site: str, W_dec: torch.Tensor, n: int) -> LogitLens | None:
-    """The lens of every latent; None where the site does not write to the residual stream.
+def logit_lens(
+    model: ResolvedModel, site: str, W_dec: torch.Tensor, n: int, n_tokens: int
+) -> LogitLens | None:
+    """The lens of every latent; None where its decoder rows are not what the unembedding reads.
 
     Args:
         W_dec: decoder rows [n_latents, d_in] float32.
-        n: tokens kept at either end.
+        n: tokens kept at either end, at most.
+        n_tokens: ids of the tokenizer; models often have rows of padding beyond them.
     """
     if site.split(".")[0] not in WRITES_TO_RESIDUAL:
         return None
     network = load_model(model, torch.float32, "cpu")
-    unembed = network.get_output_embeddings().weight.detach().bfloat16()  # [vocabulary, d_model]
-    scale = _final_norm_scale(network)
-    rows = (W_dec * scale).bfloat16()
+    unembed = network.get_output_embeddings().weight[:n_tokens]  # [tokens, d_model]
+    if unembed.shape[1] != W_dec.shape[1]:  # a projection in between (OPT 350M)
+        return None
+    n = min(n, len(unembed))
+    dtype: torch.dtype = getattr(torch, pick_dtype("cpu"))
+    unembed = unembed.to(dtype)
+    rows = (W_dec * _final_norm_scale(network)).to(dtype)
     found = []
     for first in range(0, len(rows), BLOCK):
-        logits = (rows[first : first + BLOCK] @ unembed.T).float()  # [block, vocabulary]
+        logits = (rows[first : first + BLOCK] @ unembed.T).float()  # [block, tokens]
         logits -= logits.mean(dim=1, keepdim=True)  # softmax ignores a constant
         high, low = logits.topk(n, dim=1), logits.topk(n, dim=1, largest=False)
         found.append((high.indices.int(), high.values, low.indices.int(), low.values))
@@ -58,7 +65,9 @@ def logit_lens(model: ResolvedModel, site: str, W_dec: torch.Tensor, n: int) -> 
 def _final_norm_scale(network: PreTrainedModel) -> torch.Tensor:
     """Elementwise scale of the last norm before the unembedding [d_model], or one.
 
-    It is the last module outside the blocks with a weight of one dimension.
+    It is the last module outside the blocks with a weight of one dimension. What it does with
+    the weight (some families multiply by 1 + weight) is read off its answer to a vector of ±1,
+    which has mean 0 and variance 1.
     """
     width = network.config.get_text_config(decoder=True).hidden_size
     inside = {
@@ -67,12 +76,14 @@ def _final_norm_scale(network: PreTrainedModel) -> torch.Tensor:
         if isinstance(stack, torch.nn.ModuleList)
         for module in stack.modules()
     }
-    scale, kind = torch.ones(width), ""
-    for module in network.modules():
-        weight = getattr(module, "weight", None)
-        if id(module) in inside or not isinstance(weight, torch.Tensor):
-            continue
-        if tuple(weight.shape) == (width,):
-            scale, kind = weight.detach().float(), type(module).__name__
-    # Gemma's norms multiply by 1 + weight.
-    return 1 + scale if kind.startswith("Gemma") else scale
+    norms = [
+        module
+        for module in network.modules()
+        if id(module) not in inside
+        and isinstance(weight := getattr(module, "weight", None), torch.Tensor)
+        and tuple(weight.shape) == (width,)
+    ]
+    if not norms:
+        return torch.ones(width)
+    signs = 1.0 - 2 * (torch.arange(width) % 2)  # [d_model]
+    return (norms[-1](signs[None]) - norms[-1](-signs[None]))[0] / 2 * signs  # without the bias

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import duckdb
 
-from pipelines.features.build import read_run
-from pipelines.features.tables import TABLES
+from pipelines.features.folder import TABLES, check_tables, read_run
 from store.errors import InputError, RunError
 
 
@@ -22,11 +21,10 @@ def connect(features: Path) -> duckdb.DuckDBPyConnection:
             f"{features} holds no feature tables (no run.json there); "
             "give the folder that `sae-features build --out` wrote."
         )
+    check_tables(features)
     connection = duckdb.connect()
     for name in TABLES:
         path = features / f"{name}.parquet"
-        if not path.exists():
-            raise RunError(f"{path} is missing; remove {features} and build the tables again.")
         literal = str(path.resolve()).replace("'", "''")
         try:
             connection.execute(f"CREATE VIEW {name} AS FROM read_parquet('{literal}')")
@@ -45,6 +43,8 @@ def query(features: Path, sql: str, limit: int) -> tuple[list[str], list[tuple[o
     """
     connection = connect(features)
     try:
+        if not connection.extract_statements(sql):
+            raise InputError("The query is empty; write one such as SELECT * FROM latents.")
         result = connection.execute(sql)
         rows = result.fetchmany(limit + 1)
     except duckdb.Error as error:

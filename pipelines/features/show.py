@@ -16,6 +16,8 @@ from store.errors import InputError
 BARS = "▁▂▃▄▅▆▇█"
 HEAT = ("#fff3d6", "#ffe0a3", "#ffc766", "#ffa633", "#f57c00")  # light to strong
 SHOWN_TOKENS = 8
+CONTROLS = (*range(32), *range(127, 160))
+VISIBLE = dict.fromkeys(CONTROLS, "·") | {ord("\n"): "↵"}
 
 
 def render_latent(features: Path, latent: int, n_contexts: int) -> RenderableType:
@@ -26,10 +28,10 @@ def render_latent(features: Path, latent: int, n_contexts: int) -> RenderableTyp
         RunError: no tables.
     """
     connection = connect(features)
-    facts = _one(connection, "SELECT * FROM latents WHERE latent = ?", latent)
-    if facts is None:
-        highest = connection.execute("SELECT max(latent) FROM latents").fetchall()[0][0]
+    highest = connection.execute("SELECT max(latent) FROM latents").fetchall()[0][0]
+    if not 0 <= latent <= highest:
         raise InputError(f"There is no latent {latent}; these tables hold 0 to {highest}.")
+    facts = _one(connection, "SELECT * FROM latents WHERE latent = ?", latent)
     parts: list[RenderableType] = [_headline(facts)]
     if facts["dead"]:
         parts.append(Text("It never fired on these rows.", style="bold"))
@@ -42,7 +44,8 @@ def render_latent(features: Path, latent: int, n_contexts: int) -> RenderableTyp
             "WHERE c.latent = ? AND c.stratum = ? ORDER BY c.rank LIMIT ?",
             [latent, stratum, n_contexts if stratum == "top" else max(1, n_contexts // 3)],
         ).fetchall()
-        parts.append(Text(f"\n{stratum} contexts", style="bold"))
+        if found:
+            parts.append(Text(f"\n{stratum} contexts", style="bold"))
         parts.extend(_context(*row, maximum=facts["max"]) for row in found)
     return Group(*parts)
 
@@ -51,13 +54,17 @@ def highlight(texts: list[str], activations: list[float], maximum: float, peak: 
     """Tokens with their background heated by activation; the peak is bold."""
     line = Text()
     for at, (text, a) in enumerate(zip(texts, activations, strict=True)):
-        shown = text.replace("\n", "↵")
         style = ""
         if a > 0:
             level = min(int(a / max(maximum, 1e-9) * len(HEAT)), len(HEAT) - 1)
             style = f"{'bold ' if at == peak else ''}black on {HEAT[level]}"
-        line.append(shown, style)
+        line.append(visible(text), style)
     return line
+
+
+def visible(text: str) -> str:
+    """Text of a corpus on one line of a terminal, which its control characters must not steer."""
+    return text.translate(VISIBLE)
 
 
 def _headline(facts: dict[str, Any]) -> Text:
@@ -119,16 +126,16 @@ def _context(
 ) -> Text:
     line = Text(f"{activation:7.2f}  ", style="bold")
     line.append_text(highlight(texts, activations, maximum, position - window_start))
-    where = " · ".join(part for part in (source, title) if part)
+    where = visible(" · ".join(part for part in (source, title) if part))
     return line.append(f"  {where}", style="dim italic") if where else line
 
 
 def _quoted(text: str) -> str:
-    return f"‘{text}’".replace("\n", "↵")
+    return f"‘{visible(text)}’"
 
 
-def _one(connection: duckdb.DuckDBPyConnection, sql: str, *values: object) -> dict[str, Any] | None:
+def _one(connection: duckdb.DuckDBPyConnection, sql: str, *values: object) -> dict[str, Any]:
     result = connection.execute(sql, list(values))
     names = [column[0] for column in result.description or []]
-    row = result.fetchone()
-    return None if row is None else dict(zip(names, row, strict=True))
+    (row,) = result.fetchall()
+    return dict(zip(names, row, strict=True))

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 INCOMPLETE = "\ufffd"  # what decoding half a character gives
+ANCHOR = "a"  # tokens are decoded after this one: some decoders drop the first one's space
 
 
 class TokenTexts:
@@ -19,30 +20,47 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._anchor = tokenizer.encode(ANCHOR, add_special_tokens=False)
+        self._skipped = len(self._decode_all([self._anchor])[0])
+
+    def __len__(self) -> int:
+        """Token ids the tokenizer knows are below this; a model may have padded its rows."""
+        return max(self._tokenizer.get_vocab().values()) + 1
 
     @cached_property
     def table(self) -> list[str]:
         """Text of every token id alone."""
-        ids = [[i] for i in range(len(self._tokenizer))]
-        return self._tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
+        texts = self._decode_all([[*self._anchor, i] for i in range(len(self))])
+        return [text[self._skipped :] for text in texts]
 
     def one(self, token: int) -> str:
+        """Text of one token id."""
         return self.table[token]
 
     def window(self, ids: npt.NDArray[np.int32]) -> list[str]:
         """One text per token id [window]."""
         texts = [self.table[i] for i in ids.tolist()]
-        start = None
-        for at, text in enumerate([*texts, ""]):
-            if INCOMPLETE in text:
-                start = at if start is None else start
-                joined = self._decode(ids[start : at + 1])
-                if INCOMPLETE not in joined:
-                    texts[start : at + 1] = [""] * (at - start) + [joined]
-                    start = None
-            else:
-                start = None
+        start = 0
+        while start < len(texts):
+            stop = start
+            while stop < len(texts) and INCOMPLETE in texts[stop]:
+                stop += 1
+            if stop > start + 1:
+                texts[start:stop] = self._run(ids[start:stop])
+            start = stop + 1
         return texts
 
-    def _decode(self, ids: npt.NDArray[np.int32]) -> str:
-        return self._tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+    def _run(self, ids: npt.NDArray[np.int32]) -> list[str]:
+        """Texts of tokens that are all incomplete alone: each says what it completes."""
+        prefixes = [[*self._anchor, *ids[: n + 1].tolist()] for n in range(len(ids))]
+        texts, said = [], ""
+        for n, decoded in enumerate(self._decode_all(prefixes), start=1):
+            whole = decoded[self._skipped :]
+            if n < len(ids):  # what is incomplete at the end may become whole
+                whole = whole.rstrip(INCOMPLETE)
+            texts.append(whole[len(said) :])
+            said = max(said, whole, key=len)
+        return texts
+
+    def _decode_all(self, ids: list[list[int]]) -> list[str]:
+        return self._tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)

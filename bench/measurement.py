@@ -1,0 +1,59 @@
+"""One budget: what we take, what the limit takes, and how the two compare."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """`ratio` is value / limit. For rates it should be high, for times and bytes low.
+
+    goal and floor bound the ratio; a release does not go past the floor.
+    """
+
+    name: str
+    value: float
+    limit: float
+    unit: str
+    goal: float
+    floor: float
+    higher_is_better: bool
+
+    @property
+    def ratio(self) -> float:
+        return self.value / self.limit
+
+    @property
+    def meets_floor(self) -> bool:
+        return self.ratio >= self.floor if self.higher_is_better else self.ratio <= self.floor
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "value": self.value,
+            "limit": self.limit,
+            "unit": self.unit,
+            "ratio": self.ratio,
+            "goal": self.goal,
+            "floor": self.floor,
+            "meets_floor": self.meets_floor,
+        }
+
+
+def alternate(
+    ours: Callable[[], float], limit: Callable[[], float], repeats: int
+) -> tuple[float, float]:
+    """Medians of two figures taken in turns, so that both see the same neighbours."""
+    pairs = [(ours(), limit()) for _ in range(repeats)]
+    return median(a for a, _ in pairs), median(b for _, b in pairs)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall time of a call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

@@ -1,0 +1,56 @@
+"""The next items of an iterator, made by a thread before they are asked for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from queue import Full, Queue
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+DEPTH = 2  # items made ahead of need
+POLL_SECONDS = 0.1
+
+
+class Ahead(Generic[T]):
+    """An iterator that works ahead by two items. Errors are raised where the item would be."""
+
+    def __init__(self, items: Iterator[T]) -> None:
+        self._items = items
+        self._queue: Queue[tuple[T | None, BaseException | None]] = Queue(DEPTH)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ahead", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[T]:
+        while True:
+            item, error = self._queue.get()
+            if error is not None:
+                raise error
+            if item is None:
+                return
+            yield item
+
+    def close(self) -> None:
+        """Stop making items; returns when the one being made is done."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            for item in self._items:
+                self._put(item, None)
+                if self._stop.is_set():
+                    return
+            self._put(None, None)
+        except BaseException as error:  # raised again in the consumer's thread
+            self._put(None, error)
+
+    def _put(self, item: T | None, error: BaseException | None) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._queue.put((item, error), timeout=POLL_SECONDS)
+            except Full:
+                continue
+        return None
