@@ -47,9 +47,7 @@ def random_sae(store: ActivationStore, site: str) -> SAE:
     width = store.width(site)
     ordinary = store.statistics(site)["ordinary"]
     generator = torch.Generator().manual_seed(0)
-    rows = torch.nn.functional.normalize(
-        torch.randn(N_LATENTS, width, generator=generator), dim=1
-    )
+    rows = torch.nn.functional.normalize(torch.randn(N_LATENTS, width, generator=generator), dim=1)
     config = SAEConfig(
         d_in=width,
         n_latents=N_LATENTS,

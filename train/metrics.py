@@ -1,0 +1,42 @@
+"""metrics.jsonl: one line per step, cut back to the checkpoint when a run continues."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from train.files import write_text
+
+
+class MetricsFile:
+    """Appends lines; each is a JSON object with a `step`. A context manager."""
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        """Keeps the lines up to `last_step`; later ones belong to steps that are done again."""
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                # steps only grow; a line without its end was being written when the run died
+                if not line.endswith("\n") or json.loads(line)["step"] > last_step:
+                    break
+                kept.append(line)
+        write_text(path, "".join(kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, values: dict[str, Any]) -> None:
+        """One line, handed to the operating system at once."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
