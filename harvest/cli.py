@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.table import Table
+from rich.table import Column, Table
 
 from store.console import Commands, output, progress
 
@@ -148,7 +148,7 @@ def plan(**given: Any) -> None:
     """
     from harvest.plan import estimate
 
-    table = Table("what", "value", box=None)
+    table = Table("what", Column("value", overflow="fold"), box=None)
     for name, value in estimate(make_config(given), given["device"]).items():
         table.add_row(name, value)
     output().print(table)
@@ -176,7 +176,7 @@ def run(store: Path | None, workers: int, **given: Any) -> None:
     """
     config = make_config(given)
     if store is None:
-        name = Path(given["model"]).name
+        name = Path(given["model"]).resolve().name
         store = Path("runs") / f"{name}-{'-'.join(config.sites)}" / "store"
     result = harvest_with_bar(config, store, workers, given["device"])
     rate = f", {result.rows_run / result.seconds:,.0f} tokens/s" if result.rows_run else ""
@@ -224,7 +224,9 @@ def status(store: Path) -> None:
     the_plan = Plan.model_validate(read_plan_record(store)["plan"])
     done = len(committed_shards(store, the_plan))
     state = "sealed" if (store / SEALED_KEY).exists() else "unfinished"
-    output().print(f"{store}: {done} of {the_plan.n_shards} shards committed, {state}.")
+    output().print(
+        f"{store}: {done} of {the_plan.n_shards} shards committed, {state}.", soft_wrap=True
+    )
 
 
 @main.command()

@@ -17,13 +17,14 @@ MEASURED_BATCHES = 3
 def estimate(config: HarvestConfig, device: str) -> dict[str, str]:
     """Rows, bytes, shards and time of a harvest; the time from a short measured forward pass."""
     device = pick_device(device)
-    prepared = prepare(config, None)
+    prepared = prepare(config, None, device)
     worker = ShardWorker(
         prepared.model, config.sites, prepared.fields["compute_dtype"], device, None
     )
     plan = prepared.plan(worker.widths())
     shape = (plan.batch_contexts, plan.context_length)
-    ids = np.random.default_rng(0).integers(0, 1000, shape, dtype=np.int32)
+    vocabulary = plan.model["vocabulary"]
+    ids = np.random.default_rng(0).integers(0, vocabulary, shape, dtype=np.int32)
     worker.activations(plan, ids)
     start = time.perf_counter()
     for _ in range(MEASURED_BATCHES):

@@ -18,6 +18,7 @@ from store.layout import Plan
 
 IN_FLIGHT = 2  # per worker: one in the model, one being written
 POLL_SECONDS = 0.5
+STOP_SECONDS = 5.0
 OBJECT_STORE_BYTES = 256 << 20  # shards travel as token ids, not as activations
 
 
@@ -59,6 +60,7 @@ class LocalPool:
         return self._worker.rows_done()
 
     def close(self) -> None:
+        self._worker.stop()
         self._threads.shutdown(cancel_futures=True)
 
 
@@ -79,15 +81,23 @@ class RayPool:
         # Ray puts the driver's folder first on its workers' path, where a user's own store.py
         # or train.py would be taken for our packages: start it from an empty folder.
         self._empty = tempfile.TemporaryDirectory(prefix="harvest-")
-        with contextlib.chdir(self._empty.name):
-            ray.init(
-                address="local",
-                num_cpus=cores,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                object_store_memory=OBJECT_STORE_BYTES,
-            )
+        try:
+            with contextlib.chdir(self._empty.name):
+                ray.init(
+                    address="local",
+                    num_cpus=cores,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _node_ip_address="127.0.0.1",  # all of it is on this machine
+                )
+        except Exception as error:  # sockets, memory, time: Ray raises at will
+            self._empty.cleanup()
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise RunError(
+                f"Ray could not be started ({reason}); use --workers 0 to do without it."
+            ) from error
         actor = ray.remote(ShardWorker).options(
             num_cpus=threads,
             num_gpus=gpus,
@@ -117,8 +127,15 @@ class RayPool:
         return sum(self._get([actor.rows_done.remote() for actor in self._actors]))
 
     def close(self) -> None:
-        self._ray.shutdown()
-        self._empty.cleanup()
+        """Stop the workers between two batches, so that none writes once this returns."""
+        try:
+            if self._pending:
+                stops = [actor.stop.remote() for actor in self._actors]
+                ending = [*stops, *self._pending]
+                self._ray.wait(ending, num_returns=len(ending), timeout=STOP_SECONDS)
+        finally:
+            self._ray.shutdown()
+            self._empty.cleanup()
 
     def _get(self, references: list[Any]) -> list[Any]:
         try:
@@ -127,10 +144,7 @@ class RayPool:
             if isinstance(error.cause, SaeHarvestError):
                 raise error.cause from None
             raise
-        except self._ray.exceptions.RayActorError as error:
-            cause = getattr(error, "cause", None)
-            if isinstance(cause, SaeHarvestError):
-                raise cause from None
+        except self._ray.exceptions.RayError as error:
             raise RunError(
                 f"A worker died and could not be restarted ({str(error).splitlines()[0]}); "
                 "what is committed is safe: run the same command again, with fewer --workers "

@@ -34,9 +34,11 @@ from store import layout
 from store.errors import InputError, StoreError
 from store.layout import Plan, SitePlan
 from store.writer import (
+    check_folder,
     commit_shard,
     committed_shards,
     create_store,
+    discard,
     read_plan_record,
     seal,
 )
@@ -72,14 +74,14 @@ class Result:
     seconds: float
 
 
-def prepare(config: HarvestConfig, root: Path | None) -> Prepared:
+def prepare(config: HarvestConfig, root: Path | None, device: str) -> Prepared:
     """Resolve model, tokenizer and corpus, and decide what is automatic.
 
     A store that exists already decides the compute dtype, so that a harvest can be continued
     on another processor.
 
     Raises:
-        InputError: unknown model or corpus, layer out of range.
+        InputError: unknown model or corpus, layer out of range, contexts too long for the model.
     """
     model = resolve_model(config.model)
     model_config = load_config(model)
@@ -88,6 +90,12 @@ def prepare(config: HarvestConfig, root: Path | None) -> Prepared:
         site.check(model_config)
     if len(set(sites)) < len(sites):
         raise InputError(f"A site is named twice in {', '.join(config.sites)}.")
+    longest = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest and config.context_length > longest:
+        raise InputError(
+            f"{config.model} sees at most {longest} tokens at a time, got contexts of "
+            f"{config.context_length}; use --context-length {longest} or less."
+        )
     tokenizer = load_tokenizer(model)
     corpus = open_corpus(config.corpus)
     compute_dtype = config.compute_dtype
@@ -96,7 +104,7 @@ def prepare(config: HarvestConfig, root: Path | None) -> Prepared:
         if root is not None and existing:
             compute_dtype = read_plan_record(root)["plan"]["compute_dtype"]
         else:
-            compute_dtype = pick_dtype("cuda" if torch.cuda.is_available() else "cpu")
+            compute_dtype = pick_dtype(device)
     bos = default_bos(tokenizer) if config.bos == "auto" else config.bos
     length = config.context_length
     fields = {
@@ -140,9 +148,11 @@ def run(
         SaeHarvestError: any of its kinds; nothing half-written is ever taken for whole.
     """
     root = root.resolve()
+    check_folder(root)
     device = pick_device(device)
-    prepared = prepare(config, root)
-    if (root / layout.PLAN_KEY).exists():
+    prepared = prepare(config, root, device)
+    continued = (root / layout.PLAN_KEY).exists()
+    if continued:
         there = Plan.model_validate(read_plan_record(root)["plan"])
         widths = {s.name: s.width for s in there.sites}
         # Another set of sites is another plan; which width it would have does not matter.
@@ -150,20 +160,26 @@ def run(
         plan = create_store(root, wanted, versions())
         if len(committed_shards(root, plan)) == plan.n_shards:
             return Result(plan, seal(root, plan), 0, 0.0)
-    with (
-        closing(Ahead(shard_inputs(prepared))) as ahead,  # tokenizes while the workers start
-        open_pool(
-            workers, prepared.model, config.sites, prepared.fields["compute_dtype"], device
-        ) as pool,
-    ):
-        plan = prepared.plan(pool.widths())
-        check_disk(root, plan)
-        waiting = iter(ahead)
-        shards = chain([next(waiting)], waiting)  # a corpus too short shows before we create
-        plan = create_store(root, plan, versions())
-        start = time.perf_counter()
-        rows = _harvest(root, plan, shards, pool, on_progress)
-        seconds = time.perf_counter() - start
+    try:
+        with (
+            closing(Ahead(shard_inputs(prepared))) as ahead,  # tokenizes while the workers start
+            open_pool(
+                workers, prepared.model, config.sites, prepared.fields["compute_dtype"], device
+            ) as pool,
+        ):
+            plan = prepared.plan(pool.widths())
+            check_disk(root, plan)
+            waiting = iter(ahead)
+            shards = chain([next(waiting)], waiting)  # a corpus too short shows before we create
+            plan = create_store(root, plan, versions())
+            start = time.perf_counter()
+            rows = _harvest(root, plan, shards, pool, on_progress)
+            seconds = time.perf_counter() - start
+    except InputError:
+        # What was asked cannot be done, and the remedy will be another plan: leave it the folder.
+        if not continued and (root / layout.PLAN_KEY).exists() and not committed_shards(root, plan):
+            discard(root)
+        raise
     return Result(plan, seal(root, plan), rows, seconds)
 
 
@@ -246,12 +262,16 @@ def model_name(model: ResolvedModel) -> str:
     """How the plan names the model: a path in full, so that it is found from any folder."""
     if model.kind == "directory":
         return model.path
-    return str(Path(model.name).resolve()) if model.name.endswith(".gguf") else model.name
+    if model.name.endswith(".gguf"):
+        return str(Path(model.name).expanduser().resolve())
+    return model.name
 
 
 def corpus_name(corpus: Corpus) -> str:
     """How the plan names the corpus: a path in full."""
-    return str(Path(corpus.name).resolve()) if isinstance(corpus, FileCorpus) else corpus.name
+    if isinstance(corpus, FileCorpus):
+        return str(Path(corpus.name).expanduser().resolve())
+    return corpus.name
 
 
 def _rows(plan: Plan, shard: int) -> int:

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
+from rich.table import Column, Table
 
 from harvest.models import load_tokenizer, resolve_model
 from store.errors import SaeHarvestError
@@ -19,7 +19,7 @@ def describe(path: Path) -> list[Table]:
     """One table of facts and one per site."""
     store = ActivationStore.open(path)
     plan = store.plan
-    facts = Table("store", str(path), box=None)
+    facts = Table("store", Column(str(path), overflow="fold"), box=None)
     facts.add_row("model", str(plan["model"]["name"]))
     facts.add_row("corpus", str(plan["corpus"]["name"]))
     facts.add_row("rows", f"{store.n_rows:,} ({store.n_contexts:,} × {store.context_length})")
@@ -33,7 +33,7 @@ def describe(path: Path) -> list[Table]:
 def _site(store: ActivationStore, site: str) -> Table:
     s = store.statistics(site)
     ordinary, every = s["ordinary"], s["all"]
-    table = Table(site, f"{store.width(site)} wide", box=None)
+    table = Table(site, Column(f"{store.width(site)} wide", overflow="fold"), box=None)
     quantiles = ", ".join(f"{q}: {v:,.1f}" for q, v in s["norm_quantiles"].items())
     table.add_row("norm quantiles", quantiles)
     table.add_row("largest norm", f"{s['norm_max']:,.1f}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,16 @@ from store.writer import Shard, write_shard
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
+class Stopped(Exception):
+    """A worker was asked to stop; whoever asked wants no answer."""
+
+
 class ShardWorker:
     """Holds a model; `harvest` may be called from two threads.
 
-    The forward pass takes one shard at a time; while it runs, the other thread encodes, hashes
-    and writes the shard before.
+    The model is loaded by the first call, not by the constructor: of an actor whose constructor
+    failed, Ray hands on no exception, only text. The forward pass takes one shard at a time; while
+    it runs, the other thread encodes, hashes and writes the shard before.
     """
 
     def __init__(
@@ -37,19 +43,30 @@ class ShardWorker:
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
+        self._model = model
+        self._sites = [Site.parse(s) for s in sites]
+        self._dtype: torch.dtype = getattr(torch, compute_dtype)
         self._device = device
-        dtype: torch.dtype = getattr(torch, compute_dtype)
-        self._tap = SiteTap(load_model(model, dtype, device), [Site.parse(s) for s in sites])
         self._forward = threading.Lock()
         self._rows_done = 0
+        self._stopped = False
+
+    @functools.cached_property
+    def _tap(self) -> SiteTap:
+        return SiteTap(load_model(self._model, self._dtype, self._device), self._sites)
 
     def widths(self) -> dict[str, int]:
         """Site → numbers per row."""
-        return self._tap.widths
+        with self._forward:
+            return self._tap.widths
 
     def rows_done(self) -> int:
         """Rows that have been through the model since the start, for the progress bar."""
         return self._rows_done
+
+    def stop(self) -> None:
+        """Make every `harvest` under way and to come raise `Stopped` at its next batch."""
+        self._stopped = True
 
     def harvest(self, root: Path, plan: Plan, shard: ShardInput) -> dict[str, Any]:
         """Run one shard through the model, publish its objects, return its commit record."""
@@ -64,14 +81,24 @@ class ShardWorker:
         """Activations [rows, width] in the stored dtype and norms [rows], per site.
 
         Raises:
-            InputError: a value is not finite, or too large for the stored dtype.
+            InputError: a value is not finite, or too large for the stored dtype; a token is not
+                in the model's vocabulary.
+            Stopped: the worker was asked to stop.
         """
+        largest_id, vocabulary = int(tokens.max()), plan.model["vocabulary"]
+        if largest_id >= vocabulary:
+            raise InputError(
+                f"The tokenizer gives token {largest_id}, the model's vocabulary ends at "
+                f"{vocabulary - 1}; use the tokenizer that the model was trained with."
+            )
         rows, length = tokens.size, plan.context_length
         stored = getattr(torch, plan.dtype)
         x = {s.name: torch.empty(rows, s.width, dtype=stored) for s in plan.sites}
         norms = {s.name: torch.empty(rows) for s in plan.sites}
         ids = torch.from_numpy(tokens.astype(np.int64))
         for first in range(0, len(ids), plan.batch_contexts):
+            if self._stopped:
+                raise Stopped
             batch = ids[first : first + plan.batch_contexts].to(self._device)
             here = slice(first * length, first * length + batch.numel())
             for site, captured in self._tap(batch).items():
@@ -89,9 +116,14 @@ def _check_range(site: str, norm: torch.Tensor, flat: torch.Tensor, plan: Plan) 
     # tensor is looked at only when the cheap test fails.
     largest = norm.max().item()
     if not np.isfinite(largest):
+        remedy = (
+            "its weights may be damaged"
+            if plan.compute_dtype == "float32"
+            else "run the model in --compute-dtype float32"
+        )
         raise InputError(
             f"{site} holds values that are not finite (NaN or overflow in {plan.compute_dtype}); "
-            "run the model in --compute-dtype float32."
+            f"{remedy}."
         )
     if plan.dtype == "float16" and largest > FLOAT16_MAX:
         peak = flat.abs().max().item()

@@ -152,16 +152,29 @@ def figures_table(
 
 
 def interesting_latents(features: Path) -> list[int]:
-    """Latents worth a first look: neither rare nor common, strong, on many different tokens.
+    """Latents worth a first look, strongest first.
 
-    A latent that fires on one token only is easily found by its token; these have a meaning
-    that several words share, and their random firings are nearly as strong as their best.
+    Neither rare nor common; top contexts from at least five sites, so that no site's boilerplate
+    is shown; firing mostly on words, and on several of them: a latent of one token is found by
+    that token anyway.
     """
     found = connect(features).execute(
-        "SELECT latent FROM latents "
-        "WHERE NOT dead AND density BETWEEN 0.0005 AND 0.01 AND n_contexts >= 40 "
-        "AND token_entropy_bits BETWEEN 2 AND 6 AND top_token_shares[1] < 0.4 "
-        "ORDER BY top_logits[1] * q50 / max DESC LIMIT ?",
+        """
+        SELECT latent
+        FROM latents JOIN (
+            SELECT latent, count(DISTINCT source) AS sources
+            FROM contexts JOIN documents USING (document)
+            WHERE stratum = 'top' AND rank < 10
+            GROUP BY latent
+        ) USING (latent)
+        WHERE density BETWEEN 0.0005 AND 0.005 AND sources >= 5
+            AND token_entropy_bits BETWEEN 2 AND 6.5 AND top_token_shares[1] < 0.35
+            AND list_bool_and(list_transform(
+                top_tokens[:6], lambda t: regexp_full_match(t, ' ?[A-Za-z]{3,}')
+            ))
+        ORDER BY q50 DESC, latent
+        LIMIT ?
+        """,
         [N_INTERESTING],
     )
     return [latent for (latent,) in found.fetchall()]
@@ -170,15 +183,12 @@ def interesting_latents(features: Path) -> list[int]:
 def brief(features: Path, latent: int) -> Group:
     """A latent in a few lines: what it fires on, what it speaks for, its best contexts."""
     connection = connect(features)
-    [(density, tokens, logits, maximum)] = connection.execute(
-        "SELECT density, top_tokens[:6], top_logit_tokens[:6], max FROM latents WHERE latent = ?",
-        [latent],
+    [(density, tokens, maximum)] = connection.execute(
+        "SELECT density, top_tokens[:6], max FROM latents WHERE latent = ?", [latent]
     ).fetchall()
     title = Text(f"\nlatent {latent}", style="bold underline")
     title.append(f"  fires on {density:.2%} of tokens: ", style="not bold not underline dim")
     title.append(" ".join(repr(t) for t in tokens), style="not bold not underline")
-    title.append("; speaks for: ", style="not bold not underline dim")
-    title.append(" ".join(repr(t) for t in logits), style="not bold not underline")
     lines = [title]
     for texts, activations, position, start, source in connection.execute(
         "SELECT c.token_texts, c.activations, c.position, c.window_start, d.source "

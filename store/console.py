@@ -28,8 +28,16 @@ EXIT_INTERRUPTED = 130
 class Commands(click.Group):
     """A command group that turns a `SaeHarvestError` into one line on stderr and exit code 1.
 
-    Usage errors keep click's exit code 2. Anything else is a bug and keeps its traceback.
+    Usage errors keep click's exit code 2, an interrupted command exits with 130. Anything else is
+    a bug and keeps its traceback.
     """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            sys.exit(EXIT_INTERRUPTED)
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         try:
@@ -44,8 +52,8 @@ class Commands(click.Group):
 
 
 def output() -> Console:
-    """The console for results, on standard output."""
-    return Console(highlight=False)
+    """The console for results, on standard output; text is as it is: a token may be `[/]`."""
+    return Console(highlight=False, markup=False, emoji=False)
 
 
 def progress(unit: str) -> Progress:

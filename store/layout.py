@@ -99,9 +99,30 @@ class Plan(BaseModel):
         return next(r for r in range(limit, 0, -1) if self.shard_rows % r == 0)
 
     def differing_fields(self, other: Plan) -> list[str]:
-        """`field: this → other` for every field in which two plans differ."""
-        mine, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
-        return [f"{k}: {mine[k]} → {theirs[k]}" for k in mine if mine[k] != theirs[k]]
+        """`field: this → other` for every field in which two plans differ.
+
+        Widths are compared where the sites are the same: they follow from model and site.
+        """
+        mine, theirs = _flat(self), _flat(other)
+        if mine["sites"] == theirs["sites"]:
+            mine |= {f"width of {site.name}": site.width for site in self.sites}
+            theirs |= {f"width of {site.name}": site.width for site in other.sites}
+        return [
+            f"{field}: {mine.get(field)} → {theirs.get(field)}"
+            for field in mine | theirs
+            if mine.get(field) != theirs.get(field)
+        ]
+
+
+def _flat(plan: Plan) -> dict[str, Any]:
+    """The fields of a plan for people: `model.weights` and the like apart, sites by their names."""
+    flat: dict[str, Any] = {}
+    for field, value in plan.model_dump(mode="json", exclude={"sites"}).items():
+        if isinstance(value, dict):
+            flat |= {f"{field}.{name}": part for name, part in value.items()}
+        else:
+            flat[field] = value
+    return flat | {"sites": ", ".join(site.name for site in plan.sites)}
 
 
 def array_specs(plan: Plan) -> dict[str, dict[str, Any]]:
@@ -194,5 +215,6 @@ def commit_key(shard: int) -> str:
     return f"commits/{shard:06d}.json"
 
 
+FOLDERS = ("tokens", "activations", "norms", "contexts", "documents", "commits")
 PLAN_KEY = "plan.json"
 SEALED_KEY = "sealed.json"

@@ -49,7 +49,7 @@ def publish(root: Path, key: str, data: bytes | memoryview) -> bool:
             ) from error
         raise StoreError(f"Cannot write {key} into {root}: {error.strerror}.") from error
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # never made, or it stays among the leftovers
             temporary.unlink()
 
 

@@ -13,7 +13,7 @@ def cache_dir() -> Path:
     """
     chosen = os.environ.get("SAE_HARVEST_CACHE")
     if chosen:
-        return Path(chosen)
+        return Path(chosen).expanduser().absolute()  # workers run in another folder
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "sae-harvest"
 

@@ -7,6 +7,8 @@ them, and sealed.json once every shard is committed. Nothing is ever overwritten
 from __future__ import annotations
 
 import contextlib
+import io
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from zarr.storage import MemoryStore
 from store import layout, stats
 from store.errors import DamagedError, NotAStoreError, PlanMismatchError
 from store.layout import Plan
-from store.objects import content_hash, leftovers, publish
+from store.objects import TEMPORARY_SUFFIX, content_hash, leftovers, publish
 from store.records import canonical, decode_record, digest_of, encode_record
 
 
@@ -53,15 +55,7 @@ def create_store(root: Path, plan: Plan, made_with: dict[str, str]) -> Plan:
         NotAStoreError: the folder holds something else.
         PlanMismatchError: it holds a store of another plan; names the differing fields.
     """
-    if root.exists() and not (root / layout.PLAN_KEY).exists():
-        if not root.is_dir():
-            raise NotAStoreError(f"{root} is a file; --store takes a folder.")
-        foreign = [p.name for p in root.iterdir() if p not in leftovers(root)]
-        if foreign:
-            raise NotAStoreError(
-                f"{root} is not empty and holds no store (found {sorted(foreign)[0]!r}); "
-                "choose another --store or empty it."
-            )
+    check_folder(root)
     record: dict[str, Any] = {
         "plan": plan.model_dump(mode="json"),
         "hash": plan.hash,
@@ -81,6 +75,34 @@ def create_store(root: Path, plan: Plan, made_with: dict[str, str]) -> Plan:
     return existing
 
 
+def check_folder(root: Path) -> None:
+    """`NotAStoreError` if a store can't be made at `root` because something else is there."""
+    if not root.exists() or (root / layout.PLAN_KEY).exists():
+        return
+    if not root.is_dir():
+        raise NotAStoreError(f"{root} is a file; --store takes a folder.")
+    killed = set(root.glob(f".*{TEMPORARY_SUFFIX}"))
+    foreign = sorted(p.name for p in root.iterdir() if p not in killed)
+    if foreign:
+        raise NotAStoreError(
+            f"{root} is not empty and holds no store (found {foreign[0]!r}); "
+            "choose another --store or empty it."
+        )
+
+
+def discard(root: Path) -> None:
+    """Remove a store in which nothing is committed, so that another plan can take its place.
+
+    plan.json goes last: killed before, this leaves an unfinished store, not a foreign folder.
+    """
+    for folder in layout.FOLDERS:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(root / folder)
+    for path in (*leftovers(root), root / "zarr.json", root / layout.PLAN_KEY):
+        path.unlink(missing_ok=True)
+    root.rmdir()
+
+
 def read_plan_record(root: Path) -> dict[str, Any]:
     """The checked content of plan.json: plan, hash, made_with, zarr.
 
@@ -96,6 +118,8 @@ def read_plan_record(root: Path) -> dict[str, Any]:
             "give the folder that `harvest run --store` wrote."
         ) from None
     record = decode_record(data, f"{root}/{layout.PLAN_KEY}")
+    if not isinstance(record.get("plan"), dict):
+        raise DamagedError(f"{root}/{layout.PLAN_KEY} is damaged: it is another kind of record.")
     found = record["plan"].get("format")
     if found != layout.FORMAT:
         raise DamagedError(
@@ -126,8 +150,7 @@ def write_shard(root: Path, plan: Plan, shard: Shard) -> dict[str, Any]:
         (layout.context_key(shard.number), shard.contexts),
         (layout.document_key(shard.number), shard.documents),
     ):
-        data = _encode_table(table)
-        objects[key] = _entry(data if publish(root, key, data) else (root / key).read_bytes())
+        objects[key] = _entry(_publish_or_adopt_table(root, key, table))
     return {
         "shard": shard.number,
         "plan": plan.hash,
@@ -220,6 +243,24 @@ def _publish_or_adopt(root: Path, plan: Plan, path: str, shard: int, data: bytes
         _decode(plan, path, shard, there)
         return there
     # Not committed and not decodable: a disk fault, not data. Ours takes its place.
+    return _replace(root, key, data)
+
+
+def _publish_or_adopt_table(root: Path, key: str, table: pa.Table) -> bytes:
+    data = _encode_table(table)
+    if publish(root, key, data):
+        return data
+    there = (root / key).read_bytes()
+    if there == data:
+        return data
+    # Another version of pyarrow writes the same table in other bytes.
+    with contextlib.suppress(pa.ArrowException, OSError):
+        if pq.read_table(io.BytesIO(there)).equals(table):
+            return there
+    return _replace(root, key, data)
+
+
+def _replace(root: Path, key: str, data: bytes) -> bytes:
     (root / key).unlink()
     publish(root, key, data)
     return data

@@ -26,7 +26,7 @@ from store.errors import InputError
 from store.reader import ActivationStore
 from train.sae import SAE
 
-BATCH_CONTEXTS = 8
+BATCH_TOKENS = 1024  # logits are [tokens, vocabulary], in float32
 RESIDUAL = ("resid_pre", "resid_post")
 
 
@@ -76,11 +76,12 @@ def downstream_loss(
     model = load_model(model_of(store), dtype, "cpu")
     blocks, calls = probe(model)
     losses = np.zeros(2)
-    for first in range(0, len(contexts), BATCH_CONTEXTS):
-        here = contexts[first : first + BATCH_CONTEXTS]
+    batch = max(1, BATCH_TOKENS // store.context_length)
+    for first in range(0, len(contexts), batch):
+        here = contexts[first : first + batch]
         ids = np.stack([store.tokens(c, c + 1)[0] for c in here.tolist()])
         tokens = torch.from_numpy(ids.astype(np.int64))  # [batch, context_length]
-        mask = torch.from_numpy(chosen[first : first + BATCH_CONTEXTS])
+        mask = torch.from_numpy(chosen[first : first + batch])
         losses[0] += cross_entropy(model, tokens)
 
         def reconstruct(x: Tensor, mask: Tensor = mask) -> Tensor:

@@ -93,13 +93,20 @@ def build_with_bar(store: Path, sae: Path, out: Path, config: Any) -> Any:
     from pipelines.features.build import build as run_build
 
     with progress("rows") as bar:
-        task = bar.add_task("encoding", total=None, rate="")
+        task = bar.add_task("encoding", total=None, rate="", visible=False)
         start = time.perf_counter()
 
         def show_progress(done: int, total: int) -> None:
             rate = f"{done / (time.perf_counter() - start):,.0f} rows/s"
             description = "encoding" if done < total else "writing tables"
-            bar.update(task, description=description, completed=done, total=total, rate=rate)
+            bar.update(
+                task,
+                description=description,
+                completed=done,
+                total=total,
+                rate=rate,
+                visible=True,
+            )
 
         return run_build(store, sae, out, config, show_progress)
 
@@ -138,6 +145,8 @@ def show(latent: int, features: Path, contexts: int) -> None:
 def query(sql: str, features: Path, limit: int) -> None:
     """Run SQL over the views latents, contexts, histograms, neighbours, tokens, documents.
 
+    A terminal gets a table, a pipe or file tab-separated lines with nothing cut off.
+
     \b
     sae-features query "SELECT latent, density FROM latents ORDER BY density DESC LIMIT 5"
     """
@@ -145,12 +154,18 @@ def query(sql: str, features: Path, limit: int) -> None:
     from pipelines.features.show import visible
 
     columns, rows, more = run_query(features, sql, limit)
-    table = Table(box=None)
-    for column in columns:
-        table.add_column(Text(column))
-    for row in rows:
-        table.add_row(*(Text(visible(_cell(value))) for value in row))
-    output().print(table)
+    cells = [[visible(_cell(value)) for value in row] for row in rows]
+    console = output()
+    if console.is_terminal:
+        table = Table(box=None)
+        for column in columns:
+            table.add_column(Text(column), overflow="fold")
+        for row in cells:
+            table.add_row(*map(Text, row))
+        console.print(table)
+    else:
+        for row in [columns, *cells]:
+            click.echo("\t".join(row))
     if more:
         click.echo(f"… more rows; --limit {limit} were printed.", err=True)
 

@@ -49,7 +49,8 @@ def query(features: Path, sql: str, limit: int) -> tuple[list[str], list[tuple[o
         rows = result.fetchmany(limit + 1)
     except duckdb.Error as error:
         raise InputError(
-            f"DuckDB cannot run this query: {first_line(error)} The tables are {', '.join(TABLES)}."
+            f"DuckDB cannot run this query ({first_line(error)}); "
+            f"the tables are {', '.join(TABLES)}."
         ) from error
     columns = [column[0] for column in result.description or []]
     return columns, rows[:limit], len(rows) > limit

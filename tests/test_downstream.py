@@ -1,0 +1,207 @@
+"""Downstream loss: what the model loses when a dictionary's output replaces its activations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from harvest.config import HarvestConfig
+from harvest.corpus import CorpusSpec
+from harvest.models import load_model, resolve_model
+from harvest.run import run
+from pipelines.evaluate import downstream
+from pipelines.evaluate.downstream import downstream_loss, heldout_contexts
+from store.errors import InputError, SaeHarvestError
+from store.reader import ActivationStore
+from store.rules import RowRule, heldout_documents
+from tests.dictionaries import SITE, config_for, random_sae
+from train.sae import SAE
+
+D_IN = 32
+EVERY_ROW = RowRule(max_norm_medians=None, heldout_fraction=0.4)
+ORDINARY_ROWS = RowRule(max_norm_medians=1.2, heldout_fraction=0.4)
+
+
+@pytest.fixture(scope="module")
+def store(tiny_store):
+    return ActivationStore.open(tiny_store)
+
+
+@pytest.fixture(scope="module")
+def model(store):
+    return load_model(resolve_model(store.plan["model"]["name"]), torch.float32, "cpu")
+
+
+def perfect(store, rule, **fields):
+    """Latents +e_i and -e_i with k = d_in: every row is its own reconstruction."""
+    rows = torch.cat([torch.eye(D_IN), -torch.eye(D_IN)])
+    config = config_for(store, n_latents=2 * D_IN, k=D_IN, rule=rule, **fields)
+    return SAE(config, rows.clone(), rows, torch.zeros(2 * D_IN), torch.zeros(D_IN))
+
+
+def constant(store, rule, vector, **fields):
+    """No latent ever fires: every reconstruction is b_dec."""
+    sae = random_sae(store, 16, 4, rule, **fields)
+    sae.b_enc[:] = -1e6
+    sae.b_dec = vector.clone()
+    return sae
+
+
+def by_hand(model, tokens, layer, enter, vector, mask):
+    """Mean cross-entropy with the vector in place of the masked rows, through a hook of our own."""
+
+    def on_input(module, args):
+        return (torch.where(mask[..., None], vector, args[0]), *args[1:])
+
+    def on_output(module, args, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        changed = torch.where(mask[..., None], vector, hidden)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    block = model.transformer.h[layer]
+    handle = (
+        block.register_forward_pre_hook(on_input)
+        if enter
+        else block.register_forward_hook(on_output)
+    )
+    with torch.no_grad():
+        logits = model(tokens).logits
+    handle.remove()
+    return cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item()
+
+
+def own_loss(model, tokens):
+    with torch.no_grad():
+        return model(tokens, labels=tokens).loss.item()
+
+
+def contexts_of(store, sae, n):
+    contexts = heldout_contexts(store, sae, store.sites[0], n)
+    tokens = np.stack([store.tokens(c, c + 1)[0] for c in contexts])
+    return contexts, torch.from_numpy(tokens.astype(np.int64))
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_perfect_dictionary_loses_nothing(store, model, tmp_path, scale):
+    fields = {} if scale == 1 else {"normalization": "scale", "input_scale": scale}
+    sae = perfect(store, EVERY_ROW, **fields)
+    sae.save(tmp_path)
+    measured = downstream_loss(store.path, tmp_path, 6)
+    _, tokens = contexts_of(store, sae, 6)
+    assert measured.contexts == 6
+    assert measured.tokens == 6 * (store.context_length - 1)
+    assert measured.replaced == 1
+    assert measured.ce_model == pytest.approx(own_loss(model, tokens), rel=1e-5)
+    assert measured.delta_ce == pytest.approx(0, abs=1e-5)
+    assert measured.to_json()["delta_ce"] == measured.ce_sae - measured.ce_model
+
+
+def test_a_constant_gives_the_loss_of_a_manual_hook(store, model, tmp_path):
+    vector = torch.randn(D_IN, generator=torch.Generator().manual_seed(2))
+    sae = constant(store, EVERY_ROW, vector)
+    sae.save(tmp_path)
+    measured = downstream_loss(store.path, tmp_path, 5)
+    _, tokens = contexts_of(store, sae, 5)
+    every = torch.ones(tokens.shape, dtype=torch.bool)
+    assert measured.ce_sae == pytest.approx(
+        by_hand(model, tokens, 1, False, vector, every), rel=1e-5
+    )
+    assert measured.delta_ce > 0.01
+
+
+def test_only_rows_that_the_rule_reads_are_replaced(store, model, tmp_path):
+    vector = torch.full((D_IN,), 2.0)
+    sae = constant(store, ORDINARY_ROWS, vector)
+    sae.save(tmp_path)
+    measured = downstream_loss(store.path, tmp_path, 7)
+    contexts, tokens = contexts_of(store, sae, 7)
+    keep = np.zeros((7, store.context_length), bool)
+    length = store.context_length
+    for n, context in enumerate(contexts):
+        shard = context * length // store.shard_rows
+        limit = 1.2 * store.norm_median(SITE, shard)
+        keep[n] = store.norms(SITE, context * length, (context + 1) * length) <= limit
+    assert 0.5 < keep.mean() < 1
+    assert measured.replaced == keep.mean()
+    mask = torch.from_numpy(keep)
+    assert measured.ce_sae == pytest.approx(
+        by_hand(model, tokens, 1, False, vector, mask), rel=1e-5
+    )
+    every = torch.ones_like(mask)
+    assert measured.ce_sae != pytest.approx(
+        by_hand(model, tokens, 1, False, vector, every), rel=1e-3
+    )
+
+
+def test_batches_and_progress_change_nothing(store, tmp_path, monkeypatch):
+    random_sae(store, 64, 4, EVERY_ROW).save(tmp_path)
+    whole = downstream_loss(store.path, tmp_path, 7)
+    monkeypatch.setattr(downstream, "BATCH_TOKENS", 2 * store.context_length)
+    seen = []
+    parts = downstream_loss(store.path, tmp_path, 7, lambda *done: seen.append(done))
+    assert parts.ce_sae == pytest.approx(whole.ce_sae, rel=1e-6)
+    assert seen == [(2, 7), (4, 7), (6, 7), (7, 7)]
+    monkeypatch.setattr(downstream, "BATCH_TOKENS", 1)
+    assert downstream_loss(store.path, tmp_path, 7).ce_sae == pytest.approx(whole.ce_sae, rel=1e-6)
+
+
+def test_contexts_hold_held_out_documents_only(store):
+    sae = random_sae(store, 16, 4, ORDINARY_ROWS)
+    found = heldout_contexts(store, sae, SITE, 10_000)
+    hashes = np.concatenate([store.row_documents(s)[1] for s in range(store.n_shards)])
+    whole = heldout_documents(hashes.reshape(store.n_contexts, -1), 0.4).all(axis=1)
+    assert found.tolist() == np.flatnonzero(whole).tolist()
+    assert 10 < len(found) < store.n_contexts / 2
+    assert heldout_contexts(store, sae, SITE, 3).tolist() == found[:3].tolist()
+
+
+@pytest.fixture(scope="module")
+def other_sites(tmp_path_factory, model_folder, corpus_file):
+    """A store of one shard with resid_pre.2 and mlp_out.1, and a BOS in front of contexts."""
+    path = tmp_path_factory.mktemp("sites") / "store"
+    config = HarvestConfig(
+        model=str(model_folder),
+        corpus=CorpusSpec(name=str(corpus_file)),
+        sites=("resid_pre.2", "mlp_out.1"),
+        tokens=2048,
+        context_length=32,
+        shard_rows=2048,
+        compute_dtype="float32",
+        bos="context",
+    )
+    run(config, path, workers=0, device="cpu")
+    return ActivationStore.open(path)
+
+
+def test_what_enters_a_block_is_replaced_and_bos_belongs_to_no_document(
+    other_sites, model, tmp_path
+):
+    vector = torch.randn(D_IN, generator=torch.Generator().manual_seed(3))
+    sae = constant(other_sites, EVERY_ROW, vector, site="resid_pre.2")
+    sae.save(tmp_path)
+    measured = downstream_loss(other_sites.path, tmp_path, 4)
+    _, tokens = contexts_of(other_sites, sae, 4)
+    assert (tokens[:, 0] == 0).all()
+    every = torch.ones(tokens.shape, dtype=torch.bool)
+    assert measured.ce_sae == pytest.approx(
+        by_hand(model, tokens, 2, True, vector, every), rel=1e-5
+    )
+
+
+def test_what_cannot_be_measured_is_refused_in_a_sentence(store, other_sites, tmp_path):
+    random_sae(other_sites, 16, 4, EVERY_ROW, site="mlp_out.1").save(tmp_path / "mlp")
+    with pytest.raises(InputError, match=r"replaces resid_pre or resid_post, not mlp_out\.1"):
+        downstream_loss(other_sites.path, tmp_path / "mlp", 4)
+    none_held_out = RowRule(heldout_fraction=0)
+    random_sae(store, 16, 4, none_held_out).save(tmp_path / "all")
+    with pytest.raises(InputError, match="no context cut from held-out documents only"):
+        downstream_loss(store.path, tmp_path / "all", 4)
+    with pytest.raises(SaeHarvestError):
+        downstream_loss(tmp_path, tmp_path / "all", 4)
+    with pytest.raises(InputError, match="no trained SAE"):
+        downstream_loss(store.path, tmp_path / "nothing", 4)
+    random_sae(store, 16, 4, EVERY_ROW, d_in=31).save(tmp_path / "narrow")
+    with pytest.raises(SaeHarvestError, match="31"):
+        downstream_loss(store.path, tmp_path / "narrow", 4)
