@@ -17,10 +17,6 @@ def config_for(store: ActivationStore, **fields) -> SAEConfig:
     known = {
         "d_in": store.width(store.sites[0]),
         "site": SITE,
-        "rule": RowRule(),
-        "store_digest": store.digest,
-        "model": store.plan["model"]["name"],
-        "tokens": 4096,
     }
     return SAEConfig.model_validate(known | fields)
 

@@ -207,6 +207,9 @@ def test_what_cannot_be_used_is_refused(store_path: Path, tmp_path: Path) -> Non
     big = CONFIG.model_copy(update={"batch_rows": 5000})
     with pytest.raises(InputError, match="fewer than one batch"):
         train(big, store_path, tmp_path / "sae2", device="cpu")
+    assert not (tmp_path / "sae2").exists()
+    with pytest.raises(RunError, match="Cannot read or write"):
+        train(CONFIG, store_path, tmp_path / "other" / "thesis.tex" / "sae", device="cpu")
 
 
 def test_the_command_fails_with_one_sentence(tmp_path: Path) -> None:
@@ -270,6 +273,21 @@ def test_an_sae_of_another_width_is_refused(finished: Path, tmp_path: Path) -> N
     store = ActivationStore.open(tmp_path / "wide")
     with pytest.raises(InputError, match="8 dimensions"):
         evaluate(SAE.load(finished), store, RowRule(heldout_fraction=0.9), max_rows=100)
+
+
+def test_a_foreign_line_in_the_metrics_is_refused(
+    finished: Path, store_path: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "sae")
+    (tmp_path / "sae" / "metrics.jsonl").write_text("hello\n")
+    with pytest.raises(RunError, match=r"metrics.jsonl .*'hello'"):
+        train(CONFIG, store_path, tmp_path / "sae", device="cpu")
+
+
+def test_divergence_is_reported(store_path: Path, tmp_path: Path) -> None:
+    wild = CONFIG.model_copy(update={"lr": 1e30})  # a copy isn't held to the bounds
+    with pytest.raises(RunError, match=r"diverged at step \d+ .*lower --lr"):
+        train(wild, store_path, tmp_path / "sae", device="cpu")
 
 
 def test_geometric_median_ignores_an_outlier() -> None:

@@ -33,7 +33,6 @@ def sample_rows(loader: ShuffledLoader) -> Tensor:
         batches.append(loader.next_batch().x.clone())
         if sum(map(len, batches)) >= SAMPLE_ROWS:
             break
-    loader.close()
     return torch.cat(batches)[:SAMPLE_ROWS]
 
 

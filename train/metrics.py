@@ -7,7 +7,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from store.errors import RunError
 from train.files import write_text
+
+
+def _step(line: str, path: Path) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        raise RunError(
+            f"{path} has a line that is not of a training run: {line.strip()[:60]!r}; move the "
+            "file away to continue without the metrics so far."
+        ) from None
 
 
 class MetricsFile:
@@ -19,7 +30,7 @@ class MetricsFile:
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
                 # steps only grow; a line without its end was being written when the run died
-                if not line.endswith("\n") or json.loads(line)["step"] > last_step:
+                if not line.endswith("\n") or _step(line, path) > last_step:
                     break
                 kept.append(line)
         write_text(path, "".join(kept))

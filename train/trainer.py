@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from store.errors import InputError, RunError
 from store.loader import ShuffledLoader
@@ -80,7 +81,8 @@ def claim(out: Path, run: dict[str, Any]) -> None:
     """
     path = out / RUN_FILE
     if not path.exists():
-        if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        # a temporary file is all that a run killed at its very start leaves
+        if out.is_dir() and any(not file.name.endswith(".tmp") for file in out.iterdir()):
             raise RunError(f"{out} holds other files and no {RUN_FILE}; choose another --out.")
         out.mkdir(parents=True, exist_ok=True)
         write_json(path, run)
@@ -115,21 +117,17 @@ class _Run:
     def __init__(
         self,
         config: TrainConfig,
-        store: ActivationStore,
+        loader: ShuffledLoader,
         site: str,
         out: Path,
         device: torch.device,
     ) -> None:
-        self.config, self.out = config, out
-        self.loader = ShuffledLoader(
-            store, site, config.batch_rows, seed=config.seed, rule=config.rule
-        )
+        self.config, self.out, self.loader = config, out, loader
         saved = load_newest(out, str(device))
         if saved is None:
-            sample = sample_rows(
-                ShuffledLoader(store, site, config.batch_rows, seed=config.seed, rule=config.rule)
-            )
-            start = prepare(sample, config.normalization)
+            beginning = loader.state()
+            start = prepare(sample_rows(loader), config.normalization)
+            loader.load_state(beginning)
             self.sae = initial_sae(config, site, start, device)
             self.total_variance = start.total_variance
         else:
@@ -221,26 +219,38 @@ def train(
     chosen = choose_device(device)
     store = ActivationStore.open(store_path)
     site = store.site(site)
-    claim(out, describe_run(config, store, site))
-    report("preparing", 0, config.steps, "")
-    run = _Run(config, store, site, out, chosen)
+    # before the folder is claimed: it refuses a store too small for a batch
+    loader = ShuffledLoader(store, site, config.batch_rows, seed=config.seed, rule=config.rule)
+    try:
+        claim(out, describe_run(config, store, site))
+        report("preparing", 0, config.steps, "")
+        return _train(_Run(config, loader, site, out, chosen), store, report)
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"Cannot read or write in {out} ({error}); see to the disk and its permissions, then "
+            "run the same command again to continue."
+        ) from error
+    finally:
+        loader.close()
+
+
+def _train(run: _Run, store: ActivationStore, report: Report) -> RunResult:
+    """Steps until the run is done or interrupted; checkpoints, metrics, the result."""
+    config, out = run.config, run.out
     metrics: dict[str, Any] = {}
     saved_step = run.step
-    try:
-        with Interruption() as interruption, MetricsFile(out / METRICS_FILE, run.step) as log:
-            while run.step < config.steps and not interruption.asked:
-                started = time.perf_counter()
-                metrics = run.advance()
-                rate = config.batch_rows / (time.perf_counter() - started)
-                log.write({**metrics, "tokens_per_second": round(rate)})
-                report("training", run.step, config.steps, f"{rate:,.0f} tokens/s")
-                if run.step % config.checkpoint_every == 0:
-                    run.save()
-                    saved_step = run.step
-            if run.step != saved_step:
+    with Interruption() as interruption, MetricsFile(out / METRICS_FILE, run.step) as log:
+        while run.step < config.steps and not interruption.asked:
+            started = time.perf_counter()
+            metrics = run.advance()
+            rate = config.batch_rows / (time.perf_counter() - started)
+            log.write({**metrics, "tokens_per_second": round(rate)})
+            report("training", run.step, config.steps, f"{rate:,.0f} tokens/s")
+            if run.step % config.checkpoint_every == 0:
                 run.save()
-    finally:
-        run.loader.close()
+                saved_step = run.step
+        if run.step != saved_step:
+            run.save()
     if run.step < config.steps:
         return RunResult(run.step, False, metrics, None)
     return RunResult(run.step, True, metrics, _finish(run, store, report))
