@@ -13,12 +13,14 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.table import Table
 
+from bench.measurement import Measurement
 from store.console import output
 from train.config import TrainConfig
 from train.initial import Start, initial_sae
@@ -49,15 +51,17 @@ class _Timed:
         return timed
 
 
-def measure(device: str = "cpu", rounds: int = ROUNDS) -> dict[str, Any]:
+def time_step(device: str = "cpu", rounds: int = ROUNDS) -> dict[str, Any]:
     """Seconds a step and seconds of the product, medians over rounds, and their ratio.
 
     Returns:
-        value and limit (seconds), ratio, goal, floor, better ("lower"), parts (seconds by name).
+        value and limit (seconds), ratio, parts (seconds by name).
     """
     config = TrainConfig(n_latents=N_LATENTS, k=K, tokens=BATCH_ROWS, batch_rows=BATCH_ROWS)
     where = torch.device(device)
-    sae = initial_sae(config, "resid_post.0", Start(1.0, D_IN, torch.zeros(D_IN)), where)
+    model = {"name": "", "weights": ""}
+    start = Start(1.0, D_IN, torch.zeros(D_IN))
+    sae = initial_sae(config, "resid_post.0", start, where, model)
     optimizer, workspace = Optimizer(sae, config), Workspace(sae, BATCH_ROWS)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(BATCH_ROWS, D_IN, generator=generator).to(where)
@@ -90,11 +94,18 @@ def measure(device: str = "cpu", rounds: int = ROUNDS) -> dict[str, Any]:
         "value": value,
         "limit": limit,
         "ratio": value / limit,
-        "goal": GOAL,
-        "floor": FLOOR,
-        "better": "lower",
         "parts": {**parts, "other": value - sum(parts.values())},
     }
+
+
+def measure(folder: Path) -> list[Measurement]:
+    """sae_step; needs nothing of `folder`."""
+    timed = time_step()
+    return [
+        Measurement(
+            "sae_step", timed["value"], timed["limit"], "s", GOAL, FLOOR, higher_is_better=False
+        )
+    ]
 
 
 def _seconds(work: Callable[[], None], where: torch.device) -> float:
@@ -111,7 +122,7 @@ def _per_step(seconds: list[float], rounds: int) -> list[float]:
 
 
 def main() -> None:
-    result = measure()
+    result = time_step()
     table = Table("part of a step", "ms", "of the product", box=None)
     for name, seconds in result["parts"].items():
         table.add_row(name, f"{1e3 * seconds:.1f}", f"{seconds / result['limit']:.2f}")

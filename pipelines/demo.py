@@ -36,7 +36,6 @@ TRAIN = TrainConfig(
     k=32,
     tokens=1_572_864,
     batch_rows=4096,
-    lr=1e-3,
     dead_after_tokens=200_000,
 )
 FEATURES = FeatureConfig()

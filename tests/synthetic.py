@@ -17,7 +17,7 @@ def make_plan(n_contexts: int = 100, width: int = 8, seed: int = 0, dtype: str =
     """13 shards of 8 contexts of 16 tokens, the last one short."""
     return Plan.model_validate(
         {
-            "model": {"name": "none"},
+            "model": {"name": "none", "weights": "none"},
             "tokenizer": {},
             "corpus": {"name": "none"},
             "sites": (SitePlan(name=SITE, width=width),),

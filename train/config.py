@@ -40,6 +40,10 @@ class SAEConfig(BaseModel):
     rule: RowRule = Field(
         RowRule(), description="which rows it was trained on; what reads with it reads these"
     )
+    model: str = Field("", description="name of the model whose activations it was trained on")
+    model_weights: str = Field(
+        "", description="identity of that model's weights, as in the store's plan; empty: unknown"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> SAEConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,8 +75,13 @@ def prepare(rows: Tensor, normalization: str) -> Start:
     return Start(scale, total / scale**2, (geometric_median(rows) / scale).float())
 
 
-def initial_sae(config: TrainConfig, site: str, start: Start, device: torch.device) -> SAE:
-    """Random unit decoder rows, encoder equal to the decoder, b_enc zero, b_dec the median."""
+def initial_sae(
+    config: TrainConfig, site: str, start: Start, device: torch.device, model: dict[str, Any]
+) -> SAE:
+    """Random unit decoder rows, encoder equal to the decoder, b_enc zero, b_dec the median.
+
+    `model` is what the store's plan says of the model: its `name` and `weights` are kept.
+    """
     d_in = len(start.b_dec)
     # drawn on the processor, so that every device starts from the same weights
     generator = torch.Generator().manual_seed(config.seed)
@@ -92,6 +98,8 @@ def initial_sae(config: TrainConfig, site: str, start: Start, device: torch.devi
             normalization=config.normalization,
             input_scale=start.input_scale,
             rule=config.rule,
+            model=model["name"],
+            model_weights=model["weights"],
         ),
         W_enc=rows.to(device, copy=True),
         W_dec=rows.to(device, copy=True),

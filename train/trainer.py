@@ -121,6 +121,7 @@ class _Run:
         site: str,
         out: Path,
         device: torch.device,
+        model: dict[str, Any],
     ) -> None:
         self.config, self.out, self.loader = config, out, loader
         saved = load_newest(out, str(device))
@@ -128,7 +129,7 @@ class _Run:
             beginning = loader.state()
             start = prepare(sample_rows(loader), config.normalization)
             loader.load_state(beginning)
-            self.sae = initial_sae(config, site, start, device)
+            self.sae = initial_sae(config, site, start, device, model)
             self.total_variance = start.total_variance
         else:
             self.sae = saved.sae
@@ -224,7 +225,8 @@ def train(
     try:
         claim(out, describe_run(config, store, site))
         report("preparing", 0, config.steps, "")
-        return _train(_Run(config, loader, site, out, chosen), store, report)
+        run = _Run(config, loader, site, out, chosen, store.plan["model"])
+        return _train(run, store, report)
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"Cannot read or write in {out} ({error}); see to the disk and its permissions, then "

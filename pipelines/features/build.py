@@ -184,4 +184,11 @@ def check_fit(store: ActivationStore, sae: SAE, sae_path: Path) -> str:
             f"The SAE in {sae_path} takes {sae.config.d_in} numbers a row; {site} in "
             f"{store.path} is {store.width(site)} wide. Use the store of the same model."
         )
+    weights = store.plan["model"]["weights"]
+    if sae.config.model_weights not in ("", weights):
+        raise RunError(
+            f"The SAE in {sae_path} was trained on {sae.config.model} with other weights "
+            f"({sae.config.model_weights}) than {store.path} was harvested from ({weights}). "
+            "Use a store of the same model."
+        )
     return site
