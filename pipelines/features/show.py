@@ -124,7 +124,7 @@ def _context(
     *,
     maximum: float,
 ) -> Text:
-    line = Text(f"{activation:7.2f}  ", style="bold")
+    line = Text.assemble((f"{activation:7.2f}  ", "bold"))
     line.append_text(highlight(texts, activations, maximum, position - window_start))
     where = visible(" · ".join(part for part in (source, title) if part))
     return line.append(f"  {where}", style="dim italic") if where else line
