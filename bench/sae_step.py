@@ -10,6 +10,8 @@ round by round, so that a busy machine slows both.
 
 from __future__ import annotations
 
+import json
+import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -30,6 +32,8 @@ from train.step import Workspace, train_step
 D_IN, N_LATENTS, K, BATCH_ROWS = 768, 24_576, 32, 4096
 ROUNDS = 12
 GOAL, FLOOR = 1.4, 2.0
+PEER = Path(__file__).parents[1] / ".venv-peers" / "sparsify" / "bin" / "python"
+PEER_STEPS = 6
 
 
 class _Timed:
@@ -55,7 +59,7 @@ def time_step(device: str = "cpu", rounds: int = ROUNDS) -> dict[str, Any]:
     """Seconds a step and seconds of the product, medians over rounds, and their ratio.
 
     Returns:
-        value and limit (seconds), ratio, parts (seconds by name).
+        value and limit (seconds), ratio, cpu (CPU seconds a step), parts (seconds by name).
     """
     config = TrainConfig(n_latents=N_LATENTS, k=K, tokens=BATCH_ROWS, batch_rows=BATCH_ROWS)
     where = torch.device(device)
@@ -80,32 +84,50 @@ def time_step(device: str = "cpu", rounds: int = ROUNDS) -> dict[str, Any]:
         )
         optimizer.step(sae, workspace.gradients, result.grad_norm)
 
-    product_seconds, step_seconds = [], []
+    product_seconds, step_seconds, step_cpu = [], [], []
     for round_number in range(rounds + 2):
         if round_number == 2:  # compiled and warm
             timed.seconds.clear()
-        took = [_seconds(product, where), _seconds(step, where)]
+        took = _seconds(product, where)
+        before = time.process_time()
+        step_took = _seconds(step, where)
         if round_number >= 2:
-            product_seconds.append(took[0])
-            step_seconds.append(took[1])
+            product_seconds.append(took)
+            step_seconds.append(step_took)
+            step_cpu.append(time.process_time() - before)
     limit, value = float(np.median(product_seconds)), float(np.median(step_seconds))
     parts = {name: float(np.median(_per_step(s, rounds))) for name, s in timed.seconds.items()}
     return {
         "value": value,
         "limit": limit,
         "ratio": value / limit,
+        "cpu": float(np.median(step_cpu)),
         "parts": {**parts, "other": value - sum(parts.values())},
     }
 
 
 def measure(folder: Path) -> list[Measurement]:
-    """sae_step; needs nothing of `folder`."""
+    """sae_step, and sae_step_vs_sparsify where the peer is installed; nothing of `folder`."""
     timed = time_step()
-    return [
-        Measurement(
-            "sae_step", timed["value"], timed["limit"], "s", GOAL, FLOOR, higher_is_better=False
-        )
-    ]
+    step = Measurement(
+        "sae_step", timed["value"], timed["limit"], "s", GOAL, FLOOR, higher_is_better=False
+    )
+    if not PEER.exists():
+        output().print("sae_step_vs_sparsify is left out: `make bench` installs the peer.")
+        return [step]
+    command = [PEER, Path(__file__).parent / "peers" / "sparsify_step.py", str(PEER_STEPS)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    peer = json.loads(printed.splitlines()[-1])
+    versus = Measurement(
+        "sae_step_vs_sparsify",
+        timed["cpu"],
+        peer["cpu"],
+        "CPU s",
+        1 / 4,
+        1 / 3,
+        higher_is_better=False,
+    )
+    return [step, versus]
 
 
 def _seconds(work: Callable[[], None], where: torch.device) -> float:
