@@ -50,9 +50,7 @@ def bare_forward(plan: Plan, model_name: str) -> Callable[[], float]:
         raise AssertionError("the forward pass was not stopped")
 
     forward()
-    return lambda: (
-        BARE_BATCHES * ids.numel() / seconds(lambda: [forward() for _ in range(BARE_BATCHES)])
-    )
+    return lambda: BARE_BATCHES * ids.numel() / seconds(forward, BARE_BATCHES)
 
 
 def measure(folder: Path) -> list[Measurement]:

@@ -31,7 +31,7 @@ def measure(folder: Path) -> list[Measurement]:
 
     def ours() -> float:
         loader = ShuffledLoader(store, site, BATCH_ROWS, 0, ALL, WINDOW_CHUNKS)
-        taken = seconds(lambda: [loader.next_batch() for _ in range(loader.batches_per_epoch)])
+        taken = seconds(loader.next_batch, loader.batches_per_epoch)
         loader.close()
         return rows / taken
 
@@ -52,7 +52,7 @@ def measure(folder: Path) -> list[Measurement]:
         return timed
 
     def sequential() -> float:
-        return rows / seconds(lambda: [_read_through(path) for path in shards])
+        return rows / seconds(lambda: _read_through(shards))
 
     ours(), memmap()
     warm, warm_limit = alternate(ours, memmap, REPEATS)
@@ -83,8 +83,9 @@ def _drop_from_cache(path: Path) -> None:
     os.close(descriptor)
 
 
-def _read_through(path: Path) -> None:
+def _read_through(paths: list[Path]) -> None:
     buffer = bytearray(8 << 20)
-    with path.open("rb", buffering=0) as file:
-        while file.readinto(buffer):
-            pass
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass

@@ -73,7 +73,7 @@ def time_step(device: str = "cpu", rounds: int = ROUNDS) -> dict[str, Any]:
     low_x, low_w = x.bfloat16(), sae.W_enc.bfloat16()
     scores = torch.empty(BATCH_ROWS, N_LATENTS, dtype=torch.bfloat16, device=where)
     timed = _Timed(sae.kernels)
-    sae.kernels = timed  # type: ignore[assignment]
+    sae.kernels = timed
 
     def product() -> None:
         torch.mm(low_x, low_w.T, out=scores)
@@ -115,7 +115,11 @@ def measure(folder: Path) -> list[Measurement]:
     if not PEER.exists():
         output().print("sae_step_vs_sparsify is left out: `make bench` installs the peer.")
         return [step]
-    command = [PEER, Path(__file__).parent / "peers" / "sparsify_step.py", str(PEER_STEPS)]
+    command: list[str | Path] = [
+        PEER,
+        Path(__file__).parent / "peers" / "sparsify_step.py",
+        str(PEER_STEPS),
+    ]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     peer = json.loads(printed.splitlines()[-1])
     versus = Measurement(

@@ -52,7 +52,7 @@ def measure(folder: Path) -> list[Measurement]:
 
 def _write_and_sync(path: Path, data: np.ndarray) -> None:
     with path.open("wb", buffering=0) as file:
-        view = memoryview(data)
+        view = data.data
         while view:
             view = view[file.write(view) :]
         os.fsync(file.fileno())

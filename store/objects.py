@@ -25,6 +25,8 @@ def publish(root: Path, key: str, data: bytes | memoryview) -> bool:
     *Already there* is neither success nor failure: the caller reads it back and decides.
     """
     final = root / key
+    if final.exists():
+        return False
     temporary = final.parent / f".{final.name}.{os.getpid()}-{secrets.token_hex(4)}"
     temporary = temporary.with_name(temporary.name + TEMPORARY_SUFFIX)
     try:

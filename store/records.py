@@ -36,7 +36,7 @@ def decode_record(data: bytes, name: str) -> dict[str, Any]:
     try:
         content = json.loads(data)
         checksum = content.pop(CHECKSUM)
-    except (ValueError, KeyError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DamagedError(f"{name} is damaged: it is not a record of this format.") from None
     if checksum != digest_of(content) or data != encode_record(content):
         raise DamagedError(f"{name} is damaged: its checksum does not match its content.")
