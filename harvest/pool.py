@@ -81,6 +81,9 @@ class RayPool:
         # Ray puts the driver's folder first on its workers' path, where a user's own store.py
         # or train.py would be taken for our packages: start it from an empty folder.
         self._empty = tempfile.TemporaryDirectory(prefix="harvest-")
+        self._actors: list[Any] = []
+        self._pending: dict[Any, int] = {}  # reference → index of the actor
+        self.capacity = IN_FLIGHT * workers
         try:
             with contextlib.chdir(self._empty.name):
                 ray.init(
@@ -92,8 +95,11 @@ class RayPool:
                     object_store_memory=OBJECT_STORE_BYTES,
                     _node_ip_address="127.0.0.1",  # all of it is on this machine
                 )
+        except KeyboardInterrupt:
+            self.close()
+            raise
         except Exception as error:  # sockets, memory, time: Ray raises at will
-            self._empty.cleanup()
+            self.close()
             reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise RunError(
                 f"Ray could not be started ({reason}); use --workers 0 to do without it."
@@ -106,8 +112,6 @@ class RayPool:
             max_task_retries=3,
         )
         self._actors = [actor.remote(threads=threads, **worker) for _ in range(workers)]
-        self._pending: dict[Any, int] = {}  # reference → index of the actor
-        self.capacity = IN_FLIGHT * workers
 
     def widths(self) -> dict[str, int]:
         return self._get([actor.widths.remote() for actor in self._actors])[0]
@@ -129,9 +133,8 @@ class RayPool:
     def close(self) -> None:
         """Stop the workers between two batches, so that none writes once this returns."""
         try:
-            if self._pending:
-                stops = [actor.stop.remote() for actor in self._actors]
-                ending = [*stops, *self._pending]
+            ending = [*(actor.stop.remote() for actor in self._actors), *self._pending]
+            if ending:
                 self._ray.wait(ending, num_returns=len(ending), timeout=STOP_SECONDS)
         finally:
             self._ray.shutdown()
@@ -145,10 +148,11 @@ class RayPool:
                 raise error.cause from None
             raise
         except self._ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[-1].strip().rstrip(".")
             raise RunError(
-                f"A worker died and could not be restarted ({str(error).splitlines()[0]}); "
-                "what is committed is safe: run the same command again, with fewer --workers "
-                "if memory ran out."
+                f"A worker died and could not be restarted ({reason}); what is "
+                "committed is safe: run the same command again, with fewer --workers if memory "
+                "ran out."
             ) from error
 
 

@@ -100,7 +100,8 @@ def discard(root: Path) -> None:
             shutil.rmtree(root / folder)
     for path in (*leftovers(root), root / "zarr.json", root / layout.PLAN_KEY):
         path.unlink(missing_ok=True)
-    root.rmdir()
+    with contextlib.suppress(OSError):  # somebody else's file beside ours stays
+        root.rmdir()
 
 
 def read_plan_record(root: Path) -> dict[str, Any]:

@@ -1,0 +1,107 @@
+"""Running the `harvest` command as people do: the installed script, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from click.testing import CliRunner, Result
+
+from harvest.cli import main
+
+SCRIPT = Path(sys.executable).with_name("harvest")
+
+
+def options(model: Path, corpus: Path, store: Path, **more: object) -> list[str]:
+    """Arguments of `harvest run` for the fixture model: resid_post.1, 4 shards of 1,024 rows."""
+    given = {"model": model, "corpus": corpus, "store": store, "layer": 1, "tokens": 4096}
+    given |= {"shard-rows": 1024, "workers": 0, "context-length": 32, "compute-dtype": "float32"}
+    given |= {name.replace("_", "-"): value for name, value in more.items()}
+    words = [[f"--{name}", str(value)] for name, value in given.items() if value is not None]
+    return ["run", *chain.from_iterable(words)]
+
+
+def invoke(*arguments: object) -> Result:
+    """The command in this process: quick, and what it imports can be replaced."""
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def harvest(*arguments: object, **place: Any) -> subprocess.CompletedProcess[str]:
+    """The installed script, to its end."""
+    command = [str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, **place)
+
+
+@contextmanager
+def harvesting(*arguments: object, **place: Any) -> Iterator[subprocess.Popen[str]]:
+    """The installed script under way, in a session (so also a process group) of its own."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [str(SCRIPT), *map(str, arguments)]
+    process = subprocess.Popen(command, start_new_session=True, **pipes, **place)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def refusal(result: Result | subprocess.CompletedProcess[str], code: int = 1) -> str:
+    """The sentence of a refusal, after checking that there is exactly one and nothing else."""
+    found = result.exit_code if isinstance(result, Result) else result.returncode
+    assert found == code, (result.stdout, result.stderr)
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert [line for line in lines if line.startswith("Error: ")] == [lines[-1]], lines
+    return lines[-1]
+
+
+def digest_of(result: Result | subprocess.CompletedProcess[str]) -> str:
+    """The digest that a harvest printed, after checking that it printed one line and no more."""
+    line = re.fullmatch(r".* rows of .*\. Digest ([0-9a-f]{32})\.\n", result.stdout)
+    assert line is not None, (result.stdout, result.stderr)
+    return line[1]
+
+
+def wait_for(condition: Callable[[], object], seconds: float) -> bool:
+    """Whether the condition came true in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def commits(store: Path) -> int:
+    """Shards committed so far."""
+    return len(list(store.glob("commits/*.json")))
+
+
+def session_processes(session: int) -> dict[int, str]:
+    """Process id → command of everything alive in a session, Ray's own processes included."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found[int(folder.name)] = command
+    return found
+
+
+def dead_network() -> dict[str, str]:
+    """An environment in which every request to the outside fails at once."""
+    names = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
+    kept = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    return kept | dict.fromkeys(names, "http://127.0.0.1:9")
