@@ -68,9 +68,7 @@ def test_train_build_show_and_query(
     build = ("build", "--store", tiny_store, "--sae", "sae", "--out", "features")
     assert "features: 64 latents" in type_in(folder, "sae-features", *build, env=environment)
     sql = "SELECT latent FROM latents WHERE NOT dead ORDER BY n_fire DESC LIMIT 1"
-    found = type_in(
-        folder, "sae-features", "query", sql, "--features", "features", env=environment
-    )
+    found = type_in(folder, "sae-features", "query", sql, "--features", "features", env=environment)
     latent = int(found.split()[-1])
     shown = type_in(
         folder, "sae-features", "show", latent, "--features", "features", env=environment
