@@ -19,7 +19,7 @@ from store.layout import Plan
 
 LAYER = 12
 SITE = f"resid_post.{LAYER}"
-TOKENS = 2 * 65_536
+TOKENS = 3 * 65_536
 ROUNDS = 3
 BARE_BATCHES = 16  # before and after each harvest
 
