@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from pipelines.features import kernels
 from pipelines.features.config import FeatureConfig
+from train.kernels.gradient_jit import sort_by_latent
 
 COMPACT_ROWS = 20_000_000  # (latent, token) counts kept before equal ones are added up
 WINDOW_BEFORE = 0.7  # share of the window before the peak: a causal model has seen only that
@@ -94,7 +95,7 @@ class Accumulator:
             tokens, documents: of every row of the block [block rows].
         """
         self.n_rows += len(selected)
-        starts, at, value = kernels.sort_by_latent(indices, values, self._n_latents)
+        starts, at, value = sort_by_latent(indices, values, True, self._n_latents)
         row = selected.astype(np.int32)[at]
         kernels.add_moments(
             starts,

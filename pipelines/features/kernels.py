@@ -23,41 +23,6 @@ LOWEST_OCTAVE = -12  # bin 0 begins at 2**-12, the last one ends at 2**12
 
 
 @njit(cache=True)
-def sort_by_latent(
-    indices: npt.NDArray[Any], values: npt.NDArray[np.float32], n_latents: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Counting sort of the firings of a block of rows.
-
-    Args:
-        indices: latents [rows, k].
-        values: activations [rows, k]; those that are 0 did not fire and are dropped.
-
-    Returns:
-        starts [n_latents + 1]; then, latent by latent with rows ascending, row within the
-        block and value of each firing.
-    """
-    rows, k = indices.shape
-    starts = np.zeros(n_latents + 1, np.int64)
-    for r in range(rows):
-        for j in range(k):
-            if values[r, j] > 0:
-                starts[indices[r, j] + 1] += 1
-    for i in range(n_latents):
-        starts[i + 1] += starts[i]
-    fill = starts[:-1].copy()
-    row = np.empty(starts[-1], np.int32)
-    value = np.empty(starts[-1], np.float32)
-    for r in range(rows):
-        for j in range(k):
-            if values[r, j] > 0:
-                at = fill[indices[r, j]]
-                row[at] = r
-                value[at] = values[r, j]
-                fill[indices[r, j]] += 1
-    return starts, row, value
-
-
-@njit(cache=True)
 def histogram_bin(value: float) -> int:
     """Number of the log-spaced bin a positive value falls in; the ends are open."""
     position = int(np.floor((np.log2(value) - LOWEST_OCTAVE) * BINS_PER_OCTAVE))
