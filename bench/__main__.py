@@ -20,14 +20,15 @@ RESULTS = Path(__file__).parent / "results" / "local.json"
 
 def main() -> None:
     measured: list[Measurement] = []
-    console = Console()
+    console = Console(width=100)
     with tempfile.TemporaryDirectory(prefix="bench-", dir=Path.cwd()) as name:
         for module in (harvesting, storing, loading, sae_step, feature_pass):
             console.print(f"measuring: {(module.__doc__ or '').splitlines()[0]}", style="dim")
             measured += module.measure(Path(name))
     table = Table(box=None)
     for column in ("budget", "ours", "limit", "unit", "ratio", "goal", "floor", ""):
-        table.add_column(column, justify="right" if column not in ("budget", "unit") else "left")
+        justify = "left" if column in ("budget", "unit") else "right"
+        table.add_column(column, justify=justify, no_wrap=True)
     for m in measured:
         table.add_row(
             m.name,
@@ -37,7 +38,7 @@ def main() -> None:
             f"{m.ratio:.3f}",
             f"{'≥' if m.higher_is_better else '≤'} {m.goal:.4g}",
             f"{'≥' if m.higher_is_better else '≤'} {m.floor:.4g}",
-            "ok" if m.meets_floor else "BELOW FLOOR",
+            "ok" if m.meets_floor else "below",
         )
     console.print(table)
     RESULTS.parent.mkdir(exist_ok=True)
