@@ -27,8 +27,7 @@ def main() -> None:
             measured += module.measure(Path(name))
     table = Table(box=None)
     for column in ("budget", "ours", "limit", "unit", "ratio", "goal", "floor", ""):
-        justify = "left" if column in ("budget", "unit") else "right"
-        table.add_column(column, justify=justify, no_wrap=True)
+        table.add_column(column, no_wrap=True)
     for m in measured:
         table.add_row(
             m.name,
