@@ -292,8 +292,10 @@ def _well_formed(text: str) -> str:
 
 
 def _refuse_hub_options(spec: CorpusSpec) -> None:
-    for option, value in (("config", spec.config), ("revision", spec.revision)):
-        if value is not None:
+    unset = CorpusSpec(name=spec.name)
+    for option in ("config", "split", "revision"):
+        value = getattr(spec, option)
+        if value != getattr(unset, option):
             raise InputError(
                 f"--corpus {spec.name} is not a dataset of the hub, so its {option} {value} means "
                 f"nothing; leave the {option} out."

@@ -201,6 +201,7 @@ def test_what_is_not_a_corpus_is_refused_without_the_network(tmp_path: Path) -> 
     (empty / "a.txt").write_text("x")
     assert "its revision main means nothing" in message(empty, revision="main")
     assert "its config en means nothing" in message("news", config="en")
+    assert "its split test means nothing" in message("news", split="test")
 
 
 def test_the_name_news_is_the_packaged_corpus_even_beside_a_folder_of_that_name(
