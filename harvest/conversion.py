@@ -17,25 +17,15 @@ import tempfile
 from pathlib import Path
 
 import torch
-import xxhash
 from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from store.errors import InputError
+from store.objects import file_hash
 from store.paths import cache_dir
 
 RECORD = "complete.json"
-READ_BYTES = 1 << 24
-
-
-def file_hash(path: Path) -> str:
-    """xxh3-128 of a file's bytes, in hexadecimal."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while piece := file.read(READ_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def converted(gguf: Path) -> Path:

@@ -27,12 +27,12 @@ from harvest.textfiles import (
     csv_rows,
     file_format,
     find_files,
-    hash_stream,
     opened,
     read_rows,
     read_text,
 )
 from store.errors import InputError
+from store.objects import hash_stream
 
 if TYPE_CHECKING:
     import datasets

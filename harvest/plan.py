@@ -31,7 +31,7 @@ def estimate(config: HarvestConfig, device: str) -> dict[str, str]:
         worker.activations(plan, ids)
     rate = MEASURED_BATCHES * ids.size / (time.perf_counter() - start)
     sites = {
-        f"bytes of {s.name}": f"{s.width * plan.n_rows * (2 if plan.dtype == 'float16' else 4):,} "
+        f"bytes of {s.name}": f"{s.width * plan.n_rows * plan.itemsize:,} "
         f"({plan.dtype}, {s.width} wide)"
         for s in plan.sites
     }

@@ -43,6 +43,7 @@ class Pool(Protocol):
         ...
 
     def rows_done(self) -> int: ...
+    def close(self) -> None: ...
 
 
 class LocalPool:
@@ -169,7 +170,7 @@ class RayPool:
 @contextlib.contextmanager
 def open_pool(
     workers: int, model: ResolvedModel, sites: tuple[str, ...], compute_dtype: str, device: str
-) -> Iterator[LocalPool | RayPool]:
+) -> Iterator[Pool]:
     """Workers with the model loaded; 0 means this process, without Ray."""
     worker = {
         "model": model,
@@ -177,7 +178,7 @@ def open_pool(
         "compute_dtype": compute_dtype,
         "device": device,
     }
-    pool = RayPool(workers, **worker) if workers else LocalPool(**worker)
+    pool: Pool = RayPool(workers, **worker) if workers else LocalPool(**worker)
     try:
         yield pool
     finally:

@@ -28,7 +28,7 @@ from harvest.models import (
     resolve_model,
     tokenizer_fingerprint,
 )
-from harvest.pool import LocalPool, RayPool, open_pool
+from harvest.pool import Pool, open_pool
 from harvest.sites import Site
 from store import layout
 from store.errors import InputError, StoreError
@@ -187,7 +187,7 @@ def _harvest(
     root: Path,
     plan: Plan,
     shards: Iterable[ShardInput],
-    pool: LocalPool | RayPool,
+    pool: Pool,
     on_progress: Progress,
 ) -> int:
     """Work on every shard that has no commit; returns the rows done."""
@@ -240,8 +240,7 @@ def check_disk(root: Path, plan: Plan) -> None:
 
 def bytes_per_row(plan: Plan) -> int:
     """Bytes of one row over all sites, side tables included (an upper estimate)."""
-    itemsize = 2 if plan.dtype == "float16" else 4
-    return sum(s.width * itemsize for s in plan.sites) + SMALL_BYTES_PER_ROW
+    return sum(s.width * plan.itemsize for s in plan.sites) + SMALL_BYTES_PER_ROW
 
 
 def pick_device(device: str) -> str:

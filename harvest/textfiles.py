@@ -15,13 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import IO, Any
 
-import xxhash
-
 from store.errors import InputError
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet", ".txt.gz", ".jsonl.gz", ".csv.gz")
 
-_HASH_BLOCK_BYTES = 1 << 20
 _PARQUET_BATCH_ROWS = 256
 
 Row = dict[str, Any]
@@ -161,12 +158,3 @@ def _decoded(data: bytes, where: str) -> str:
 
 def _not_utf8(where: str) -> InputError:
     return InputError(f"{where} is not UTF-8 text; convert it to UTF-8, with iconv for example.")
-
-
-def hash_stream(stream: IO[bytes]) -> tuple[int, str]:
-    """Bytes and xxh3 of a stream, read block by block."""
-    digest, size = xxhash.xxh3_128(), 0
-    while block := stream.read(_HASH_BLOCK_BYTES):
-        digest.update(block)
-        size += len(block)
-    return size, digest.hexdigest()

@@ -89,12 +89,17 @@ class Plan(BaseModel):
         first = shard * self.contexts_per_shard
         return first, min(first + self.contexts_per_shard, self.n_contexts)
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one stored number."""
+        return np.dtype(self.dtype).itemsize
+
     def width(self, site: str) -> int:
         return next(s.width for s in self.sites if s.name == site)
 
     def chunk_rows(self, site: str) -> int:
         """Rows per zarr chunk: the largest divisor of the shard that keeps a chunk small."""
-        row_bytes = self.width(site) * np.dtype(self.dtype).itemsize
+        row_bytes = self.width(site) * self.itemsize
         limit = max(1, min(MAX_CHUNK_ROWS, CHUNK_BYTES // row_bytes))
         return next(r for r in range(limit, 0, -1) if self.shard_rows % r == 0)
 

@@ -11,12 +11,14 @@ import errno
 import os
 import secrets
 from pathlib import Path
+from typing import IO
 
 import xxhash
 
 from store.errors import StoreError
 
 TEMPORARY_SUFFIX = ".tmp"
+HASH_BLOCK_BYTES = 8 << 20
 
 
 def publish(root: Path, key: str, data: bytes | memoryview) -> bool:
@@ -41,7 +43,7 @@ def publish(root: Path, key: str, data: bytes | memoryview) -> bool:
             os.link(temporary, final)
         except FileExistsError:
             return False
-        _sync_folder(final.parent)
+        sync_folder(final.parent)
         return True
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -62,12 +64,27 @@ def make_folder(folder: Path) -> None:
     make_folder(folder.parent)
     with contextlib.suppress(FileExistsError):
         folder.mkdir()
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
 
 
 def content_hash(data: bytes | memoryview) -> str:
     """xxh3-128 in hex, the hash of every object in a commit record."""
     return xxhash.xxh3_128_hexdigest(data)
+
+
+def hash_stream(stream: IO[bytes]) -> tuple[int, str]:
+    """Bytes and xxh3-128 (hex) of a stream, read block by block."""
+    digest, size = xxhash.xxh3_128(), 0
+    while block := stream.read(HASH_BLOCK_BYTES):
+        digest.update(block)
+        size += len(block)
+    return size, digest.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """xxh3-128 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hash_stream(file)[1]
 
 
 def leftovers(root: Path) -> list[Path]:
@@ -81,7 +98,8 @@ def _write_all(descriptor: int, data: bytes | memoryview) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make names created or renamed in the folder last through a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

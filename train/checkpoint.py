@@ -10,11 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from store.errors import RunError
+from store.objects import file_hash, sync_folder
 from train.files import (
-    file_hash,
     read_json,
     read_tensors,
-    sync_folder,
     write_json,
     write_tensors,
 )

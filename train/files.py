@@ -7,21 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from store.errors import RunError
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes names that were created or renamed in the folder last through a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+from store.objects import sync_folder
 
 
 def _replace(temporary: Path, path: Path) -> None:
@@ -68,12 +59,3 @@ def read_tensors(path: Path, what: str, remedy: str, device: str = "cpu") -> dic
         raise RunError(f"{what} lacks {path.name} in {path.parent}; {remedy}.") from None
     except (OSError, SafetensorError) as error:
         raise RunError(f"{what} has a damaged file {path} ({error}); {remedy}.") from None
-
-
-def file_hash(path: Path) -> str:
-    """xxh3-128 of the file's bytes, in hex."""
-    state = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(8 << 20):
-            state.update(block)
-    return state.hexdigest()
