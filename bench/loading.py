@@ -24,7 +24,7 @@ def measure(folder: Path) -> list[Measurement]:
     """loader_warm and loader_cold, one epoch of the store in `folder` at a time."""
     store = ActivationStore.open(folder / "store")
     site = store.sites[0]
-    shards = sorted((folder / "store" / "activations" / site / "c").glob("*/0"))
+    shards = sorted((folder / "store" / "activations" / site).glob("c.*"))
     flat = folder / "flat.bin"
     rows = store.n_rows // BATCH_ROWS * BATCH_ROWS
     store.read(site, 0, store.n_rows).tofile(flat)
@@ -42,21 +42,13 @@ def measure(folder: Path) -> list[Measurement]:
         x = np.memmap(flat, dtype, "r").reshape(-1, width)
         return rows / seconds(lambda: _memmap_epoch(x, chunk))
 
-    def cold(call: Callable[[], float]) -> Callable[[], float]:
-        def timed() -> float:
-            os.sync()
-            for path in (*shards, flat):
-                _drop_from_cache(path)
-            return call()
-
-        return timed
-
     def sequential() -> float:
-        return rows / seconds(lambda: _read_through(shards))
+        return rows / seconds(lambda: read_through(shards))
 
     ours(), memmap()
     warm, warm_limit = alternate(ours, memmap, REPEATS)
-    cool, cool_limit = alternate(cold(ours), cold(sequential), REPEATS)
+    files = [*shards, flat]
+    cool, cool_limit = alternate(cold(files, ours), cold(files, sequential), REPEATS)
     flat.unlink()
     return [
         Measurement("loader_warm", warm, warm_limit, "rows/s", 0.5, 0.25, higher_is_better=True),
@@ -77,13 +69,26 @@ def _memmap_epoch(x: np.ndarray, chunk: int) -> None:
             resident[rows[low : low + BATCH_ROWS]].float()
 
 
+def cold(files: list[Path], call: Callable[[], float]) -> Callable[[], float]:
+    """The call, with the files dropped from the system's cache before each."""
+
+    def timed() -> float:
+        os.sync()
+        for path in files:
+            _drop_from_cache(path)
+        return call()
+
+    return timed
+
+
 def _drop_from_cache(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(descriptor)
 
 
-def _read_through(paths: list[Path]) -> None:
+def read_through(paths: list[Path]) -> None:
+    """Read files to their ends, one after the other, and keep nothing."""
     buffer = bytearray(8 << 20)
     for path in paths:
         with path.open("rb", buffering=0) as file:

@@ -13,7 +13,8 @@ from typing import Any
 class Measurement:
     """`ratio` is value / limit. For rates it should be high, for times and bytes low.
 
-    goal and floor bound the ratio; a release does not go past the floor.
+    goal and floor bound the ratio; a release does not go past the floor. parts, where given, says
+    what shares of the time went where.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Measurement:
     goal: float
     floor: float
     higher_is_better: bool
+    parts: dict[str, float] | None = None
 
     @property
     def ratio(self) -> float:
@@ -41,6 +43,7 @@ class Measurement:
             "goal": self.goal,
             "floor": self.floor,
             "meets_floor": self.meets_floor,
+            **({"parts": self.parts} if self.parts else {}),
         }
 
 

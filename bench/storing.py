@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.measurement import Measurement, alternate, seconds
+from store.objects import LocalObjects
 from store.reader import ActivationStore
 from store.writer import Shard, commit_shard, create_store, write_shard
 
@@ -28,9 +29,10 @@ def measure(folder: Path) -> list[Measurement]:
 
     def ours() -> float:
         shutil.rmtree(root, ignore_errors=True)
-        create_store(root, plan, {})
+        objects = LocalObjects(root)
+        create_store(objects, plan, {})
         os.sync()
-        return seconds(lambda: commit_shard(root, write_shard(root, plan, shard)))
+        return seconds(lambda: commit_shard(objects, write_shard(objects, plan, shard)))
 
     data = np.ascontiguousarray(x).view(np.uint8).reshape(-1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from queue import Full, Queue
+from queue import Empty, Full, Queue
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -14,23 +14,38 @@ POLL_SECONDS = 0.1
 
 
 class Ahead(Generic[T]):
-    """An iterator that works ahead by two items. Errors are raised where the item would be."""
+    """Items made two ahead of need. Errors are raised where the item would be."""
 
     def __init__(self, items: Iterator[T]) -> None:
         self._items = items
         self._queue: Queue[tuple[T | None, BaseException | None]] = Queue(DEPTH)
+        self._next: tuple[T | None, BaseException | None] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ahead", daemon=True)
         self._thread.start()
 
-    def __iter__(self) -> Iterator[T]:
-        while True:
-            item, error = self._queue.get()
-            if error is not None:
-                raise error
-            if item is None:
-                return
-            yield item
+    def ready(self, wait: bool) -> bool:
+        """Whether `take` answers at once; with `wait`, once it does.
+
+        Raises what making the item raised.
+        """
+        if self._next is None:
+            try:
+                self._next = self._queue.get(block=wait)
+            except Empty:
+                return False
+        if self._next[1] is not None:
+            raise self._next[1]
+        return True
+
+    def take(self) -> T | None:
+        """The next item, None after the last one."""
+        self.ready(wait=True)
+        assert self._next is not None
+        item, _ = self._next
+        if item is not None:
+            self._next = None
+        return item
 
     def close(self) -> None:
         """Stop making items; returns when the one being made is done."""

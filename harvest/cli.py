@@ -1,4 +1,4 @@
-"""The `harvest` command: plan, run, status, verify, show."""
+"""The `harvest` command: plan, run, status, verify, show, export, merge."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.progress import Progress
 from rich.table import Column, Table
 
-from store.console import Commands, output, progress
+from harvest.cli_stores import export, merge
+from store.console import Commands, output, progress, store_option
 
 DEFAULT_TOKENS = 1_048_576
 DEFAULT_CORPUS = "news"
@@ -31,17 +33,20 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that `plan` and `run` share."""
     options = [
         click.option("--model", required=True, help="Hub id, folder, .gguf file or smollm2-135m."),
+        click.option("--model-revision", help="Branch, tag or commit of a hub model."),
         click.option(
             "--corpus",
             default=DEFAULT_CORPUS,
             show_default=True,
-            help="Hub dataset id; a text, JSONL, CSV or Parquet file or a folder of them; or "
-            "news, the packaged one.",
+            help="Hub dataset id; a text, JSONL, CSV or Parquet file, or a folder or s3:// "
+            "prefix of them; or news, the packaged one.",
         ),
         click.option("--dataset-config", help="Configuration of a hub dataset."),
         click.option("--split", default="train", show_default=True, help="Of a hub dataset."),
         click.option("--revision", help="Of a hub dataset."),
         click.option("--text-column", help="Column of the text; found by itself if usual."),
+        click.option("--dedup", is_flag=True, help="Leave out documents seen before."),
+        click.option("--keep-text", is_flag=True, help="Store the documents' texts as well."),
         click.option("--layer", type=int, multiple=True, help="N means the site resid_post.N."),
         click.option(
             "--site",
@@ -54,7 +59,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.IntRange(min=1),
             default=DEFAULT_TOKENS,
             show_default=True,
-            help="Tokens to store.",
+            help="Tokens to store, in whole shards; more than before makes a store longer.",
         ),
         click.option(
             "--context-length",
@@ -79,10 +84,10 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--dtype",
-            type=click.Choice(["float16", "float32"]),
+            type=click.Choice(["float16", "float32", "int8"]),
             default="float16",
             show_default=True,
-            help="Of the stored activations.",
+            help="Of the stored activations; int8 has a scale per channel and shard.",
         ),
         click.option(
             "--compute-dtype",
@@ -94,9 +99,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--shard-rows",
             type=click.IntRange(min=1),
-            default=65_536,
-            show_default=True,
-            help="Rows per shard: what a killed worker loses.",
+            help="Rows per shard: what a killed worker loses. Default 65,536, or all of less.",
         ),
         click.option(
             "--device",
@@ -124,10 +127,13 @@ def make_config(given: dict[str, Any]) -> Any:
         split=given["split"],
         revision=given["revision"],
         text_column=given["text_column"],
+        dedup=given["dedup"],
     )
     same = (
         "model",
+        "model_revision",
         "tokens",
+        "keep_text",
         "context_length",
         "bos",
         "seed",
@@ -154,21 +160,40 @@ def plan(**given: Any) -> None:
     output().print(table)
 
 
+def means_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of what runs the model."""
+    options = [
+        click.option(
+            "--workers",
+            type=click.IntRange(min=0),
+            default=1,
+            show_default=True,
+            help="Ray workers; 0 runs in this process without Ray.",
+        ),
+        click.option("--address", help="Of a running Ray cluster, host:port or auto."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @main.command()
 @request_options
 @click.option(
     "--store",
-    type=click.Path(path_type=Path),
-    help="Folder to write; default runs/MODEL-SITE/store.",
+    metavar="PLACE",
+    help="Where to write: a folder or s3://bucket/prefix; default runs/MODEL-SITE/store.",
 )
+@means_options
 @click.option(
-    "--workers",
-    type=click.IntRange(min=0),
-    default=1,
-    show_default=True,
-    help="Ray workers; 0 runs in this process without Ray.",
+    "--shards",
+    "only",
+    metavar="FIRST:LAST",
+    help="Work on these shards only, LAST left out; `harvest merge` joins what several did.",
 )
-def run(store: Path | None, workers: int, **given: Any) -> None:
+def run(
+    store: str | None, workers: int, address: str | None, only: str | None, **given: Any
+) -> None:
     """Harvest activations; the same command, run again, continues.
 
     \b
@@ -177,95 +202,172 @@ def run(store: Path | None, workers: int, **given: Any) -> None:
     config = make_config(given)
     if store is None:
         name = Path(given["model"]).resolve().name
-        store = Path("runs") / f"{name}-{'-'.join(config.sites)}" / "store"
-    result = harvest_with_bar(config, store, workers, given["device"])
+        store = f"runs/{name}-{'-'.join(config.sites)}/store"
+    means = make_means(workers, given["device"], address)
+    result = harvest_with_bar(config, store, means, parse_shards(only))
     rate = f", {result.rows_run / result.seconds:,.0f} tokens/s" if result.rows_run else ""
+    ending = (
+        f"Digest {result.digest}."
+        if result.digest
+        else "Not sealed: shards that this run was not to do are missing."
+    )
     output().print(
-        f"{store}: {result.plan.n_rows:,} rows of {', '.join(config.sites)}, "
-        f"{result.rows_run:,} of them now{rate}. Digest {result.digest}.",
+        f"{store}: {result.rows:,} rows of {', '.join(config.sites)}, "
+        f"{result.rows_run:,} of them now{rate}. {ending}",
         soft_wrap=True,
     )
 
 
-def harvest_with_bar(config: Any, store: Path, workers: int, device: str) -> Any:
+def parse_shards(text: str | None) -> range | None:
+    """`4:8` as range(4, 8); a usage error for anything else."""
+    if text is None:
+        return None
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise click.UsageError(f"--shards {text} is not FIRST:LAST, such as 0:100.")
+    return range(int(first), int(last))
+
+
+def make_means(workers: int, device: str, address: str | None) -> Any:
+    """The Means of the options; a usage error for a cluster without workers."""
+    from harvest.run import Means
+
+    if address is not None and workers == 0:
+        raise click.UsageError(
+            "--address names a cluster and --workers 0 uses none; leave one out."
+        )
+    return Means(workers=workers, device=device, address=address)
+
+
+def harvest_with_bar(config: Any, store: str | Path, means: Any, only: range | None = None) -> Any:
     """`harvest.run.run` under a progress bar."""
     from harvest.run import run as harvest
 
     with progress("tokens") as bar:
-        task = bar.add_task("preparing", total=None, rate="")
-        start = 0.0
-
-        def show(done: int, todo: int) -> None:
-            nonlocal start
-            start = start or time.perf_counter()
-            seconds = time.perf_counter() - start
-            rate = f"{done / seconds:,.0f} tokens/s" if seconds > 1 else ""
-            bar.update(task, description="harvesting", completed=done, total=todo, rate=rate)
-
-        return harvest(config, store, workers, device, show)
+        return harvest(config, store, means, only, shown_on(bar, "harvesting"))
 
 
-store_option = click.option(
-    "--store", type=click.Path(path_type=Path), required=True, help="The store's folder."
-)
+def shown_on(bar: Progress, description: str) -> Callable[[int, int], None]:
+    """A report of rows done and to do that moves a bar."""
+    task = bar.add_task("preparing", total=None, rate="")
+    start = 0.0
+
+    def show(done: int, todo: int) -> None:
+        nonlocal start
+        start = start or time.perf_counter()
+        seconds = time.perf_counter() - start
+        rate = f"{done / seconds:,.0f} tokens/s" if seconds > 1 else ""
+        bar.update(task, description=description, completed=done, total=todo, rate=rate)
+
+    return show
 
 
 @main.command()
 @store_option
-def status(store: Path) -> None:
-    """How far a harvest is.
+def status(store: str) -> None:
+    """How far a harvest is, from any terminal.
 
     \b
     harvest status --store runs/demo/store
     """
-    from store.layout import SEALED_KEY, Plan
-    from store.writer import committed_shards, read_plan_record
+    from harvest.log import log_path
+    from harvest.status import describe_status
+    from store.objects import open_objects
 
-    the_plan = Plan.model_validate(read_plan_record(store)["plan"])
-    done = len(committed_shards(store, the_plan))
-    state = "sealed" if (store / SEALED_KEY).exists() else "unfinished"
-    output().print(
-        f"{store}: {done} of {the_plan.n_shards} shards committed, {state}.", soft_wrap=True
-    )
+    objects = open_objects(store)
+    output().print(f"{store}: {describe_status(objects)}.", soft_wrap=True)
+    log = log_path(objects.place)
+    if log.exists():
+        output().print(f"Log: {log}", soft_wrap=True)
 
 
 @main.command()
 @store_option
-def verify(store: Path) -> None:
-    """Re-read and re-hash every object; name each damaged one.
+@click.option("--repair", is_flag=True, help="Harvest the damaged shards again.")
+@means_options
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
+def verify(store: str, repair: bool, workers: int, address: str | None, device: str) -> None:
+    """Re-read and re-hash every object; name each damaged one, and mend it if asked to.
 
     \b
     harvest verify --store runs/demo/store
     """
     from store.errors import DamagedError
+    from store.objects import open_objects
     from store.verify import verify as check
 
-    with progress("shards") as bar:
-        task = bar.add_task("verifying", total=None, rate="")
-        report = check(store, lambda done, total: bar.update(task, completed=done, total=total))
-    for sentence in report.damage:
-        click.echo(sentence, err=True)
-    for path in report.leftovers:
-        click.echo(f"{path} is left over from a killed writer; it is not data.", err=True)
+    if repair:
+        report = repair_with_bar(store, make_means(workers, device, address))
+    else:
+        with progress("bytes") as bar:
+            task = bar.add_task("verifying", total=None, rate="")
+            start = time.perf_counter()
+
+            def show(done: int, total: int) -> None:
+                rate = f"{done / 1e9 / (time.perf_counter() - start):,.2f} GB/s"
+                bar.update(task, completed=done, total=total, rate=rate)
+
+            report = check(open_objects(store), show)
+    for item in report.damage:
+        click.echo(item.sentence, err=True)
+    for key in report.leftovers:
+        click.echo(f"{store}/{key} is left over from a killed writer; it is not data.", err=True)
     if report.damage:
-        raise DamagedError(f"{store} has {len(report.damage)} damaged objects, named above.")
+        raise DamagedError(
+            f"{store} has {len(report.damage)} damaged objects, named above; `harvest verify "
+            "--repair` harvests their shards again."
+        )
     digest = f"Digest {report.digest}." if report.digest else "Not sealed yet."
+    beyond = f" {report.beyond_seal} of the shards are not sealed yet." * bool(
+        report.digest and report.beyond_seal
+    )
     output().print(
         f"{store}: {report.shards} shards, {report.objects} objects, {report.n_bytes:,} bytes, "
-        f"all as committed. {digest}",
+        f"all as committed. {digest}{beyond}",
         soft_wrap=True,
     )
 
 
+def repair_with_bar(store: str, means: Any) -> Any:
+    """`harvest.run.repair` under a progress bar; tells what was done; the report afterwards."""
+    from harvest.run import repair as mend
+
+    with progress("tokens") as bar:
+        before, after = mend(store, means, shown_on(bar, "repairing"))
+    for item in before.damage:
+        click.echo(item.sentence, err=True)
+    shards = sorted({item.shard for item in before.damage if item.shard is not None})
+    again = f"shards {', '.join(map(str, shards))} harvested again" if shards else "no shard"
+    output().print(f"{store}: {len(before.damage)} damaged objects, {again}.", soft_wrap=True)
+    if before.sealed_digest and after.digest and before.sealed_digest != after.digest:
+        output().print(
+            f"The digest changed from {before.sealed_digest}: this machine or its software "
+            "computes other last bits than those that were lost.",
+            soft_wrap=True,
+        )
+    return after
+
+
 @main.command()
 @store_option
-def show(store: Path) -> None:
+@click.option("--row", type=click.IntRange(min=0), help="Where one row comes from, instead.")
+def show(store: str, row: int | None) -> None:
     """What a store holds: model, text, sites, statistics, outlier rows.
 
     \b
     harvest show --store runs/demo/store
+    harvest show --store runs/demo/store --row 12345
     """
-    from harvest.show import describe
+    if row is None:
+        from harvest.show import describe
+    else:
+        from harvest.provenance import describe_row
 
-    for table in describe(store):
+    for table in describe(store) if row is None else describe_row(store, row):
         output().print(table)
+
+
+main.add_command(merge)
+main.add_command(export)

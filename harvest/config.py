@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from harvest.corpus import CorpusSpec
 
 DEFAULT_BATCH_TOKENS = 2048
+DEFAULT_SHARD_ROWS = 65_536
 
 
 class HarvestConfig(BaseModel):
@@ -17,15 +18,23 @@ class HarvestConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(description="hub id, folder, .gguf file, or smollm2-135m")
+    model_revision: str | None = Field(
+        default=None, description="branch, tag or commit of a hub model"
+    )
     corpus: CorpusSpec = Field(description="where the text comes from")
     sites: tuple[str, ...] = Field(min_length=1, description="for example resid_post.12")
-    tokens: int = Field(gt=0, description="tokens to store, rounded up to whole contexts")
+    tokens: int = Field(
+        gt=0, description="tokens to store; as many whole shards as hold them are harvested"
+    )
     context_length: int = Field(default=128, gt=1, description="tokens per context")
     bos: Literal["auto", "none", "context"] = Field(
         default="auto", description="auto: as the tokenizer itself does"
     )
     seed: int = Field(default=0, ge=0, description="of the shuffling of contexts")
-    dtype: Literal["float16", "float32"] = Field(
+    keep_text: bool = Field(
+        default=False, description="store the documents' texts beside their sources"
+    )
+    dtype: Literal["float16", "float32", "int8"] = Field(
         default="float16", description="of the stored activations"
     )
     compute_dtype: Literal["auto", "bfloat16", "float32"] = Field(
@@ -34,6 +43,9 @@ class HarvestConfig(BaseModel):
     batch_tokens: int = Field(
         default=DEFAULT_BATCH_TOKENS, gt=0, description="tokens per forward pass"
     )
-    shard_rows: int = Field(
-        default=65_536, gt=0, description="rows per shard, rounded down to whole contexts"
+    shard_rows: int | None = Field(
+        default=None,
+        gt=0,
+        description="rows per shard, rounded down to whole contexts; by itself that of the store "
+        "that is continued, else 65,536, or all rows of a smaller harvest",
     )

@@ -204,9 +204,15 @@ def pick_dtype(device: str) -> Literal["bfloat16", "float32"]:
     """bfloat16 where the device multiplies it natively, float32 elsewhere.
 
     On a CPU that is AVX512_BF16, AMX or Arm's bf16, as Linux lists them; other systems don't say.
+    Raises InputError for a GPU that only other machines have.
     """
     kind = torch.device(device).type
     if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError(
+                "This machine has no GPU to ask which type the cluster's are fast in; name it with "
+                "--compute-dtype bfloat16 or float32."
+            )
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif kind == "cpu":
         native = bool({"avx512_bf16", "amx_bf16", "bf16"} & _cpu_features())

@@ -1,278 +1,277 @@
-"""From a request to a sealed store: plan, hand out shards, commit, seal."""
+"""From a request to a sealed store: plan, hand out shards, commit, seal; grow it, repair it."""
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from harvest.ahead import Ahead
 from harvest.config import HarvestConfig
-from harvest.contexts import WINDOW_CONTEXTS, ShardInput, default_bos, iter_shards
-from harvest.corpus import Corpus, FileCorpus, open_corpus
-from harvest.encoding import end_of_text_id
-from harvest.models import (
-    ResolvedModel,
-    load_config,
-    load_tokenizer,
-    model_fingerprint,
-    pick_dtype,
-    resolve_model,
-    tokenizer_fingerprint,
-)
+from harvest.contexts import ShardInput
+from harvest.log import HarvestLog
 from harvest.pool import Pool, open_pool
-from harvest.sites import Site
+from harvest.prepare import Prepared, prepare, prepare_again, versions
+from harvest.shards import shard_inputs
+from harvest.status import Heartbeat
 from store import layout
+from store.device import choose_device
 from store.errors import InputError, StoreError
-from store.layout import Plan, SitePlan
+from store.layout import Plan
+from store.objects import Objects, open_objects
+from store.repair import mend_commit, remove_damaged, reseal, restore_plan
+from store.seals import seal
+from store.verify import Report, verify
 from store.writer import (
-    check_folder,
+    check_place,
     commit_shard,
     committed_shards,
     create_store,
     discard,
-    read_plan_record,
-    seal,
+    read_commit,
+    read_plan,
 )
 
-LIBRARIES = ("sae-harvest", "torch", "transformers", "tokenizers", "zarr", "pyarrow", "numpy")
 SMALL_BYTES_PER_ROW = 16  # tokens, norms, tables and commit records, generously
 
-Progress = Callable[[int, int], None]  # rows done in this run, rows still to do at its start
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A request with everything automatic decided, before any model is loaded."""
-
-    config: HarvestConfig
-    model: ResolvedModel
-    tokenizer: Any
-    corpus: Corpus
-    fields: dict[str, Any]  # of the plan, except the widths of the sites
-
-    def plan(self, widths: dict[str, int]) -> Plan:
-        sites = tuple(SitePlan(name=s, width=widths[s]) for s in self.config.sites)
-        return Plan(sites=sites, **self.fields)
+Progress = Callable[[int, int], None]  # rows done in this run, rows to do at its start
+Keep = Callable[[dict[str, Any]], object]  # what becomes of a shard's commit record
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run did: digest of the sealed store, rows and seconds of this run's share."""
+    """What a run did.
+
+    digest and rows are those of the sealed store; the digest is None if shards are missing that
+    this run was not to do. rows_run and seconds are this run's share.
+    """
 
     plan: Plan
-    digest: str
+    digest: str | None
+    rows: int
     rows_run: int
     seconds: float
 
 
-def prepare(config: HarvestConfig, root: Path | None, device: str) -> Prepared:
-    """Resolve model, tokenizer and corpus, and decide what is automatic.
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What a harvest runs on.
 
-    A store that exists already decides the compute dtype, so that a harvest can be continued
-    on another processor.
-
-    Raises:
-        InputError: unknown model or corpus, layer out of range, contexts too long for the model.
+    Attributes:
+        workers: Ray actors; 0 works in this process.
+        device: auto, cpu or cuda.
+        address: of a running Ray cluster; None starts a Ray of our own.
     """
-    model = resolve_model(config.model)
-    model_config = load_config(model)
-    sites = [Site.parse(name) for name in config.sites]
-    for site in sites:
-        site.check(model_config)
-    if len(set(sites)) < len(sites):
-        raise InputError(f"A site is named twice in {', '.join(config.sites)}.")
-    longest = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if longest and config.context_length > longest:
-        raise InputError(
-            f"{config.model} sees at most {longest} tokens at a time, got contexts of "
-            f"{config.context_length}; use --context-length {longest} or less."
-        )
-    tokenizer = load_tokenizer(model)
-    corpus = open_corpus(config.corpus)
-    compute_dtype = config.compute_dtype
-    if compute_dtype == "auto":
-        existing = root is not None and (root / layout.PLAN_KEY).exists()
-        if root is not None and existing:
-            compute_dtype = read_plan_record(root)["plan"]["compute_dtype"]
-        else:
-            compute_dtype = pick_dtype(device)
-    bos = default_bos(tokenizer) if config.bos == "auto" else config.bos
-    length = config.context_length
-    fields = {
-        "model": model_fingerprint(model) | {"name": model_name(model)},
-        "tokenizer": {
-            "xxh3": tokenizer_fingerprint(tokenizer),
-            "vocabulary": len(tokenizer),
-            "end_of_text": end_of_text_id(tokenizer),
-            "beginning_of_text": tokenizer.bos_token_id,
-        },
-        "corpus": config.corpus.model_dump(mode="json")
-        | {"name": corpus_name(corpus), "fingerprint": corpus.fingerprint()},
-        "context_length": length,
-        "n_contexts": -(-config.tokens // length),
-        "contexts_per_shard": max(1, config.shard_rows // length),
-        "bos": bos,
-        "seed": config.seed,
-        "window_contexts": WINDOW_CONTEXTS,
-        "dtype": config.dtype,
-        "compute_dtype": compute_dtype,
-        "batch_contexts": max(1, config.batch_tokens // length),
-    }
-    return Prepared(config, model, tokenizer, corpus, fields)
+
+    workers: int = 1
+    device: str = "auto"
+    address: str | None = None
+
+    @property
+    def resolved_device(self) -> str:
+        """cpu or cuda; a cluster may have the GPU that this machine lacks."""
+        elsewhere = self.address is not None and self.device == "cuda"
+        return self.device if elsewhere else choose_device(self.device)
 
 
 def run(
     config: HarvestConfig,
-    root: Path,
-    workers: int = 1,
-    device: str = "auto",
+    place: str | Path,
+    means: Means | None = None,
+    only: range | None = None,
     on_progress: Progress = lambda done, todo: None,
 ) -> Result:
-    """Harvest into `root`, or continue what was begun there.
+    """Harvest into the store at `place`, continue what was begun there, or make it longer.
 
     Args:
-        workers: Ray actors; 0 works in this process.
-        device: auto, cpu or cuda.
+        only: shards to work on; the others are somebody else's, and without them nothing is
+            sealed.
         on_progress: called about twice a second.
 
     Raises:
         SaeHarvestError: any of its kinds; nothing half-written is ever taken for whole.
     """
-    root = root.resolve()
-    check_folder(root)
-    device = pick_device(device)
-    prepared = prepare(config, root, device)
-    continued = (root / layout.PLAN_KEY).exists()
-    if continued:
-        there = Plan.model_validate(read_plan_record(root)["plan"])
-        widths = {s.name: s.width for s in there.sites}
+    means = means or Means()
+    objects = open_objects(place)
+    check_place(objects)
+    device = means.resolved_device
+    existing = read_plan(objects) if objects.size(layout.PLAN_KEY) is not None else None
+    prepared = prepare(config, existing, device)
+    n_shards = prepared.n_shards
+    if existing:
+        widths = {s.name: s.width for s in existing.sites}
         # Another set of sites is another plan; which width it would have does not matter.
-        wanted = prepared.plan({s: widths.get(s, 1) for s in config.sites})
-        plan = create_store(root, wanted, versions())
-        if len(committed_shards(root, plan)) == plan.n_shards:
-            return Result(plan, seal(root, plan), 0, 0.0)
+        create_store(objects, prepared.plan({s: widths.get(s, 1) for s in config.sites}), {})
+        n_shards = _within_corpus(objects, existing, n_shards, prepared.least_contexts)
+    done = set(committed_shards(objects)) if existing else set()
+    todo = [u for u in range(n_shards) if u not in done and (only is None or u in only)]
+    if existing and not todo:
+        return _close(objects, existing, n_shards, 0, 0.0)
+    inputs = shard_inputs(prepared, objects, existing, todo, n_shards)
     try:
         with (
-            closing(Ahead(shard_inputs(prepared))) as ahead,  # tokenizes while the workers start
-            open_pool(
-                workers, prepared.model, config.sites, prepared.fields["compute_dtype"], device
-            ) as pool,
+            HarvestLog(objects.place) as log,
+            closing(Ahead(inputs)) as ahead,  # tokenizes while the workers start
+            _pool(prepared, means, device, log) as pool,
         ):
             plan = prepared.plan(pool.widths())
-            check_disk(root, plan)
-            waiting = iter(ahead)
-            shards = chain([next(waiting)], waiting)  # a corpus too short shows before we create
-            plan = create_store(root, plan, versions())
-            start = time.perf_counter()
-            rows = _harvest(root, plan, shards, pool, on_progress)
-            seconds = time.perf_counter() - start
+            check_space(objects, plan, len(todo))
+            ahead.ready(wait=True)  # a corpus that is too short shows before anything is created
+            plan = create_store(objects, plan, versions())
+            log.write(f"plan {plan.hash}: {len(todo)} of {n_shards} shards to do")
+            with Heartbeat(objects, plan, n_shards, log.write) as heartbeat:
+                work = _Work(objects, plan, pool, len(todo), on_progress, heartbeat)
+                work.run(ahead, lambda record: commit_shard(objects, record), again=False)
     except InputError:
-        # What was asked cannot be done, and the remedy will be another plan: leave it the folder.
-        if not continued and (root / layout.PLAN_KEY).exists() and not committed_shards(root, plan):
-            discard(root)
+        # What was asked cannot be done, and the remedy will be another plan: leave it the place.
+        begun = existing is None and objects.size(layout.PLAN_KEY) is not None
+        if begun and not committed_shards(objects):
+            discard(objects)
         raise
-    return Result(plan, seal(root, plan), rows, seconds)
+    return _close(objects, plan, n_shards, work.rows, work.seconds)
 
 
-def _harvest(
-    root: Path,
-    plan: Plan,
-    shards: Iterable[ShardInput],
-    pool: Pool,
-    on_progress: Progress,
-) -> int:
-    """Work on every shard that has no commit; returns the rows done."""
-    done = set(committed_shards(root, plan))
-    todo = sum(_rows(plan, u) for u in range(plan.n_shards) if u not in done)
-    waiting = (s for s in shards if s.shard not in done)
-    in_flight, exhausted = 0, False
-    while True:
-        while not exhausted and in_flight < pool.capacity:
-            shard = next(waiting, None)
-            if shard is None:
-                exhausted = True
+def repair(
+    place: str | Path, means: Means, on_progress: Progress = lambda done, todo: None
+) -> tuple[Report, Report]:
+    """Harvest exactly the damaged shards again; what was found before and after.
+
+    Raises:
+        InputError: model or corpus are gone or have changed; nothing was touched.
+        DamagedError: plan.json is damaged, and no seal is there to restore it from.
+    """
+    objects = open_objects(place)
+    restore_plan(objects)
+    plan = read_plan(objects)
+    before = verify(objects, lambda done, total: None)
+    shards = sorted({item.shard for item in before.damage if item.shard is not None})
+    if shards:
+        device = means.resolved_device
+        prepared = prepare_again(plan, device)
+        inputs = shard_inputs(prepared, objects, plan, shards, shards[-1] + 1)
+        with (
+            HarvestLog(objects.place) as log,
+            closing(Ahead(inputs)) as ahead,
+            _pool(prepared, means, device, log) as pool,
+        ):
+            pool.widths()  # the model loads, or this ends before anything is removed
+            remove_damaged(objects, before.damage)
+            log.write(f"repairing shards {', '.join(map(str, shards))}")
+            work = _Work(objects, plan, pool, len(shards), on_progress)
+            work.run(ahead, lambda record: mend_commit(objects, plan, record), again=True)
+    reseal(objects, plan)
+    if any(item.key == layout.STATUS_KEY for item in before.damage):
+        objects.remove(layout.STATUS_KEY)
+    return before, verify(objects, lambda done, total: None)
+
+
+class _Work:
+    """Shards through a pool, each record kept as it comes."""
+
+    def __init__(
+        self,
+        objects: Objects,
+        plan: Plan,
+        pool: Pool,
+        n_shards: int,
+        on_progress: Progress,
+        heartbeat: Heartbeat | None = None,
+    ) -> None:
+        self._objects, self._plan, self._pool = objects, plan, pool
+        self._on_progress, self._heartbeat = on_progress, heartbeat
+        self._todo_rows = n_shards * plan.shard_rows
+        self._already = len(committed_shards(objects))
+        self._kept = 0
+        self.rows = 0
+        self.seconds = 0.0
+
+    def run(self, shards: Ahead[ShardInput], keep: Keep, again: bool) -> None:
+        """Hand shards out, never more than the pool holds, until all have come back.
+
+        Args:
+            again: also those that are committed; else another harvest of this store, running at
+                the same time, has just done them.
+        """
+        start = time.perf_counter()
+        exhausted = False
+        while True:
+            pool, flying = self._pool, len(self._pool.in_flight())
+            # Finished shards are not kept waiting for a slow corpus.
+            while not exhausted and flying < pool.capacity and shards.ready(wait=not flying):
+                shard = shards.take()
+                if shard is None:
+                    exhausted = True
+                elif again or self._objects.size(layout.commit_key(shard.shard)) is None:
+                    pool.submit(self._objects, self._plan, shard)
+                    flying += 1
+            if not flying:
                 break
-            pool.submit(root, plan, shard)
-            in_flight += 1
-        if not in_flight:
-            return todo
-        for record in pool.collect():
-            commit_shard(root, record)
-            in_flight -= 1
-        on_progress(min(pool.rows_done(), todo), todo)
+            for record in self._pool.collect():
+                keep(record)
+                self._kept += 1
+                self.rows += record["rows"]
+            self._tell()
+            self.seconds = time.perf_counter() - start
+
+    def _tell(self) -> None:
+        rows = min(self._pool.rows_done(), self._todo_rows)
+        self._on_progress(rows, self._todo_rows)
+        if self._heartbeat is not None:
+            committed = self._already + self._kept
+            self._heartbeat.update(committed, self._pool.in_flight(), rows, self._todo_rows)
 
 
-def shard_inputs(prepared: Prepared) -> Iterator[ShardInput]:
-    """Every shard of the plan as token ids and tables, in order."""
-    names = (
-        "context_length",
-        "bos",
-        "seed",
-        "window_contexts",
-        "contexts_per_shard",
-        "n_contexts",
+@contextmanager
+def _pool(prepared: Prepared, means: Means, device: str, log: HarvestLog) -> Iterator[Pool]:
+    dtype = prepared.fields["compute_dtype"]
+    sites = prepared.config.sites
+    with open_pool(
+        means.workers, prepared.model, sites, dtype, device, means.address, log.write
+    ) as pool:
+        yield pool
+
+
+def _within_corpus(objects: Objects, plan: Plan, n_shards: int, least_contexts: int) -> int:
+    """Fewer shards than asked for, if the store holds the corpus' last one and that is enough.
+
+    If it is not enough, one more than there are, so that reading the corpus tells what it holds.
+    """
+    done = committed_shards(objects)
+    if not done or done != list(range(len(done))) or len(done) > n_shards:
+        return n_shards
+    contexts = read_commit(objects, plan, done[-1])["contexts"]
+    if contexts == plan.contexts_per_shard:
+        return n_shards
+    held = done[-1] * plan.contexts_per_shard + contexts
+    return len(done) if held >= least_contexts else len(done) + 1
+
+
+def _close(objects: Objects, plan: Plan, n_shards: int, rows_run: int, seconds: float) -> Result:
+    """Seal what was asked for, if all of it is there."""
+    done = [shard for shard in committed_shards(objects) if shard < n_shards]
+    whole = done == list(range(len(done))) and (
+        len(done) == n_shards
+        or bool(done and read_commit(objects, plan, done[-1])["contexts"] < plan.contexts_per_shard)
     )
-    arguments = {name: prepared.fields[name] for name in names}
-    return iter_shards(prepared.corpus, prepared.tokenizer, **arguments)
+    if not whole:
+        return Result(plan, None, len(done) * plan.shard_rows, rows_run, seconds)
+    record = seal(objects, plan, len(done))
+    return Result(plan, record["digest"], record["rows"], rows_run, seconds)
 
 
-def check_disk(root: Path, plan: Plan) -> None:
+def check_space(objects: Objects, plan: Plan, n_shards: int) -> None:
     """`StoreError` if the disk cannot hold what is still to be written."""
-    done = len(committed_shards(root, plan)) if root.exists() else 0
-    need = bytes_per_row(plan) * max(0, plan.n_rows - done * plan.shard_rows)
-    folder = next(p for p in (root, *root.parents) if p.exists())
-    free = shutil.disk_usage(folder).free
-    if need > free:
+    need, free = bytes_per_row(plan) * n_shards * plan.shard_rows, objects.free_bytes()
+    if free is not None and need > free:
         raise StoreError(
-            f"{root} needs {need / 1e9:,.2f} GB and the disk has {free / 1e9:,.2f} GB free; "
-            "free some space, ask for fewer --tokens or use another --store."
+            f"{objects.place} needs {need / 1e9:,.2f} GB and the disk has {free / 1e9:,.2f} GB "
+            "free; free some space, ask for fewer --tokens or use another --store."
         )
 
 
 def bytes_per_row(plan: Plan) -> int:
     """Bytes of one row over all sites, side tables included (an upper estimate)."""
     return sum(s.width * plan.itemsize for s in plan.sites) + SMALL_BYTES_PER_ROW
-
-
-def pick_device(device: str) -> str:
-    """`auto` becomes cuda where there is one; `InputError` for a cuda that is not there."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: this machine has no usable GPU; use --device cpu.")
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
-
-
-def versions() -> dict[str, str]:
-    """Versions of the libraries that decide the bytes, for provenance."""
-    return {name: version(name) for name in LIBRARIES}
-
-
-def model_name(model: ResolvedModel) -> str:
-    """How the plan names the model: a path in full, so that it is found from any folder."""
-    if model.kind == "directory":
-        return model.path
-    if model.name.endswith(".gguf"):
-        return str(Path(model.name).expanduser().resolve())
-    return model.name
-
-
-def corpus_name(corpus: Corpus) -> str:
-    """How the plan names the corpus: a path in full."""
-    if isinstance(corpus, FileCorpus):
-        return str(Path(corpus.name).expanduser().resolve())
-    return corpus.name
-
-
-def _rows(plan: Plan, shard: int) -> int:
-    first, last = plan.shard_contexts(shard)
-    return (last - first) * plan.context_length

@@ -1,33 +1,74 @@
-"""A store described for a terminal."""
+"""A store described for a terminal: what it was made from and with, and what it holds."""
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.table import Column, Table
 
-from harvest.models import load_tokenizer, resolve_model
-from store.errors import SaeHarvestError
+from harvest.documents import CorpusSpec
+from harvest.provenance import tokenizer_of
+from store.errors import InputError
+from store.layout import Plan
+from store.objects import Objects, open_objects
 from store.reader import ActivationStore
+from store.seals import read_seal, sealed_counts
+from store.stats import quantization_fvu
+from store.writer import read_plan_record
 
 SHOWN = 6  # most frequent outlier positions and tokens
 
 
-def describe(path: Path) -> list[Table]:
-    """One table of facts and one per site."""
-    store = ActivationStore.open(path)
-    plan = store.plan
-    facts = Table("store", Column(str(path), overflow="fold"), box=None)
-    facts.add_row("model", str(plan["model"]["name"]))
-    facts.add_row("corpus", str(plan["corpus"]["name"]))
+def describe(place: str | Path) -> list[Table]:
+    """One table of facts, one of the seals, and one per site."""
+    store = ActivationStore.open(place)
+    objects = open_objects(place)
+    record = read_plan_record(objects)
+    facts = Table("store", Column(str(place), overflow="fold"), box=None)
+    for name, value in _origins(record["plan"], record["made_with"]).items():
+        facts.add_row(name, value)
     facts.add_row("rows", f"{store.n_rows:,} ({store.n_contexts:,} × {store.context_length})")
-    facts.add_row("dtype", f"{plan['dtype']} (computed in {plan['compute_dtype']})")
+    facts.add_row("dtype", f"{store.plan['dtype']} (computed in {store.plan['compute_dtype']})")
     facts.add_row("shards", f"{store.n_shards} of up to {store.shard_rows:,} rows")
     facts.add_row("bytes", f"{store.n_bytes:,} ({store.n_bytes / store.n_rows:,.1f} a row)")
-    facts.add_row("digest", store.digest)
+    for told in _seals(objects, Plan.model_validate(record["plan"])):
+        facts.add_row("digest", told)
     return [facts, *(_site(store, site) for site in store.sites)]
+
+
+def _origins(plan: dict[str, Any], made_with: dict[str, str]) -> dict[str, str]:
+    """What decided the bytes: model, tokenizer, text, software."""
+    model, tokenizer, corpus = plan["model"], plan["tokenizer"], plan["corpus"]
+    revision = f", revision {model['revision']}" if model.get("revision") else ""
+    options = [
+        f"{name} {corpus[name]}"
+        for name in ("config", "split", "revision", "text_column")
+        if corpus.get(name) not in (None, CorpusSpec.model_fields[name].default)
+    ]
+    options += ["without duplicates"] * bool(corpus.get("dedup"))
+    options += ["texts kept"] * plan["document_text"]
+    software = ", ".join(f"{name} {version}" for name, version in made_with.items())
+    return {
+        "model": f"{model['name']}{revision}",
+        "weights": str(model["weights"]),
+        "tokenizer": f"xxh3 {tokenizer.get('xxh3')}, {tokenizer.get('vocabulary')} tokens",
+        "corpus": ", ".join([corpus["name"], *options]),
+        "fingerprint": str(corpus.get("fingerprint")),
+        "made with": software or "not known: plan.json was restored from a seal",
+    }
+
+
+def _seals(objects: Objects, plan: Plan) -> list[str]:
+    """Every digest the store has had, the latest first."""
+    seals = [read_seal(objects, plan, count) for count in reversed(sealed_counts(objects))]
+    latest, *earlier = seals
+    return [
+        latest["digest"],
+        *(f"{seal['digest']} (earlier, {seal['rows']:,} rows)" for seal in earlier),
+    ]
 
 
 def _site(store: ActivationStore, site: str) -> Table:
@@ -49,13 +90,17 @@ def _site(store: ActivationStore, site: str) -> Table:
     table.add_row("their tokens", ", ".join(f"{name} ({n:,})" for name, (_, n) in named))
     table.add_row("outlier dimensions", ", ".join(map(str, s["outlier_dimensions"])) or "none")
     table.add_row("mean norm of the mean", f"{np.linalg.norm(ordinary.mean):,.1f} (ordinary rows)")
+    if "quantization_error" in s:
+        fvu = quantization_fvu(s | {"ordinary": ordinary.to_json()})
+        told = f"{np.median(fvu):.1e} median, {fvu.max():.1e} worst FVU of a dimension"
+        table.add_row("int8 error", f"{told} (ordinary rows)")
     return table
 
 
 def _token_names(store: ActivationStore, ids: list[int]) -> list[str]:
-    """Texts of token ids; the bare ids where the model is not at hand any more."""
+    """Texts of token ids; the bare ids where the tokenizer is not at hand any more."""
     try:
-        tokenizer = load_tokenizer(resolve_model(store.plan["model"]["name"]))
-    except SaeHarvestError:
+        tokenizer = tokenizer_of(store)
+    except InputError:
         return [f"id {i}" for i in ids]
     return [repr(tokenizer.decode([i])) for i in ids]

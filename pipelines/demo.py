@@ -13,6 +13,7 @@ from rich.text import Text
 from harvest.cli import harvest_with_bar
 from harvest.config import HarvestConfig
 from harvest.corpus import CorpusSpec
+from harvest.run import Means
 from pipelines.evaluate.downstream import downstream_loss
 from pipelines.features.cli import build_with_bar
 from pipelines.features.config import FeatureConfig
@@ -53,7 +54,7 @@ def run_demo(root: Path, workers: int, console: Console) -> None:
     make_folder(root.resolve())
     figures = Figures(root / "figures.json")
     console.rule("1/4  harvest: SmolLM2-135M over news")
-    harvested = harvest_with_bar(HARVEST, store, workers, "auto")
+    harvested = harvest_with_bar(HARVEST, store, Means(workers=workers))
     if harvested.rows_run:
         figures.set("harvest", harvested.digest, rate=harvested.rows_run / harvested.seconds)
     console.rule("2/4  train: a TopK sparse autoencoder")

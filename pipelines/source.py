@@ -19,6 +19,6 @@ def model_of(store: ActivationStore) -> ResolvedModel:
     if found != planned["weights"]:
         raise InputError(
             f"The model {planned['name']} has other weights ({found}) than those that "
-            f"{store.path} was harvested from ({planned['weights']}); put the old ones back."
+            f"{store.place} was harvested from ({planned['weights']}); put the old ones back."
         )
     return model

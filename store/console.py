@@ -5,7 +5,9 @@ Progress goes to standard error, results to standard output, so that a command c
 
 from __future__ import annotations
 
+import signal
 import sys
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -23,21 +25,35 @@ from store.errors import SaeHarvestError
 
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+store_option = click.option(
+    "--store",
+    metavar="PLACE",
+    required=True,
+    help="The activation store: a folder, or s3://bucket/prefix.",
+)
 
 
 class Commands(click.Group):
     """A command group that turns a `SaeHarvestError` into one line on stderr and exit code 1.
 
-    Usage errors keep click's exit code 2, an interrupted command exits with 130. Anything else is
-    a bug and keeps its traceback.
+    Usage errors keep click's exit code 2, an interrupted command exits with 130, a terminated one
+    with 143, both in order. Anything else is a bug and keeps its traceback.
     """
 
     def invoke(self, ctx: click.Context) -> Any:
+        before = signal.signal(signal.SIGTERM, _terminate)
         try:
             return super().invoke(ctx)
+        except _Terminated:
+            click.echo("Terminated.", err=True)
+            sys.exit(EXIT_TERMINATED)
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             sys.exit(EXIT_INTERRUPTED)
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         try:
@@ -49,6 +65,14 @@ class Commands(click.Group):
             sys.stderr.close()
             sys.exit(EXIT_FAILURE)
         raise AssertionError("click always exits")
+
+
+class _Terminated(KeyboardInterrupt):
+    """A SIGTERM, raised where the command is, so that it ends as it does when interrupted."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
 
 
 def output() -> Console:

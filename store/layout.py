@@ -4,14 +4,18 @@
       plan.json                    what was asked; the plan's hash is the store's identity
       zarr.json                    group attributes, for readers that know only zarr
       tokens/                      int32   [contexts, context_length]
-      activations/<site>/          float16 or float32 [rows, width]
+      activations/<site>/          float16, float32 or int8 [rows, width]
       norms/<site>/                float32 [rows], L2 norm before any casting
+      quantization/<site>/         int8 only: float32 [shards, 2, width], scale and offset
+      exact/<site>/000000.parquet  int8 only: rows of a shard kept as they are, in float16
       contexts/000000.parquet      which documents a context was cut from
       documents/000000.parquet     the documents that first appear in the shard
       commits/000000.json          written last: the shard exists if and only if this does
-      sealed.json                  totals, digest, statistics merged over shards
+      seals/000004.json            the first 4 shards are a store: totals, digest, statistics
+      status.json                  what a running harvest is doing; not part of the store
 
-`row = context * context_length + position`, everywhere.
+A store can grow: more shards of the same plan, then another seal. `row = context * context_length
++ position`, everywhere. Shards are whole, except the last one where the corpus ends.
 """
 
 from __future__ import annotations
@@ -28,9 +32,10 @@ from zarr.storage import MemoryStore
 
 from store.records import digest_of
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 CHUNK_BYTES = 6 << 20  # 1.5 to 6 MiB read fastest: smaller pays per chunk, larger leaves the cache
 MAX_CHUNK_ROWS = 4096
+CODE_FILL = -128  # of int8 arrays; codes go from -127 to 127
 
 
 class SitePlan(BaseModel):
@@ -43,17 +48,16 @@ class SitePlan(BaseModel):
 
 
 class Plan(BaseModel):
-    """Everything that decides the bytes of a store. Two equal plans give equal stores."""
+    """Everything that decides the bytes of a shard. Stores of equal plans have equal shards."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal[1] = FORMAT
+    format: Literal[2] = FORMAT
     model: dict[str, Any] = Field(description="name and identity of the model's weights")
     tokenizer: dict[str, Any] = Field(description="identity of the tokenizer, end-of-text id")
     corpus: dict[str, Any] = Field(description="name and fingerprint of the text")
     sites: tuple[SitePlan, ...] = Field(min_length=1)
     context_length: int = Field(gt=1, description="tokens per context")
-    n_contexts: int = Field(gt=0, description="contexts in the store")
     contexts_per_shard: int = Field(gt=0)
     packing: Literal["concat"] = Field(
         "concat", description="documents joined by the end-of-text token, then cut"
@@ -61,7 +65,10 @@ class Plan(BaseModel):
     bos: Literal["none", "context"] = Field(description="context: position 0 holds the BOS token")
     seed: int = Field(ge=0, description="of the shuffling of contexts")
     window_contexts: int = Field(gt=0, description="contexts shuffled together")
-    dtype: Literal["float16", "float32"] = Field(description="of the stored activations")
+    document_text: bool = Field(description="whether documents/ holds the texts themselves")
+    dtype: Literal["float16", "float32", "int8"] = Field(
+        description="of the stored activations; int8 with a scale and offset per channel and shard"
+    )
     compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
         description="of the forward pass"
     )
@@ -73,21 +80,9 @@ class Plan(BaseModel):
         return digest_of(self.model_dump(mode="json"))
 
     @property
-    def n_rows(self) -> int:
-        return self.n_contexts * self.context_length
-
-    @property
     def shard_rows(self) -> int:
+        """Rows of a whole shard."""
         return self.contexts_per_shard * self.context_length
-
-    @property
-    def n_shards(self) -> int:
-        return -(-self.n_contexts // self.contexts_per_shard)
-
-    def shard_contexts(self, shard: int) -> tuple[int, int]:
-        """First and last-plus-one context of a shard; the last shard may be short."""
-        first = shard * self.contexts_per_shard
-        return first, min(first + self.contexts_per_shard, self.n_contexts)
 
     @property
     def itemsize(self) -> int:
@@ -130,13 +125,14 @@ def _flat(plan: Plan) -> dict[str, Any]:
     return flat | {"sites": ", ".join(site.name for site in plan.sites)}
 
 
-def array_specs(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Path of each array of the store → the arguments of `zarr.create_array`."""
+def array_specs(plan: Plan, n_contexts: int) -> dict[str, dict[str, Any]]:
+    """Path of each array of a store → the arguments of `zarr.create_array`."""
     crc = [zarr.codecs.Crc32cCodec()]
     length, contexts = plan.context_length, plan.contexts_per_shard
+    n_rows = n_contexts * length
     specs: dict[str, dict[str, Any]] = {
         "tokens": {
-            "shape": (plan.n_contexts, length),
+            "shape": (n_contexts, length),
             "chunks": (contexts, length),
             "dtype": "int32",
             "fill_value": -1,
@@ -145,29 +141,40 @@ def array_specs(plan: Plan) -> dict[str, dict[str, Any]]:
     }
     for site in plan.sites:
         specs[f"activations/{site.name}"] = {
-            "shape": (plan.n_rows, site.width),
+            "shape": (n_rows, site.width),
             "chunks": (plan.chunk_rows(site.name), site.width),
             "shards": (plan.shard_rows, site.width),
             "dtype": plan.dtype,
-            "fill_value": float("nan"),
+            "fill_value": CODE_FILL if plan.dtype == "int8" else float("nan"),
             "dimension_names": ("row", "channel"),
         }
         specs[f"norms/{site.name}"] = {
-            "shape": (plan.n_rows,),
+            "shape": (n_rows,),
             "chunks": (plan.shard_rows,),
             "dtype": "float32",
             "fill_value": float("nan"),
             "dimension_names": ("row",),
         }
+        if plan.dtype == "int8":
+            specs[f"quantization/{site.name}"] = {
+                "shape": (-(-n_contexts // contexts), 2, site.width),
+                "chunks": (1, 2, site.width),
+                "dtype": "float32",
+                "fill_value": float("nan"),
+                "dimension_names": ("shard", "scale_offset", "channel"),
+            }
     # Integrity without compression: 7 % of space would cost four times the CPU of reading.
-    return {path: spec | {"compressors": crc, "filters": None} for path, spec in specs.items()}
+    # A dot between the parts of a chunk's name: no folder to make for each shard.
+    common = {"compressors": crc, "filters": None}
+    names = {"name": "default", "separator": "."}
+    return {path: spec | common | {"chunk_key_encoding": names} for path, spec in specs.items()}
 
 
-def zarr_metadata(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Key → content of every `zarr.json` of the store.
+def zarr_metadata(plan: Plan, n_contexts: int) -> dict[str, dict[str, Any]]:
+    """Key → content of every `zarr.json` of a store of so many contexts.
 
-    The contents are kept in plan.json, so that they can be written again, to the byte, by a
-    later version of zarr.
+    The contents are kept in the seal, so that they can be written again, to the byte, by a later
+    version of zarr.
     """
     memory = MemoryStore()
     attributes = {
@@ -181,10 +188,11 @@ def zarr_metadata(plan: Plan) -> dict[str, dict[str, Any]]:
         "dtype": plan.dtype,
         "row": "context * context_length + position",
     }
+    specs = array_specs(plan, n_contexts)
     zarr.create_group(memory, attributes=attributes)
-    for group in ("activations", "norms"):
+    for group in sorted({path.partition("/")[0] for path in specs if "/" in path}):
         zarr.create_group(memory, path=group)
-    for path, spec in array_specs(plan).items():
+    for path, spec in specs.items():
         zarr.create_array(memory, name=path, **spec)
     return {key: json.loads(value) for key, value in read_memory(memory).items()}
 
@@ -205,7 +213,11 @@ def read_memory(memory: MemoryStore) -> dict[str, bytes]:
 
 def chunk_key(path: str, shard: int) -> str:
     """Key of the object that holds one shard of the array at `path`."""
-    return f"{path}/c/{shard}" + ("" if path.startswith("norms/") else "/0")
+    return f"{path}/c.{shard}" + CHUNK_NAME_ENDS[path.partition("/")[0]]
+
+
+def exact_key(site: str, shard: int) -> str:
+    return f"exact/{site}/{shard:06d}.parquet"
 
 
 def context_key(shard: int) -> str:
@@ -220,6 +232,10 @@ def commit_key(shard: int) -> str:
     return f"commits/{shard:06d}.json"
 
 
-FOLDERS = ("tokens", "activations", "norms", "contexts", "documents", "commits")
+def seal_key(n_shards: int) -> str:
+    return f"seals/{n_shards:06d}.json"
+
+
+CHUNK_NAME_ENDS = {"tokens": ".0", "activations": ".0", "norms": "", "quantization": ".0.0"}
 PLAN_KEY = "plan.json"
-SEALED_KEY = "sealed.json"
+STATUS_KEY = "status.json"

@@ -76,7 +76,7 @@ class ShuffledLoader:
         self.batches_per_epoch = self.n_selected // batch_rows
         if self.batches_per_epoch == 0:
             raise InputError(
-                f"{store.path} has {self.n_selected:,} rows to read, fewer than one batch of "
+                f"{store.place} has {self.n_selected:,} rows to read, fewer than one batch of "
                 f"{batch_rows:,}; harvest more tokens or use smaller batches."
             )
         self._epoch = self._step = 0
@@ -130,7 +130,7 @@ class ShuffledLoader:
         if not torch.isfinite(x.sum()):
             bad = rows[~torch.isfinite(x).all(1).numpy()]
             raise DamagedError(
-                f"{self._store.path} holds values of {self._site} that are not finite, in row "
+                f"{self._store.place} holds values of {self._site} that are not finite, in row "
                 f"{bad.min()}; run `harvest verify`."
             )
         self._step += 1
@@ -165,7 +165,7 @@ class ShuffledLoader:
     def _read_window(self, epoch: int, number: int, chunks: npt.NDArray[np.int64]) -> _Window:
         count = int(self._counts[chunks].sum())
         rows = np.empty(count, np.int64)
-        x = np.empty((count, self._store.width(self._site)), self._store.plan["dtype"])
+        x = np.empty((count, self._store.width(self._site)), self._store.dtype)
         filled = 0
         for chunk in chunks.tolist():
             start = chunk * self._chunk_rows

@@ -1,60 +1,234 @@
-"""Objects on a local disk: published once, whole, durable; never overwritten.
+"""Where the objects of a store live: published once, whole, durable; never overwritten.
 
-A reader sees an object either complete or not at all: it is written under a temporary name,
-flushed to disk, and linked to its final name, which fails if that name is taken.
+A *place* is a folder, or `s3://bucket/prefix` (see `store.s3`). A reader sees an object either
+complete or not at all. On a local disk an object is written under a temporary name, flushed, and
+linked to its final name, which fails if that name is taken.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
+import numpy as np
 import xxhash
 
-from store.errors import StoreError
+from store.errors import InputError, NotAStoreError, StoreError
+
+Buffer = bytes | bytearray | memoryview
 
 TEMPORARY_SUFFIX = ".tmp"
 HASH_BLOCK_BYTES = 8 << 20
+MAX_PIECES_A_CALL = 512  # of os.writev, which takes at most 1,024 on Linux
 
 
-def publish(root: Path, key: str, data: bytes | memoryview) -> bool:
-    """Write `data` as object `key`, durably. False if the object was already there.
+class Objects(Protocol):
+    """Named bytes at one place. Picklable, cheap to make, used from several threads.
 
-    *Already there* is neither success nor failure: the caller reads it back and decides.
+    Writing raises `StoreError` in one sentence; reading a missing object raises
+    `FileNotFoundError`, any other failure to read raises `StoreError`.
     """
-    final = root / key
-    if final.exists():
-        return False
-    temporary = final.parent / f".{final.name}.{os.getpid()}-{secrets.token_hex(4)}"
-    temporary = temporary.with_name(temporary.name + TEMPORARY_SUFFIX)
-    try:
-        make_folder(final.parent)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        try:
-            _write_all(descriptor, data)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        try:
-            os.link(temporary, final)
-        except FileExistsError:
+
+    place: str  # absolute path, or s3://bucket/prefix; for messages
+
+    def publish(self, key: str, pieces: Sequence[Buffer]) -> bool:
+        """Write an object durably, its bytes given in pieces. False if it was already there.
+
+        *Already there* is neither success nor failure: the caller reads it back and decides.
+        """
+        ...
+
+    def replace(self, key: str, pieces: Sequence[Buffer]) -> None:
+        """Write or overwrite an object in one step: for what can be made again, and for repairs."""
+        ...
+
+    def read(self, key: str) -> bytes: ...
+
+    def read_range(self, key: str, start: int, length: int) -> Buffer:
+        """Some bytes of an object; fewer if it ends before."""
+        ...
+
+    def size(self, key: str) -> int | None:
+        """Bytes of an object, None if it is not there."""
+        ...
+
+    def keys(self, prefix: str) -> list[str]:
+        """Keys that begin with `prefix`, sorted; temporary files are none."""
+        ...
+
+    def first_key(self) -> str | None:
+        """Any one key, None where there is nothing; without listing a place that holds much."""
+        ...
+
+    def remove(self, key: str) -> None:
+        """Remove an object; a missing one is fine."""
+        ...
+
+    def prune(self) -> None:
+        """Remove the folders in which nothing is left; buckets have none."""
+        ...
+
+    def leftovers(self) -> list[str]:
+        """Keys of temporary files of writers that were killed; not data, they may be removed."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Space left, None where no limit is known."""
+        ...
+
+
+def open_objects(place: str | Path) -> Objects:
+    """The objects at a place: a folder, which need not exist yet, or `s3://bucket/prefix`."""
+    name = str(place)
+    scheme, separator, _ = name.partition("://")
+    if not separator:
+        return LocalObjects(Path(name))
+    if scheme != "s3":
+        raise InputError(
+            f"--store {name}: a store lives in a folder or at s3://bucket/prefix, not at "
+            f"{scheme}://."
+        )
+    from store.s3 import S3Objects
+
+    return S3Objects(name)
+
+
+class LocalObjects:
+    """Objects as files under a folder."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.expanduser().absolute()
+        self.place = str(self._root)
+
+    def publish(self, key: str, pieces: Sequence[Buffer]) -> bool:
+        final = self._root / key
+        if self.size(key) is not None:
+            self._settle(key, final.parent)
             return False
-        sync_folder(final.parent)
-        return True
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreError(
-                f"No space left on the disk of {root}: {key} needs {len(data):,} bytes. "
-                "What is committed is safe; free some space and run the same command again."
-            ) from error
-        raise StoreError(f"Cannot write {key} into {root}: {error.strerror}.") from error
-    finally:
-        with contextlib.suppress(OSError):  # never made, or it stays among the leftovers
-            temporary.unlink()
+        return self._write(key, final, pieces, overwrite=False)
+
+    def replace(self, key: str, pieces: Sequence[Buffer]) -> None:
+        self._write(key, self._root / key, pieces, overwrite=True)
+
+    def read(self, key: str) -> bytes:
+        try:
+            return (self._root / key).read_bytes()
+        except NotADirectoryError as error:
+            raise FileNotFoundError(key) from error
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise self._unreadable(key, error) from error
+
+    def read_range(self, key: str, start: int, length: int) -> Buffer:
+        buffer = np.empty(length, np.uint8)  # not cleared first, as a bytearray would be
+        try:
+            descriptor = os.open(self._root / key, os.O_RDONLY)
+            try:
+                filled = _read_all(descriptor, buffer.data, start)
+            finally:
+                os.close(descriptor)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise FileNotFoundError(key) from error
+        except OSError as error:
+            raise self._unreadable(key, error) from error
+        return buffer.data[:filled]
+
+    def size(self, key: str) -> int | None:
+        try:
+            return (self._root / key).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise self._unreadable(key, error) from error
+
+    def keys(self, prefix: str) -> list[str]:
+        found = self._files(prefix.rpartition("/")[0])
+        return sorted(key for key in found if key.startswith(prefix) and not _is_temporary(key))
+
+    def first_key(self) -> str | None:
+        if self._root.exists() and not self._root.is_dir():
+            raise NotAStoreError(f"{self.place} is a file; --store takes a folder.")
+        return next((key for key in self._files("") if not _is_temporary(key)), None)
+
+    def remove(self, key: str) -> None:
+        path = self._root / key
+        try:
+            path.unlink(missing_ok=True)
+            if path.parent.exists():
+                sync_folder(path.parent)
+        except OSError as error:
+            raise StoreError(f"Cannot remove {key} from {self.place}: {error.strerror}.") from error
+
+    def prune(self) -> None:
+        for folder, _, _ in os.walk(self._root, topdown=False):
+            with contextlib.suppress(OSError):  # not empty
+                Path(folder).rmdir()
+
+    def leftovers(self) -> list[str]:
+        temporary = filter(_is_temporary, self._files(""))
+        return sorted(key for key in temporary if not _is_locked(self._root / key))
+
+    def free_bytes(self) -> int | None:
+        folder = next(p for p in (self._root, *self._root.parents) if p.exists())
+        return shutil.disk_usage(folder).free
+
+    def _write(self, key: str, final: Path, pieces: Sequence[Buffer], overwrite: bool) -> bool:
+        temporary = final.parent / f".{final.name}.{os.getpid()}-{secrets.token_hex(4)}"
+        temporary = temporary.with_name(temporary.name + TEMPORARY_SUFFIX)
+        try:
+            make_folder(final.parent)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)  # until it has its name, or we are killed
+                _write_all(descriptor, pieces)
+                os.fsync(descriptor)
+                created = _give_name(temporary, final, overwrite)
+            finally:
+                os.close(descriptor)
+            sync_folder(final.parent)
+            return created
+        except NotADirectoryError as error:
+            raise NotAStoreError(f"{self.place} is a file; --store takes a folder.") from error
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                size = sum(memoryview(piece).nbytes for piece in pieces)
+                raise StoreError(
+                    f"No space left on the disk of {self.place}: {key} needs {size:,} bytes. "
+                    "What is committed is safe; free some space and run the same command again."
+                ) from error
+            raise StoreError(f"Cannot write {key} into {self.place}: {error.strerror}.") from error
+        finally:
+            with contextlib.suppress(OSError):  # never made, renamed, or among the leftovers
+                temporary.unlink()
+
+    def _settle(self, key: str, folder: Path) -> None:
+        """Flush a name that is there: whoever gave it may have been killed before."""
+        try:
+            sync_folder(folder)
+        except OSError as error:
+            raise StoreError(f"Cannot write {key} into {self.place}: {error.strerror}.") from error
+
+    def _files(self, under: str) -> Iterator[str]:
+        """Keys of all files in a folder and below, temporary ones too."""
+
+        def refuse(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise self._unreadable(f"the folder {error.filename}", error)
+
+        for folder, _, files in os.walk(self._root / under, onerror=refuse):
+            relative = Path(folder).relative_to(self._root)
+            yield from ((relative / file).as_posix() for file in sorted(files))
+
+    def _unreadable(self, key: str, error: OSError) -> StoreError:
+        return StoreError(f"Cannot read {key} of {self.place}: {error.strerror}.")
 
 
 def make_folder(folder: Path) -> None:
@@ -67,9 +241,21 @@ def make_folder(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
-def content_hash(data: bytes | memoryview) -> str:
-    """xxh3-128 in hex, the hash of every object in a commit record."""
-    return xxhash.xxh3_128_hexdigest(data)
+def sync_folder(folder: Path) -> None:
+    """Make names created or renamed in the folder last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def content_hash(pieces: Sequence[Buffer]) -> str:
+    """xxh3-128 in hex of bytes given in pieces, the hash of every object in a commit record."""
+    digest = xxhash.xxh3_128()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def hash_stream(stream: IO[bytes]) -> tuple[int, str]:
@@ -87,21 +273,44 @@ def file_hash(path: Path) -> str:
         return hash_stream(file)[1]
 
 
-def leftovers(root: Path) -> list[Path]:
-    """Temporary files of writers that were killed; they are not data and may be removed."""
-    return sorted(root.rglob(f".*{TEMPORARY_SUFFIX}"))
+def _is_temporary(key: str) -> bool:
+    return key.rpartition("/")[2].startswith(".") and key.endswith(TEMPORARY_SUFFIX)
 
 
-def _write_all(descriptor: int, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names created or renamed in the folder last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _is_locked(temporary: Path) -> bool:
+    """Whether its writer is alive: the kernel takes a killed one's lock away."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with temporary.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, FileNotFoundError):  # at work, or finished meanwhile
+        return True
+    return False
+
+
+def _give_name(temporary: Path, final: Path, overwrite: bool) -> bool:
+    """Whether the file got its final name; False if that is taken and not to be overwritten."""
+    if overwrite:
+        temporary.replace(final)
+        return True
+    try:
+        os.link(temporary, final)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _write_all(descriptor: int, pieces: Sequence[Buffer]) -> None:
+    views = [memoryview(piece).cast("B") for piece in pieces]
+    while views:
+        written = os.writev(descriptor, views[:MAX_PIECES_A_CALL])
+        while views and written >= len(views[0]):
+            written -= len(views.pop(0))
+        if written:
+            views[0] = views[0][written:]
+
+
+def _read_all(descriptor: int, view: memoryview, start: int) -> int:
+    filled = 0
+    while filled < len(view) and (got := os.preadv(descriptor, [view[filled:]], start + filled)):
+        filled += got
+    return filled

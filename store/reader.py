@@ -11,58 +11,47 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zarr
-from zarr.storage import LocalStore
 
-from store import layout
-from store.errors import DamagedError, InputError, UnfinishedError
+from store import codec, layout, quantize
+from store.errors import DamagedError, InputError
 from store.layout import Plan
-from store.objects import content_hash
-from store.records import decode_record
+from store.objects import Buffer, Objects, content_hash, open_objects
 from store.rules import RowRule, heldout_documents
+from store.seals import find_seal
 from store.stats import Moments
-from store.writer import committed_shards, read_commit, read_plan_record
+from store.writer import exact_values, read_commit, read_plan
 
 
 class ActivationStore:
-    """A sealed store on a local disk.
+    """A sealed store, in a folder or a bucket.
 
-    Every read first checks that the shard's object is there and as long as its commit says
-    (zarr would give its fill value for a missing one); the crc32c of each chunk does the rest.
+    Every chunk that is read is checked against its crc32c and every table against its hash; an
+    object that is missing or cut short raises.
     """
 
-    def __init__(self, path: Path, plan: Plan, sealed: dict[str, Any]) -> None:
-        self.path = path
+    def __init__(self, objects: Objects, plan: Plan, seal: dict[str, Any]) -> None:
+        self.place = objects.place
+        self._objects = objects
         self._plan = plan
-        self._sealed = sealed
-        self._group = zarr.open_group(LocalStore(path, read_only=True), mode="r")
+        self._seal = seal
         self._commits: dict[int, dict[str, Any]] = {}
-        self._checked: set[str] = set()
-        self._arrays: dict[str, Any] = {}
 
     @classmethod
-    def open(cls, path: str | Path) -> ActivationStore:
+    def open(cls, place: str | Path, digest: str | None = None) -> ActivationStore:
         """Open a sealed store.
+
+        Args:
+            place: a folder, or `s3://bucket/prefix`.
+            digest: of the store as it was, if it has grown since; None opens all of it.
 
         Raises:
             NotAStoreError: no store there.
-            UnfinishedError: the harvest has shards left to do.
-            DamagedError: plan.json or sealed.json is damaged.
+            UnfinishedError: nothing is sealed there, or nothing with that digest.
+            DamagedError: plan.json or a seal is damaged.
         """
-        path = Path(path)
-        plan = Plan.model_validate(read_plan_record(path)["plan"])
-        try:
-            data = (path / layout.SEALED_KEY).read_bytes()
-        except FileNotFoundError:
-            done = len(committed_shards(path, plan))
-            raise UnfinishedError(
-                f"{path} is not finished: {done} of {plan.n_shards} shards are committed; "
-                "run the same `harvest run` command again to continue it."
-            ) from None
-        sealed = decode_record(data, f"{path}/{layout.SEALED_KEY}")
-        if sealed["plan"] != plan.hash:
-            raise DamagedError(f"{path}/{layout.SEALED_KEY} belongs to another store.")
-        return cls(path, plan, sealed)
+        objects = open_objects(place)
+        plan = read_plan(objects)
+        return cls(objects, plan, find_seal(objects, plan, digest))
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -72,7 +61,7 @@ class ActivationStore:
     @property
     def digest(self) -> str:
         """Identity of the content: plan and every object."""
-        return self._sealed["digest"]
+        return self._seal["digest"]
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -80,11 +69,11 @@ class ActivationStore:
 
     @property
     def n_rows(self) -> int:
-        return self._plan.n_rows
+        return self._seal["rows"]
 
     @property
     def n_contexts(self) -> int:
-        return self._plan.n_contexts
+        return self._seal["contexts"]
 
     @property
     def context_length(self) -> int:
@@ -92,16 +81,22 @@ class ActivationStore:
 
     @property
     def n_shards(self) -> int:
-        return self._plan.n_shards
+        return self._seal["shards"]
 
     @property
     def shard_rows(self) -> int:
+        """Rows of a shard; the last one may have fewer."""
         return self._plan.shard_rows
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of what `read` gives: the stored type, float32 for int8."""
+        return np.dtype("float32" if self._plan.dtype == "int8" else self._plan.dtype)
 
     @property
     def n_bytes(self) -> int:
         """Size of all committed objects."""
-        return self._sealed["bytes"]
+        return self._seal["bytes"]
 
     def site(self, name: str | None) -> str:
         """The named site, or the only one; `InputError` if it is not there or not one of one."""
@@ -109,7 +104,7 @@ class ActivationStore:
             return self.sites[0]
         if name not in self.sites:
             asked = "choose one with --site" if name is None else f"it has no site {name!r}"
-            raise InputError(f"{self.path} holds the sites {', '.join(self.sites)}; {asked}.")
+            raise InputError(f"{self.place} holds the sites {', '.join(self.sites)}; {asked}.")
         return name
 
     def width(self, site: str) -> int:
@@ -121,16 +116,33 @@ class ActivationStore:
         return self._plan.chunk_rows(self.site(site))
 
     def read(self, site: str, start: int, stop: int) -> npt.NDArray[Any]:
-        """Activations [stop - start, width] in the stored dtype. `DamagedError` by name."""
-        return self._read(f"activations/{self.site(site)}", start, stop)
+        """Activations [stop - start, width] as `dtype`. `DamagedError` by name."""
+        path = f"activations/{self.site(site)}"
+        rows, width = self.chunk_rows(site), self.width(site)
+        self._inside(path, start, stop, self.n_rows)
+        if start % rows == 0 and stop - start == rows and self._plan.dtype != "int8":
+            return self._chunk(path, start)  # as it was read, without a copy
+        x = np.empty((stop - start, width), self.dtype)
+        for first in range(start - start % rows, stop, rows):
+            low, high = max(start, first), min(stop, first + rows)
+            into = x[low - start : high - start]
+            stored = self._chunk(path, first)[low - first : high - first]
+            if self._plan.dtype == "int8":
+                self._dequantize(site, low, stored, into)
+            else:
+                into[:] = stored
+        return x
 
     def norms(self, site: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """L2 norms before casting, float32 [stop - start]."""
-        return self._read(f"norms/{self.site(site)}", start, stop)
+        path = f"norms/{self.site(site)}"
+        self._inside(path, start, stop, self.n_rows)
+        return self._gather(path, start, stop, self.shard_rows)
 
     def tokens(self, first_context: int, last_context: int) -> npt.NDArray[np.int32]:
         """Token ids [last - first, context_length]."""
-        return self._read("tokens", first_context, last_context)
+        self._inside("tokens", first_context, last_context, self.n_contexts)
+        return self._gather("tokens", first_context, last_context, self._plan.contexts_per_shard)
 
     def contexts(self, shard: int) -> pa.Table:
         """The pieces of documents that the shard's contexts consist of."""
@@ -142,7 +154,7 @@ class ActivationStore:
 
     def statistics(self, site: str) -> dict[str, Any]:
         """Merged statistics, with `Moments` under "ordinary", "outlier" and "all"."""
-        merged = dict(self._sealed["statistics"][self.site(site)])
+        merged = dict(self._seal["statistics"][self.site(site)])
         for group in ("ordinary", "outlier"):
             merged[group] = Moments.from_json(merged[group])
         merged["all"] = merged["ordinary"].merge(merged["outlier"])
@@ -150,12 +162,12 @@ class ActivationStore:
 
     def shard_span(self, shard: int) -> tuple[int, int]:
         """First and last-plus-one row of a shard."""
-        first, last = self._plan.shard_contexts(shard)
-        return first * self.context_length, last * self.context_length
+        first = shard * self.shard_rows
+        return first, min(first + self.shard_rows, self.n_rows)
 
     def norm_median(self, site: str, shard: int) -> float:
         """Median norm of the shard's rows, to which the outlier rule refers."""
-        return self._commit(shard)["statistics"][self.site(site)]["norm_median"]
+        return self.commit(shard)["statistics"][self.site(site)]["norm_median"]
 
     def row_documents(self, shard: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
         """Document number and text hash of every row of a shard; -1 and 0 for a BOS."""
@@ -189,49 +201,69 @@ class ActivationStore:
             keep &= held_out if rule.split == "heldout" else ~held_out
         return keep
 
-    def _commit(self, shard: int) -> dict[str, Any]:
+    def commit(self, shard: int) -> dict[str, Any]:
+        """The commit record of a shard."""
         if shard not in self._commits:
-            self._commits[shard] = read_commit(self.path, self._plan, shard)
+            self._commits[shard] = read_commit(self._objects, self._plan, shard)
         return self._commits[shard]
 
-    def _check(self, key: str, shard: int) -> None:
-        if key in self._checked:
-            return
-        expected = self._commit(shard)["objects"][key]["bytes"]
-        try:
-            found = (self.path / key).stat().st_size
-        except FileNotFoundError:
-            raise DamagedError(f"{self.path}/{key} is missing; {_REMEDY}") from None
-        if found != expected:
-            raise DamagedError(
-                f"{self.path}/{key} has {found:,} bytes instead of {expected:,}; {_REMEDY}"
-            )
-        self._checked.add(key)
+    def _inside(self, path: str, start: int, stop: int, length: int) -> None:
+        if not 0 <= start <= stop <= length:
+            raise ValueError(f"{start}:{stop} of {path} is outside 0:{length}")
 
-    def _read(self, path: str, start: int, stop: int) -> npt.NDArray[Any]:
-        if path not in self._arrays:
-            self._arrays[path] = self._group[path]
-        array = self._arrays[path]
-        if not 0 <= start <= stop <= array.shape[0]:
-            raise ValueError(f"rows {start}:{stop} of {path} are outside 0:{array.shape[0]}")
-        per_shard = self._plan.contexts_per_shard if path == "tokens" else self.shard_rows
+    def _chunk(self, path: str, row: int) -> npt.NDArray[Any]:
+        """The whole chunk of activations that begins at a row, as stored."""
+        shard, inside = divmod(row, self.shard_rows)
+        stride = codec.chunk_stride(self._plan, path)
+        at = inside // self.chunk_rows(path.partition("/")[2]) * stride
+        key = layout.chunk_key(path, shard)
+        data = self._range(key, at, stride)
+        return codec.decode_chunk(self._plan, path, data, f"{self.place}/{key}")
+
+    def _gather(self, path: str, start: int, stop: int, per_shard: int) -> npt.NDArray[Any]:
+        """Entries of an array of one chunk per shard."""
+        parts = []
         for shard in range(start // per_shard, -(-stop // per_shard)):
-            self._check(layout.chunk_key(path, shard), shard)
-        try:
-            return np.asarray(array[start:stop])
-        except (ValueError, RuntimeError, OSError) as error:
-            keys = ", ".join(
-                layout.chunk_key(path, shard)
-                for shard in range(start // per_shard, -(-stop // per_shard))
-            )
-            raise DamagedError(f"{self.path}/{keys} is damaged ({error}); {_REMEDY}") from error
+            first = shard * per_shard
+            key = layout.chunk_key(path, shard)
+            data = self._range(key, 0, codec.chunk_stride(self._plan, path))
+            whole = codec.decode_chunk(self._plan, path, data, f"{self.place}/{key}")
+            parts.append(whole[max(0, start - first) : stop - first])
+        return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
-    @lru_cache(maxsize=8)  # noqa: B019  (a store lives as long as its process)
+    def _range(self, key: str, start: int, length: int) -> Buffer:
+        try:
+            return self._objects.read_range(key, start, length)
+        except FileNotFoundError:
+            raise DamagedError(f"{self.place}/{key} is missing; {_REMEDY}") from None
+
+    def _dequantize(
+        self, site: str, start: int, codes: npt.NDArray[np.int8], out: npt.NDArray[np.float32]
+    ) -> None:
+        shard = start // self.shard_rows
+        (scale, offset), rows, values = self._quantization(site, shard)
+        quantize.decode(codes, scale, offset, out)
+        low, high = np.searchsorted(rows, [start, start + len(out)])
+        out[rows[low:high] - start] = values[low:high]
+
+    @lru_cache(maxsize=64)  # noqa: B019  (a store lives as long as its process)
+    def _quantization(self, site: str, shard: int) -> tuple[npt.NDArray[Any], ...]:
+        """Scale and offset [2, width] of a shard, and its exact rows: numbers, values."""
+        path = f"quantization/{site}"
+        key = layout.chunk_key(path, shard)
+        data = self._range(key, 0, codec.chunk_stride(self._plan, path))
+        affine = codec.decode_chunk(self._plan, path, data, f"{self.place}/{key}")[0]
+        exact = self._table(layout.exact_key(site, shard), shard)
+        return affine, exact["row"].to_numpy(), exact_values(exact, self.width(site))
+
+    @lru_cache(maxsize=8)  # noqa: B019  (as above)
     def _table(self, key: str, shard: int) -> pa.Table:
-        self._check(key, shard)
-        data = (self.path / key).read_bytes()
-        if content_hash(data) != self._commit(shard)["objects"][key]["xxh3"]:
-            raise DamagedError(f"{self.path}/{key} is damaged; {_REMEDY}")
+        try:
+            data = self._objects.read(key)
+        except FileNotFoundError:
+            raise DamagedError(f"{self.place}/{key} is missing; {_REMEDY}") from None
+        if content_hash([data]) != self.commit(shard)["objects"][key]["xxh3"]:
+            raise DamagedError(f"{self.place}/{key} is altered; {_REMEDY}")
         return pq.read_table(io.BytesIO(data))
 
 

@@ -36,8 +36,9 @@ def decode_record(data: bytes, name: str) -> dict[str, Any]:
     try:
         content = json.loads(data)
         checksum = content.pop(CHECKSUM)
+        digest = digest_of(content)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DamagedError(f"{name} is damaged: it is not a record of this format.") from None
-    if checksum != digest_of(content) or data != encode_record(content):
+    if checksum != digest or data != encode_record(content):
         raise DamagedError(f"{name} is damaged: its checksum does not match its content.")
     return content

@@ -5,7 +5,8 @@ can tell so alone, and the answer never changes as a store grows. Ordinary and o
 summarised apart; together they are all rows.
 
 Moments are kept as (rows, mean, m2), m2 being the sum of squared differences from the mean, and
-merged by the formula of Chan, Golub and LeVeque (1979). Everything is float64.
+merged by the formula of Chan, Golub and LeVeque (1979). Everything is float64, summed in an order
+that depends on nothing but the rows.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import numpy.typing as npt
 from store.rules import OUTLIER_MEDIANS
 
 FloatArray = npt.NDArray[np.float64]
-BLOCK_ROWS = 1024  # a float64 block of this many rows stays in cache
 HISTOGRAM_SHIFT = 15  # float32 bits dropped: 256 bins per power of two, 0.4 % wide
 OUTLIER_DIMENSION_MEDIANS = 6.0
 
@@ -40,15 +40,8 @@ class Moments:
 
     @classmethod
     def of(cls, x: npt.NDArray[Any]) -> Moments:
-        """Moments of x [rows, width], any float type, two passes over cache-sized blocks."""
-        total = cls.empty(x.shape[1])
-        for start in range(0, len(x), BLOCK_ROWS):
-            block = x[start : start + BLOCK_ROWS].astype(np.float32).astype(np.float64)
-            mean = block.mean(axis=0)
-            block -= mean
-            np.square(block, out=block)
-            total = total.merge(cls(len(block), mean, block.sum(axis=0)))
-        return total
+        """Moments of x [rows, width], any float type; others than float16 count as float32."""
+        return moments_of_groups(x, np.zeros(len(x), np.bool_))[0]
 
     def merge(self, other: Moments) -> Moments:
         rows = self.rows + other.rows
@@ -75,38 +68,94 @@ class Moments:
         return cls(content["rows"], np.array(content["mean"]), np.array(content["m2"]))
 
 
+def bits_of(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The bits of x as compiled loops take them: uint16 of float16, else uint32 of float32."""
+    if x.dtype == np.float16:
+        return np.ascontiguousarray(x).view(np.uint16)
+    return np.ascontiguousarray(x, np.float32).view(np.uint32)
+
+
+def moments_of_groups(
+    x: npt.NDArray[Any], is_apart: npt.NDArray[np.bool_]
+) -> tuple[Moments, Moments]:
+    """Moments of the rows of x [rows, width] that are not apart, and of those that are.
+
+    Args:
+        x: any float type; others than float16 count as float32.
+        is_apart: bool [rows].
+    """
+    from store.moments_jit import add_moments  # numba takes a second to import; few need it
+
+    rows = np.zeros(2, np.int64)
+    mean, m2 = np.zeros((2, x.shape[1])), np.zeros((2, x.shape[1]))
+    add_moments(bits_of(x), is_apart, rows, mean, m2)
+    return Moments(int(rows[0]), mean[0], m2[0]), Moments(int(rows[1]), mean[1], m2[1])
+
+
+def outlier_rows(norms: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    """Which rows of a shard are outliers, bool [rows], by the norms [rows] of them all."""
+    return norms > np.float32(OUTLIER_MEDIANS * float(np.median(norms)))
+
+
+def squared_error(x: npt.NDArray[Any], stored: npt.NDArray[Any]) -> list[float]:
+    """Sum over rows of (x - stored)^2 in each dimension, [width]; both [rows, width].
+
+    Of an int8 store: outlier rows, which are stored exactly, add nothing.
+    """
+    from store.moments_jit import add_squared_error
+
+    error = np.zeros(x.shape[1])
+    add_squared_error(bits_of(x), bits_of(stored), error)
+    return error.tolist()
+
+
+def quantization_fvu(statistics: dict[str, Any]) -> FloatArray:
+    """Share of the variance of ordinary rows that an int8 store loses, per dimension [width].
+
+    Args:
+        statistics: of a site, as `summarise` or `merge` give them, with "quantization_error".
+    """
+    error = np.array(statistics["quantization_error"])
+    m2 = np.array(statistics["ordinary"]["m2"])
+    lost = np.where(error > 0, np.inf, 0.0)  # a constant dimension that is exact loses nothing
+    return np.divide(error, m2, out=lost, where=m2 > 0)
+
+
 def summarise(
     x: npt.NDArray[Any], norms: npt.NDArray[np.float32], tokens: npt.NDArray[np.int32]
 ) -> dict[str, Any]:
     """The statistics of one shard of one site, as stored in its commit record.
+
+    For an int8 store the writer adds "quantization_error", its `squared_error`.
 
     Args:
         x: stored activations [rows, width].
         norms: L2 norms [rows].
         tokens: [contexts, context_length], contexts * context_length = rows.
     """
-    median = float(np.median(norms))
-    is_outlier = norms > np.float32(OUTLIER_MEDIANS * median)
+    is_outlier = outlier_rows(norms)
     outliers = np.flatnonzero(is_outlier)
+    ordinary, outlier = moments_of_groups(x, is_outlier)
     bins, counts = np.unique(_histogram_bins(norms), return_counts=True)
     return {
-        "norm_median": median,
+        "norm_median": float(np.median(norms)),
         "norm_max": float(norms.max()),
         "norm_histogram": dict(zip(map(str, bins.tolist()), counts.tolist(), strict=True)),
-        "ordinary": _moments_without(x, outliers).to_json(),
-        "outlier": Moments.of(x[outliers]).to_json(),
+        "ordinary": ordinary.to_json(),
+        "outlier": outlier.to_json(),
         "outlier_positions": _count(outliers % tokens.shape[1]),
         "outlier_tokens": _count(tokens.reshape(-1)[outliers]),
     }
 
 
 def merge(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Statistics of one site over all shards, as stored in sealed.json."""
+    """Statistics of one site over all shards, as stored with a seal."""
     ordinary = outlier = None
     histogram: Counter[str] = Counter()
     positions: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
     largest = 0.0
+    errors: list[list[float]] = []
     for record in records:
         o, u = Moments.from_json(record["ordinary"]), Moments.from_json(record["outlier"])
         ordinary = o if ordinary is None else ordinary.merge(o)
@@ -115,9 +164,11 @@ def merge(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
         positions.update(record["outlier_positions"])
         tokens.update(record["outlier_tokens"])
         largest = max(largest, record["norm_max"])
+        if "quantization_error" in record:
+            errors.append(record["quantization_error"])
     if ordinary is None or outlier is None:
         raise ValueError("no shard to merge statistics from")
-    return {
+    merged = {
         "ordinary": ordinary.to_json(),
         "outlier": outlier.to_json(),
         "outlier_rule": f"norm above {OUTLIER_MEDIANS:g} medians of its shard",
@@ -129,6 +180,9 @@ def merge(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
         },
         "norm_max": largest,
     }
+    if errors:
+        merged["quantization_error"] = np.sum(errors, axis=0).tolist()
+    return merged
 
 
 def outlier_dimensions(moments: Moments) -> list[int]:
@@ -150,16 +204,6 @@ def _histogram_bins(norms: npt.NDArray[np.float32]) -> npt.NDArray[np.uint32]:
     # The bits of positive floats sort like the floats: dropping the low ones makes bins that
     # are log-spaced, the same for every shard, and merged by adding counts.
     return np.ascontiguousarray(norms).view(np.uint32) >> np.uint32(HISTOGRAM_SHIFT)
-
-
-def _moments_without(x: npt.NDArray[Any], left_out: npt.NDArray[np.int64]) -> Moments:
-    total = Moments.empty(x.shape[1])
-    for start in range(0, len(x), BLOCK_ROWS):
-        stop = min(start + BLOCK_ROWS, len(x))
-        low, high = np.searchsorted(left_out, [start, stop])
-        block = np.delete(x[start:stop], left_out[low:high] - start, axis=0)
-        total = total.merge(Moments.of(block))
-    return total
 
 
 def _count(values: npt.NDArray[np.integer[Any]]) -> dict[str, int]:

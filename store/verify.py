@@ -3,92 +3,167 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import accumulate, chain, count, takewhile
+from typing import Any
 
 from store import layout
 from store.errors import DamagedError
 from store.layout import Plan
-from store.objects import content_hash, leftovers
+from store.objects import Objects, content_hash
 from store.records import canonical, decode_record
-from store.writer import read_commit, read_plan_record, store_digest
+from store.seals import read_seal, sealed_counts, store_digest
+from store.writer import committed_shards, read_commit, read_plan
+
+READERS = 4  # objects read at once; a cold disk or a bucket needs several to be busy
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One object that is not as it was written; `shard` is None for what belongs to no shard."""
+
+    key: str
+    shard: int | None
+    sentence: str
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a verification found: objects and bytes read, one sentence for each damage."""
+    """What a verification found.
+
+    digest is the store's, if nothing is damaged and something sealed; sealed_digest is what that
+    seal says; beyond_seal counts the shards that are committed and not sealed yet.
+    """
 
     objects: int
     n_bytes: int
     shards: int
+    beyond_seal: int
     digest: str | None
-    damage: list[str]
-    leftovers: list[Path]
+    sealed_digest: str | None
+    damage: list[Damage]
+    leftovers: list[str]
 
 
-def verify(root: Path, on_shard: Callable[[int, int], None]) -> Report:
+def verify(objects: Objects, on_progress: Callable[[int, int], None]) -> Report:
     """Check a store, finished or not.
 
     Args:
-        on_shard: called with (shards done, shards in the plan).
+        on_progress: called with (bytes read, bytes known so far), shard after shard.
 
     Raises:
         NotAStoreError: no store there.
         DamagedError: plan.json itself is damaged, so that nothing else can be judged.
     """
-    record = read_plan_record(root)
-    plan = Plan.model_validate(record["plan"])
-    damage: list[str] = []
-    objects = n_bytes = 0
-    for key, content in record["zarr"].items():
-        objects += 1
-        if _read(root, key) != canonical(content):
-            damage.append(f"{root}/{key} is missing or altered.")
-    commits = []
-    sealed = (root / layout.SEALED_KEY).exists()
-    for shard in range(plan.n_shards):
-        if sealed or (root / layout.commit_key(shard)).exists():
-            try:
-                commit = read_commit(root, plan, shard)
-            except DamagedError as error:
-                damage.append(str(error))
-            else:
-                commits.append(commit)
-                for key, entry in commit["objects"].items():
-                    objects += 1
-                    n_bytes += entry["bytes"]
-                    damage.extend(_check_object(root, key, entry))
-        on_shard(shard + 1, plan.n_shards)
-    digest = None
-    if sealed and len(commits) == plan.n_shards:
-        digest = store_digest(plan, commits)
-        damage.extend(_check_seal(root, plan, digest))
-    return Report(objects, n_bytes, len(commits), digest, damage, leftovers(root))
+    plan = read_plan(objects)
+    counts = sealed_counts(objects)
+    committed = committed_shards(objects)
+    shards = sorted({*committed, *range(max(counts, default=0))})
+    damage: list[Damage] = []
+    commits: dict[int, dict[str, Any]] = {}
+    for shard in shards:
+        try:
+            commits[shard] = read_commit(objects, plan, shard)
+        except DamagedError as error:
+            damage.append(Damage(layout.commit_key(shard), shard, str(error)))
+    total = sum(o["bytes"] for c in commits.values() for o in c["objects"].values())
+    done = n_objects = 0
+    with ThreadPoolExecutor(READERS) as pool:
+        for shard, commit in commits.items():
+            entries = commit["objects"].items()
+            found = pool.map(lambda item: _damage_of(objects, *item), entries)
+            told = zip(entries, found, strict=True)
+            damage += [Damage(key, shard, text) for (key, _), text in told if text]
+            done += sum(entry["bytes"] for _, entry in entries)
+            n_objects += len(entries)
+            on_progress(done, total)
+    sealed_digest = None
+    for n_shards in counts:
+        sealed_digest = None
+        try:
+            sealed_digest = read_seal(objects, plan, n_shards)["digest"]
+            _check_seal(objects, plan, n_shards, sealed_digest, commits)
+        except DamagedError as error:
+            damage.append(Damage(layout.seal_key(n_shards), None, str(error)))
+    damage += _metadata_damage(objects, plan, counts, commits)
+    sealed = max(counts, default=0)
+    return Report(
+        objects=n_objects,
+        n_bytes=done,
+        shards=len(commits),
+        beyond_seal=sum(shard >= sealed for shard in committed),
+        digest=None if damage else sealed_digest,
+        sealed_digest=sealed_digest,
+        damage=damage,
+        leftovers=objects.leftovers(),
+    )
 
 
-def _check_object(root: Path, key: str, entry: dict[str, object]) -> Iterator[str]:
-    data = _read(root, key)
-    if data is None:
-        yield f"{root}/{key} is missing."
-    elif len(data) != entry["bytes"]:
-        yield f"{root}/{key} has {len(data):,} bytes instead of {entry['bytes']:,}."
-    elif content_hash(data) != entry["xxh3"]:
-        yield f"{root}/{key} is altered: its hash is not the committed one."
-
-
-def _check_seal(root: Path, plan: Plan, digest: str) -> Iterator[str]:
-    data = _read(root, layout.SEALED_KEY)
+def _damage_of(objects: Objects, key: str, entry: dict[str, Any]) -> str | None:
+    """What is wrong with an object, None if nothing is."""
     try:
-        sealed = decode_record(data or b"", f"{root}/{layout.SEALED_KEY}")
-    except DamagedError as error:
-        yield str(error)
-        return
-    if sealed["plan"] != plan.hash or sealed["digest"] != digest:
-        yield f"{root}/{layout.SEALED_KEY} does not match the commits beside it."
-
-
-def _read(root: Path, key: str) -> bytes | None:
-    try:
-        return (root / key).read_bytes()
+        data = objects.read(key)
     except FileNotFoundError:
-        return None
+        return f"{objects.place}/{key} is missing."
+    if len(data) != entry["bytes"]:
+        return f"{objects.place}/{key} has {len(data):,} bytes instead of {entry['bytes']:,}."
+    if content_hash([data]) != entry["xxh3"]:
+        return f"{objects.place}/{key} is altered: its hash is not the committed one."
+    return None
+
+
+def _check_seal(
+    objects: Objects, plan: Plan, n_shards: int, digest: str, commits: dict[int, dict[str, Any]]
+) -> None:
+    """`DamagedError` if a digest is not that of the commits it covers, all of them intact."""
+    covered = [commits[shard] for shard in range(n_shards) if shard in commits]
+    if len(covered) == n_shards and store_digest(plan, covered) != digest:
+        raise DamagedError(
+            f"{objects.place}/{layout.seal_key(n_shards)} does not match the commits beside it."
+        )
+
+
+def _metadata_damage(
+    objects: Objects, plan: Plan, counts: list[int], commits: dict[int, dict[str, Any]]
+) -> Iterator[Damage]:
+    """Every zarr.json against the latest seal, and the heartbeat, if a harvest left one.
+
+    A harvest that was killed just before its seal has left the shapes of what it would seal.
+    """
+    if counts:
+        unbroken = takewhile(commits.__contains__, count())
+        lengths = [commits[shard]["contexts"] for shard in unbroken]
+        grown = list(accumulate(lengths))[counts[-1] :]
+        for key, content in _zarr_metadata(objects, plan, counts[-1]).items():
+            wanted = chain([content], _reshaped(plan, key, content, grown))
+            try:
+                there = objects.read(key)
+            except FileNotFoundError:
+                there = b""
+            if not any(there == canonical(possible) for possible in wanted):
+                yield Damage(key, None, f"{objects.place}/{key} is missing or altered.")
+    try:
+        decode_record(objects.read(layout.STATUS_KEY), f"{objects.place}/{layout.STATUS_KEY}")
+    except FileNotFoundError:
+        pass
+    except DamagedError as error:
+        yield Damage(layout.STATUS_KEY, None, str(error))
+
+
+def _reshaped(
+    plan: Plan, key: str, content: dict[str, Any], grown: list[int]
+) -> Iterator[dict[str, Any]]:
+    """The content of an array's zarr.json for stores of other numbers of contexts."""
+    path = key.rpartition("/")[0]
+    if content["node_type"] == "array":
+        for contexts in grown:
+            shape = layout.array_specs(plan, contexts)[path]["shape"]
+            yield content | {"shape": list(shape)}
+
+
+def _zarr_metadata(objects: Objects, plan: Plan, n_shards: int) -> dict[str, Any]:
+    try:
+        return read_seal(objects, plan, n_shards)["zarr"]
+    except DamagedError:  # reported already, and mended first
+        return {}

@@ -1,32 +1,34 @@
-"""Writing a store: create it, publish a shard's objects, commit the shard, seal the whole.
+"""Writing a store: create it, publish a shard's objects, commit the shard.
 
 The order makes it safe to be killed anywhere: objects first, then the commit record that lists
-them, and sealed.json once every shard is committed. Nothing is ever overwritten.
+them, and a seal once every shard asked for is committed (see `store.seals`). Nothing is
+overwritten, except by a repair.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import shutil
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zarr
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
-from zarr.storage import MemoryStore
 
-from store import layout, stats
+from store import codec, layout, quantize, stats
 from store.errors import DamagedError, NotAStoreError, PlanMismatchError
 from store.layout import Plan
-from store.objects import TEMPORARY_SUFFIX, content_hash, leftovers, publish
-from store.records import canonical, decode_record, digest_of, encode_record
+from store.objects import Buffer, Objects, content_hash
+from store.records import decode_record, digest_of, encode_record
+
+WRITERS = 4  # objects of a shard under way at once: their flushes overlap
+
+Pieces = Sequence[Buffer]
+Check = Callable[[bytes], None]  # raises DamagedError for bytes that are not the object
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,8 @@ class Shard:
     """What a worker made of one shard of the plan.
 
     tokens int32 [contexts, context_length]; activations and norms per site, [rows, width] in
-    the stored dtype and float32 [rows]; contexts and documents are the two small tables.
+    the stored dtype (float16 for int8) and float32 [rows]; contexts and documents are the two
+    small tables; cursor tells where its text begins in the corpus.
     """
 
     number: int
@@ -43,261 +46,278 @@ class Shard:
     documents: pa.Table
     activations: dict[str, npt.NDArray[Any]]
     norms: dict[str, npt.NDArray[np.float32]]
+    cursor: dict[str, Any] = field(default_factory=dict)
 
 
-def create_store(root: Path, plan: Plan, made_with: dict[str, str]) -> Plan:
+def create_store(objects: Objects, plan: Plan, made_with: dict[str, str]) -> Plan:
     """Create the store, or adopt the one that is there if it was made from an equal plan.
 
     Args:
         made_with: versions of the libraries, kept for provenance; not part of the identity.
 
     Raises:
-        NotAStoreError: the folder holds something else.
-        PlanMismatchError: it holds a store of another plan; names the differing fields.
+        NotAStoreError: something else is there.
+        PlanMismatchError: a store of another plan is there; names the differing fields.
     """
-    check_folder(root)
+    check_place(objects)
     record: dict[str, Any] = {
         "plan": plan.model_dump(mode="json"),
         "hash": plan.hash,
         "made_with": made_with,
-        "zarr": layout.zarr_metadata(plan),
     }
-    publish(root, layout.PLAN_KEY, encode_record(record))
-    record = read_plan_record(root)
-    existing = Plan.model_validate(record["plan"])
+    objects.publish(layout.PLAN_KEY, [encode_record(record)])
+    existing = read_plan(objects)
     if differing := existing.differing_fields(plan):
         raise PlanMismatchError(
-            f"{root} was made from another plan; differing: {'; '.join(differing)}. "
+            f"{objects.place} was made from another plan; differing: {'; '.join(differing)}. "
             "Use the same options to continue it, or another --store."
         )
-    for key, content in record["zarr"].items():
-        publish(root, key, canonical(content))
     return existing
 
 
-def check_folder(root: Path) -> None:
-    """`NotAStoreError` if a store can't be made at `root` because something else is there."""
-    if not root.exists() or (root / layout.PLAN_KEY).exists():
-        return
-    if not root.is_dir():
-        raise NotAStoreError(f"{root} is a file; --store takes a folder.")
-    killed = set(root.glob(f".*{TEMPORARY_SUFFIX}"))
-    foreign = sorted(p.name for p in root.iterdir() if p not in killed)
-    if foreign:
+def check_place(objects: Objects) -> None:
+    """`NotAStoreError` if a store can't be made at a place because something else is there."""
+    foreign = objects.first_key()
+    if foreign is not None and objects.size(layout.PLAN_KEY) is None:
         raise NotAStoreError(
-            f"{root} is not empty and holds no store (found {foreign[0]!r}); "
+            f"{objects.place} is not empty and holds no store (found {foreign!r}); "
             "choose another --store or empty it."
         )
 
 
-def discard(root: Path) -> None:
+def discard(objects: Objects) -> None:
     """Remove a store in which nothing is committed, so that another plan can take its place.
 
     plan.json goes last: killed before, this leaves an unfinished store, not a foreign folder.
     """
-    for folder in layout.FOLDERS:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(root / folder)
-    for path in (*leftovers(root), root / "zarr.json", root / layout.PLAN_KEY):
-        path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # somebody else's file beside ours stays
-        root.rmdir()
+    for key in (*objects.leftovers(), *objects.keys("")):
+        if key != layout.PLAN_KEY:
+            objects.remove(key)
+    objects.remove(layout.PLAN_KEY)
+    objects.prune()
 
 
-def read_plan_record(root: Path) -> dict[str, Any]:
-    """The checked content of plan.json: plan, hash, made_with, zarr.
+def read_plan_record(objects: Objects) -> dict[str, Any]:
+    """The checked content of plan.json: plan, hash, made_with.
 
     Raises:
         NotAStoreError: no plan.json.
         DamagedError: it is damaged, or of a format this version does not know.
     """
+    name = f"{objects.place}/{layout.PLAN_KEY}"
     try:
-        data = (root / layout.PLAN_KEY).read_bytes()
-    except OSError:
+        data = objects.read(layout.PLAN_KEY)
+    except FileNotFoundError:
         raise NotAStoreError(
-            f"{root} holds no activation store (no {layout.PLAN_KEY} there); "
-            "give the folder that `harvest run --store` wrote."
+            f"{objects.place} holds no activation store (no {layout.PLAN_KEY} there); "
+            "give the place that `harvest run --store` wrote."
         ) from None
-    record = decode_record(data, f"{root}/{layout.PLAN_KEY}")
-    if not isinstance(record.get("plan"), dict):
-        raise DamagedError(f"{root}/{layout.PLAN_KEY} is damaged: it is another kind of record.")
-    found = record["plan"].get("format")
+    record = decode_record(data, name)
+    plan = record.get("plan")
+    if not isinstance(plan, dict) or record.get("hash") != digest_of(plan):
+        raise DamagedError(f"{name} is damaged: it is another kind of record.")
+    found = plan.get("format")
     if found != layout.FORMAT:
         raise DamagedError(
-            f"{root} is a store of format {found}, this version reads {layout.FORMAT}; "
+            f"{objects.place} is a store of format {found}, this version reads {layout.FORMAT}; "
             "use the version of sae-harvest that wrote it."
         )
     return record
 
 
-def write_shard(root: Path, plan: Plan, shard: Shard) -> dict[str, Any]:
+def read_plan(objects: Objects) -> Plan:
+    """The plan of the store at a place; raises as `read_plan_record`."""
+    return Plan.model_validate(read_plan_record(objects)["plan"])
+
+
+def write_shard(objects: Objects, plan: Plan, shard: Shard) -> dict[str, Any]:
     """Publish every object of a shard and return its commit record, not yet published.
 
     An object that is already there, from an attempt that was killed before its commit, is
-    adopted if it decodes; the statistics then describe what is there, not what was offered.
+    adopted if it decodes; the record then describes what is there, not what was offered. What
+    int8 codes depend on is settled before they are made.
     """
-    contexts = plan.shard_contexts(shard.number)
-    arrays: dict[str, npt.NDArray[Any]] = {"tokens": shard.tokens}
-    arrays |= {f"activations/{site}": x for site, x in shard.activations.items()}
-    arrays |= {f"norms/{site}": norms for site, norms in shard.norms.items()}
-    objects: dict[str, Any] = {}
-    for path, array in arrays.items():
-        offered = _encode(plan, path, shard.number, array)
-        there = _publish_or_adopt(root, plan, path, shard.number, offered)
-        if there is not offered:
-            arrays[path] = _decode(plan, path, shard.number, there)
-        objects[layout.chunk_key(path, shard.number)] = _entry(there)
-    for key, table in (
-        (layout.context_key(shard.number), shard.contexts),
-        (layout.document_key(shard.number), shard.documents),
-    ):
-        objects[key] = _entry(_publish_or_adopt_table(root, key, table))
+    work = _Work(objects, plan, shard)
+    with ThreadPoolExecutor(WRITERS) as pool:
+        tokens = pool.submit(work.array, "tokens", shard.tokens)
+        tables = [
+            pool.submit(work.table, layout.context_key(shard.number), shard.contexts),
+            pool.submit(work.table, layout.document_key(shard.number), shard.documents),
+        ]
+        statistics = {}
+        for site, x in shard.activations.items():
+            # The summary reads the rows while they are being written, and again if what is
+            # there turns out to be something else.
+            norms = pool.submit(work.array, f"norms/{site}", shard.norms[site])
+            if plan.dtype == "int8":
+                statistics[site] = work.quantized(site, x, norms.result(), tokens.result())
+                continue
+            stored = pool.submit(work.array, f"activations/{site}", x)
+            summary = stats.summarise(x, shard.norms[site], shard.tokens)
+            offered = x, shard.norms[site], shard.tokens
+            there = stored.result(), norms.result(), tokens.result()
+            if any(a is not b for a, b in zip(there, offered, strict=True)):
+                summary = stats.summarise(*there)
+            statistics[site] = summary
+        for table in tables:
+            table.result()
+    contexts = len(shard.tokens)
     return {
         "shard": shard.number,
         "plan": plan.hash,
-        "contexts": contexts[1] - contexts[0],
-        "rows": (contexts[1] - contexts[0]) * plan.context_length,
-        "objects": objects,
-        "statistics": {
-            site: stats.summarise(
-                arrays[f"activations/{site}"], arrays[f"norms/{site}"], arrays["tokens"]
-            )
-            for site in shard.activations
-        },
+        "contexts": contexts,
+        "rows": contexts * plan.context_length,
+        "cursor": shard.cursor,
+        "objects": dict(sorted(work.entries.items())),
+        "statistics": statistics,
     }
 
 
-def commit_shard(root: Path, record: dict[str, Any]) -> dict[str, Any]:
+class _Work:
+    """The objects of one shard on their way; `entries` is what the commit record will list."""
+
+    def __init__(self, objects: Objects, plan: Plan, shard: Shard) -> None:
+        self._objects, self._plan, self._shard = objects, plan, shard
+        self.entries: dict[str, dict[str, Any]] = {}
+
+    def array(self, path: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Settle one array's object; the array itself, or the one that is there instead."""
+        key = layout.chunk_key(path, self._shard.number)
+        pieces = codec.encode(self._plan, path, array)
+
+        def check(data: bytes) -> None:
+            codec.decode(self._plan, path, data, len(array), key)
+
+        there = self._object(key, pieces, check)
+        if there is pieces:
+            return array
+        return codec.decode(self._plan, path, b"".join(there), len(array), key)
+
+    def table(self, key: str, table: pa.Table, may_differ: bool = False) -> pa.Table:
+        """Settle one table's object; the table itself, or the one that is there instead.
+
+        Another pyarrow may write the same table in other bytes.
+
+        Args:
+            may_differ: whether another attempt's table may hold other values in these columns.
+        """
+        there: pa.Table | None = None
+
+        def check(data: bytes) -> None:
+            nonlocal there
+            try:
+                found = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+            except (pa.ArrowException, OSError):
+                found = None
+            if (
+                found is None
+                or found.schema != table.schema
+                or not (may_differ or found.equals(table))
+            ):
+                raise DamagedError(f"{key} is not the table of this shard.")
+            there = found
+
+        self._object(key, [encode_table(table)], check)
+        return table if there is None else there
+
+    def quantized(
+        self,
+        site: str,
+        x: npt.NDArray[Any],
+        norms: npt.NDArray[np.float32],
+        tokens: npt.NDArray[np.int32],
+    ) -> dict[str, Any]:
+        """Settle the rows kept exactly, then scale and offset, then the codes made with them.
+
+        Whoever writes this shard uses the exact rows and the scale that were there first, so that
+        codes belong to both, whichever attempt each object comes from.
+        """
+        apart = quantize.rows_apart(x, stats.outlier_rows(norms))
+        first = self._shard.number * self._plan.shard_rows
+        exact = exact_table(np.flatnonzero(apart) + first, x[apart])
+        exact = self.table(layout.exact_key(site, self._shard.number), exact, may_differ=True)
+        apart = np.zeros(len(x), np.bool_)
+        apart[exact["row"].to_numpy() - first] = True
+        offered = quantize.calibrate(x, apart)  # [2, width], scale and offset
+        scale, offset = self.array(f"quantization/{site}", offered[np.newaxis])[0]
+        codes = quantize.encode(x, apart, scale, offset)
+        codes = self.array(f"activations/{site}", codes)
+        stored = quantize.decode(codes, scale, offset)
+        stored[apart] = exact_values(exact, x.shape[1])
+        return stats.summarise(stored, norms, tokens) | {
+            "quantization_error": stats.squared_error(x, stored)
+        }
+
+    def _object(self, key: str, pieces: Pieces, check: Check) -> Pieces:
+        there = publish_or_adopt(self._objects, key, pieces, check)
+        self.entries[key] = {"bytes": codec.total_bytes(there), "xxh3": content_hash(there)}
+        return there
+
+
+def publish_or_adopt(objects: Objects, key: str, pieces: Pieces, check: Check) -> Pieces:
+    """Publish an object, or take the one that is there if it decodes; what is there then."""
+    if objects.publish(key, pieces):
+        return pieces
+    there = objects.read(key)
+    if content_hash([there]) == content_hash(pieces):
+        return pieces
+    with contextlib.suppress(DamagedError):
+        check(there)
+        return [there]
+    # Not committed and not decodable: a disk fault, not data. Ours takes its place.
+    objects.replace(key, pieces)
+    return pieces
+
+
+def commit_shard(objects: Objects, record: dict[str, Any]) -> dict[str, Any]:
     """Publish a commit record; the one that is there wins and is returned."""
     key = layout.commit_key(record["shard"])
-    if publish(root, key, encode_record(record)):
+    if objects.publish(key, [encode_record(record)]):
         return record
-    return decode_record((root / key).read_bytes(), f"{root}/{key}")
+    return decode_record(objects.read(key), f"{objects.place}/{key}")
 
 
-def committed_shards(root: Path, plan: Plan) -> list[int]:
+def committed_shards(objects: Objects) -> list[int]:
     """Numbers of the committed shards, ascending."""
-    return [u for u in range(plan.n_shards) if (root / layout.commit_key(u)).exists()]
+    return numbered(objects, "commits/")
 
 
-def read_commit(root: Path, plan: Plan, shard: int) -> dict[str, Any]:
+def numbered(objects: Objects, folder: str) -> list[int]:
+    """The numbers in the names of a folder's records, ascending."""
+    names = (key.removeprefix(folder).removesuffix(".json") for key in objects.keys(folder))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def read_commit(objects: Objects, plan: Plan, shard: int) -> dict[str, Any]:
     """The checked commit record of a shard; `DamagedError` if missing, altered or foreign."""
     key = layout.commit_key(shard)
     try:
-        data = (root / key).read_bytes()
+        data = objects.read(key)
     except FileNotFoundError:
         raise DamagedError(
-            f"{root}/{key} is missing: shard {shard} is not there; run the same harvest again."
+            f"{objects.place}/{key} is missing: shard {shard} is not there; run the same harvest "
+            "again."
         ) from None
-    record = decode_record(data, f"{root}/{key}")
-    if record["plan"] != plan.hash or record["shard"] != shard:
-        raise DamagedError(f"{root}/{key} belongs to another store or shard.")
+    record = decode_record(data, f"{objects.place}/{key}")
+    if record.get("plan") != plan.hash or record.get("shard") != shard:
+        raise DamagedError(f"{objects.place}/{key} belongs to another store or shard.")
     return record
 
 
-def seal(root: Path, plan: Plan) -> str:
-    """Publish sealed.json from the commit records and return the store's digest.
-
-    The digest covers the plan and the hash of every object, nothing that varies between two
-    runs of one plan.
-    """
-    commits = [read_commit(root, plan, shard) for shard in range(plan.n_shards)]
-    digest = store_digest(plan, commits)
-    record = {
-        "digest": digest,
-        "plan": plan.hash,
-        "rows": sum(c["rows"] for c in commits),
-        "contexts": sum(c["contexts"] for c in commits),
-        "bytes": sum(o["bytes"] for c in commits for o in c["objects"].values()),
-        "statistics": {
-            s.name: stats.merge(c["statistics"][s.name] for c in commits) for s in plan.sites
-        },
-    }
-    data = encode_record(record)
-    if not publish(root, layout.SEALED_KEY, data):
-        there = decode_record((root / layout.SEALED_KEY).read_bytes(), f"{root}/sealed.json")
-        if there["digest"] != digest:
-            raise DamagedError(f"{root}/sealed.json does not match the commits beside it.")
-    for path in leftovers(root):  # of killed writers; every shard is committed, none is needed
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
-    return digest
+def exact_table(rows: npt.NDArray[np.int64], x: npt.NDArray[Any]) -> pa.Table:
+    """Rows kept as they are: row int64, values float16 [width]."""
+    flat = pa.array(np.ascontiguousarray(x, np.float16).reshape(-1))
+    values = pa.FixedSizeListArray.from_arrays(flat, x.shape[1])
+    return pa.table({"row": pa.array(rows, pa.int64()), "values": values})
 
 
-def store_digest(plan: Plan, commits: list[dict[str, Any]]) -> str:
-    """xxh3-128 over the plan's hash and the objects of every commit."""
-    return digest_of([plan.hash, [c["objects"] for c in commits]])
+def exact_values(table: pa.Table, width: int) -> npt.NDArray[np.float16]:
+    """The values of an `exact_table`, [rows, width]."""
+    return table["values"].combine_chunks().flatten().to_numpy().reshape(-1, width)
 
 
-def _entry(data: bytes) -> dict[str, Any]:
-    return {"bytes": len(data), "xxh3": content_hash(data)}
-
-
-def _publish_or_adopt(root: Path, plan: Plan, path: str, shard: int, data: bytes) -> bytes:
-    key = layout.chunk_key(path, shard)
-    if publish(root, key, data):
-        return data
-    there = (root / key).read_bytes()
-    if there == data:
-        return data
-    if len(there) == len(data):  # nothing is compressed; zarr reads an empty object as fill values
-        with contextlib.suppress(DamagedError):
-            _decode(plan, path, shard, there)
-            return there
-    # Not committed and not decodable: a disk fault, not data. Ours takes its place.
-    return _replace(root, key, data)
-
-
-def _publish_or_adopt_table(root: Path, key: str, table: pa.Table) -> bytes:
-    data = _encode_table(table)
-    if publish(root, key, data):
-        return data
-    there = (root / key).read_bytes()
-    if there == data:
-        return data
-    # Another version of pyarrow writes the same table in other bytes.
-    with contextlib.suppress(pa.ArrowException, OSError):
-        if pq.read_table(io.BytesIO(there)).equals(table):
-            return there
-    return _replace(root, key, data)
-
-
-def _replace(root: Path, key: str, data: bytes) -> bytes:
-    (root / key).unlink()
-    publish(root, key, data)
-    return data
-
-
-def _rows(plan: Plan, path: str, shard: int) -> slice:
-    first, last = plan.shard_contexts(shard)
-    length = 1 if path == "tokens" else plan.context_length
-    return slice(first * length, last * length)
-
-
-def _encode(plan: Plan, path: str, shard: int, array: npt.NDArray[Any]) -> bytes:
-    """The bytes that zarr writes for one shard of one array."""
-    memory = MemoryStore()
-    spec = layout.array_specs(plan)[path]
-    target = zarr.create_array(memory, name=path, config={"write_empty_chunks": True}, **spec)
-    target[_rows(plan, path, shard)] = array
-    buffer = sync(memory.get(layout.chunk_key(path, shard), default_buffer_prototype()))
-    assert buffer is not None
-    return buffer.to_bytes()
-
-
-def _decode(plan: Plan, path: str, shard: int, data: bytes) -> npt.NDArray[Any]:
-    """The array in one shard's bytes; `DamagedError` if zarr cannot read it whole."""
-    memory = MemoryStore()
-    target = zarr.create_array(memory, name=path, **layout.array_specs(plan)[path])
-    buffer = default_buffer_prototype().buffer.from_bytes(data)
-    sync(memory.set(layout.chunk_key(path, shard), buffer))
-    try:
-        return np.asarray(target[_rows(plan, path, shard)])
-    except (ValueError, RuntimeError, TypeError, IndexError) as error:
-        raise DamagedError(f"{layout.chunk_key(path, shard)} does not decode: {error}") from error
-
-
-def _encode_table(table: pa.Table) -> bytes:
+def encode_table(table: pa.Table) -> bytes:
+    """The table as Parquet."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue().to_pybytes()

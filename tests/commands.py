@@ -20,7 +20,7 @@ from harvest.cli import main
 SCRIPT = Path(sys.executable).with_name("harvest")
 
 
-def options(model: Path, corpus: Path, store: Path, **more: object) -> list[str]:
+def options(model: Path, corpus: object, store: object, **more: object) -> list[str]:
     """Arguments of `harvest run` for the fixture model: resid_post.1, 4 shards of 1,024 rows."""
     given = {"model": model, "corpus": corpus, "store": store, "layer": 1, "tokens": 4096}
     given |= {"shard-rows": 1024, "workers": 0, "context-length": 32, "compute-dtype": "float32"}

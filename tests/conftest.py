@@ -83,7 +83,7 @@ def tiny_store(
     """A sealed store of 8 shards of 1,024 rows: resid_post.1, width 32, float16."""
     from harvest.config import HarvestConfig
     from harvest.corpus import CorpusSpec
-    from harvest.run import run
+    from harvest.run import Means, run
 
     path = tmp_path_factory.mktemp("store") / "store"
     config = HarvestConfig(
@@ -95,8 +95,14 @@ def tiny_store(
         shard_rows=1024,
         compute_dtype="float32",
     )
-    run(config, path, workers=0, device="cpu")
+    run(config, path, Means(workers=0, device="cpu"))
     return path
+
+
+@pytest.fixture
+def unflushed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No waiting for the disk: for tests that write much and pull no plug."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture

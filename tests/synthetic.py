@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from store.layout import Plan, SitePlan
-from store.writer import Shard, commit_shard, create_store, seal, write_shard
+from store.objects import LocalObjects, Objects
+from store.seals import seal
+from store.writer import Shard, commit_shard, create_store, write_shard
 
 SITE = "resid_post.0"
+CONTEXTS = 100  # 12 shards of 8 contexts of 16 tokens and one of 4, where the corpus ends
 
 
-def make_plan(n_contexts: int = 100, width: int = 8, seed: int = 0, dtype: str = "float16") -> Plan:
-    """13 shards of 8 contexts of 16 tokens, the last one short."""
+def make_plan(width: int = 8, seed: int = 0, dtype: str = "float16") -> Plan:
+    """Shards of 8 contexts of 16 tokens."""
     return Plan.model_validate(
         {
             "model": {"name": "none", "weights": "none"},
@@ -22,11 +26,11 @@ def make_plan(n_contexts: int = 100, width: int = 8, seed: int = 0, dtype: str =
             "corpus": {"name": "none"},
             "sites": (SitePlan(name=SITE, width=width),),
             "context_length": 16,
-            "n_contexts": n_contexts,
             "contexts_per_shard": 8,
             "bos": "none",
             "seed": seed,
             "window_contexts": 64,
+            "document_text": False,
             "dtype": dtype,
             "compute_dtype": "float32",
             "batch_contexts": 4,
@@ -34,18 +38,23 @@ def make_plan(n_contexts: int = 100, width: int = 8, seed: int = 0, dtype: str =
     )
 
 
-def rows_of(plan: Plan) -> np.ndarray:
-    """The float32 activations [rows, width] of the whole store; position 0 is massive."""
-    x = np.random.default_rng(plan.seed).standard_normal((plan.n_rows, plan.width(SITE)))
+def rows_of(plan: Plan, n_contexts: int = CONTEXTS) -> np.ndarray:
+    """The float32 activations [rows, width] of the first contexts; position 0 is massive."""
+    shape = n_contexts * plan.context_length, plan.width(SITE)
+    x = np.random.default_rng(plan.seed).standard_normal(shape)
     x[:: plan.context_length] *= 100
     return x.astype(np.float32)
 
 
-def make_shard(plan: Plan, number: int) -> Shard:
-    """Each context is one document of its own."""
-    first, last = plan.shard_contexts(number)
+def make_shard(plan: Plan, number: int, n_contexts: int = CONTEXTS, noise: float = 0) -> Shard:
+    """A shard of a corpus that ends after `n_contexts`; each context is one document of its own.
+
+    noise: relative, on every row, as another processor or batch shape would make it.
+    """
+    first = number * plan.contexts_per_shard
+    last = min(first + plan.contexts_per_shard, n_contexts)
     length = plan.context_length
-    x = rows_of(plan)[first * length : last * length]
+    x = rows_of(plan, last)[first * length :] * np.float32(1 + noise)
     contexts = np.arange(first, last)
     hashes = contexts.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     pieces = pa.table(
@@ -63,14 +72,25 @@ def make_shard(plan: Plan, number: int) -> Shard:
     documents = pa.table({"document": contexts, "id": [f"d{c}" for c in contexts]})
     tokens = np.arange(first * length, last * length, dtype=np.int32).reshape(-1, length)
     norms = np.linalg.norm(x, axis=1)
-    return Shard(number, tokens, pieces, documents, {SITE: x.astype(plan.dtype)}, {SITE: norms})
+    dtype = "float16" if plan.dtype == "int8" else plan.dtype
+    cursor = {"document": first}
+    return Shard(number, tokens, pieces, documents, {SITE: x.astype(dtype)}, {SITE: norms}, cursor)
 
 
-def make_store(root: Path, plan: Plan | None = None) -> Plan:
-    """Create, write, commit and seal."""
+def add_shards(
+    objects: Objects, plan: Plan, numbers: Iterable[int], n_contexts: int = CONTEXTS
+) -> None:
+    """Write and commit shards."""
+    for number in numbers:
+        commit_shard(objects, write_shard(objects, plan, make_shard(plan, number, n_contexts)))
+
+
+def make_store(place: Path | Objects, plan: Plan | None = None, n_contexts: int = CONTEXTS) -> Plan:
+    """Create, write, commit and seal; what is there already is kept."""
+    objects = LocalObjects(place) if isinstance(place, Path) else place
     plan = plan or make_plan()
-    create_store(root, plan, {})
-    for number in range(plan.n_shards):
-        commit_shard(root, write_shard(root, plan, make_shard(plan, number)))
-    seal(root, plan)
+    create_store(objects, plan, {})
+    n_shards = -(-n_contexts // plan.contexts_per_shard)
+    add_shards(objects, plan, range(n_shards), n_contexts)
+    seal(objects, plan, n_shards)
     return plan

@@ -73,7 +73,10 @@ def test_a_request_that_cannot_be_met_is_refused_in_one_sentence_and_leaves_noth
     "changed",
     [
         {"tokens": 0},
-        {"dtype": "int8"},
+        {"dtype": "int4"},
+        {"shards": "4"},
+        {"shards": "4:2"},
+        {"address": "127.0.0.1:6379"},
         {"compute_dtype": "float64"},
         {"bos": "maybe"},
         {"device": "tpu"},
@@ -120,7 +123,7 @@ def test_a_disk_too_small_is_refused_before_any_work(
 ) -> None:
     # 4,096 rows of 32 float16 and 16 bytes a row of the rest: 327,680 bytes
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=327_679))
-    monkeypatch.setattr("harvest.run._harvest", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr("harvest.run._Work.run", lambda *_: pytest.fail("work was begun"))
     message = refusal(invoke(*options(model_folder, corpus_file, store)))
     assert "needs 0.00 GB and the disk has 0.00 GB free" in message
     assert not store.exists()
@@ -172,7 +175,7 @@ def test_a_place_that_holds_something_else_is_refused_and_left_alone(
 ) -> None:
     file = tmp_path / "notes.txt"
     file.write_text("mine")
-    places = ((tmp_path, "holds no store"), (file, "is a file"), (file / "x", "Not a directory"))
+    places = ((tmp_path, "holds no store"), (file, "is a file"), (file / "x", "is a file"))
     for place, reason in places:
         assert reason in refusal(invoke(*options(model_folder, corpus_file, place)))
     for command in ("status", "verify", "show"):
@@ -189,7 +192,7 @@ def test_a_store_of_another_plan_is_refused_naming_what_differs(
     for changed, named in (
         ({"seed": 5}, "seed: 0 → 5. "),
         ({"layer": 2}, "sites: resid_post.1 → resid_post.2. "),
-        ({"tokens": 8192, "dtype": "float32"}, "n_contexts: 128 → 256; dtype: float16 → float32."),
+        ({"bos": "context", "dtype": "int8"}, "bos: none → context; dtype: float16 → int8."),
     ):
         message = refusal(invoke(*options(model_folder, corpus_file, store, **changed)))
         assert f"made from another plan; differing: {named}" in message
@@ -205,11 +208,11 @@ def test_damage_is_one_sentence_whatever_the_command(
         for command in ("status", "verify", "show"):
             assert "plan.json is damaged" in refusal(invoke(command, "--store", sealed))
         assert "is damaged" in refusal(invoke(*options(model_folder, corpus_file, sealed)))
-    shutil.copy(sealed / "sealed.json", sealed / "plan.json")  # whole, but not a plan
+    shutil.copy(next((sealed / "seals").iterdir()), sealed / "plan.json")  # whole, but not a plan
     assert "plan.json is damaged" in refusal(invoke("status", "--store", sealed))
     (sealed / "plan.json").write_bytes(plan)
 
-    chunk = next((sealed / "activations").rglob("c/3/0"))
+    chunk = next((sealed / "activations").rglob("c.3.0"))
     altered = bytearray(chunk.read_bytes())
     altered[1000] ^= 1
     chunk.write_bytes(altered)
@@ -217,9 +220,9 @@ def test_damage_is_one_sentence_whatever_the_command(
     result = invoke("verify", "--store", sealed)
     assert result.exit_code == 1
     lines = result.stderr.strip().splitlines()
-    assert any("activations/resid_post.1/c/3/0 is altered" in line for line in lines)
+    assert any("activations/resid_post.1/c.3.0 is altered" in line for line in lines)
     assert any("documents/000002.parquet is missing" in line for line in lines)
-    assert lines[-1] == f"Error: {sealed} has 2 damaged objects, named above."
+    assert lines[-1].startswith(f"Error: {sealed} has 2 damaged objects, named above; ")
 
 
 def test_the_same_command_again_does_nothing_and_says_so(
@@ -241,31 +244,32 @@ def test_status_verify_and_show_print_true_numbers(
 ) -> None:
     store = tmp_path / "[bold]:smile:[" / ("a-long-name-" * 10)  # markup and width change nothing
     result = invoke(*options(model_folder, corpus_file, store, tokens=2500))
-    rows = 79 * 32  # 2,500 rounded up to whole contexts
+    rows = 3 * 1024  # 2,500 rounded up to whole shards
     assert f"{store}: {rows:,} rows" in result.stdout
     digest = digest_of(result)
-    status = invoke("status", "--store", store).stdout
-    assert status == f"{store}: 3 of 3 shards committed, sealed.\n"
+    status = invoke("status", "--store", store).stdout.splitlines()
+    assert status[0] == f"{store}: 3 shards committed, all sealed; not running."
+    log = Path(status[1].removeprefix("Log: "))
+    assert "shard 2: 1,024 rows by this process" in log.read_text()
     data = [p for p in store.rglob("*") if p.is_file() and p.suffix != ".json"]
     n_bytes = sum(path.stat().st_size for path in data)
-    metadata = len(list(store.rglob("zarr.json")))
     verified = invoke("verify", "--store", store).stdout
     assert verified == (
-        f"{store}: 3 shards, {len(data) + metadata} objects, {n_bytes:,} bytes, "
+        f"{store}: 3 shards, {len(data)} objects, {n_bytes:,} bytes, "
         f"all as committed. Digest {digest}.\n"
     )
     shown = invoke("show", "--store", store).stdout
-    for fact in (f"{rows:,} (79 × 32)", "3 of up to 1,024 rows", f"{n_bytes:,} (", digest):
+    for fact in (f"{rows:,} (96 × 32)", "3 of up to 1,024 rows", f"{n_bytes:,} (", digest):
         assert fact in shown
     assert str(store) in "".join(shown.replace(" store ", "").split())  # folded, not cut
 
 
 def test_status_counts_an_unfinished_store_and_the_others_say_what_to_do(tmp_path: Path) -> None:
-    plan = make_store(tmp_path / "store")
-    for key in ("sealed.json", "commits/000004.json", "commits/000012.json"):
+    make_store(tmp_path / "store")
+    for key in ("seals/000013.json", "commits/000004.json", "commits/000012.json"):
         (tmp_path / "store" / key).unlink()
     status = invoke("status", "--store", tmp_path / "store").stdout
-    assert f"{plan.n_shards - 2} of {plan.n_shards} shards committed, unfinished." in status
+    assert "11 shards committed, none sealed; not running." in status
     assert "Not sealed yet." in invoke("verify", "--store", tmp_path / "store").stdout
     assert "continue it" in refusal(invoke("show", "--store", tmp_path / "store"))
     assert commits(tmp_path / "store") == 11
@@ -282,7 +286,7 @@ def test_plan_says_what_a_run_then_writes(
     there = ActivationStore.open(store)
     for words in (
         "4,096 (128 contexts of 32)",
-        "4 of up to 1,024 rows",
+        "4 of 1,024 rows",
         f"{4096 * 32 * 4:,} (float32, 32 wide)",
         f"{4096 * 128 * 4:,} (float32, 128 wide)",
     ):

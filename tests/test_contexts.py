@@ -6,13 +6,11 @@ import importlib.util
 import json
 import os
 import pickle
-import random
 import subprocess
 import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,46 +19,23 @@ from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from harvest.contexts import ShardInput, default_bos, iter_contexts, iter_shards
-from harvest.corpus import Corpus, CorpusSpec, Document, open_corpus
+from harvest.contexts import ShardInput, default_bos, iter_shards
+from harvest.corpus import CorpusSpec, open_corpus
+from harvest.documents import Cursor, Document
 from harvest.encoding import end_of_text_id
 from harvest.models import load_tokenizer, resolve_model
+from harvest.windows import iter_contexts
 from store.errors import InputError
-
-LENGTH = 16
-LONG = 60  # number of the document that is longer than a window
-END = "<|endoftext|>"
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "—", "café", "menus", "in", "東京", "🤯", "naïve"]
-WORDS += [END, "don't\n\nstop"]
-
-
-class Texts(Corpus):
-    """Documents made from a list of texts."""
-
-    def __init__(self, texts: list[str]) -> None:
-        super().__init__(CorpusSpec(name="texts"))
-        self._texts = texts
-
-    def fingerprint(self) -> str:
-        return "texts"
-
-    def _read(self) -> Iterator[Document]:
-        for number, text in enumerate(self._texts):
-            yield Document(f"id-{number}", "texts", None, f"https://a.example/{number}", text)
-
-
-def random_texts(count: int, seed: int = 0) -> list[str]:
-    rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=rng.randint(1, 60))) for _ in range(count)]
-
-
-def make_tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    bpe = ByteLevelBPETokenizer(trim_offsets=True)
-    known = [text.replace("🤯", "") for text in random_texts(50)]  # so it stays four byte tokens
-    bpe.train_from_iterator(known, vocab_size=320, special_tokens=[END, "<s>"])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, **({"eos_token": END} | special)
-    )
+from tests.made_texts import (
+    END,
+    LENGTH,
+    LONG,
+    WORDS,
+    Texts,
+    make_tokenizer,
+    shards,
+    varied_texts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,20 +45,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    long = " ".join(f"{number} {WORDS[number % 13]}" for number in range(900))
-    return [*random_texts(LONG), long, "x", *random_texts(40, seed=1)]
-
-
-def shards(
-    texts: list[str], tokenizer: PreTrainedTokenizerFast, n_contexts: int = 300, **options: Any
-) -> list[ShardInput]:
-    given: dict[str, Any] = {
-        "bos": "none",
-        "seed": 3,
-        "contexts_per_shard": 20,
-        "window_contexts": 64,
-    } | options
-    return list(iter_shards(Texts(texts), tokenizer, LENGTH, n_contexts=n_contexts, **given))
+    return varied_texts()
 
 
 def plain_tokens(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -195,19 +157,35 @@ def test_character_spans_worked_by_hand() -> None:
 def test_order_is_independent_of_how_many_contexts_and_how_large_the_shards(
     tokenizer: PreTrainedTokenizerFast, texts: list[str]
 ) -> None:
-    longest = shards(texts, tokenizer, 300)
+    have = all_contexts(texts, tokenizer)
+    longest = shards(texts, tokenizer, have)
     tokens = np.concatenate([shard.tokens for shard in longest])
+    assert len(tokens) == have
     pieces, documents = rows(longest, "pieces"), rows(longest, "documents")
     for n_contexts, per_shard in [(1, 20), (70, 7), (130, 130), (299, 64), (300, 1)]:
         made = shards(texts, tokenizer, n_contexts, contexts_per_shard=per_shard)
-        assert [shard.shard for shard in made] == list(range(-(-n_contexts // per_shard)))
-        assert [len(shard.tokens) for shard in made[:-1]] == [per_shard] * (len(made) - 1)
+        n_shards = -(-n_contexts // per_shard)
+        whole = n_shards * per_shard
+        assert [shard.shard for shard in made] == list(range(n_shards))
+        assert [len(shard.tokens) for shard in made] == [per_shard] * n_shards
         got = np.concatenate([shard.tokens for shard in made])
-        np.testing.assert_array_equal(got, tokens[:n_contexts])
-        assert rows(made, "pieces") == [p for p in pieces if p["context"] < n_contexts]
-        shown = {p["document"] for p in pieces if p["context"] < n_contexts}
+        np.testing.assert_array_equal(got, tokens[:whole])
+        assert rows(made, "pieces") == [p for p in pieces if p["context"] < whole]
+        shown = {p["document"] for p in pieces if p["context"] < whole}
         listed = {row["document"]: row for row in rows(made, "documents")}
         assert listed == {row["document"]: row for row in documents if row["document"] in shown}
+
+
+def test_the_last_shard_is_short_where_the_corpus_ends(
+    tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> None:
+    have = all_contexts(texts, tokenizer)
+    for per_shard, window in [(20, 64), (64, 64), (100, 64), (have, 64), (1_000, 64), (20, have)]:
+        sizes = {"contexts_per_shard": per_shard, "window_contexts": window}
+        made = shards(texts, tokenizer, have - 3, n_shards=10_000, **sizes)
+        expected = [per_shard] * (have // per_shard)
+        expected += [have % per_shard] if have % per_shard else []
+        assert [len(shard.tokens) for shard in made] == expected
 
 
 def test_each_document_is_listed_once_where_it_first_appears(
@@ -322,14 +300,15 @@ def test_shards_travel_whole_and_alone(
 
 def test_memory_does_not_grow_with_the_corpus(tokenizer: PreTrainedTokenizerFast) -> None:
     class Endless(Texts):
-        def _read(self) -> Iterator[Document]:
+        def _read(self, cursor: Cursor | None) -> Iterator[tuple[Document, Cursor]]:
             for number in range(10_000_000):
-                yield Document(str(number), "endless", None, None, f"document {number} of many")
+                text = f"document {number} of many"
+                yield Document(str(number), "endless", None, None, text), {"next": number + 1}
 
     def peak(n_contexts: int) -> int:
         tracemalloc.start()
-        sizes = {"contexts_per_shard": 64, "n_contexts": n_contexts, "window_contexts": 256}
-        for _ in iter_shards(Endless([]), tokenizer, LENGTH, "none", 0, **sizes):
+        sizes = {"contexts_per_shard": 64, "n_shards": n_contexts // 64, "window_contexts": 256}
+        for _ in iter_shards(Endless([]), tokenizer, LENGTH, "none", 0, at_least=1, **sizes):
             pass
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
@@ -350,7 +329,8 @@ from harvest.corpus import CorpusSpec, open_corpus
 corpus = open_corpus(CorpusSpec(name={str(tmp_path / "a.jsonl")!r}))
 tokenizer = AutoTokenizer.from_pretrained({str(tmp_path / "tokenizer")!r})
 digest = xxhash.xxh3_64()
-made = iter_shards(corpus, tokenizer, 16, "none", 5, contexts_per_shard=9, n_contexts=50)
+sizes = dict(contexts_per_shard=9, n_shards=6, at_least=50)
+made = iter_shards(corpus, tokenizer, 16, "none", 5, **sizes)
 for shard in made:
     digest.update(shard.tokens.tobytes())
     digest.update(repr([shard.pieces.to_pylist(), shard.documents.to_pylist()]).encode())
@@ -380,9 +360,8 @@ def test_news_comes_back_from_its_contexts_with_the_packaged_model() -> None:
     tokenizer = load_tokenizer(resolve_model("smollm2-135m"))
     corpus = open_corpus(CorpusSpec(name="news"))
     texts = [document.text for document in corpus.documents()]
-    made = list(
-        iter_shards(corpus, tokenizer, 128, "none", 0, contexts_per_shard=512, n_contexts=20_480)
-    )
+    sizes = {"contexts_per_shard": 512, "n_shards": 40, "at_least": 20_480}
+    made = list(iter_shards(corpus, tokenizer, 128, "none", 0, **sizes))
     assert [shard.shard for shard in made] == list(range(40))
     tokens = np.concatenate([shard.tokens for shard in made])
     end = tokenizer.convert_tokens_to_ids(END)

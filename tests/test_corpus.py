@@ -13,13 +13,14 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
 from harvest import corpus as corpus_module
+from harvest import inputs as inputs_module
 from harvest.corpus import CorpusSpec, Document, HubCorpus, open_corpus
 from store.errors import InputError
 
@@ -88,16 +89,59 @@ def test_each_row_format_gives_the_same_documents(
     assert read(path) == expected
 
 
+def packed(data: bytes, suffix: str) -> bytes:
+    if suffix == ".gz":
+        return gzip.compress(data)
+    return pa.Codec("zstd").compress(data, asbytes=True)
+
+
 @pytest.mark.usefixtures("no_network")
-def test_compressed_lines_read_as_plain_ones(tmp_path: Path) -> None:
-    plain = write_jsonl(tmp_path / "a.jsonl", ROWS)
-    packed = tmp_path / "b.jsonl.gz"
-    packed.write_bytes(gzip.compress(plain.read_bytes()))
-    assert [d._replace(source="") for d in read(packed)] == [
-        d._replace(source="") for d in read(plain)
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".txt"])
+def test_compressed_files_read_as_plain_ones(tmp_path: Path, suffix: str, kind: str) -> None:
+    plain = tmp_path / f"a{kind}"
+    rows = [{"text": f"line {number} of é", "id": number} for number in range(5_000)]
+    if kind == ".txt":
+        plain.write_text("text é\n" * 9_999)
+    else:
+        (write_jsonl if kind == ".jsonl" else write_csv)(plain, rows)
+    path = tmp_path / f"A{kind.upper()}{suffix}"
+    both = packed(plain.read_bytes()[:100], suffix) + packed(plain.read_bytes()[100:], suffix)
+    path.write_bytes(both)  # two members one after the other, as parallel compressors write
+    assert [d._replace(source="", id="") for d in read(path)] == [
+        d._replace(source="", id="") for d in read(plain)
     ]
-    packed.write_bytes(packed.read_bytes()[:-20])
-    assert "damaged or cut short" in message(packed)
+    damage = "cannot be read"
+    path.write_bytes(both[:-20])
+    assert damage in message(path)
+    if suffix == ".gz":  # which always has a checksum
+        path.write_bytes(both[:200] + b"\x00\xff" * 8 + both[216:])
+        assert damage in message(path)
+    path.write_bytes(plain.read_bytes())
+    assert damage in message(path)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_folder_of_every_suffix_with_empty_files_and_byte_order_marks(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    line = mark + b'{"text": "x"}\n'
+    (tmp_path / "a.jsonl").write_bytes(line)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(line))
+    (tmp_path / "c.jsonl.zst").write_bytes(packed(line, ".zst"))
+    (tmp_path / "d.csv").write_bytes(mark + b"text\nx\n")
+    (tmp_path / "e.csv.zst").write_bytes(packed(mark + b"text\nx\n", ".zst"))
+    (tmp_path / "f.txt").write_bytes(mark + b"x")
+    write_parquet(tmp_path / "g.parquet", [{"text": "x"}])
+    for number, suffix in enumerate((".jsonl", ".csv", ".txt", ".jsonl.gz", ".jsonl.zst")):
+        (tmp_path / f"empty{number}{suffix}").touch()
+    assert [(d.source, d.text) for d in read(tmp_path)] == [
+        (name, "x")
+        for name in sorted(
+            ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.csv", "e.csv.zst", "f.txt", "g.parquet"]
+        )
+    ]
+    (tmp_path / "empty.parquet").touch()
+    assert "empty.parquet cannot be read as Parquet" in message(tmp_path)
 
 
 @pytest.mark.usefixtures("no_network")
@@ -155,6 +199,118 @@ def test_fingerprint_follows_names_and_bytes_not_the_folder(tmp_path: Path) -> N
     prints = [open_corpus(CorpusSpec(name=str(p))).fingerprint() for p in (*same, renamed, changed)]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
+
+
+def test_fingerprint_of_a_large_file_is_a_sample_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.txt"
+    size = inputs_module.WHOLE_FILE_BYTES + 1
+
+    def written(**changes: bytes) -> str:
+        with path.open("wb") as stream:
+            stream.truncate(int(changes.pop("size", b"%d" % size)))
+            for place, data in changes.items():
+                stream.seek(int(place.removeprefix("at")))
+                stream.write(data)
+        return open_corpus(CorpusSpec(name=str(path))).fingerprint()
+
+    plain = written()
+    middle = (size - inputs_module.SAMPLE_END_BYTES) * 8 // 17
+    prints = [
+        written(at0=b"x"),
+        written(at1048575=b"x"),
+        written(**{f"at{middle}": b"x"}),
+        written(**{f"at{size - 1}": b"x"}),
+        written(size=b"%d" % (size + 1)),
+    ]
+    assert len({plain, *prints}) == 6
+    assert written(at2000000=b"x") == plain  # between the blocks: not looked at
+    whole = written(size=b"9000000")
+    monkeypatch.setattr(inputs_module, "WHOLE_CORPUS_BYTES", 8_999_999)
+    assert written(size=b"9000000") != whole  # of a large corpus, smaller files are sampled too
+    assert written(size=b"9000000", at2000000=b"x") == written(size=b"9000000")
+
+
+class Bucket:
+    """Stands in for `store.s3`: a folder, each of whose files counts the bytes read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.opened: list[str] = []
+
+    def list_inputs(self, url: str) -> list[tuple[str, int, str]]:
+        below = self.folder / url.removeprefix("s3://")
+        found = [below] if below.is_file() else sorted(p for p in below.rglob("*") if p.is_file())
+        return [
+            (f"s3://{p.relative_to(self.folder).as_posix()}", p.stat().st_size, f"etag-{p.name}")
+            for p in found
+        ]
+
+    def open_input(self, url: str) -> IO[bytes]:
+        self.opened.append(url)
+        return (self.folder / url.removeprefix("s3://")).open("rb")
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    (tmp_path / "bucket" / "deep").mkdir(parents=True)
+    monkeypatch.setitem(sys.modules, "store.s3", made := Bucket(tmp_path))
+    return made
+
+
+@pytest.mark.usefixtures("no_network")
+def test_objects_of_a_bucket_read_as_the_files_of_a_folder(bucket: Bucket) -> None:
+    folder = bucket.folder / "bucket"
+    write_jsonl(folder / "deep" / "a.jsonl", ROWS)
+    write_parquet(folder / "deep" / "b.parquet", ROWS)
+    write_csv(folder / "c.csv", ROWS)
+    (folder / "d.jsonl.zst").write_bytes(packed((folder / "deep/a.jsonl").read_bytes(), ".zst"))
+    (folder / "e.txt").write_text("plain")
+    (folder / "f.md").write_text("not this")
+    assert read("s3://bucket") == read(folder)
+    assert read("s3://bucket/deep/") == read(folder / "deep")
+    assert read("s3://bucket/deep/b.parquet") == read(folder / "deep" / "b.parquet")
+    assert "its revision main means nothing" in message("s3://bucket", revision="main")
+    (folder / "only").mkdir()
+    (folder / "only" / "f.md").touch()
+    assert "nothing to read at s3://bucket/only, expected at least one object ending in" in message(
+        "s3://bucket/only"
+    )
+
+
+def test_fingerprint_of_a_bucket_reads_nothing(bucket: Bucket) -> None:
+    path = bucket.folder / "bucket" / "a.txt"
+    path.write_text("some text")
+    before = open_corpus(CorpusSpec(name="s3://bucket")).fingerprint()
+    path.write_text("other text")
+    assert open_corpus(CorpusSpec(name="s3://bucket")).fingerprint() != before
+    assert bucket.opened == []
+
+
+def test_corpora_are_named_so_that_they_are_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: Bucket
+) -> None:
+    (bucket.folder / "bucket" / "a.txt").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    for name, full in [
+        ("./bucket/a.txt", str(tmp_path.resolve() / "bucket" / "a.txt")),
+        ("s3://bucket/a.txt", "s3://bucket/a.txt"),
+    ]:
+        assert open_corpus(CorpusSpec(name=name)).full_name == full
+
+
+@pytest.mark.usefixtures("no_network")
+def test_only_the_columns_with_a_role_are_read_from_parquet(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [{"x": "large", "text": "t", "ID": "i"}])
+    data = path.read_bytes()
+    assert data.count(b"large") > 0
+    spoiled = path.read_bytes()
+    meta = parquet.ParquetFile(path).metadata.row_group(0).column(0)
+    start = meta.dictionary_page_offset or meta.data_page_offset
+    spoiled = data[:start] + b"\xff" * meta.total_compressed_size
+    path.write_bytes(spoiled + data[len(spoiled) :])
+    assert read(path) == [Document("i", "a.parquet", None, None, "t")]
 
 
 @pytest.mark.usefixtures("no_network")
@@ -245,7 +401,7 @@ def test_hub_datasets_are_streamed_row_by_row(tmp_path: Path) -> None:
 
 def test_a_hub_dataset_that_breaks_off_is_an_error_that_names_the_row(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"text": "x"}\n' * 3 + "{oops\n")
-    with pytest.raises(InputError, match=r"Reading the dataset .* failed after row"):
+    with pytest.raises(InputError, match=r"Reading the dataset .* failed after 0 rows"):
         list(HubCorpus(CorpusSpec(name=str(tmp_path))).documents())
 
 

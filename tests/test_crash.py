@@ -1,4 +1,4 @@
-"""Killed anywhere and continued, a harvest gives the store it would have given undisturbed."""
+"""Killed anywhere and continued, `harvest run` gives the store it would have given undisturbed."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
-import store.objects
-from store.errors import StoreError
+from store.errors import SaeHarvestError
 from store.reader import ActivationStore
-from store.verify import verify
 from tests.commands import (
     commits,
     digest_of,
@@ -29,26 +28,22 @@ from tests.commands import (
     session_processes,
     wait_for,
 )
-from tests.synthetic import make_plan, make_shard, make_store
+from tests.faulty_disk import CODES, FaultyDisk, faulty, sentence_of
+from tests.synthetic import make_plan, make_store
+from tests.test_faults import SHORT, assert_nothing_wrong, assert_whole
 
-MANY_SHARDS = {"tokens": 14_016, "shard_rows": 64}  # 219 shards
-KILLS = 10
+MANY = 219  # shards
+MANY_SHARDS = {"tokens": MANY * 64, "shard_rows": 64}
+KILLS = 5
 
 
 @pytest.fixture(scope="module")
 def undisturbed(
     tmp_path_factory: pytest.TempPathFactory, model_folder: Path, corpus_file: Path
 ) -> str:
-    """Digest of the same harvest, never interrupted."""
+    """Digest of the harvest of many shards, never interrupted."""
     path = tmp_path_factory.mktemp("undisturbed") / "store"
     return digest_of(invoke(*options(model_folder, corpus_file, path, **MANY_SHARDS)))
-
-
-def assert_whole(path: Path, digest: str) -> None:
-    """The store is sealed with this digest, every byte as committed, nothing left lying about."""
-    report = verify(path, lambda done, total: None)
-    assert (report.digest, report.damage, report.leftovers) == (digest, [], [])
-    assert ActivationStore.open(path).digest == digest
 
 
 class KilledDriver(NamedTuple):
@@ -89,20 +84,22 @@ def test_a_killed_driver_takes_its_workers_along(killed_driver: KilledDriver) ->
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_replaced_while_the_driver_goes_on(
+def test_killed_workers_are_replaced_while_the_driver_goes_on(
     killed_driver: KilledDriver, model_folder: Path, corpus_file: Path, undisturbed: str
 ) -> None:
     path = killed_driver.store
+    assert_nothing_wrong(path)
     done = commits(path)
-    assert done < 219
+    assert done < MANY
     arguments = options(model_folder, corpus_file, path, workers=2, **MANY_SHARDS)
     with harvesting(*arguments) as process:
         assert wait_for(lambda: commits(path) >= done + 3, 120)
-        os.kill(ray_workers(process.pid)[0], signal.SIGKILL)
+        for worker in ray_workers(process.pid):
+            os.kill(worker, signal.SIGKILL)
         stdout, stderr = process.communicate(timeout=120)
         assert process.returncode == 0, stderr
         assert session_processes(process.pid) == {}
-    assert f"{14_016 - done * 64:,} of them now" in stdout
+    assert f"{(MANY - done) * 64:,} of them now" in stdout
     assert_whole(path, undisturbed)
 
 
@@ -111,7 +108,7 @@ def reached(path: Path, aim: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_harvest_killed_ten_times_gives_the_same_store(
+def test_a_harvest_killed_again_and_again_gives_the_same_store(
     tmp_path: Path, model_folder: Path, corpus_file: Path, undisturbed: str
 ) -> None:
     path = tmp_path / "store"
@@ -124,13 +121,15 @@ def test_a_harvest_killed_ten_times_gives_the_same_store(
             time.sleep(rng.uniform(0, 0.03))
             process.kill()
             process.communicate()
-        assert not (path / "sealed.json").exists()
+        assert_nothing_wrong(path)
+        assert not (path / "seals").exists()
     done = commits(path)
-    assert KILLS <= done < 219
+    assert KILLS <= done < MANY
     result = invoke(*arguments)
-    assert f"{14_016 - done * 64:,} of them now" in result.stdout  # no committed shard again
+    assert f"{(MANY - done) * 64:,} of them now" in result.stdout  # no committed shard again
     assert digest_of(result) == undisturbed
     assert_whole(path, undisturbed)
+    assert not (path / "status.json").exists()
 
 
 @pytest.mark.slow
@@ -146,113 +145,138 @@ def test_a_harvest_killed_at_any_time_after_its_start_gives_the_same_store(
     assert_whole(path, undisturbed)
 
 
-class FaultyDisk:
-    """Stands in for `os`: the n-th call of one function fails, `write` after half of its bytes."""
-
-    def __init__(self, function: str, nth: int, code: int) -> None:
-        self.function, self.nth, self.code = function, nth, code
-        self.calls = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return self.fail if name == self.function else getattr(os, name)
-
-    def fail(self, *arguments: Any) -> Any:
-        self.calls += 1
-        if self.calls != self.nth:
-            return getattr(os, self.function)(*arguments)
-        if self.function == "write":
-            descriptor, data = arguments
-            os.write(descriptor, data[: len(data) // 2])
-        raise OSError(self.code, os.strerror(self.code))
-
-
-SMALL = make_plan(n_contexts=20)  # 3 shards, the last one short
-
-
-@pytest.mark.parametrize("function", ["write", "fsync", "link"])
-def test_a_fault_at_any_call_is_one_sentence_and_continuing_gives_the_same_store(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+@pytest.mark.slow
+def test_two_drivers_at_once_make_one_store(
+    tmp_path: Path, model_folder: Path, corpus_file: Path, undisturbed: str
 ) -> None:
-    healthy = FaultyDisk(function, 0, 0)
-    monkeypatch.setattr(store.objects, "os", healthy)
-    make_store(tmp_path / "healthy", SMALL)
-    digest = ActivationStore.open(tmp_path / "healthy").digest
-    assert healthy.calls >= 20
+    path = tmp_path / "store"
+    arguments = options(model_folder, corpus_file, path, **MANY_SHARDS)
+    with harvesting(*arguments) as one, harvesting(*arguments) as two:
+        ends = [
+            subprocess.CompletedProcess(driver.args, driver.wait(180), *driver.communicate())
+            for driver in (one, two)
+        ]
+    finished = [end for end in ends if end.returncode == 0]
+    assert finished, [end.stderr for end in ends]
+    assert {digest_of(end) for end in finished} == {undisturbed}
+    for end in ends:
+        if end not in finished:
+            refusal(end)
+    assert_whole(path, undisturbed)
 
-    for nth in range(1, healthy.calls + 1):
-        path = tmp_path / f"{nth}"
-        code, sentence = (errno.EIO, "Cannot write ") if nth % 2 else (errno.ENOSPC, "No space ")
-        monkeypatch.setattr(store.objects, "os", FaultyDisk(function, nth, code))
-        with pytest.raises(StoreError, match=f"^{sentence}.*[.]$"):
-            make_store(path, SMALL)
-        monkeypatch.setattr(store.objects, "os", os)
-        if path.exists() and (path / "plan.json").exists():
-            report = verify(path, lambda done, total: None)
-            assert [line for line in report.damage if "zarr.json" not in line] == []
-        make_store(path, SMALL)
-        assert_whole(path, digest)
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, corpus_file: Path) -> str:
+    """Digest of a harvest of two shards."""
+    path = tmp_path_factory.mktemp("short") / "store"
+    return digest_of(invoke(*options(model_folder, corpus_file, path, **TWO_SHARDS)))
+
+
+TWO_SHARDS = {"tokens": 128, "shard_rows": 64}
+
+
+@pytest.mark.slow
+def test_a_failing_write_under_the_command_is_one_sentence_and_the_same_command_continues(
+    tmp_path: Path, model_folder: Path, corpus_file: Path, short: str
+) -> None:
+    def arguments(path: Path) -> list[str]:
+        return options(model_folder, corpus_file, path, **TWO_SHARDS)
+
+    with faulty(FaultyDisk("writev", 0)) as disk:
+        assert digest_of(invoke(*arguments(tmp_path / "healthy"))) == short
+    assert disk.count >= 20
+    refused = 0
+    for nth in range(1, disk.count + 1):
+        path, code = tmp_path / f"{nth}", CODES[nth % 2]
+        with faulty(FaultyDisk("writev", nth, code)):
+            result = invoke(*arguments(path))
+        if result.exit_code:
+            message = refusal(result)
+            wanted = "No space left on" if code == errno.ENOSPC else "Cannot write"
+            assert message.startswith(f"Error: {wanted} "), message
+            refused += 1
+        assert_nothing_wrong(path)
+        assert digest_of(invoke(*arguments(path))) == short
+        assert_whole(path, short)
+    assert refused >= disk.count - 4  # the heartbeat's are survived
 
 
 @pytest.mark.parametrize(
-    ("function", "nth"), [("write", 1), ("link", 4), ("fsync", 30), ("write", 50), ("link", 56)]
+    ("function", "nth"), [("open", 3), ("link", 1), ("link", 4), ("fsync", 20), ("replace", 3)]
 )
-def test_a_fault_under_the_command_is_one_sentence_and_the_same_command_continues(
-    tmp_path: Path,
-    model_folder: Path,
-    corpus_file: Path,
-    tiny_store: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    function: str,
-    nth: int,
+def test_another_fault_under_the_command_is_one_sentence_and_the_same_command_continues(
+    tmp_path: Path, model_folder: Path, corpus_file: Path, short: str, function: str, nth: int
 ) -> None:
     path = tmp_path / "store"
-    arguments = options(model_folder, corpus_file, path, tokens=8192)
-    monkeypatch.setattr(store.objects, "os", FaultyDisk(function, nth, errno.ENOSPC))
-    message = refusal(invoke(*arguments))
+    arguments = options(model_folder, corpus_file, path, **TWO_SHARDS)
+    with faulty(FaultyDisk(function, nth, errno.ENOSPC, for_good=True)):
+        message = refusal(invoke(*arguments))
     assert message.startswith("Error: No space left on the disk of ")
     assert message.endswith("free some space and run the same command again.")
-    monkeypatch.undo()
+    assert_nothing_wrong(path)
+    assert digest_of(invoke(*arguments)) == short
+    assert_whole(path, short)
+
+
+class SmallDisk:
+    """A real file system that is full."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def resize(self, kib: int) -> None:
+        """Make it larger or smaller, with what is on it."""
+        subprocess.run(["mount", "-o", f"remount,size={kib}k", self.path], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(path)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        yield SmallDisk(path)
+    finally:
+        subprocess.run(["umount", "-l", path], check=True)
+
+
+def test_a_disk_that_is_full_is_one_sentence_wherever_it_happens(
+    tmp_path: Path, small_disk: SmallDisk
+) -> None:
+    make_store(tmp_path / "healthy", make_plan(), SHORT)
+    digest = ActivationStore.open(tmp_path / "healthy").digest
+    path = small_disk.path / "store"
+    sizes = range(8, 400, 8)
+    refused = 0
+    for kib in sizes:  # each goes on where the last one was stopped
+        small_disk.resize(kib)
+        try:
+            make_store(path, make_plan(), SHORT)
+            break
+        except SaeHarvestError as error:
+            refused += sentence_of(error).startswith("No space left on the disk of ")
+        assert_nothing_wrong(path)
+    assert refused == sizes.index(kib) >= 8
+    assert_whole(path, digest)
+
+
+def test_a_disk_that_is_full_stops_the_command_until_there_is_space(
+    model_folder: Path, corpus_file: Path, tiny_store: Path, small_disk: SmallDisk
+) -> None:
+    path = small_disk.path / "store"
+    arguments = options(model_folder, corpus_file, path, tokens=8192)
+    assert "GB and the disk has 0.00 GB free" in refusal(invoke(*arguments))
+    assert not path.exists()
+    small_disk.resize(680)  # enough for the rows, not for blocks of 4 KiB
+    message = refusal(invoke(*arguments))
+    assert message.startswith("Error: No space left on the disk of ")
+    assert commits(path) >= 1
+    assert_nothing_wrong(path)
+    small_disk.resize(4096)
     digest = ActivationStore.open(tiny_store).digest
     assert digest_of(invoke(*arguments)) == digest
-    assert_whole(path, digest)
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "tokens/c/1/0",
-        "activations/resid_post.0/c/1/0",
-        "norms/resid_post.0/c/1",
-        "contexts/000001.parquet",
-        "documents/000001.parquet",
-    ],
-)
-@pytest.mark.parametrize("length", [0, 11])
-def test_an_object_cut_by_a_power_failure_before_its_commit_is_never_adopted(
-    tmp_path: Path, key: str, length: int
-) -> None:
-    path = tmp_path / "store"
-    make_store(path, SMALL)
-    digest = ActivationStore.open(path).digest
-    for commit in ("commits/000001.json", "sealed.json"):
-        (path / commit).unlink()
-    os.truncate(path / key, length)
-    make_store(path, SMALL)
-    assert_whole(path, digest)
-
-
-def test_an_object_of_an_attempt_that_was_killed_is_adopted_as_it_is(tmp_path: Path) -> None:
-    from store.writer import commit_shard, create_store, seal, write_shard
-
-    path = tmp_path / "store"
-    create_store(path, SMALL, {})
-    for number in range(3):
-        write_shard(path, SMALL, make_shard(SMALL, number))
-    before = {p: p.stat().st_mtime_ns for p in path.rglob("c/*") if p.is_file()}
-    for number in range(3):
-        commit_shard(path, write_shard(path, SMALL, make_shard(SMALL, number)))
-    digest = seal(path, SMALL)
-    assert {p: p.stat().st_mtime_ns for p in before} == before
     assert_whole(path, digest)
 
 
@@ -261,7 +285,7 @@ def test_a_store_with_a_damaged_commit_is_refused_by_name(
 ) -> None:
     path = Path(shutil.copytree(tiny_store, tmp_path / "store"))
     os.truncate(path / "commits" / "000003.json", 100)
-    (path / "sealed.json").unlink()
+    (path / "seals" / "000008.json").unlink()
     arguments = options(model_folder, corpus_file, path, tokens=8192)
     assert f"{path}/commits/000003.json is damaged" in refusal(invoke(*arguments))
     (path / "commits" / "000003.json").unlink()

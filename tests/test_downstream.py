@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from harvest.config import HarvestConfig
 from harvest.corpus import CorpusSpec
 from harvest.models import load_model, resolve_model
-from harvest.run import run
+from harvest.run import Means, run
 from pipelines.evaluate import downstream
 from pipelines.evaluate.downstream import downstream_loss, heldout_contexts
 from store.errors import InputError, SaeHarvestError
@@ -88,7 +88,7 @@ def test_a_perfect_dictionary_loses_nothing(store, model, tmp_path, scale):
     fields = {} if scale == 1 else {"normalization": "scale", "input_scale": scale}
     sae = perfect(store, EVERY_ROW, **fields)
     sae.save(tmp_path)
-    measured = downstream_loss(store.path, tmp_path, 6)
+    measured = downstream_loss(store.place, tmp_path, 6)
     _, tokens = contexts_of(store, sae, 6)
     assert measured.contexts == 6
     assert measured.tokens == 6 * (store.context_length - 1)
@@ -102,7 +102,7 @@ def test_a_constant_gives_the_loss_of_a_manual_hook(store, model, tmp_path):
     vector = torch.randn(D_IN, generator=torch.Generator().manual_seed(2))
     sae = constant(store, EVERY_ROW, vector)
     sae.save(tmp_path)
-    measured = downstream_loss(store.path, tmp_path, 5)
+    measured = downstream_loss(store.place, tmp_path, 5)
     _, tokens = contexts_of(store, sae, 5)
     every = torch.ones(tokens.shape, dtype=torch.bool)
     assert measured.ce_sae == pytest.approx(
@@ -115,7 +115,7 @@ def test_only_rows_that_the_rule_reads_are_replaced(store, model, tmp_path):
     vector = torch.full((D_IN,), 2.0)
     sae = constant(store, ORDINARY_ROWS, vector)
     sae.save(tmp_path)
-    measured = downstream_loss(store.path, tmp_path, 7)
+    measured = downstream_loss(store.place, tmp_path, 7)
     contexts, tokens = contexts_of(store, sae, 7)
     keep = np.zeros((7, store.context_length), bool)
     length = store.context_length
@@ -137,14 +137,14 @@ def test_only_rows_that_the_rule_reads_are_replaced(store, model, tmp_path):
 
 def test_batches_and_progress_change_nothing(store, tmp_path, monkeypatch):
     random_sae(store, 64, 4, EVERY_ROW).save(tmp_path)
-    whole = downstream_loss(store.path, tmp_path, 7)
+    whole = downstream_loss(store.place, tmp_path, 7)
     monkeypatch.setattr(downstream, "BATCH_TOKENS", 2 * store.context_length)
     seen = []
-    parts = downstream_loss(store.path, tmp_path, 7, lambda *done: seen.append(done))
+    parts = downstream_loss(store.place, tmp_path, 7, lambda *done: seen.append(done))
     assert parts.ce_sae == pytest.approx(whole.ce_sae, rel=1e-6)
     assert seen == [(2, 7), (4, 7), (6, 7), (7, 7)]
     monkeypatch.setattr(downstream, "BATCH_TOKENS", 1)
-    assert downstream_loss(store.path, tmp_path, 7).ce_sae == pytest.approx(whole.ce_sae, rel=1e-6)
+    assert downstream_loss(store.place, tmp_path, 7).ce_sae == pytest.approx(whole.ce_sae, rel=1e-6)
 
 
 def test_contexts_hold_held_out_documents_only(store):
@@ -171,7 +171,7 @@ def other_sites(tmp_path_factory, model_folder, corpus_file):
         compute_dtype="float32",
         bos="context",
     )
-    run(config, path, workers=0, device="cpu")
+    run(config, path, Means(workers=0, device="cpu"))
     return ActivationStore.open(path)
 
 
@@ -181,7 +181,7 @@ def test_what_enters_a_block_is_replaced_and_bos_belongs_to_no_document(
     vector = torch.randn(D_IN, generator=torch.Generator().manual_seed(3))
     sae = constant(other_sites, EVERY_ROW, vector, site="resid_pre.2")
     sae.save(tmp_path)
-    measured = downstream_loss(other_sites.path, tmp_path, 4)
+    measured = downstream_loss(other_sites.place, tmp_path, 4)
     _, tokens = contexts_of(other_sites, sae, 4)
     assert (tokens[:, 0] == 0).all()
     every = torch.ones(tokens.shape, dtype=torch.bool)
@@ -193,15 +193,15 @@ def test_what_enters_a_block_is_replaced_and_bos_belongs_to_no_document(
 def test_what_cannot_be_measured_is_refused_in_a_sentence(store, other_sites, tmp_path):
     random_sae(other_sites, 16, 4, EVERY_ROW, site="mlp_out.1").save(tmp_path / "mlp")
     with pytest.raises(InputError, match=r"replaces resid_pre or resid_post, not mlp_out\.1"):
-        downstream_loss(other_sites.path, tmp_path / "mlp", 4)
+        downstream_loss(other_sites.place, tmp_path / "mlp", 4)
     none_held_out = RowRule(heldout_fraction=0)
     random_sae(store, 16, 4, none_held_out).save(tmp_path / "all")
     with pytest.raises(InputError, match="no context cut from held-out documents only"):
-        downstream_loss(store.path, tmp_path / "all", 4)
+        downstream_loss(store.place, tmp_path / "all", 4)
     with pytest.raises(SaeHarvestError):
         downstream_loss(tmp_path, tmp_path / "all", 4)
     with pytest.raises(InputError, match="no trained SAE"):
-        downstream_loss(store.path, tmp_path / "nothing", 4)
+        downstream_loss(store.place, tmp_path / "nothing", 4)
     random_sae(store, 16, 4, EVERY_ROW, d_in=31).save(tmp_path / "narrow")
     with pytest.raises(SaeHarvestError, match="31"):
-        downstream_loss(store.path, tmp_path / "narrow", 4)
+        downstream_loss(store.place, tmp_path / "narrow", 4)

@@ -194,14 +194,14 @@ def test_an_sae_that_does_not_fit_is_refused(folders, tmp_path):
     store = ActivationStore.open(folders[0])
     foreign = random_sae(store, 24, 4, RULE, model="other", model_weights="xxh3:0")
     foreign.save(tmp_path / "foreign")
-    sentence = build_refusal(store.path, tmp_path / "foreign", tmp_path / "out")
+    sentence = build_refusal(store.place, tmp_path / "foreign", tmp_path / "out")
     assert "was trained on other with other weights" in sentence
     random_sae(store, 24, 4, RULE, d_in=31).save(tmp_path / "narrow")
-    message = build_refusal(store.path, tmp_path / "narrow", tmp_path / "out")
+    message = build_refusal(store.place, tmp_path / "narrow", tmp_path / "out")
     assert "31" in message
     assert "32" in message
     random_sae(store, 24, 4, RULE, site="resid_post.0").save(tmp_path / "elsewhere")
-    message = build_refusal(store.path, tmp_path / "elsewhere", tmp_path / "out")
+    message = build_refusal(store.place, tmp_path / "elsewhere", tmp_path / "out")
     assert "resid_post.0" in message
     assert SITE in message
     assert not (tmp_path / "out").exists()

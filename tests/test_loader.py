@@ -96,11 +96,11 @@ def test_too_few_rows_for_a_batch(store: ActivationStore) -> None:
 
 def test_damage_reaches_the_consumer(tmp_path: Path) -> None:
     make_store(tmp_path / "s")
-    path = tmp_path / "s" / f"activations/{SITE}/c/5/0"
+    path = tmp_path / "s" / f"activations/{SITE}/c.5.0"
     data = bytearray(path.read_bytes())
     data[77] ^= 4
     path.write_bytes(data)
     loader = ShuffledLoader(ActivationStore.open(tmp_path / "s"), SITE, 64, 0, ALL, 2)
-    with pytest.raises(DamagedError, match="c/5/0"):
+    with pytest.raises(DamagedError, match=r"c\.5\.0"):
         take(loader, loader.batches_per_epoch)
     loader.close()

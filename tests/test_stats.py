@@ -2,15 +2,139 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from store.reader import ActivationStore
-from store.stats import Moments, histogram_quantile, merge, outlier_dimensions, summarise
+from store.stats import (
+    Moments,
+    histogram_quantile,
+    merge,
+    moments_of_groups,
+    outlier_dimensions,
+    quantization_fvu,
+    squared_error,
+    summarise,
+)
 from tests.synthetic import SITE, make_store
+
+
+def two_passes(x: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Mean and sum of squared differences from it, by their definition, in extended precision."""
+    exact = x.astype(np.longdouble)
+    mean = exact.mean(axis=0)
+    return mean, np.square(exact - mean).sum(axis=0)
+
+
+def check(moments: Moments, x: npt.NDArray[Any]) -> None:
+    mean, m2 = two_passes(x)
+    assert moments.rows == len(x)
+    spread = np.sqrt(m2 / len(x)).astype(np.float64) + np.abs(mean).astype(np.float64)
+    assert (np.abs(moments.mean - mean) <= 1e-12 * spread).all()
+    np.testing.assert_allclose(moments.m2, m2.astype(np.float64), rtol=1e-12)
+
+
+def every_float16() -> npt.NDArray[np.float16]:
+    """All finite numbers of the type, ±0 and subnormals among them."""
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    return every[np.isfinite(every)]
+
+
+def test_every_float16_is_read_exactly() -> None:
+    # Each alone in its column: its mean is itself and nothing is left to round.
+    every = every_float16()[np.newaxis]
+    one = Moments.of(every)
+    assert np.array_equal(one.mean, every[0].astype(np.float64))
+    assert not one.m2.any()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("rows", [1, 255, 256, 257, 4000])
+def test_moments_equal_two_passes_in_extended_precision(dtype: type, rows: int) -> None:
+    random = np.random.default_rng(rows)
+    x = random.standard_normal((rows, 8)) * [1, 1e-7, 3e-6, 1e3, 1, 0, 1, 1e4]
+    x += [0, 0, 0, 0, 1000, -3, 0, 0]
+    x[:, 6] = random.choice(every_float16(), rows)  # of every size
+    check(Moments.of(x.astype(dtype)), x.astype(dtype))
+
+
+def test_moments_hold_far_from_zero_and_after_a_jump() -> None:
+    # Differences far smaller than the mean, and a mean that is elsewhere later on.
+    x = np.random.default_rng(3).standard_normal((3000, 3)).astype(np.float32)
+    x[:, 0] += 1e5
+    x[1500:, 1] += 1e5
+    x[::256, 2] = 1e5  # the first row of each block of 256
+    check(Moments.of(x), x)
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 1])
+def test_groups_are_summed_apart(share: float) -> None:
+    random = np.random.default_rng(4)
+    is_apart = random.random(3000) < share
+    x = random.standard_normal((3000, 5)).astype(np.float16)
+    x[is_apart] *= 300
+    for moments, rows in zip(moments_of_groups(x, is_apart), (~is_apart, is_apart), strict=True):
+        if rows.any():
+            check(moments, x[rows])
+        else:
+            assert moments.rows == 0
+            assert not moments.mean.any()
+            assert not moments.m2.any()
+
+
+def test_constant_columns_have_no_variance() -> None:
+    constants = np.array([0, -0.0, 1, -65504, 2**-24, 0.1], np.float16)
+    moments = Moments.of(np.tile(constants, (1000, 1)))
+    assert np.array_equal(moments.mean, constants.astype(np.float64))
+    assert not moments.m2.any()
+
+
+def test_moments_do_not_depend_on_memory_layout() -> None:
+    x = np.random.default_rng(5).standard_normal((700, 12)).astype(np.float16)
+    expected = Moments.of(x).to_json()
+    frozen = np.frombuffer(x.tobytes(), np.float16).reshape(x.shape)  # may not be written to
+    assert Moments.of(frozen).to_json() == expected
+    assert Moments.of(np.asfortranarray(x)).to_json() == expected
+    assert Moments.of(np.repeat(x, 2, axis=0)[::2]).to_json() == expected
+    assert Moments.of(x.astype(np.float32)).to_json() == expected
+
+
+def test_numbers_that_are_not_finite_show() -> None:
+    x = np.ones((600, 3), np.float16)
+    x[300, 0], x[301, 1] = np.nan, np.inf
+    moments = Moments.of(x)
+    assert np.isfinite(moments.mean).tolist() == [False, False, True]
+    assert np.isnan(moments.m2[:2]).all()
+
+
+def test_squared_errors_are_summed_by_dimension() -> None:
+    x = np.array([[1, 2], [3, 4]], np.float16)
+    stored = np.array([[1.5, 2], [3.25, 2]], np.float32)
+    assert squared_error(x, stored) == [0.3125, 4]
+    assert squared_error(stored, stored) == [0, 0]
+
+
+def test_quantization_errors_are_merged_and_compared_with_the_variance() -> None:
+    x = np.array([[3, 5], [4, 5], [5, 5], [4, 5]], np.float16)  # m2 = 2, 0
+    norms = np.linalg.norm(x.astype(np.float32), axis=1)
+    s = summarise(x, norms, np.zeros((2, 2), np.int32))
+    assert "quantization_error" not in merge([s, s])
+    both = merge([s | {"quantization_error": [0.5, 0]}, s | {"quantization_error": [0.1, 0]}])
+    assert both["quantization_error"] == [0.6, 0]
+    assert quantization_fvu(both).tolist() == pytest.approx([0.15, 0])
+    assert quantization_fvu(s | {"quantization_error": [0, 1]}).tolist() == [0, np.inf]
+
+
+def test_numba_is_imported_only_to_compute() -> None:
+    code = "import sys, store.stats, store.quantize; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_merged_moments_equal_those_of_all_rows() -> None:

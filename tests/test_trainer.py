@@ -49,7 +49,7 @@ OPTIONS = [
 @pytest.fixture(scope="module")
 def store_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("trainer") / "store"
-    make_store(path, make_plan(n_contexts=100, width=8))
+    make_store(path, make_plan(width=8))
     return path
 
 
@@ -168,7 +168,7 @@ def test_another_configuration_is_refused_by_field(finished: Path, store_path: P
 
 
 def test_another_store_is_refused(finished: Path, tmp_path: Path) -> None:
-    make_store(tmp_path / "store", make_plan(n_contexts=100, width=8, seed=1))
+    make_store(tmp_path / "store", make_plan(width=8, seed=1))
     with pytest.raises(RunError, match="differs in store_digest"):
         train(CONFIG, tmp_path / "store", finished, device="cpu")
 
@@ -269,7 +269,7 @@ def test_evaluation_without_held_out_rows_says_so(finished: Path, store_path: Pa
 
 
 def test_an_sae_of_another_width_is_refused(finished: Path, tmp_path: Path) -> None:
-    make_store(tmp_path / "wide", make_plan(n_contexts=16, width=12))
+    make_store(tmp_path / "wide", make_plan(width=12), 16)
     store = ActivationStore.open(tmp_path / "wide")
     with pytest.raises(InputError, match="8 dimensions"):
         evaluate(SAE.load(finished), store, RowRule(heldout_fraction=0.9), max_rows=100)

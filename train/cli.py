@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from store.console import EXIT_INTERRUPTED, Commands, output, progress
+from store.console import EXIT_INTERRUPTED, Commands, output, progress, store_option
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,12 +23,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option(
-    "--store",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Folder of the activation store.",
-)
+@store_option
 @click.option("--site", help="Which activations, resid_post.12 say; default: the only site.")
 @click.option(
     "--out",
@@ -89,7 +84,7 @@ def main() -> None:
     show_default=True,
     help="Where to compute.",
 )
-def run(store: Path, site: str | None, out: Path, device: str, **given: Any) -> None:
+def run(store: str, site: str | None, out: Path, device: str, **given: Any) -> None:
     """Train a TopK sparse autoencoder, or continue to.
 
     \b
@@ -114,7 +109,7 @@ def run(store: Path, site: str | None, out: Path, device: str, **given: Any) -> 
     output().print(summary(out, result))
 
 
-def train_with_bar(config: Any, store: Path, out: Path, site: str | None, device: str) -> Any:
+def train_with_bar(config: Any, store: str | Path, out: Path, site: str | None, device: str) -> Any:
     """`train.trainer.train` under a progress bar."""
     from train.trainer import train
 

@@ -10,6 +10,7 @@ The same call, made again, continues from the newest checkpoint and ends with th
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -20,7 +21,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from store.errors import InputError, RunError
+from store.device import choose_device
+from store.errors import RunError, UnfinishedError
 from store.loader import ShuffledLoader
 from store.reader import ActivationStore
 from train.checkpoint import load_newest, save_checkpoint
@@ -54,12 +56,15 @@ def silent(phase: str, done: int, total: int, rate: str) -> None:
     """The report of a run that nobody watches."""
 
 
-def choose_device(name: str) -> torch.device:
-    """cpu, cuda, or with auto cuda where there is one. `InputError` if there is no cuda."""
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise InputError("This machine has no CUDA device that torch can use; use --device cpu.")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
+def open_store(place: str | Path, out: Path) -> ActivationStore:
+    """The store, as it was when the run in `out` began if there is one and it has grown since."""
+    store = ActivationStore.open(place)
+    if (out / RUN_FILE).exists():
+        begun = read_json(out / RUN_FILE, "The run", "choose another --out")["store_digest"]
+        if begun != store.digest:
+            with contextlib.suppress(UnfinishedError):  # another store: `claim` says so
+                return ActivationStore.open(place, begun)
+    return store
 
 
 def describe_run(config: TrainConfig, store: ActivationStore, site: str) -> dict[str, Any]:
@@ -197,7 +202,7 @@ class _Run:
 
 def train(
     config: TrainConfig,
-    store_path: str | Path,
+    place: str | Path,
     out: str | Path,
     site: str | None = None,
     device: str = "auto",
@@ -207,7 +212,8 @@ def train(
 
     Args:
         config: the run.
-        store_path: a sealed activation store.
+        place: of a sealed activation store. A run that is continued reads the store as it was
+            when the run began, if it has grown since.
         out: the run's folder.
         site: which activations; None for the store's only site.
         device: cpu, cuda or auto.
@@ -217,8 +223,8 @@ def train(
         SaeHarvestError: store, site, device or folder cannot be used; training diverged.
     """
     out = Path(out)
-    chosen = choose_device(device)
-    store = ActivationStore.open(store_path)
+    chosen = torch.device(choose_device(device))
+    store = open_store(place, out)
     site = store.site(site)
     # before the folder is claimed: it refuses a store too small for a batch
     loader = ShuffledLoader(store, site, config.batch_rows, seed=config.seed, rule=config.rule)

@@ -54,7 +54,7 @@ class Downstream:
 
 
 def downstream_loss(
-    store_path: Path,
+    place: str | Path,
     sae_path: Path,
     n_contexts: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -65,7 +65,7 @@ def downstream_loss(
         InputError: the site is not on the residual stream, or no context is wholly held out.
         SaeHarvestError: the store, the SAE or the model cannot be read, or do not fit.
     """
-    store, sae = ActivationStore.open(store_path), SAE.load(sae_path)
+    store, sae = ActivationStore.open(place), SAE.load(sae_path)
     site = Site.parse(check_fit(store, sae, sae_path))
     if site.kind not in RESIDUAL:
         raise InputError(f"Downstream loss replaces resid_pre or resid_post, not {site}.")
@@ -113,7 +113,7 @@ def heldout_contexts(store: ActivationStore, sae: SAE, site: str, n: int) -> npt
             break
     if not found:
         raise InputError(
-            f"{store.path} has no context cut from held-out documents only; harvest more tokens."
+            f"{store.place} has no context cut from held-out documents only; harvest more tokens."
         )
     return np.array(found[:n])
 

@@ -43,7 +43,7 @@ class Built:
 
 
 def build(
-    store_path: Path,
+    place: str | Path,
     sae_path: Path,
     out: Path,
     config: FeatureConfig,
@@ -57,12 +57,12 @@ def build(
         RunError: the SAE does not fit the store, or `out` holds something else or can't be written.
         SaeHarvestError: the store or the SAE cannot be read.
     """
-    store, sae = ActivationStore.open(store_path), SAE.load(sae_path)
+    store, sae = ActivationStore.open(place), SAE.load(sae_path)
     site = check_fit(store, sae, sae_path)
     rule = sae.config.rule.model_copy(update={"split": "all"})
     run: dict[str, Any] = {
         "tables": FORMAT,
-        "store": str(store_path.resolve()),
+        "store": store.place,
         "store_digest": store.digest,
         "sae": str(sae_path.resolve()),
         "sae_digest": sae.digest,
@@ -176,19 +176,19 @@ def check_fit(store: ActivationStore, sae: SAE, sae_path: Path) -> str:
     site = sae.config.site
     if site not in store.sites:
         raise RunError(
-            f"The SAE in {sae_path} was trained on {site}; {store.path} holds "
+            f"The SAE in {sae_path} was trained on {site}; {store.place} holds "
             f"{', '.join(store.sites)}. Harvest that site, or use the SAE's own store."
         )
     if store.width(site) != sae.config.d_in:
         raise RunError(
             f"The SAE in {sae_path} takes {sae.config.d_in} numbers a row; {site} in "
-            f"{store.path} is {store.width(site)} wide. Use the store of the same model."
+            f"{store.place} is {store.width(site)} wide. Use the store of the same model."
         )
     weights = store.plan["model"]["weights"]
     if sae.config.model_weights not in ("", weights):
         raise RunError(
             f"The SAE in {sae_path} was trained on {sae.config.model} with other weights "
-            f"({sae.config.model_weights}) than {store.path} was harvested from ({weights}). "
+            f"({sae.config.model_weights}) than {store.place} was harvested from ({weights}). "
             "Use a store of the same model."
         )
     return site

@@ -10,7 +10,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from store.console import Commands, output, progress
+from store.console import Commands, output, progress, store_option
 
 features_option = click.option(
     "--features",
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--store", type=click.Path(path_type=Path), required=True, help="Activation store.")
+@store_option
 @click.option("--sae", type=click.Path(path_type=Path), required=True, help="Trained SAE.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option(
@@ -66,7 +66,7 @@ def main() -> None:
     help="Of the random stratum.",
 )
 def build(
-    store: Path, sae: Path, out: Path, top: int, n_random: int, window: int, seed: int
+    store: str, sae: Path, out: Path, top: int, n_random: int, window: int, seed: int
 ) -> None:
     """One pass over the store: latents, contexts, histograms, neighbours, tokens, documents.
 
@@ -88,7 +88,7 @@ def build(
         )
 
 
-def build_with_bar(store: Path, sae: Path, out: Path, config: Any) -> Any:
+def build_with_bar(store: str | Path, sae: Path, out: Path, config: Any) -> Any:
     """`pipelines.features.build.build` under a progress bar."""
     from pipelines.features.build import build as run_build
 

@@ -168,7 +168,9 @@ def tokens_table(counts: Accumulator, texts: TokenTexts) -> pa.Table:
 def documents_table(store: ActivationStore) -> pa.Table:
     """Every document of the store once, by number."""
     parts = [store.documents(shard) for shard in range(store.n_shards)]
-    return pa.concat_tables(parts).sort_by("document")
+    documents = pa.concat_tables(parts).sort_by("document")
+    # texts stay in the store: a table that is browsed should not hold the corpus
+    return documents.drop_columns([name for name in documents.column_names if name == "text"])
 
 
 def bin_edge(number: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

@@ -1,0 +1,113 @@
+"""`harvest merge` and `harvest export`: stores joined, and rows taken out of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import click
+
+from store.console import output, progress, store_option
+
+
+@click.command()
+@click.option(
+    "--into",
+    metavar="PLACE",
+    required=True,
+    help="The store that gets the shards it lacks: a folder or s3://bucket/prefix, new or not.",
+)
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
+def merge(into: str, sources: tuple[str, ...]) -> None:
+    """Join what several machines harvested of one plan, each with its --shards.
+
+    \b
+    harvest merge --into runs/whole runs/first-half s3://bucket/second-half
+    """
+    from harvest.status import read_status
+    from store.errors import StoreError
+    from store.merge import merge as join
+    from store.objects import open_objects
+
+    target = open_objects(into)
+    status = read_status(target)
+    if status is not None and status.alive:
+        raise StoreError(
+            f"A harvest is writing into {into} ({status.host}, pid {status.pid}); merge when it "
+            "has ended."
+        )
+    with progress("bytes") as bar:
+        task = bar.add_task("merging", total=None, rate="")
+        merged = join(
+            target,
+            [open_objects(source) for source in sources],
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    words = f"{into}: {len(merged.copied)} shards copied"
+    if merged.already:
+        words += f", {len(merged.already)} there already"
+    if merged.differing:
+        words += (
+            f" (kept as they were; shards {_spans(merged.differing)} are not the same to the bit "
+            "in the sources)"
+        )
+    ending = (
+        f"Digest {merged.digest}."
+        if merged.digest
+        else f"Not sealed: shards {_spans(merged.missing)} are missing."
+        if merged.missing
+        else "Nothing is committed in any of them."
+    )
+    output().print(f"{words}. {ending}", soft_wrap=True)
+
+
+@click.command()
+@store_option
+@click.option("--out", metavar="DIR", required=True, help="A new folder, or s3://bucket/prefix.")
+@click.option("--format", "kind", type=click.Choice(["parquet", "safetensors"]), required=True)
+@click.option("--site", multiple=True, help="Several times for several; by itself all.")
+@click.option("--shards", metavar="FIRST:LAST", help="These shards only, LAST left out.")
+@click.option("--without-outliers", is_flag=True, help="Leave out the outlier rows.")
+def export(
+    store: str,
+    out: str,
+    kind: str,
+    site: tuple[str, ...],
+    shards: str | None,
+    without_outliers: bool,
+) -> None:
+    """Rows as Parquet or safetensors, a file per site and shard; run again, it continues.
+
+    \b
+    harvest export --store runs/demo/store --out rows --format parquet
+    """
+    from harvest.cli import parse_shards
+    from harvest.export import ExportConfig
+    from harvest.export import export as write
+
+    span = parse_shards(shards)
+    config = ExportConfig.model_validate(
+        {
+            "format": kind,
+            "sites": site,
+            "shards": (span.start, span.stop) if span else None,
+            "without_outliers": without_outliers,
+        }
+    )
+    with progress("rows") as bar:
+        task = bar.add_task("exporting", total=None, rate="")
+        done = write(
+            store, out, config, lambda n, total: bar.update(task, completed=n, total=total)
+        )
+    output().print(
+        f"{out}: {done.rows:,} rows in {done.files} files, {done.n_bytes:,} bytes with the "
+        "documents.",
+        soft_wrap=True,
+    )
+
+
+def _spans(shards: Sequence[int]) -> str:
+    """`0 to 6, 9` for the shards 0..6 and 9."""
+    breaks = [i for i, (a, b) in enumerate(pairwise(shards), start=1) if b != a + 1]
+    runs = [shards[i:j] for i, j in pairwise([0, *breaks, len(shards)])]
+    return ", ".join(f"{r[0]} to {r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)

@@ -1,0 +1,162 @@
+"""What a corpus is: an ordered stream of documents, read from the start or from a cursor.
+
+A cursor says where in the corpus reading goes on, in values that JSON keeps. Every document comes
+with the cursor of the place after it, so that whatever was done with the documents so far, none of
+them is read again.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import BaseModel, Field
+
+from store.errors import InputError
+
+Row = dict[str, Any]
+Cursor = dict[str, Any]
+Place = TypeVar("Place")
+
+_TEXT_COLUMNS = ("text", "content")
+
+
+class CorpusSpec(BaseModel, frozen=True):
+    """Which text to read. `config`, `split` and `revision` are for datasets of the hub only."""
+
+    name: str = Field(
+        min_length=1,
+        description="`news`, a file or folder of .txt, .jsonl, .csv or .parquet files (the first "
+        "three also as .gz or .zst), an s3:// URL of one, or a Hugging Face dataset id. `news` is "
+        "always the packaged corpus; write ./news for a folder of that name.",
+    )
+    config: str | None = Field(None, description="Configuration of the dataset.")
+    split: str = Field("train", min_length=1, description="Split of the dataset.")
+    revision: str | None = Field(None, description="Branch, tag or commit of the dataset.")
+    text_column: str | None = Field(
+        None, description="Column that holds the text; `text`, else `content`, when not given."
+    )
+    dedup: bool = Field(
+        False, description="Leave out documents whose text, to the letter, came before."
+    )
+
+
+class Document(NamedTuple):
+    """One text, and where it came from.
+
+    `id` is the row's own id, else its number within its file or dataset, counted from 0.
+    `source` is the site for news, the file (relative to the folder asked for) for files, the
+    dataset id for the hub.
+    """
+
+    id: str
+    source: str
+    title: str | None
+    url: str | None
+    text: str
+
+
+class Corpus(ABC):
+    """A restartable stream of documents in a fixed order. Made by `open_corpus`.
+
+    `full_name` names the corpus so that it is found from any folder; `dedup` asks whoever reads it
+    to leave out documents that came before.
+    """
+
+    def __init__(self, spec: CorpusSpec, full_name: str | None = None) -> None:
+        self.name = spec.name
+        self.full_name = full_name or spec.name
+        self.dedup = spec.dedup
+        self._spec = spec
+
+    def documents(self, cursor: Cursor | None = None) -> Iterator[Document]:
+        """Every document with text, from the first or from a cursor."""
+        return (document for document, _ in self.placed(cursor))
+
+    def placed(self, cursor: Cursor | None = None) -> Iterator[tuple[Document, Cursor]]:
+        """Every document with text, each with the cursor of the place after it.
+
+        A cursor belongs to a corpus of one fingerprint. Raises InputError where the data cannot be
+        read, and where there is no text from the first document to the last.
+        """
+        empty = cursor is None
+        for document, after in self._read(cursor):
+            if document.text and not document.text.isspace():
+                empty = False
+                yield document, after
+        if empty:
+            raise InputError(
+                f"The corpus {self.name} holds no text: every document in it is empty; "
+                "choose another --corpus or another --text-column."
+            )
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identity of what is read: changes when the names or the bytes of the data change."""
+
+    @abstractmethod
+    def _read(self, cursor: Cursor | None) -> Iterator[tuple[Document, Cursor]]:
+        """Every document from a cursor on, the empty ones included, and the cursor after each."""
+
+
+def row_documents(
+    rows: Iterable[tuple[str, Row, Place]],
+    text_column: str | None,
+    source: str,
+    where: str,
+    first: int = 0,
+) -> Iterator[tuple[Document, Place]]:
+    """Rows to documents; a row without text gives an empty one.
+
+    A row comes with its name in messages and the place after it, which is handed on; `first` is
+    the number of the first. Columns are found again whenever the names change: JSON lines need not
+    all have the same.
+    """
+    names: tuple[str, ...] | None = None
+    columns: dict[str, str] = {}
+    for number, (label, row, after) in enumerate(rows, start=first):
+        if names != tuple(row):
+            names = tuple(row)
+            columns = role_columns(names, text_column, f"{where}, {label}")
+        values = {role: row[column] for role, column in columns.items()}
+        text = values.pop("text")
+        if not isinstance(text, str | None):
+            raise InputError(
+                f"Column {columns['text']} of {where}, {label}, holds {type(text).__name__}, "
+                "expected text; name another column with --text-column."
+            )
+        known = {role: _well_formed(str(v)) for role, v in values.items() if v not in (None, "")}
+        document = Document(
+            known.get("id", str(number)),
+            source,
+            known.get("title"),
+            known.get("url"),
+            _well_formed(text or ""),
+        )
+        yield document, after
+
+
+def role_columns(names: tuple[str, ...], text_column: str | None, where: str) -> dict[str, str]:
+    """The column of each role among text, id, title and url; case matters for a given one only."""
+    lowered = {name.lower(): name for name in reversed(names)}
+    columns = {role: lowered[role] for role in ("id", "title", "url") if role in lowered}
+    found = [text_column] if text_column in names else []
+    if text_column is None:
+        found = [lowered[name] for name in _TEXT_COLUMNS if name in lowered]
+    if not found:
+        wanted = text_column or " or ".join(_TEXT_COLUMNS)
+        raise InputError(
+            f"There is no column {wanted} in {where}, which has {', '.join(names) or 'none'}; "
+            "name the one that holds the text with --text-column."
+        )
+    return columns | {"text": str(found[0])}
+
+
+def _well_formed(text: str) -> str:
+    """Text with lone surrogates, which JSON can spell and UTF-8 cannot, replaced by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text

@@ -1,0 +1,156 @@
+"""From a request to a plan: model, tokenizer and corpus found, everything automatic decided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from harvest.config import DEFAULT_SHARD_ROWS, HarvestConfig
+from harvest.contexts import WINDOW_CONTEXTS, default_bos
+from harvest.corpus import Corpus, CorpusSpec, open_corpus
+from harvest.encoding import end_of_text_id
+from harvest.models import (
+    ResolvedModel,
+    load_config,
+    load_tokenizer,
+    model_fingerprint,
+    pick_dtype,
+    resolve_model,
+    tokenizer_fingerprint,
+)
+from harvest.sites import Site
+from store.errors import InputError
+from store.layout import Plan, SitePlan
+
+LIBRARIES = ("sae-harvest", "torch", "transformers", "tokenizers", "zarr", "pyarrow", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request with everything automatic decided, before any model is loaded."""
+
+    config: HarvestConfig
+    model: ResolvedModel
+    tokenizer: Any
+    corpus: Corpus
+    fields: dict[str, Any]  # of the plan, except the widths of the sites
+
+    def plan(self, widths: dict[str, int]) -> Plan:
+        sites = tuple(SitePlan(name=s, width=widths[s]) for s in self.config.sites)
+        return Plan(sites=sites, **self.fields)
+
+    @property
+    def least_contexts(self) -> int:
+        """Contexts that hold the tokens asked for."""
+        return -(-self.config.tokens // self.config.context_length)
+
+    @property
+    def n_shards(self) -> int:
+        """Whole shards that hold the tokens asked for."""
+        return -(-self.least_contexts // self.fields["contexts_per_shard"])
+
+
+def prepare(config: HarvestConfig, existing: Plan | None, device: str) -> Prepared:
+    """Resolve model, tokenizer and corpus, and decide what is automatic.
+
+    Args:
+        existing: the plan of the store that is continued. It decides the compute dtype and the
+            size of shards where the request leaves them open, so that a harvest can be continued
+            on another processor, and for more tokens.
+
+    Raises:
+        InputError: unknown model or corpus, layer out of range, contexts too long for the model.
+    """
+    model = resolve_model(config.model, config.model_revision)
+    model_config = load_config(model)
+    sites = [Site.parse(name) for name in config.sites]
+    for site in sites:
+        site.check(model_config)
+    if len(set(sites)) < len(sites):
+        raise InputError(f"A site is named twice in {', '.join(config.sites)}.")
+    longest = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest and config.context_length > longest:
+        raise InputError(
+            f"{config.model} sees at most {longest} tokens at a time, got contexts of "
+            f"{config.context_length}; use --context-length {longest} or less."
+        )
+    tokenizer = load_tokenizer(model)
+    corpus = open_corpus(config.corpus)
+    compute_dtype: str = config.compute_dtype
+    if compute_dtype == "auto":
+        compute_dtype = existing.compute_dtype if existing else pick_dtype(device)
+    length = config.context_length
+    shard_rows = config.shard_rows
+    if shard_rows is None:
+        wanted = -(-config.tokens // length) * length
+        shard_rows = existing.shard_rows if existing else min(DEFAULT_SHARD_ROWS, wanted)
+    fields = {
+        "model": model_fingerprint(model) | {"name": model_name(model)},
+        "tokenizer": {
+            "xxh3": tokenizer_fingerprint(tokenizer),
+            "vocabulary": len(tokenizer),
+            "end_of_text": end_of_text_id(tokenizer),
+            "beginning_of_text": tokenizer.bos_token_id,
+        },
+        "corpus": config.corpus.model_dump(mode="json")
+        | {"name": corpus.full_name, "fingerprint": corpus.fingerprint()},
+        "context_length": length,
+        "contexts_per_shard": max(1, shard_rows // length),
+        "bos": default_bos(tokenizer) if config.bos == "auto" else config.bos,
+        "seed": config.seed,
+        "window_contexts": WINDOW_CONTEXTS,
+        "document_text": config.keep_text,
+        "dtype": config.dtype,
+        "compute_dtype": compute_dtype,
+        "batch_contexts": max(1, config.batch_tokens // length),
+    }
+    return Prepared(config, model, tokenizer, corpus, fields)
+
+
+def prepare_again(plan: Plan, device: str) -> Prepared:
+    """What a store was made from, found again.
+
+    Raises:
+        InputError: model or corpus are gone, or are not what they were.
+    """
+    length = plan.context_length
+    corpus = {name: plan.corpus.get(name) for name in CorpusSpec.model_fields}
+    config = HarvestConfig(
+        model=plan.model["name"],
+        model_revision=plan.model["revision"],
+        corpus=CorpusSpec.model_validate(corpus),
+        sites=tuple(site.name for site in plan.sites),
+        tokens=1,
+        context_length=length,
+        bos=plan.bos,
+        seed=plan.seed,
+        keep_text=plan.document_text,
+        dtype=plan.dtype,
+        compute_dtype=plan.compute_dtype,
+        batch_tokens=plan.batch_contexts * length,
+        shard_rows=plan.shard_rows,
+    )
+    prepared = prepare(config, plan, device)
+    found = prepared.plan({site.name: site.width for site in plan.sites})
+    if differing := plan.differing_fields(found):
+        raise InputError(
+            f"What the store was made from has changed: {'; '.join(differing)}; put it back as it "
+            "was."
+        )
+    return prepared
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide the bytes, for provenance."""
+    return {name: version(name) for name in LIBRARIES}
+
+
+def model_name(model: ResolvedModel) -> str:
+    """How the plan names the model: a path in full, so that it is found from any folder."""
+    if model.kind == "directory":
+        return model.path
+    if model.name.endswith(".gguf"):
+        return str(Path(model.name).expanduser().resolve())
+    return model.name

@@ -1,0 +1,85 @@
+"""Long texts in segments, where the tokens are the same as those of the whole text.
+
+A tokenizer keeps about 500 bytes for each token until its text is done, so a text of many megabytes
+is tokenized in segments. It is cut in front of white space, and only where a sample of the text
+around the place has the same tokens, at the same characters, whole as in two parts. Cutting *at* a
+space, which then belongs to neither part, is tried as well: it suits tokenizers that put a space
+before every text they are given. Where nothing suits, the segment goes on, if need be to the end.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+SEGMENT_CHARS = 250_000
+SAMPLE_CHARS = 1_000  # on each side of a cut
+TRIES = 8  # before the segment goes on for another SEGMENT_CHARS
+
+_GAP = re.compile(r"(?<=\S)\s")
+
+Span = tuple[int, int]
+
+
+class Segment(NamedTuple):
+    """Part of a text, to be tokenized by itself.
+
+    start   its first character in the text
+    before  characters in front of it that belong to its first token, and are not in `text`
+    """
+
+    text: str
+    start: int
+    before: int
+
+    def is_last_of(self, text: str) -> bool:
+        return self.start + len(self.text) == len(text)
+
+
+def segments(text: str, tokenizer: Tokenizer) -> Iterator[Segment]:
+    """The text, in order, in segments of a little more than `SEGMENT_CHARS` characters."""
+    start, before = 0, 0
+    while cut := _next_cut(text, start + SEGMENT_CHARS, tokenizer):
+        end, resume = cut
+        yield Segment(text[start:end], start, before)
+        start, before = resume, resume - end
+    yield Segment(text[start:] if start else text, start, before)
+
+
+def _next_cut(text: str, target: int, tokenizer: Tokenizer) -> Span | None:
+    """Where the next segment may end, at `target` or later, and the one after it may begin."""
+    while gaps := [gap.start() for gap in islice(_GAP.finditer(text, target), TRIES)]:
+        found = next((cut for gap in gaps if (cut := _cut_at(text, gap, tokenizer))), None)
+        if found:
+            return found
+        target = max(target + SEGMENT_CHARS, gaps[-1] + 1)
+    return None
+
+
+def _cut_at(text: str, gap: int, tokenizer: Tokenizer) -> Span | None:
+    """The cut in front of the white space at `gap`, else the one that leaves it out, if exact."""
+    first, last = max(0, gap - SAMPLE_CHARS), gap + SAMPLE_CHARS
+    whole = _tokens(text[first:last], tokenizer, 0)
+    left = _tokens(text[first:gap], tokenizer, 0)
+    right = _tokens(text[gap:last], tokenizer, gap - first)
+    if left + right == whole:
+        return gap, gap
+    if text[gap] == " " and not text[gap + 1 : gap + 2].isspace():
+        right = _tokens(text[gap + 1 : last], tokenizer, gap + 1 - first)
+        if right:
+            token, begin, end = right[0]
+            if [*left, (token, begin - 1, end), *right[1:]] == whole:
+                return gap, gap + 1
+    return None
+
+
+def _tokens(text: str, tokenizer: Tokenizer, shift: int) -> list[tuple[int, int, int]]:
+    """Ids with the characters they come from, counted from `shift`."""
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    pairs = zip(encoding.ids, encoding.offsets, strict=True)
+    return [(token, begin + shift, end + shift) for token, (begin, end) in pairs]

@@ -1,0 +1,121 @@
+"""The bytes of arrays: zarr's chunk and shard encodings, written and read without copies.
+
+A plain object is one chunk: little-endian values and their crc32c. A sharded object is chunks, each
+with its crc32c, in order and without gaps, then an index of (offset, bytes) for each chunk and
+the crc32c of that: what zarr's `sharding_indexed` codec reads. Chunks past the end of the array
+are absent. Zarr itself is the reference (see the tests); it would copy a shard three times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from store import layout
+from store.errors import DamagedError
+from store.layout import Plan
+from store.objects import Buffer
+
+CRC_BYTES = 4
+ABSENT = 2**64 - 1  # in a shard's index: offset and size of a chunk that is not there
+
+Array = npt.NDArray[Any]
+
+
+def encode(plan: Plan, path: str, array: Array) -> list[Buffer]:
+    """The pieces of the object that holds `array`, one shard of the array at `path`.
+
+    A short shard's last chunk is filled up with the fill value.
+    """
+    shape, fill = _chunk_shape(plan, path), _fill(plan, path)
+    chunks = [_chunk(array[i : i + shape[0]], shape, fill) for i in range(0, len(array), shape[0])]
+    if not path.startswith("activations/"):
+        (pieces,) = chunks
+        return pieces
+    return [piece for pieces in chunks for piece in pieces] + [_index(plan, path, len(chunks))]
+
+
+def decode(plan: Plan, path: str, data: Buffer, length: int, name: str) -> Array:
+    """The first `length` entries of one shard of the array at `path`, from its object's bytes."""
+    step, shape = chunk_stride(plan, path), _chunk_shape(plan, path)
+    count = -(-length // shape[0])
+    view = memoryview(data)
+    parts = [decode_chunk(plan, path, view[i * step :][:step], name) for i in range(count)]
+    index = _index(plan, path, count) if path.startswith("activations/") else b""
+    size = count * step + len(index)
+    if len(view) != size:
+        raise DamagedError(f"{name} has {len(view):,} bytes instead of {size:,}.")
+    if view[count * step :] != index:
+        raise DamagedError(f"{name} is altered: its index does not say where its chunks are.")
+    return (parts[0] if count == 1 else np.concatenate(parts))[:length]
+
+
+def decode_chunk(plan: Plan, path: str, data: Buffer, name: str) -> Array:
+    """One whole chunk, a view of its bytes; `DamagedError` if they are not as they were written."""
+    shape = _chunk_shape(plan, path)
+    raw = np.frombuffer(data, np.uint8)
+    if len(raw) != chunk_stride(plan, path):
+        raise DamagedError(f"{name} is cut short: {len(raw):,} bytes of a chunk are there.")
+    if _crc(raw[:-CRC_BYTES]) != raw[-CRC_BYTES:].tobytes():
+        raise DamagedError(f"{name} is altered: a chunk does not match its checksum.")
+    return raw[:-CRC_BYTES].view(_dtype(plan, path)).reshape(shape)
+
+
+def chunk_stride(plan: Plan, path: str) -> int:
+    """Bytes from one chunk of an object to the next, checksum included."""
+    return int(np.prod(_chunk_shape(plan, path))) * _dtype(plan, path).itemsize + CRC_BYTES
+
+
+def _index(plan: Plan, path: str, count: int) -> bytes:
+    """The end of a sharded object whose first `count` chunks are there."""
+    step = chunk_stride(plan, path)
+    index = np.full((plan.shard_rows // _chunk_shape(plan, path)[0], 2), ABSENT, "<u8")
+    index[:count, 0] = np.arange(count) * step
+    index[:count, 1] = step
+    data = index.tobytes()
+    return data + _crc(data)
+
+
+def _chunk(part: Array, shape: tuple[int, ...], fill: float) -> list[Buffer]:
+    if len(part) < shape[0]:
+        whole = np.full(shape, fill, part.dtype)
+        whole[: len(part)] = part
+        part = whole
+    data = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+    return [data.data, _crc(data)]
+
+
+def _crc(data: bytes | npt.NDArray[np.uint8]) -> bytes:
+    return google_crc32c.value(data).to_bytes(CRC_BYTES, "little")
+
+
+def _chunk_shape(plan: Plan, path: str) -> tuple[int, ...]:
+    kind, _, site = path.partition("/")
+    if kind == "tokens":
+        return plan.contexts_per_shard, plan.context_length
+    if kind == "norms":
+        return (plan.shard_rows,)
+    if kind == "quantization":
+        return 1, 2, plan.width(site)
+    return plan.chunk_rows(site), plan.width(site)
+
+
+def _dtype(plan: Plan, path: str) -> np.dtype[Any]:
+    kind = path.partition("/")[0]
+    name = {"tokens": "int32", "activations": plan.dtype}.get(kind, "float32")
+    return np.dtype(name).newbyteorder("<")
+
+
+def _fill(plan: Plan, path: str) -> float:
+    if path == "tokens":
+        return -1
+    return layout.CODE_FILL if path.startswith("activations/") and plan.dtype == "int8" else np.nan
+
+
+def total_bytes(pieces: Sequence[Buffer]) -> int:
+    """Bytes of an object given in pieces."""
+    return sum(memoryview(piece).nbytes for piece in pieces)

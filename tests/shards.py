@@ -1,0 +1,90 @@
+"""Shards of random tokens for the fixture model, and places that make workers slow or die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harvest.contexts import ShardInput
+from harvest.encoding import DOCUMENT_SCHEMA, PIECE_SCHEMA
+from harvest.models import ResolvedModel, model_fingerprint, resolve_model
+from store.layout import Plan, SitePlan
+from store.objects import LocalObjects, Objects
+
+SITES = ("resid_post.1",)
+LENGTH, CONTEXTS, WIDTH = 32, 8, 32
+
+
+def make_plan(model: ResolvedModel, **changed: Any) -> Plan:
+    """Shards of 256 rows of resid_post.1 of the fixture model, in batches of 96."""
+    fields = {
+        "model": model_fingerprint(model),
+        "tokenizer": {},
+        "corpus": {"name": "none"},
+        "sites": (SitePlan(name=SITES[0], width=WIDTH),),
+        "context_length": LENGTH,
+        "contexts_per_shard": CONTEXTS,
+        "bos": "none",
+        "seed": 0,
+        "window_contexts": 64,
+        "document_text": False,
+        "dtype": "float16",
+        "compute_dtype": "float32",
+        "batch_contexts": 3,
+    }
+    return Plan.model_validate(fields | changed)
+
+
+def make_inputs(count: int) -> list[ShardInput]:
+    """The first shards: random tokens of nowhere."""
+    rng = np.random.default_rng(0)
+    return [
+        ShardInput(
+            shard=number,
+            tokens=rng.integers(0, 400, (CONTEXTS, LENGTH), dtype=np.int32),
+            pieces=PIECE_SCHEMA.empty_table(),
+            documents=DOCUMENT_SCHEMA.empty_table(),
+            cursor={"shard": number},
+        )
+        for number in range(count)
+    ]
+
+
+def local_model(folder: Path) -> ResolvedModel:
+    return resolve_model(str(folder))
+
+
+def slow(folder: Path, seconds: float) -> Objects:
+    """A place where publishing a shard's tokens takes a while.
+
+    Its class travels to the workers by value: they cannot import the tests.
+    """
+
+    class SlowObjects(LocalObjects):
+        def publish(self, key: str, pieces: Any) -> bool:
+            if key.startswith("tokens/"):
+                time.sleep(seconds)
+            return super().publish(key, pieces)
+
+    return SlowObjects(folder)
+
+
+def deadly(folder: Path, shard: int, times: int) -> Objects:
+    """A place that kills whoever publishes one shard's tokens, so many times."""
+
+    class DeadlyObjects(LocalObjects):
+        def publish(self, key: str, pieces: Any) -> bool:
+            if key == f"tokens/c.{shard}.0":
+                killed = len(list(folder.glob("killed.*")))
+                if killed < times:
+                    (folder / f"killed.{killed}").touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return super().publish(key, pieces)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    return DeadlyObjects(folder)
