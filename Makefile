@@ -47,7 +47,7 @@ bench: $(STAMP) $(PEERS)
 .venv-peers/saelens/.installed: constraints.txt
 	$(PYTHON) -m venv .venv-peers/saelens
 	.venv-peers/saelens/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
-	.venv-peers/saelens/bin/pip install -q --disable-pip-version-check "torch==$$(.venv-peers/saelens/bin/python -c 'import torch; print(torch.__version__.split("+")[0])')" sae-lens==6.54.12
+	.venv-peers/saelens/bin/pip install -q --disable-pip-version-check -c constraints.txt sae-lens==6.54.12
 	touch $@
 
 clean:

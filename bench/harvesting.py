@@ -21,6 +21,7 @@ from harvest.models import PACKAGED, resolve_model
 from harvest.run import Means, run
 from store.console import output
 from store.layout import Plan
+from store.objects import open_objects
 
 SHARDS = 3
 SHARD_ROWS = 65_536
@@ -89,6 +90,7 @@ def make_store(folder: Path) -> None:
 
 def _measure_case(case: _Case, folder: Path) -> list[Measurement]:
     store, config = folder / "store", case.config
+    log = log_path(open_objects(store).place)
     # A first small harvest makes the plan; it also converts the model if need be.
     warm = folder / f"warm{case.suffix}"
     plan = run(config.model_copy(update={"tokens": 4096}), warm, Means(workers=0)).plan
@@ -96,11 +98,11 @@ def _measure_case(case: _Case, folder: Path) -> list[Measurement]:
     rounds = []
     for _ in range(ROUNDS):
         shutil.rmtree(store, ignore_errors=True)
-        log_path(str(store)).unlink(missing_ok=True)
+        log.unlink(missing_ok=True)
         result = run(config, store, Means(workers=1))
         forward.append(forward_rates(warm))
         bare, captured = (sum(rates) / 2 for rates in zip(*forward[-2:], strict=True))
-        parts = _parts(store, result.rows_run, result.seconds, bare, captured)
+        parts = _parts(log, result.rows_run, result.seconds, bare, captured)
         rounds.append(_Round(result.rows_run / result.seconds, bare, parts))
     middle = sorted(rounds, key=lambda one: one.efficiency)[ROUNDS // 2]
     _print_parts(config, middle)
@@ -130,16 +132,14 @@ def _measure_case(case: _Case, folder: Path) -> list[Measurement]:
     ]
 
 
-def _parts(
-    store: Path, rows: int, seconds: float, bare: float, captured: float
-) -> dict[str, float]:
+def _parts(log: Path, rows: int, seconds: float, bare: float, captured: float) -> dict[str, float]:
     """Shares of a harvest's time; they add up to 1.
 
     A worker tells its log how long each shard was in the model and being written. While one is
     written the next is in the model, so that writing shows as a slower model, and by itself only
     after the last shard.
     """
-    lines = log_path(str(store)).read_text().splitlines()
+    lines = log.read_text().splitlines()
     told = [tuple(map(float, found.groups())) for line in lines if (found := _DONE.search(line))]
     if len(told) != SHARDS:
         raise AssertionError(f"the log tells of {len(told)} shards, {SHARDS} were harvested")

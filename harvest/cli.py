@@ -339,8 +339,8 @@ def repair_with_bar(store: str, means: Any) -> Any:
     for item in before.damage:
         click.echo(item.sentence, err=True)
     shards = sorted({item.shard for item in before.damage if item.shard is not None})
-    again = f"shards {', '.join(map(str, shards))} harvested again" if shards else "no shard"
-    output().print(f"{store}: {len(before.damage)} damaged objects, {again}.", soft_wrap=True)
+    again = f"shards harvested again: {', '.join(map(str, shards)) or 'none'}"
+    output().print(f"{store}: {len(before.damage)} damaged objects; {again}.", soft_wrap=True)
     if before.sealed_digest and after.digest and before.sealed_digest != after.digest:
         output().print(
             f"The digest changed from {before.sealed_digest}: this machine or its software "

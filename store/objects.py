@@ -187,7 +187,8 @@ class LocalObjects:
             make_folder(final.parent)
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)  # until it has its name, or we are killed
+                with contextlib.suppress(OSError):  # some network file systems have no locks
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)  # until it has its name
                 _write_all(descriptor, pieces)
                 os.fsync(descriptor)
                 created = _give_name(temporary, final, overwrite)
@@ -282,7 +283,7 @@ def _is_locked(temporary: Path) -> bool:
     try:
         with temporary.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, FileNotFoundError):  # at work, or finished meanwhile
+    except OSError:  # at work, finished meanwhile, or on a file system that cannot tell
         return True
     return False
 
