@@ -13,10 +13,11 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from harvest.log import log_path
 from harvest.pool import open_pool
 from store.errors import RunError
 from store.objects import LocalObjects
-from tests.commands import wait_for
+from tests.commands import commits, digest_of, harvesting, invoke, options, wait_for
 from tests.shards import SITES, local_model, make_inputs, make_plan, slow
 
 pytestmark = pytest.mark.slow
@@ -95,6 +96,28 @@ def test_a_node_that_is_lost_costs_only_its_shards_in_flight(
     assert all(alive(pid) for pid in raylets[1:])
     assert not ray.is_initialized()
     assert capfd.readouterr().out == ""
+
+
+def test_a_harvest_that_loses_a_node_ends_with_the_digest_of_an_undisturbed_one(
+    tmp_path: Path, model_folder: Path, corpus_file: Path, cluster: Cluster
+) -> None:
+    node = cluster.add_node(**NODE)  # in place of the one lost above
+    assert wait_for(lambda: sum(n["Alive"] for n in cluster.global_state.node_table()) == 3, 60)
+    place = tmp_path / "store"
+    given = options(model_folder, corpus_file, place, tokens=14_016, shard_rows=64)
+    elsewhere = ("--workers", 3, "--address", cluster.address)
+    with harvesting(*given, *elsewhere) as process:
+        assert wait_for(lambda: commits(place) >= 20, 120)
+        assert commits(place) < 200
+        for pid in processes_of(node.all_processes["raylet"][0].process.pid):
+            os.kill(pid, signal.SIGKILL)
+        printed, told = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    undisturbed = invoke(
+        *options(model_folder, corpus_file, tmp_path / "other", tokens=14_016, shard_rows=64)
+    )
+    assert digest_of(undisturbed) in printed
+    assert " is gone: " in log_path(str(place)).read_text()
 
 
 def test_more_workers_than_the_cluster_has_room_for_are_refused(
