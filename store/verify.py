@@ -50,7 +50,7 @@ def verify(objects: Objects, on_progress: Callable[[int, int], None]) -> Report:
     """Check a store, finished or not.
 
     Args:
-        on_progress: called with (bytes read, bytes known so far), shard after shard.
+        on_progress: called with (bytes read, bytes to read).
 
     Raises:
         NotAStoreError: no store there.
@@ -67,16 +67,14 @@ def verify(objects: Objects, on_progress: Callable[[int, int], None]) -> Report:
             commits[shard] = read_commit(objects, plan, shard)
         except DamagedError as error:
             damage.append(Damage(layout.commit_key(shard), shard, str(error)))
-    total = sum(o["bytes"] for c in commits.values() for o in c["objects"].values())
-    done = n_objects = 0
+    items = [(u, *entry) for u, commit in commits.items() for entry in commit["objects"].items()]
+    total, done = sum(entry["bytes"] for _, _, entry in items), 0
     with ThreadPoolExecutor(READERS) as pool:
-        for shard, commit in commits.items():
-            entries = commit["objects"].items()
-            found = pool.map(lambda item: _damage_of(objects, *item), entries)
-            told = zip(entries, found, strict=True)
-            damage += [Damage(key, shard, text) for (key, _), text in told if text]
-            done += sum(entry["bytes"] for _, entry in entries)
-            n_objects += len(entries)
+        found = pool.map(lambda item: _damage_of(objects, item[1], item[2]), items)
+        for (shard, key, entry), text in zip(items, found, strict=True):
+            if text:
+                damage.append(Damage(key, shard, text))
+            done += entry["bytes"]
             on_progress(done, total)
     sealed_digest = None
     for n_shards in counts:
@@ -89,7 +87,7 @@ def verify(objects: Objects, on_progress: Callable[[int, int], None]) -> Report:
     damage += _metadata_damage(objects, plan, counts, commits)
     sealed = max(counts, default=0)
     return Report(
-        objects=n_objects,
+        objects=len(items),
         n_bytes=done,
         shards=len(commits),
         beyond_seal=sum(shard >= sealed for shard in committed),

@@ -157,7 +157,7 @@ def test_a_seal_that_is_gone_comes_back_with_the_same_command(
 def test_a_store_without_damage_is_left_as_it_is(sealed: Path, digest: str) -> None:
     before = inodes(sealed)
     result = invoke(*REPAIR, "--store", sealed)
-    assert f"{sealed}: 0 damaged objects, no shard." in result.stdout
+    assert f"{sealed}: 0 damaged objects; shards harvested again: none." in result.stdout
     assert f"Digest {digest}." in result.stdout
     assert inodes(sealed) == before
 
