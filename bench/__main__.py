@@ -49,18 +49,22 @@ def main(names: list[str]) -> None:
             harvesting.make_store(Path(name))
         for module in chosen:
             console.print(f"measuring: {(module.__doc__ or '').splitlines()[0]}", style="dim")
-            measured += module.measure(Path(name))
+            found = module.measure(Path(name))
+            _keep(found)
+            measured += found
     console.print(_table(measured))
-    RESULTS.parent.mkdir(exist_ok=True)
-    budgets = {m.name: m.to_json() for m in measured}
-    if names and RESULTS.exists():
-        budgets = json.loads(RESULTS.read_text())["budgets"] | budgets
-    content: dict[str, Any] = {
+
+
+def _keep(measured: list[Measurement]) -> None:
+    """Write what was measured into the results at once; the others stay."""
+    now = {
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} cores",
         "torch": torch.__version__,
-        "budgets": budgets,
     }
+    content: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    content |= {m.name: now | m.to_json() for m in measured}
+    RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(content, indent=2) + "\n")
 
 

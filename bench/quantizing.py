@@ -30,7 +30,8 @@ def measure(folder: Path) -> list[Measurement]:
     root = folder / "int8"
     quantize(exact, root)
     small = ActivationStore.open(root)
-    lost = quantization_fvu(small.statistics(site))
+    statistics = small.statistics(site)
+    lost = quantization_fvu(statistics["quantization_error"], statistics["ordinary"])
     fvu = [_heldout_fvu(place, folder / f"sae-{place.name}") for place in (folder / "store", root)]
     return [
         Measurement(

@@ -91,7 +91,7 @@ def _site(store: ActivationStore, site: str) -> Table:
     table.add_row("outlier dimensions", ", ".join(map(str, s["outlier_dimensions"])) or "none")
     table.add_row("mean norm of the mean", f"{np.linalg.norm(ordinary.mean):,.1f} (ordinary rows)")
     if "quantization_error" in s:
-        fvu = quantization_fvu(s | {"ordinary": ordinary.to_json()})
+        fvu = quantization_fvu(s["quantization_error"], ordinary)
         told = f"{np.median(fvu):.1e} median, {fvu.max():.1e} worst FVU of a dimension"
         table.add_row("int8 error", f"{told} (ordinary rows)")
     return table

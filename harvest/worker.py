@@ -20,6 +20,7 @@ from torch import Tensor
 from harvest.contexts import ShardInput
 from harvest.models import ResolvedModel, load_model, model_fingerprint, resolve_model
 from harvest.sites import Site, SiteTap
+from store import stats
 from store.errors import InputError, RunError, SaeHarvestError
 from store.layout import Plan
 from store.objects import Objects
@@ -97,7 +98,8 @@ class ShardWorker:
         return SiteTap(load_model(self._model, self._dtype, self._device), self._sites)
 
     def widths(self) -> dict[str, int]:
-        """Site → numbers per row."""
+        """Site → numbers per row. Loads all that the first shard would else wait for."""
+        stats.warm_up()
         return self._forward.submit(lambda: self._tap.widths).result()
 
     def rows_done(self) -> int:

@@ -12,7 +12,7 @@ that depends on nothing but the rows.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,12 @@ def moments_of_groups(
     return Moments(int(rows[0]), mean[0], m2[0]), Moments(int(rows[1]), mean[1], m2[1])
 
 
+def warm_up() -> None:
+    """Load the compiled loops now: a second, which a worker would else take from its model."""
+    for dtype in (np.float16, np.float32):
+        moments_of_groups(np.zeros((1, 1), dtype), np.zeros(1, np.bool_))
+
+
 def outlier_rows(norms: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
     """Which rows of a shard are outliers, bool [rows], by the norms [rows] of them all."""
     return norms > np.float32(OUTLIER_MEDIANS * float(np.median(norms)))
@@ -109,16 +115,16 @@ def squared_error(x: npt.NDArray[Any], stored: npt.NDArray[Any]) -> list[float]:
     return error.tolist()
 
 
-def quantization_fvu(statistics: dict[str, Any]) -> FloatArray:
+def quantization_fvu(error: Sequence[float], ordinary: Moments) -> FloatArray:
     """Share of the variance of ordinary rows that an int8 store loses, per dimension [width].
 
     Args:
-        statistics: of a site, as `summarise` or `merge` give them, with "quantization_error".
+        error: "quantization_error" of a site's statistics, [width].
+        ordinary: moments of its ordinary rows.
     """
-    error = np.array(statistics["quantization_error"])
-    m2 = np.array(statistics["ordinary"]["m2"])
-    lost = np.where(error > 0, np.inf, 0.0)  # a constant dimension that is exact loses nothing
-    return np.divide(error, m2, out=lost, where=m2 > 0)
+    squared = np.array(error)
+    lost = np.where(squared > 0, np.inf, 0.0)  # a constant dimension that is exact loses nothing
+    return np.divide(squared, ordinary.m2, out=lost, where=ordinary.m2 > 0)
 
 
 def summarise(

@@ -128,8 +128,10 @@ def test_quantization_errors_are_merged_and_compared_with_the_variance() -> None
     assert "quantization_error" not in merge([s, s])
     both = merge([s | {"quantization_error": [0.5, 0]}, s | {"quantization_error": [0.1, 0]}])
     assert both["quantization_error"] == [0.6, 0]
-    assert quantization_fvu(both).tolist() == pytest.approx([0.15, 0])
-    assert quantization_fvu(s | {"quantization_error": [0, 1]}).tolist() == [0, np.inf]
+    ordinary = Moments.from_json(both["ordinary"])
+    lost = quantization_fvu(both["quantization_error"], ordinary)
+    assert lost.tolist() == pytest.approx([0.15, 0])
+    assert quantization_fvu([0, 1], ordinary).tolist() == [0, np.inf]
 
 
 def test_numba_is_imported_only_to_compute() -> None:
