@@ -17,8 +17,8 @@ from harvest.prepare import Prepared
 from store import layout
 from store.errors import DamagedError
 from store.layout import Plan
-from store.objects import Objects, content_hash
-from store.writer import committed_shards, read_commit
+from store.objects import Objects
+from store.writer import committed_shards, read_commit, read_object
 
 
 def shard_inputs(
@@ -102,12 +102,7 @@ def _hashes_before(
     for shard in range(first):
         key = layout.document_key(shard)
         entry = read_commit(objects, plan, shard)["objects"][key]
-        try:
-            data = objects.read(key)
-        except FileNotFoundError:
-            raise DamagedError(f"{objects.place}/{key} is missing.") from None
-        if content_hash([data]) != entry["xxh3"]:
-            raise DamagedError(f"{objects.place}/{key} is altered.")
+        data = read_object(objects, key, entry)
         table: pa.Table = pq.read_table(io.BytesIO(data), columns=["document", "text_hash"])
         hashes.append(table["text_hash"].to_numpy()[table["document"].to_numpy() < document])
     return hashes

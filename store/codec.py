@@ -8,7 +8,6 @@ are absent. Zarr itself is the reference (see the tests); it would copy a shard 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import google_crc32c
@@ -114,8 +113,3 @@ def _fill(plan: Plan, path: str) -> float:
     if path == "tokens":
         return -1
     return layout.CODE_FILL if path.startswith("activations/") and plan.dtype == "int8" else np.nan
-
-
-def total_bytes(pieces: Sequence[Buffer]) -> int:
-    """Bytes of an object given in pieces."""
-    return sum(memoryview(piece).nbytes for piece in pieces)

@@ -200,9 +200,9 @@ class LocalObjects:
             raise NotAStoreError(f"{self.place} is a file; --store takes a folder.") from error
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                size = sum(memoryview(piece).nbytes for piece in pieces)
                 raise StoreError(
-                    f"No space left on the disk of {self.place}: {key} needs {size:,} bytes. "
+                    f"No space left on the disk of {self.place}: {key} needs "
+                    f"{total_bytes(pieces):,} bytes. "
                     "What is committed is safe; free some space and run the same command again."
                 ) from error
             raise StoreError(f"Cannot write {key} into {self.place}: {error.strerror}.") from error
@@ -249,6 +249,11 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def total_bytes(pieces: Sequence[Buffer]) -> int:
+    """Bytes of an object given in pieces."""
+    return sum(memoryview(piece).nbytes for piece in pieces)
 
 
 def content_hash(pieces: Sequence[Buffer]) -> str:

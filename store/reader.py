@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 from store import codec, layout, quantize
 from store.errors import DamagedError, InputError
 from store.layout import Plan
-from store.objects import Buffer, Objects, content_hash, open_objects
+from store.objects import Buffer, Objects, open_objects
 from store.rules import RowRule, heldout_documents
 from store.seals import find_seal
 from store.stats import Moments
-from store.writer import exact_values, read_commit, read_plan
+from store.writer import exact_values, read_commit, read_object, read_plan
 
 
 class ActivationStore:
@@ -235,7 +235,7 @@ class ActivationStore:
         try:
             return self._objects.read_range(key, start, length)
         except FileNotFoundError:
-            raise DamagedError(f"{self.place}/{key} is missing; {_REMEDY}") from None
+            raise DamagedError(f"{self.place}/{key} is missing{_REMEDY}.") from None
 
     def _dequantize(
         self, site: str, start: int, codes: npt.NDArray[np.int8], out: npt.NDArray[np.float32]
@@ -258,16 +258,11 @@ class ActivationStore:
 
     @lru_cache(maxsize=8)  # noqa: B019  (as above)
     def _table(self, key: str, shard: int) -> pa.Table:
-        try:
-            data = self._objects.read(key)
-        except FileNotFoundError:
-            raise DamagedError(f"{self.place}/{key} is missing; {_REMEDY}") from None
-        if content_hash([data]) != self.commit(shard)["objects"][key]["xxh3"]:
-            raise DamagedError(f"{self.place}/{key} is altered; {_REMEDY}")
+        data = read_object(self._objects, key, self.commit(shard)["objects"][key], _REMEDY)
         return pq.read_table(io.BytesIO(data))
 
 
-_REMEDY = "`harvest verify` lists all damage."
+_REMEDY = "; `harvest verify` lists all damage"
 
 
 def _ranges(lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:

@@ -21,11 +21,10 @@ from store.bucket import (
     seconds_for,
 )
 from store.errors import InputError, StoreError
+from store.objects import Buffer, total_bytes
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, PutMode
-
-Buffer = bytes | bytearray | memoryview
 
 SMALL_BYTES = GIVE_UP_SECONDS * SLOWEST_BYTES_A_SECOND
 INPUT_BLOCK_BYTES = 4 << 20
@@ -57,7 +56,7 @@ class S3Objects:
         created = self._put(key, pieces, "create")
         if not created:
             self._refuses = True
-        elif not self._refuses and _size(pieces) <= SMALL_BYTES:
+        elif not self._refuses and total_bytes(pieces) <= SMALL_BYTES:
             if self._put(key, pieces, "create"):
                 raise StoreError(
                     f"{self._bucket.endpoint} overwrote {key} of {self.place} although the request "
@@ -123,7 +122,7 @@ class S3Objects:
     def _put(self, key: str, pieces: Sequence[Buffer], mode: PutMode) -> bool:
         """False if the key is taken, by us perhaps: see `publish`."""
         views = [memoryview(piece).cast("B") for piece in pieces]
-        size = _size(pieces)
+        size = total_bytes(pieces)
 
         def put() -> bool:
             try:
@@ -203,7 +202,3 @@ class _Input(io.RawIOBase):
         buffer[: len(block)] = block
         self._position += len(block)
         return len(block)
-
-
-def _size(pieces: Sequence[Buffer]) -> int:
-    return sum(memoryview(piece).nbytes for piece in pieces)

@@ -11,10 +11,10 @@ from typing import Any
 from store import layout
 from store.errors import DamagedError
 from store.layout import Plan
-from store.objects import Objects, content_hash
+from store.objects import Objects
 from store.records import canonical, decode_record
 from store.seals import read_seal, sealed_counts, store_digest
-from store.writer import committed_shards, read_commit, read_plan
+from store.writer import committed_shards, read_commit, read_object, read_plan
 
 READERS = 4  # objects read at once; a cold disk or a bucket needs several to be busy
 
@@ -101,13 +101,9 @@ def verify(objects: Objects, on_progress: Callable[[int, int], None]) -> Report:
 def _damage_of(objects: Objects, key: str, entry: dict[str, Any]) -> str | None:
     """What is wrong with an object, None if nothing is."""
     try:
-        data = objects.read(key)
-    except FileNotFoundError:
-        return f"{objects.place}/{key} is missing."
-    if len(data) != entry["bytes"]:
-        return f"{objects.place}/{key} has {len(data):,} bytes instead of {entry['bytes']:,}."
-    if content_hash([data]) != entry["xxh3"]:
-        return f"{objects.place}/{key} is altered: its hash is not the committed one."
+        read_object(objects, key, entry)
+    except DamagedError as error:
+        return str(error)
     return None
 
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from store import codec, layout, quantize, stats
 from store.errors import DamagedError, NotAStoreError, PlanMismatchError
 from store.layout import Plan
-from store.objects import Buffer, Objects, content_hash
+from store.objects import Buffer, Objects, content_hash, total_bytes
 from store.records import decode_record, digest_of, encode_record
 
 WRITERS = 4  # objects of a shard under way at once: their flushes overlap
@@ -250,7 +250,7 @@ class _Work:
 
     def _object(self, key: str, pieces: Pieces, check: Check) -> Pieces:
         there = publish_or_adopt(self._objects, key, pieces, check)
-        self.entries[key] = {"bytes": codec.total_bytes(there), "xxh3": content_hash(there)}
+        self.entries[key] = {"bytes": total_bytes(there), "xxh3": content_hash(there)}
         return there
 
 
@@ -302,6 +302,28 @@ def read_commit(objects: Objects, plan: Plan, shard: int) -> dict[str, Any]:
     if record.get("plan") != plan.hash or record.get("shard") != shard:
         raise DamagedError(f"{objects.place}/{key} belongs to another store or shard.")
     return record
+
+
+def read_object(objects: Objects, key: str, entry: dict[str, Any], remedy: str = "") -> bytes:
+    """The bytes of an object, as its commit record lists it.
+
+    Args:
+        entry: of the record, bytes and xxh3.
+        remedy: what to do, after a semicolon, where the object is not as it was committed.
+
+    Raises:
+        DamagedError: it is missing, of another length, or altered.
+    """
+    name = f"{objects.place}/{key}"
+    try:
+        data = objects.read(key)
+    except FileNotFoundError:
+        raise DamagedError(f"{name} is missing{remedy}.") from None
+    if len(data) != entry["bytes"]:
+        raise DamagedError(f"{name} has {len(data):,} bytes instead of {entry['bytes']:,}{remedy}.")
+    if content_hash([data]) != entry["xxh3"]:
+        raise DamagedError(f"{name} is altered: its hash is not the committed one{remedy}.")
+    return data
 
 
 def exact_table(rows: npt.NDArray[np.int64], x: npt.NDArray[Any]) -> pa.Table:

@@ -17,7 +17,7 @@ from zarr.storage import MemoryStore
 from store import codec, layout
 from store.errors import DamagedError
 from store.layout import Plan
-from store.objects import LocalObjects
+from store.objects import LocalObjects, total_bytes
 from store.reader import ActivationStore
 from tests.synthetic import CONTEXTS, SITE, make_plan, make_store, rows_of
 
@@ -64,7 +64,7 @@ def test_objects_are_those_that_zarr_writes_to_the_byte(dtype: str, share: float
         ((key, theirs),) = zarr_objects(plan, path, array).items()
         assert layout.chunk_key(path, 0) == key.replace("x/", f"{path}/", 1)
         assert ours == theirs, path
-        assert codec.total_bytes(codec.encode(plan, path, array)) == len(theirs)
+        assert total_bytes(codec.encode(plan, path, array)) == len(theirs)
         decoded = codec.decode(plan, path, theirs, len(array), "theirs")
         assert decoded.dtype == array.dtype
         assert np.array_equal(decoded, array)
