@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
-from store.errors import InputError, StoreError
-from store.objects import Buffer, Objects, open_objects
+from store.errors import InputError
+from store.objects import Buffer, Objects, open_objects, require_space
 from store.reader import ActivationStore
 from store.records import digest_of
 from store.rules import RowRule
@@ -292,12 +292,7 @@ def _check_space(
             if file_key(config, site, shard) not in there:
                 start, stop = store.shard_span(shard)
                 need += (stop - start) * row_bytes
-    free = target.free_bytes()
-    if free is not None and need > free:
-        raise StoreError(
-            f"{target.place} needs {need / 1e9:,.2f} GB and the disk has {free / 1e9:,.2f} GB "
-            "free; free some space, export fewer --shards or choose another --out."
-        )
+    require_space(target, need, "export fewer --shards or choose another --out")
 
 
 def _write_summary(

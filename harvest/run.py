@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,15 @@ from harvest.shards import shard_inputs
 from harvest.status import Heartbeat
 from store import layout
 from store.device import choose_device
-from store.errors import InputError, StoreError
+from store.errors import InputError
 from store.layout import Plan
-from store.objects import Objects, open_objects
+from store.objects import Objects, open_objects, require_space
 from store.repair import mend_commit, remove_damaged, reseal, restore_plan
 from store.seals import seal
 from store.verify import Report, verify
 from store.writer import (
     check_place,
+    check_same,
     commit_shard,
     committed_shards,
     create_store,
@@ -104,9 +105,11 @@ def run(
     if existing:
         widths = {s.name: s.width for s in existing.sites}
         # Another set of sites is another plan; which width it would have does not matter.
-        create_store(objects, prepared.plan({s: widths.get(s, 1) for s in config.sites}), {})
-        n_shards = _within_corpus(objects, existing, n_shards, prepared.least_contexts)
-    done = set(committed_shards(objects)) if existing else set()
+        asked = prepared.plan({s: widths.get(s, 1) for s in config.sites})
+        check_same(objects, existing, asked)
+    done = committed_shards(objects) if existing else []
+    if existing:
+        n_shards = _within_corpus(objects, existing, done, n_shards, prepared.least_contexts)
     todo = [u for u in range(n_shards) if u not in done and (only is None or u in only)]
     if existing and not todo:
         return _close(objects, existing, n_shards, 0, 0.0)
@@ -118,12 +121,13 @@ def run(
             _pool(prepared, means, device, log) as pool,
         ):
             plan = prepared.plan(pool.widths())
-            check_space(objects, plan, len(todo))
+            need = bytes_per_row(plan) * len(todo) * plan.shard_rows
+            require_space(objects, need, "ask for fewer --tokens or use another --store")
             ahead.ready(wait=True)  # a corpus that is too short shows before anything is created
             plan = create_store(objects, plan, versions())
             log.write(f"plan {plan.hash}: {len(todo)} of {n_shards} shards to do")
             with Heartbeat(objects, plan, n_shards, log.write) as heartbeat:
-                work = _Work(objects, plan, pool, len(todo), on_progress, heartbeat)
+                work = _Work(objects, plan, pool, len(todo), on_progress, heartbeat, len(done))
                 work.run(ahead, lambda record: commit_shard(objects, record), again=False)
     except InputError:
         # What was asked cannot be done, and the remedy will be another plan: leave it the place.
@@ -179,11 +183,12 @@ class _Work:
         n_shards: int,
         on_progress: Progress,
         heartbeat: Heartbeat | None = None,
+        already: int = 0,
     ) -> None:
         self._objects, self._plan, self._pool = objects, plan, pool
         self._on_progress, self._heartbeat = on_progress, heartbeat
         self._todo_rows = n_shards * plan.shard_rows
-        self._already = len(committed_shards(objects))
+        self._already = already
         self._kept = 0
         self.rows = 0
         self.seconds = 0.0
@@ -224,22 +229,21 @@ class _Work:
             self._heartbeat.update(committed, self._pool.in_flight(), rows, self._todo_rows)
 
 
-@contextmanager
-def _pool(prepared: Prepared, means: Means, device: str, log: HarvestLog) -> Iterator[Pool]:
+def _pool(
+    prepared: Prepared, means: Means, device: str, log: HarvestLog
+) -> AbstractContextManager[Pool]:
     dtype = prepared.fields["compute_dtype"]
     sites = prepared.config.sites
-    with open_pool(
-        means.workers, prepared.model, sites, dtype, device, means.address, log.write
-    ) as pool:
-        yield pool
+    return open_pool(means.workers, prepared.model, sites, dtype, device, means.address, log.write)
 
 
-def _within_corpus(objects: Objects, plan: Plan, n_shards: int, least_contexts: int) -> int:
+def _within_corpus(
+    objects: Objects, plan: Plan, done: list[int], n_shards: int, least_contexts: int
+) -> int:
     """Fewer shards than asked for, if the store holds the corpus' last one and that is enough.
 
     If it is not enough, one more than there are, so that reading the corpus tells what it holds.
     """
-    done = committed_shards(objects)
     if not done or done != list(range(len(done))) or len(done) > n_shards:
         return n_shards
     contexts = read_commit(objects, plan, done[-1])["contexts"]
@@ -260,16 +264,6 @@ def _close(objects: Objects, plan: Plan, n_shards: int, rows_run: int, seconds: 
         return Result(plan, None, len(done) * plan.shard_rows, rows_run, seconds)
     record = seal(objects, plan, len(done))
     return Result(plan, record["digest"], record["rows"], rows_run, seconds)
-
-
-def check_space(objects: Objects, plan: Plan, n_shards: int) -> None:
-    """`StoreError` if the disk cannot hold what is still to be written."""
-    need, free = bytes_per_row(plan) * n_shards * plan.shard_rows, objects.free_bytes()
-    if free is not None and need > free:
-        raise StoreError(
-            f"{objects.place} needs {need / 1e9:,.2f} GB and the disk has {free / 1e9:,.2f} GB "
-            "free; free some space, ask for fewer --tokens or use another --store."
-        )
 
 
 def bytes_per_row(plan: Plan) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from store import layout
 from store.errors import DamagedError, InputError, PlanMismatchError, StoreError
 from store.layout import Plan
-from store.objects import Objects, content_hash
+from store.objects import Objects, content_hash, require_space
 from store.seals import read_seal, seal, sealed_counts, store_digest
 from store.writer import (
     WRITERS,
@@ -76,12 +76,7 @@ def merge(target: Objects, sources: Sequence[Objects], on_progress: Progress) ->
             already.add(shard)
             if offered != there[shard]:
                 differing.add(shard)
-    free = target.free_bytes()
-    if free is not None and total > free:
-        raise StoreError(
-            f"{target.place} needs {total / 1e9:,.2f} GB more and the disk has "
-            f"{free / 1e9:,.2f} GB free; free some space or merge into another place."
-        )
+    require_space(target, total, "or merge into another place")
     done = 0
     todo = dict(sorted(todo.items()))
     for shard, source in todo.items():

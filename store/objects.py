@@ -100,6 +100,20 @@ def open_objects(place: str | Path) -> Objects:
     return S3Objects(name)
 
 
+def require_space(objects: Objects, need: float, remedy: str) -> None:
+    """`StoreError` if a place cannot hold so many bytes more.
+
+    Args:
+        remedy: what to do beside freeing some space, "choose another --out" say.
+    """
+    free = objects.free_bytes()
+    if free is not None and need > free:
+        raise StoreError(
+            f"{objects.place} needs {need / 1e9:,.2f} GB more and the disk has {free / 1e9:,.2f} "
+            f"GB free; free some space, {remedy}."
+        )
+
+
 class LocalObjects:
     """Objects as files under a folder."""
 

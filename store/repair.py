@@ -77,11 +77,8 @@ def mend_commit(objects: Objects, plan: Plan, record: dict[str, Any]) -> None:
     objects.replace(layout.commit_key(record["shard"]), [encode_record(record)])
 
 
-def reseal(objects: Objects, plan: Plan) -> str | None:
-    """Bring every seal and the zarr metadata in line with the commits; the latest digest.
-
-    Also sweeps up.
-    """
+def reseal(objects: Objects, plan: Plan) -> None:
+    """Bring every seal and the zarr metadata in line with the commits, and sweep up."""
     sweep(objects)
     latest = None
     for n_shards in sealed_counts(objects):
@@ -94,7 +91,5 @@ def reseal(objects: Objects, plan: Plan) -> str | None:
             objects.replace(layout.seal_key(n_shards), [encode_record(latest)])
         else:
             latest = there
-    if latest is None:
-        return None
-    write_zarr_metadata(objects, latest["zarr"])
-    return latest["digest"]
+    if latest is not None:
+        write_zarr_metadata(objects, latest["zarr"])

@@ -117,9 +117,8 @@ def find_seal(objects: Objects, plan: Plan, digest: str | None) -> dict[str, Any
     )
 
 
-def write_zarr_metadata(objects: Objects, metadata: dict[str, Any]) -> list[str]:
-    """Bring every `zarr.json` up to date; the keys that were not."""
-    stale = []
+def write_zarr_metadata(objects: Objects, metadata: dict[str, Any]) -> None:
+    """Bring every `zarr.json` up to date."""
     for key, content in metadata.items():
         wanted = canonical(content)
         try:
@@ -128,5 +127,3 @@ def write_zarr_metadata(objects: Objects, metadata: dict[str, Any]) -> list[str]
             there = b""
         if there != wanted:
             objects.replace(key, [wanted])
-            stale.append(key)
-    return stale

@@ -67,12 +67,17 @@ def create_store(objects: Objects, plan: Plan, made_with: dict[str, str]) -> Pla
     }
     objects.publish(layout.PLAN_KEY, [encode_record(record)])
     existing = read_plan(objects)
+    check_same(objects, existing, plan)
+    return existing
+
+
+def check_same(objects: Objects, existing: Plan, plan: Plan) -> None:
+    """`PlanMismatchError` naming the fields in which a plan differs from the one at a place."""
     if differing := existing.differing_fields(plan):
         raise PlanMismatchError(
             f"{objects.place} was made from another plan; differing: {'; '.join(differing)}. "
             "Use the same options to continue it, or another --store."
         )
-    return existing
 
 
 def check_place(objects: Objects) -> None:
