@@ -34,7 +34,7 @@ from bench.measurement import Measurement
 RESULTS = Path(__file__).parent / "results" / "local.json"
 # The first leaves the store that some of the others read.
 MODULES = (harvesting, storing, loading, verifying, feature_pass, quantizing, memory, sae_step)
-NEED_STORE = (storing, loading, verifying, feature_pass, quantizing)
+NEED_STORE = (storing, verifying, feature_pass, quantizing)
 
 
 def main(names: list[str]) -> None:

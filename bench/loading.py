@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from bench.measurement import Measurement, alternate, seconds
+from store.layout import Plan, SitePlan
 from store.loader import ShuffledLoader
+from store.objects import LocalObjects
 from store.reader import ActivationStore
 from store.rules import RowRule
+from store.seals import seal
+from store.writer import Shard, commit_shard, create_store, write_shard
 
+SHARDS = 8  # so that taking two windows of memory is a small part of reading them
+SITE = SitePlan(name="resid_post.12", width=576)
 BATCH_ROWS = 4096
 WINDOW_CHUNKS = 16
 REPEATS = 5
@@ -21,13 +29,15 @@ ALL = RowRule(split="all", max_norm_medians=None)
 
 
 def measure(folder: Path) -> list[Measurement]:
-    """loader_warm and loader_cold, one epoch of the store in `folder` at a time."""
-    store = ActivationStore.open(folder / "store")
-    site = store.sites[0]
-    shards = sorted((folder / "store" / "activations" / site).glob("c.*"))
+    """loader_warm and loader_cold, one epoch of a store of random numbers at a time."""
+    store = _make_store(folder / "random")
+    site = SITE.name
+    shards = sorted((folder / "random" / "activations" / site).glob("c.*"))
     flat = folder / "flat.bin"
     rows = store.n_rows // BATCH_ROWS * BATCH_ROWS
-    store.read(site, 0, store.n_rows).tofile(flat)
+    with flat.open("wb") as file:
+        for shard in range(store.n_shards):
+            store.read(site, *store.shard_span(shard)).tofile(file)
 
     def ours() -> float:
         loader = ShuffledLoader(store, site, BATCH_ROWS, 0, ALL, WINDOW_CHUNKS)
@@ -35,12 +45,9 @@ def measure(folder: Path) -> list[Measurement]:
         loader.close()
         return rows / taken
 
-    width, chunk = store.width(site), store.chunk_rows(site)
-    dtype = np.dtype(store.plan["dtype"])
-
     def memmap() -> float:
-        x = np.memmap(flat, dtype, "r").reshape(-1, width)
-        return rows / seconds(lambda: _memmap_epoch(x, chunk))
+        x = np.memmap(flat, store.dtype, "r").reshape(-1, SITE.width)
+        return rows / seconds(lambda: _memmap_epoch(x, store.chunk_rows(site)))
 
     def sequential() -> float:
         return rows / seconds(lambda: read_through(shards))
@@ -50,10 +57,41 @@ def measure(folder: Path) -> list[Measurement]:
     files = [*shards, flat]
     cool, cool_limit = alternate(cold(files, ours), cold(files, sequential), REPEATS)
     flat.unlink()
+    shutil.rmtree(folder / "random")
     return [
         Measurement("loader_warm", warm, warm_limit, "rows/s", 0.5, 0.25, higher_is_better=True),
         Measurement("loader_cold", cool, cool_limit, "rows/s", 0.9, 0.6, higher_is_better=True),
     ]
+
+
+def _make_store(place: Path) -> ActivationStore:
+    """Shards of the size that a harvest of SmolLM2-135M makes, without documents."""
+    plan = Plan(
+        model={"name": "none", "weights": "none"},
+        tokenizer={},
+        corpus={"name": "none"},
+        sites=(SITE,),
+        context_length=128,
+        contexts_per_shard=512,
+        bos="none",
+        seed=0,
+        window_contexts=1,
+        document_text=False,
+        dtype="float16",
+        compute_dtype="float32",
+        batch_contexts=1,
+    )
+    objects = LocalObjects(place)
+    create_store(objects, plan, {})
+    x = np.random.default_rng(0).standard_normal((plan.shard_rows, SITE.width), np.float32)
+    x, norms = x.astype(np.float16), np.linalg.norm(x, axis=1)
+    tokens = np.zeros((plan.contexts_per_shard, plan.context_length), np.int32)
+    nothing = pa.table({"document": pa.array([], pa.int64())})
+    for number in range(SHARDS):
+        shard = Shard(number, tokens, nothing, nothing, {SITE.name: x}, {SITE.name: norms})
+        commit_shard(objects, write_shard(objects, plan, shard))
+    seal(objects, plan, SHARDS)
+    return ActivationStore.open(place)
 
 
 def _memmap_epoch(x: np.ndarray, chunk: int) -> None:

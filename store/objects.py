@@ -51,8 +51,14 @@ class Objects(Protocol):
 
     def read(self, key: str) -> bytes: ...
 
-    def read_range(self, key: str, start: int, length: int) -> Buffer:
-        """Some bytes of an object; fewer if it ends before."""
+    def read_range(
+        self, key: str, start: int, length: int, into: memoryview | None = None
+    ) -> Buffer:
+        """Some bytes of an object; fewer if it ends before.
+
+        Args:
+            into: `length` bytes of memory or more, which may be used for the answer.
+        """
         ...
 
     def size(self, key: str) -> int | None:
@@ -141,19 +147,22 @@ class LocalObjects:
         except OSError as error:
             raise self._unreadable(key, error) from error
 
-    def read_range(self, key: str, start: int, length: int) -> Buffer:
-        buffer = np.empty(length, np.uint8)  # not cleared first, as a bytearray would be
+    def read_range(
+        self, key: str, start: int, length: int, into: memoryview | None = None
+    ) -> Buffer:
+        # new memory is not cleared first, as a bytearray would be
+        buffer = np.empty(length, np.uint8).data if into is None else into[:length]
         try:
             descriptor = os.open(self._root / key, os.O_RDONLY)
             try:
-                filled = _read_all(descriptor, buffer.data, start)
+                filled = _read_all(descriptor, buffer, start)
             finally:
                 os.close(descriptor)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(key) from error
         except OSError as error:
             raise self._unreadable(key, error) from error
-        return buffer.data[:filled]
+        return buffer[:filled]
 
     def size(self, key: str) -> int | None:
         try:

@@ -76,7 +76,10 @@ class S3Objects:
                 found = self._bucket.client(size).get(self._prefix + key)
             return bytes(found.bytes())
 
-    def read_range(self, key: str, start: int, length: int) -> Buffer:
+    def read_range(
+        self, key: str, start: int, length: int, into: memoryview | None = None
+    ) -> Buffer:
+        # obstore answers in memory of its own
         if length > 0:
             with self._reading(key):
                 return self._bucket.read_range(self._prefix + key, start, length)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from store import codec, layout
 from store.errors import DamagedError, InputError, RunError
 from store.loader import ShuffledLoader
+from store.objects import LocalObjects
 from store.reader import ActivationStore
 from store.rules import RowRule
-from tests.synthetic import SITE, make_store, rows_of
+from tests.synthetic import SITE, make_plan, make_store, rows_of
 
 ALL = RowRule(split="all", max_norm_medians=None)
 
@@ -29,6 +32,10 @@ def take(loader: ShuffledLoader, n: int) -> list[np.ndarray]:
     rows = [loader.next_batch().rows for _ in range(n)]
     loader.close()
     return rows
+
+
+def threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("store-loader")]
 
 
 @pytest.mark.parametrize("window_chunks", [1, 3, 100])
@@ -51,10 +58,42 @@ def test_batches_hold_the_rows_they_name(store: ActivationStore) -> None:
     loader = ShuffledLoader(store, SITE, 50, 3, RowRule(heldout_fraction=0.2), 2)
     selected = store.selected(SITE, RowRule(heldout_fraction=0.2))
     assert loader.n_selected == selected.sum() < store.n_rows
-    for _ in range(20):
+    for _ in range(2 * loader.batches_per_epoch):
         batch = loader.next_batch()
         assert torch.equal(batch.x, expected[batch.rows])
         assert selected[batch.rows].all()
+        assert batch.target is None
+    loader.close()
+
+
+def test_a_batch_is_the_callers_own(store: ActivationStore) -> None:
+    loader = ShuffledLoader(store, SITE, 100, 0, ALL, 2)
+    batches = [loader.next_batch() for _ in range(loader.batches_per_epoch)]
+    loader.close()
+    expected = torch.from_numpy(rows_of(store._plan).astype(np.float16)).float()
+    for batch in batches:
+        assert torch.equal(batch.x, expected[batch.rows])
+
+
+def test_memory_of_a_batch_is_used_again_when_nothing_holds_it(store: ActivationStore) -> None:
+    loader = ShuffledLoader(store, SITE, 100, 0, ALL, 2)
+    held = loader.next_batch().x[3:5]  # a view holds all of it
+    content, place = held.clone(), held.data_ptr()
+    later = {loader.next_batch().x.data_ptr() for _ in range(20)}
+    assert len(later) == 1
+    assert place - 3 * held.stride(0) * held.itemsize not in later
+    assert torch.equal(held, content)
+    loader.close()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float32"])
+def test_rows_of_other_types_are_what_the_store_reads(tmp_path: Path, dtype: str) -> None:
+    make_store(tmp_path / "s", make_plan(dtype=dtype))
+    store = ActivationStore.open(tmp_path / "s")
+    expected = store.read(SITE, 0, store.n_rows)
+    loader = ShuffledLoader(store, SITE, 200, 0, ALL, 3)
+    for batch, _ in zip(loader, range(2 * loader.batches_per_epoch), strict=False):
+        assert np.array_equal(batch.x.numpy(), expected[batch.rows])
     loader.close()
 
 
@@ -73,6 +112,25 @@ def test_restoring_at_every_step_gives_the_same_rest(store: ActivationStore) -> 
             assert np.array_equal(expected, got)
 
 
+def test_resuming_reads_no_window_before_its_own(
+    store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = ShuffledLoader(store, SITE, 100, 0, ALL, 1)  # a chunk is a window
+    batches = take(loader, loader.batches_per_epoch)
+    read: list[int] = []
+    original = ActivationStore.read
+
+    def noting(self: ActivationStore, site: str, start: int, *rest: object) -> np.ndarray:
+        read.append(start // 128)
+        return original(self, site, start, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ActivationStore, "read", noting)
+    loader.load_state(loader.state() | {"epoch": 0, "step": 11})
+    assert np.array_equal(take(loader, 1)[0], batches[11])
+    assert 0 < len(read) <= 3  # two windows, and a third as soon as the first is consumed
+    assert set(read) <= set(np.concatenate(batches[11:]) // 128)
+
+
 def test_order_is_fixed_for_a_seed(store: ActivationStore) -> None:
     # A golden order: a change of numpy's generators or of ours must not go unnoticed.
     first = take(ShuffledLoader(store, SITE, 6, 0, ALL, 4), 1)[0]
@@ -87,11 +145,17 @@ def test_a_state_of_another_seed_or_store_is_refused(store: ActivationStore) -> 
         loader.load_state(loader.state() | {"seed": 1})
     with pytest.raises(RunError, match="store_digest"):
         loader.load_state(loader.state() | {"store_digest": "0"})
+    with pytest.raises(RunError, match="batch 26 of epoch 0, an epoch of this run has 25"):
+        loader.load_state(loader.state() | {"step": 26})
 
 
-def test_too_few_rows_for_a_batch(store: ActivationStore) -> None:
+def test_what_cannot_be_read_is_refused(store: ActivationStore) -> None:
     with pytest.raises(InputError, match="fewer than one batch of 5,000"):
         ShuffledLoader(store, SITE, 5000, 0, ALL)
+    with pytest.raises(InputError, match="window of 0 chunks"):
+        ShuffledLoader(store, SITE, 64, 0, ALL, 0)
+    with pytest.raises(InputError, match=f"holds the sites {SITE}"):
+        ShuffledLoader(store, SITE, 64, 0, ALL, target_site="mlp_out.0")
 
 
 def test_damage_reaches_the_consumer(tmp_path: Path) -> None:
@@ -101,6 +165,46 @@ def test_damage_reaches_the_consumer(tmp_path: Path) -> None:
     data[77] ^= 4
     path.write_bytes(data)
     loader = ShuffledLoader(ActivationStore.open(tmp_path / "s"), SITE, 64, 0, ALL, 2)
-    with pytest.raises(DamagedError, match=r"c\.5\.0"):
+    with pytest.raises(DamagedError, match=r"c\.5\.0 is altered"):
         take(loader, loader.batches_per_epoch)
+    with pytest.raises(DamagedError, match=r"c\.5\.0 is altered"):  # and it stays so
+        loader.next_batch()
+    path.unlink()
+    loader.close()
+    with pytest.raises(DamagedError, match=r"c\.5\.0 is missing"):
+        take(loader, loader.batches_per_epoch)
+    assert threads()
+    loader.close()
+    assert not threads()
+
+
+def test_rows_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    plan = make_plan()
+    make_store(tmp_path / "s", plan)
+    x = rows_of(plan)[3 * 128 : 4 * 128].astype(np.float16)
+    x[16, 3], x[20, 5] = -np.inf, np.nan  # rows 400, massive, and 404
+    path = f"activations/{SITE}"
+    objects = LocalObjects(tmp_path / "s")
+    objects.replace(layout.chunk_key(path, 3), codec.encode(plan, path, x))
+    store = ActivationStore.open(tmp_path / "s")
+    everything = RowRule(split="all")  # but the massive ones
+    for rule, row in ((ALL, 400), (everything, 404)):
+        loader = ShuffledLoader(store, SITE, 64, 0, rule, 2)
+        with pytest.raises(DamagedError, match=rf"{SITE} that are not finite, in row {row};"):
+            take(loader, loader.batches_per_epoch)
+        loader.close()
+    x[20, 5] = 0
+    objects.replace(layout.chunk_key(path, 3), codec.encode(plan, path, x))
+    loader = ShuffledLoader(store, SITE, 64, 0, everything, 2)
+    assert len(take(loader, loader.batches_per_epoch)) == loader.n_selected // 64
+
+
+def test_closing_ends_the_threads_and_reading_goes_on(store: ActivationStore) -> None:
+    loader = ShuffledLoader(store, SITE, 64, 0, ALL, 2)
+    expected = take(ShuffledLoader(store, SITE, 64, 0, ALL, 2), 4)
+    for rows in expected:
+        assert np.array_equal(loader.next_batch().rows, rows)
+        assert threads()
+        loader.close()
+        assert not threads()
     loader.close()
