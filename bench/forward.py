@@ -22,9 +22,9 @@ import torch
 from bench.measurement import alternate, seconds
 from harvest.discovery import probe
 from harvest.models import load_model, resolve_model
-from harvest.raycluster import KEEP_MEMORY
 from harvest.sites import Site
 from harvest.worker import ShardWorker
+from store.cluster import KEEP_MEMORY
 from store.objects import open_objects
 from store.writer import read_plan
 

@@ -79,10 +79,8 @@ def time_step(device: str = "cpu", rounds: int = ROUNDS) -> dict[str, Any]:
         torch.mm(low_x, low_w.T, out=scores)
 
     def step() -> None:
-        result = train_step(
-            sae, x, D_IN, dead, config.auxiliary_k(D_IN), config.auxk_alpha, workspace
-        )
-        optimizer.step(sae, workspace.gradients, result.grad_norm)
+        result = train_step(sae, x, config, D_IN, dead, workspace)
+        optimizer.step(sae, workspace, result.grad_norm)
 
     product_seconds, step_seconds, step_cpu = [], [], []
     for round_number in range(rounds + 2):

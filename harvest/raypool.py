@@ -22,6 +22,7 @@ from harvest.models import ResolvedModel
 from harvest.pool import POLL_SECONDS, sentence
 from harvest.prepare import model_name
 from harvest.worker import IN_FLIGHT, Done
+from store import cluster
 from store.errors import RunError, SaeHarvestError
 from store.layout import Plan
 from store.objects import Objects
@@ -71,10 +72,10 @@ class RayPool:
         self._failed_starts = 0  # in a row
         self._nobody_since: float | None = None
         self._rows_of_dead = 0
-        raycluster.connect(address)
+        cluster.connect(address, "use --workers 0 to do without it")
         try:
             gpu = device == "cuda"
-            threads = raycluster.threads_per_worker(workers, gpu, local=address is None)
+            threads = cluster.threads_per_worker(workers, gpu, local=address is None)
             self._expected = raycluster.versions()
             self._options = {
                 "num_cpus": threads,
@@ -238,7 +239,7 @@ class RayPool:
     def _bury(self, lost: dict[_Worker, RayError]) -> None:
         """Take the shards of dead workers back, and ask for others in their place."""
         for worker, error in lost.items():
-            reason = raycluster.reason(error)
+            reason = cluster.reason(error)
             shards = sorted(worker.shards.values())
             self._waiting.extendleft(reversed(shards))
             self._deaths.update(shards)
@@ -275,7 +276,7 @@ class RayPool:
             self._nobody_since = time.monotonic()
         elif time.monotonic() - self._nobody_since > START_SECONDS:
             raise RunError(
-                f"No worker came up within {START_SECONDS:.0f} s; {raycluster.resources()}. "
+                f"No worker came up within {START_SECONDS:.0f} s; {cluster.resources()}. "
                 "What is committed is safe: run the same command again when there is room."
             )
 

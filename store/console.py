@@ -42,11 +42,15 @@ class Commands(click.Group):
     with 143, both in order. Anything else is a bug and keeps its traceback.
     """
 
+    def exit_code(self, error: SaeHarvestError) -> int:
+        """What an error ends with; for groups that tell errors apart."""
+        return EXIT_FAILURE
+
     def invoke(self, ctx: click.Context) -> Any:
         before = signal.signal(signal.SIGTERM, _terminate)
         try:
             return super().invoke(ctx)
-        except _Terminated:
+        except Terminated:
             click.echo("Terminated.", err=True)
             sys.exit(EXIT_TERMINATED)
         except KeyboardInterrupt:
@@ -60,19 +64,19 @@ class Commands(click.Group):
             super().main(*args, **kwargs)
         except SaeHarvestError as error:
             click.echo(f"Error: {error}", err=True)
-            sys.exit(EXIT_FAILURE)
+            sys.exit(self.exit_code(error))
         except BrokenPipeError:  # the reader of our output, `head` say, has gone
             sys.stderr.close()
             sys.exit(EXIT_FAILURE)
         raise AssertionError("click always exits")
 
 
-class _Terminated(KeyboardInterrupt):
+class Terminated(KeyboardInterrupt):
     """A SIGTERM, raised where the command is, so that it ends as it does when interrupted."""
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise _Terminated
+    raise Terminated
 
 
 def output() -> Console:

@@ -1,210 +1,334 @@
-"""Kernels and the step against the dense float64 formulas."""
+"""Kernels against the dense float64 formulas, for pairs of every kind."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from train.config import SAEConfig
-from train.kernels import AdamNumbers
+from train.kernels import AdamNumbers, Gradients, Pairs
 from train.kernels.cpu import CpuKernels
-from train.kernels.oracle import dense_step
+from train.kernels.oracle import pair_gradients
 from train.kernels.torch_ops import TorchKernels
-from train.sae import SAE
-from train.step import Workspace, train_step
-
-BACKENDS = [CpuKernels, TorchKernels]
 
 
-def make_sae(n_latents, d_in, k, seed=0, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    config = SAEConfig(
-        d_in=d_in,
-        n_latents=n_latents,
-        k=k,
-        site="resid_post.1",
-        normalization="scale",
-        input_scale=scale,
-    )
-    dec = torch.nn.functional.normalize(torch.randn(n_latents, d_in, generator=generator))
-    enc = dec + 0.3 * torch.randn(n_latents, d_in, generator=generator) / d_in**0.5
-    return SAE(
-        config,
-        W_enc=enc,
-        W_dec=dec,
-        b_enc=0.1 * torch.randn(n_latents, generator=generator),
-        b_dec=0.5 * torch.randn(d_in, generator=generator),
-    )
+class WithoutShortProducts(CpuKernels):
+    """As on a processor that multiplies 8-bit integers slowly."""
 
-
-def rows(count, d_in, seed=1):
-    return torch.randn(count, d_in, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5
-
-
-def step_and_oracle(sae, x, dead, k_aux, alpha=1 / 32, total_variance=7.0):
-    workspace = Workspace(sae, len(x) + 3)
-    into = workspace.gradients
-    for buffer in (into.enc, into.dec, into.bias, into.squares, workspace.centred):
-        buffer.fill_(torch.nan)  # whatever was there before must not matter
-    result = train_step(sae, x, total_variance, dead, k_aux, alpha, workspace)
-    oracle = dense_step(
-        x,
-        **sae.tensors(),
-        k=sae.config.k,
-        input_scale=sae.config.input_scale,
-        total_variance=total_variance,
-        dead=dead,
-        k_aux=k_aux,
-        auxk_alpha=alpha,
-    )
-    return result, into, oracle
-
-
-def assert_close(got, expected):
-    difference = (got.double() - expected).norm() / expected.norm()
-    assert difference < 1e-5, difference
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    ("n_dead", "k_aux"),
-    [(0, 16), (10, 16), (300, 16), (300, 64)],
-    ids=["none dead", "all dead used", "some dead chosen", "many dead chosen"],
-)
-def test_step_equals_the_dense_float64_formula(backend, n_dead, k_aux):
-    sae = make_sae(n_latents=1000, d_in=40, k=12, scale=1.7)
-    sae.kernels = backend()
-    x = rows(200, 40)
-    dead = torch.zeros(1000, dtype=torch.bool)
-    dead[torch.randperm(1000, generator=torch.Generator().manual_seed(3))[:n_dead]] = True
-    result, into, oracle = step_and_oracle(sae, x, dead, k_aux)
-    assert result.loss == pytest.approx(oracle.loss, rel=1e-6)
-    assert result.auxk == pytest.approx(oracle.auxk, rel=1e-5)
-    assert (result.auxk > 0) == (n_dead > 0)
-    for name in ("enc", "dec", "bias", "b_dec"):
-        assert_close(getattr(into, name), getattr(oracle, name))
-    parts = (oracle.enc, oracle.dec, oracle.bias, oracle.b_dec)
-    norm = sum(part.square().sum() for part in parts).sqrt()
-    assert result.grad_norm == pytest.approx(norm.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_latents_cut_by_relu_get_no_gradient(backend):
-    sae = make_sae(n_latents=60, d_in=16, k=40)
-    sae.kernels = backend()
-    sae.b_enc -= 2.0  # fewer than k are positive
-    result, into, oracle = step_and_oracle(sae, rows(50, 16), torch.zeros(60, dtype=torch.bool), 4)
-    assert result.l0 < 20
-    assert_close(into.enc, oracle.enc)
-    assert_close(into.bias, oracle.bias)
-    assert torch.equal(into.bias != 0, oracle.bias != 0)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_auxk_reaches_dead_encoder_rows_and_not_b_dec(backend):
-    sae = make_sae(n_latents=80, d_in=16, k=4)
-    sae.kernels = backend()
-    dead = torch.zeros(80, dtype=torch.bool)
-    dead[50:] = True
-    sae.b_enc[50:] = -100.0  # far below zero: through ReLU nothing would reach them
-    x = rows(64, 16)
-    _, plain, _ = step_and_oracle(sae, x, dead, k_aux=30, alpha=0.0)
-    _, with_aux, _ = step_and_oracle(sae, x, dead, k_aux=30)
-    assert (plain.enc[50:] == 0).all()
-    assert (with_aux.enc[50:].norm(dim=1) > 0).all()
-    assert (with_aux.bias[50:] != 0).all()
-    assert torch.equal(with_aux.b_dec, plain.b_dec)
-    assert torch.equal(with_aux.enc[:50], plain.enc[:50])  # the residual is a constant
-
-
-def test_auxk_is_zero_where_the_residual_does_not_vary():
-    sae = make_sae(n_latents=20, d_in=8, k=2)
-    x = rows(1, 8).repeat(16, 1)  # equal rows: the residual equals its mean
-    workspace = Workspace(sae, 16)
-    into = workspace.gradients
-    dead = torch.ones(20, dtype=torch.bool)
-    result = train_step(sae, x, 1.0, dead, 4, 1 / 32, workspace)
-    assert result.loss > 0
-    assert result.auxk == 0
-    assert torch.isfinite(into.enc).all()
-    perfect = sae.b_dec.repeat(16, 1)
-    sae.b_enc.zero_()
-    result = train_step(sae, perfect, 1.0, dead, 4, 1 / 32, workspace)
-    assert result.auxk == 0
-    assert (into.enc == 0).all()
-
-
-class NoDenseLatents(TorchDispatchMode):
-    """Fails on a float32 tensor with as many elements as [batch, n_latents]."""
-
-    def __init__(self, elements):
+    def __init__(self):
         super().__init__()
-        self.elements = elements
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
-                self.largest = max(self.largest, tensor.numel())
-        return out
+        self._short = False
 
 
-@pytest.mark.parametrize("n_dead", [0, 6000])
-def test_no_dense_latents_are_allocated(n_dead):
-    batch, n_latents, d_in = 1024, 16384, 16
-    sae = make_sae(n_latents, d_in, k=8)
-    dead = torch.zeros(n_latents, dtype=torch.bool)
-    dead[:n_dead] = True
-    workspace = Workspace(sae, batch)
-    with NoDenseLatents(batch * n_latents) as watch:
-        train_step(sae, rows(batch, d_in), 1.0, dead, 8, 1 / 32, workspace)
-    assert 0 < watch.largest < batch * n_latents / 2
+BACKENDS = [CpuKernels, WithoutShortProducts, TorchKernels]
+SHAPES = [(37, 24, 777), (5, 1, 3), (130, 33, 1030), (64, 80, 64), (1, 700, 129)]
+SHAPES_OF_PAIRS = [
+    (90, 24, 24, 200, 7),
+    (40, 33, 17, 65, 5),
+    (3, 1, 2, 4, 4),
+    (700, 16, 16, 12, 9),  # so many pairs a latent that rows are taken some at a time
+]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_chosen_are_the_largest_in_the_given_precision(backend):
-    kernels = backend()
-    x, weight, bias = rows(37, 24), rows(777, 24, seed=2), rows(1, 777, seed=3)[0]
+@pytest.fixture(params=BACKENDS)
+def kernels(request):
+    return request.param()
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def unit(n_latents, width, seed=0):
+    return torch.nn.functional.normalize(normal(n_latents, width, seed=seed))
+
+
+def some_pairs(batch, n_latents, width, seed=0, share=0.7):
+    """Distinct latents of each row, some places without a pair, the second row without any."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(batch, n_latents, generator=generator).argsort(dim=1)[:, :width].int()
+    order[torch.rand(batch, width, generator=generator) > share] = -1
+    if batch > 1:
+        order[1] = -1
+    return order
+
+
+def assert_close(got, expected, tolerance=1e-5):
+    scale = max(float(expected.norm()), 1e-30)
+    assert (got.double() - expected).norm() / scale < tolerance
+
+
+# choosing
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_chosen_hold_the_largest(kernels, shape):
+    batch, d_in, n_latents = shape
+    x, weight, bias = normal(batch, d_in), normal(n_latents, d_in, seed=2), normal(n_latents)
+    k = max(1, n_latents // 16)
     low = kernels.low_precision(weight)
-    chosen = kernels.choose(x, low, bias, 50)
+    chosen = kernels.choose(x, low, bias, low.candidates(k))
     assert chosen.dtype == torch.int32
-    scores = x @ weight.T + bias
-    best = scores.topk(30, dim=1).indices
-    for row in range(37):
-        assert len(set(chosen[row].tolist())) == 50
+    best = (x.double() @ weight.double().T + bias).topk(k, dim=1).indices
+    for row in range(batch):
+        assert len(set(chosen[row].tolist())) == low.candidates(k)
         assert set(best[row].tolist()) <= set(chosen[row].tolist())
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 500, 2100, 3000])
+def test_any_number_can_be_chosen(count):
+    kernels = WithoutShortProducts()
+    x, weight, bias = normal(70, 16), normal(3000, 16, seed=2), normal(3000)
+    chosen = kernels.choose(x, kernels.low_precision(weight), bias, count)
+    best = (x @ weight.T + bias).topk(count, dim=1).indices
+    assert torch.equal(chosen.long(), best.sort(dim=1).values)
 
 
 def test_equal_preactivations_choose_the_lower_index():
     kernels = CpuKernels()
-    chosen = kernels.choose(torch.zeros(3, 8), torch.zeros(300, 8).bfloat16(), torch.zeros(300), 5)
-    assert chosen.tolist() == [[0, 1, 2, 3, 4]] * 3
+    zeros = torch.zeros(5000, 8)
+    for bias in (torch.zeros(5000), torch.full((5000,), -torch.inf)):
+        chosen = kernels.choose(torch.zeros(3, 8), kernels.low_precision(zeros), bias, 5)
+        assert chosen.tolist() == [[0, 1, 2, 3, 4]] * 3
 
 
-def test_float32_selection_agrees_with_bfloat16_selection():
-    plain, wide = CpuKernels(), CpuKernels()
-    wide._dtype = torch.float32  # as on a processor without bfloat16 products
-    x, weight, bias = rows(50, 24), rows(3000, 24, seed=2), torch.zeros(3000)
-    best = (x @ weight.T).topk(20, dim=1).indices
-    for kernels in (plain, wide):
-        chosen = kernels.choose(x, kernels.low_precision(weight), bias, 40)
-        assert all(np.isin(best[row], chosen[row]).all() for row in range(50))
+def test_large_dimensions_do_not_spoil_the_choice():
+    kernels = CpuKernels()
+    x, weight = normal(200, 256), unit(4000, 256, seed=2)
+    x[:, [3, 77]] *= 50
+    low = kernels.low_precision(weight)
+    chosen = kernels.choose(x, low, torch.zeros(4000), low.candidates(32))
+    best = (x.double() @ weight.double().T).topk(32, dim=1).indices
+    found = [np.isin(best[row], chosen[row]).mean() for row in range(200)]
+    assert np.mean(found) > 0.9995
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_above_are_all_that_reach_their_floor_and_few_more(kernels, shape):
+    batch, d_in, n_latents = shape
+    x, weight, bias = normal(batch, d_in), normal(n_latents, d_in, seed=2), normal(n_latents)
+    floor = d_in**0.5 * (1 + torch.rand(n_latents, generator=torch.Generator().manual_seed(4)))
+    chosen = kernels.choose_above(x, kernels.low_precision(weight), bias, floor)
+    exact = x.double() @ weight.double().T + bias
+    assert chosen.dtype == torch.int32
+    assert chosen.shape[1] == max(1, int((chosen >= 0).sum(1).max()))
+    for row in range(batch):
+        listed = chosen[row][chosen[row] >= 0].tolist()
+        assert listed == sorted(set(listed))
+        assert (chosen[row][len(listed) :] == -1).all()
+        assert set((exact[row] >= floor).nonzero().flatten().tolist()) <= set(listed)
+        slack = 0.15 * x[row].norm() * weight[listed].norm(dim=1)
+        assert (exact[row][listed] >= floor[listed] - slack).all()
+
+
+def test_above_may_be_none_or_all(kernels):
+    x, weight, bias = normal(9, 16), normal(300, 16, seed=2), torch.zeros(300)
+    low = kernels.low_precision(weight)
+    none = kernels.choose_above(x, low, bias, torch.full((300,), 1e4))
+    assert none.tolist() == [[-1]] * 9
+    every = kernels.choose_above(x, low, bias, torch.full((300,), -1e4))
+    assert every.tolist() == [list(range(300))] * 9
+
+
+def test_rows_of_low_are_those_latents(kernels):
+    x, weight, bias = normal(20, 16), normal(500, 16, seed=2), normal(500)
+    some = torch.arange(3, 500, 7)
+    part = kernels.low_precision(weight).rows(some)
+    again = kernels.low_precision(weight[some])
+    expected = kernels.choose(x, again, bias[some], 9).sort(dim=1).values
+    assert torch.equal(kernels.choose(x, part, bias[some], 9).sort(dim=1).values, expected)
+
+
+def test_refreshed_low_is_that_of_the_new_weight(kernels):
+    x, weight, bias = normal(20, 16), normal(500, 16, seed=2), normal(500)
+    low = kernels.low_precision(weight)
+    weight.copy_(normal(500, 16, seed=3))
+    kernels.refresh(low, weight)
+    chosen = kernels.choose(x, low, bias, 9)
+    expected = kernels.choose(x, kernels.low_precision(weight), bias, 9)
+    assert torch.equal(chosen.sort(dim=1).values, expected.sort(dim=1).values)
+    floor = torch.full((500,), 6.0)
+    above = kernels.choose_above(x, low, bias, floor)
+    assert torch.equal(above, kernels.choose_above(x, kernels.low_precision(weight), bias, floor))
+
+
+# what is not a number
+
+
+@pytest.mark.parametrize("harm", ["row", "infinite row", "weight", "bias"])
+def test_what_is_not_finite_is_chosen_and_seen(kernels, harm):
+    x, weight, bias = normal(6, 16), normal(300, 16, seed=2), normal(300)
+    wrong = torch.inf if harm == "infinite row" else torch.nan
+    {"row": x[2], "infinite row": x[2], "weight": weight[70], "bias": bias[70:71]}[harm][0] = wrong
+    rows = [2] if "row" in harm else range(6)
+    low = kernels.low_precision(weight)
+    chosen = kernels.choose(x, low, bias, 10)
+    _, values = kernels.exact(x, weight, bias, chosen.sort(dim=1).values, 8, relu=False)
+    above = kernels.choose_above(x, low, bias, torch.full((300,), 5.0))
+    pi = kernels.preactivations(x, weight, bias, above)
+    for row in range(6):
+        assert (~values[row].isfinite()).any() == (row in rows)
+        assert (~pi[row][above[row] >= 0].isfinite()).any() == (row in rows)
+    assert above.shape[1] < 100  # a row of NaN doesn't fill the memory
+
+
+def test_gradients_show_what_is_not_a_number(kernels):
+    weight, indices = unit(50, 8), some_pairs(6, 50, 4)
+    error, x = normal(6, 8), normal(6, 8, seed=1)
+    error[0, 3] = torch.nan
+    indices[0, 0] = 7
+    into = Gradients.like(weight, weight)
+    pairs = Pairs(indices, normal(6, 4, seed=2))
+    kernels.gradients(pairs, error, x, weight, into, add=False)
+    assert into.squares[7].isnan()
+    touched = set(indices[0][indices[0] >= 0].tolist())
+    others = [latent for latent in range(50) if latent not in touched]
+    assert into.squares[others].isfinite().all()
+
+
+# exact values
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_exact_values_are_the_largest_in_order(kernels, relu):
+    x, weight, bias = normal(30, 17), normal(200, 17, seed=2), normal(200) - 5
+    candidates = some_pairs(30, 200, 45, share=1.0)
+    candidates[1] = torch.arange(45)
+    candidates = candidates.sort(dim=1).values
+    indices, values = kernels.exact(x, weight, bias, candidates, 11, relu)
+    exact = (x.double() @ weight.double().T + bias).gather(1, candidates.long())
+    best = exact.topk(11, dim=1)
+    assert torch.equal(indices.long(), candidates.long().gather(1, best.indices))
+    expected = best.values.clamp(min=0) if relu else best.values
+    torch.testing.assert_close(values.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 3, 4, 9])
+def test_preactivations_are_exact_and_none_is_minus_infinity(kernels, width):
+    x, weight, bias = normal(30, 17), normal(200, 17, seed=2), normal(200)
+    indices = some_pairs(30, 200, width)
+    pi = kernels.preactivations(x, weight, bias, indices)
+    exact = (x.double() @ weight.double().T + bias).gather(1, indices.clamp(min=0).long())
+    assert (pi[indices < 0] == -torch.inf).all()
+    torch.testing.assert_close(pi[indices >= 0].double(), exact[indices >= 0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 3, 4, 9])
+def test_decode_adds_the_weighted_rows(kernels, width):
+    weight, indices, values = normal(200, 17), some_pairs(30, 200, width), normal(30, width)
+    values[3] = 0
+    out = normal(30, 17, seed=5)
+    dense = torch.zeros(30, 201, dtype=torch.float64)
+    dense.scatter_(1, torch.where(indices < 0, 200, indices).long(), values.double())
+    expected = out.double() + dense[:, :200] @ weight.double()
+    kernels.decode(indices, values, weight, out)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
+
+
+# gradients
+
+
+@pytest.mark.parametrize("kind", ["plain", "gain", "gain and extra"])
+@pytest.mark.parametrize("shape", SHAPES_OF_PAIRS)
+def test_gradients_equal_autograd_through_dense_latents(kernels, kind, shape):
+    batch, d_in, d_out, n_latents, width = shape
+    error, x, weight = normal(batch, d_out), normal(batch, d_in, seed=1), unit(n_latents, d_out)
+    indices, values = some_pairs(batch, n_latents, width), normal(batch, width, seed=2)
+    gain = extra = None
+    if kind != "plain":
+        gain = normal(batch, width, seed=3) * (torch.arange(width) % 3 > 0)
+        values[:, 0] = 0  # of the third, neither a value nor a gain
+    if kind == "gain and extra":
+        extra = normal(batch, width, seed=4)
+    pairs = Pairs(indices, values, gain, extra)
+    into = Gradients.like(normal(n_latents, d_in), weight)
+    for buffer in (into.enc, into.dec, into.bias, into.squares):
+        buffer.fill_(torch.nan)  # whatever was there before must not matter
+    slopes = torch.full((batch, width), torch.nan)
+    counts = kernels.gradients(pairs, error, x, weight, into, add=False, slopes=slopes)
+    oracle = pair_gradients(pairs, error, x, weight)
+    for name in ("enc", "dec", "bias"):
+        assert_close(getattr(into, name), getattr(oracle, name))
+    assert_close(slopes, oracle.slopes)
+    assert (slopes[indices < 0] == 0).all()
+    assert_close(into.squares, oracle.enc.square().sum(1) + oracle.dec.square().sum(1))
+    live = indices >= 0
+    if gain is not None:
+        live &= (values != 0) | (gain != 0)
+    assert counts.dtype == torch.int64
+    assert torch.equal(counts, torch.bincount(indices[live].long(), minlength=n_latents))
+
+
+def test_added_gradients_are_the_sum_and_leave_other_latents_alone(kernels):
+    weight, error, x = unit(80, 12), normal(50, 12), normal(50, 20, seed=1)
+    first = Pairs(some_pairs(50, 80, 6), normal(50, 6, seed=2))
+    few = some_pairs(50, 80, 6, seed=9)
+    second = Pairs(few.masked_fill(few % 2 == 1, -1), normal(50, 6, seed=3))
+    into = Gradients.like(normal(80, 20), weight)
+    kernels.gradients(first, error, x, weight, into, add=False)
+    before = into.enc.clone(), into.dec.clone()
+    kernels.gradients(second, 2 * error, x, weight, into, add=True)
+    one = pair_gradients(first, error, x, weight)
+    two = pair_gradients(second, 2 * error, x, weight)
+    for name in ("enc", "dec", "bias"):
+        assert_close(getattr(into, name), getattr(one, name) + getattr(two, name))
+    assert_close(into.squares, into.enc.double().square().sum(1) + into.dec.square().sum(1))
+    assert torch.equal(into.enc[1::2], before[0][1::2])
+    assert torch.equal(into.dec[1::2], before[1][1::2])
+
+
+def test_decoder_can_be_left_out(kernels):
+    weight, error, x = unit(80, 12), normal(50, 12), normal(50, 12, seed=1)
+    pairs = Pairs(some_pairs(50, 80, 6), normal(50, 6, seed=2))
+    into = Gradients.like(weight, weight)
+    into.dec.fill_(torch.nan)
+    kernels.gradients(pairs, error, x, weight, into, add=False, decoder=False)
+    assert (into.dec == 0).all()
+    assert_close(into.enc, pair_gradients(pairs, error, x, weight).enc)
+    assert_close(into.squares, into.enc.double().square().sum(1))
+
+
+def test_no_pair_gives_no_gradient(kernels):
+    weight, error, x = unit(30, 12), normal(5, 12), normal(5, 12, seed=1)
+    pairs = Pairs(torch.full((5, 3), -1, dtype=torch.int32), normal(5, 3))
+    into = Gradients.like(weight, weight)
+    into.enc.fill_(1.0)
+    counts = kernels.gradients(pairs, error, x, weight, into, add=False)
+    assert not counts.any()
+    assert not into.enc.any()
+    assert not into.squares.any()
+
+
+def test_active_pairs_are_those_with_a_value():
+    indices = torch.tensor([[4, 2, 0]], dtype=torch.int32)
+    pairs = Pairs.active(indices, torch.tensor([[2.0, 0.5, 0.0]]))
+    assert pairs.indices.tolist() == [[4, 2, -1]]
+
+
+def test_sums_by_latent(kernels):
+    indices, terms = some_pairs(60, 40, 9), normal(60, 9)
+    expected = torch.zeros(41, dtype=torch.float64)
+    expected.index_add_(
+        0, torch.where(indices < 0, 40, indices).flatten(), terms.double().flatten()
+    )
+    sums = kernels.latent_sums(indices, terms, 40)
+    assert sums.dtype == torch.float32
+    torch.testing.assert_close(sums.double(), expected[:40], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("unit_rows", [False, True])
-def test_adam_equals_torch_adam(backend, unit_rows):
-    kernels = backend()
-    weight = torch.nn.functional.normalize(rows(30, 12))
+def test_adam_equals_torch_adam(kernels, unit_rows):
+    weight = unit(30, 12)
     parameter = torch.nn.Parameter(weight.double().clone())
     adam = torch.optim.Adam([parameter], lr=0.01, betas=(0.9, 0.999), eps=6.25e-10)
     first, second, average = torch.zeros(30, 12), torch.zeros(30, 12), weight.clone()
     expected_average = weight.double().clone()
     for step in range(1, 6):
-        gradient = rows(30, 12, seed=step)
+        gradient = normal(30, 12, seed=step)
         parameter.grad = 0.25 * gradient.double()
         adam.step()
         if unit_rows:
@@ -224,15 +348,43 @@ def test_adam_equals_torch_adam(backend, unit_rows):
     torch.testing.assert_close(average.double(), expected_average, rtol=0, atol=1e-6)
 
 
-def test_step_gives_the_same_bits_again():
-    sae = make_sae(n_latents=2000, d_in=32, k=8)
-    x, dead = rows(300, 32), torch.zeros(2000, dtype=torch.bool)
-    dead[:500] = True
-    results = []
-    for _ in range(2):
-        workspace = Workspace(sae, 300)
-        train_step(sae, x, 1.0, dead, 16, 1 / 32, workspace)
-        results.append(workspace.gradients)
-    assert torch.equal(results[0].enc, results[1].enc)
-    assert torch.equal(results[0].dec, results[1].dec)
-    assert torch.equal(results[0].b_dec, results[1].b_dec)
+# the same bits
+
+BITS = """
+import torch, xxhash
+from tests.test_kernels import normal, some_pairs, unit
+from train.kernels import Gradients, Pairs
+from train.kernels.cpu import CpuKernels
+kernels = CpuKernels()
+x, weight, bias = normal(700, 40), unit(3000, 40), 0.1 * normal(3000)
+low = kernels.low_precision(weight)
+chosen = kernels.choose(x, low, bias, 30)
+indices, values = kernels.exact(x, weight, bias, chosen, 20, True)
+out = torch.zeros(700, 40)
+kernels.decode(indices, values, weight, out)
+above = kernels.choose_above(x, low, bias, torch.full((3000,), 2.0))
+into = Gradients.like(weight, weight)
+kernels.gradients(Pairs(indices, values), out, x, weight, into, add=False)
+pi = kernels.preactivations(x, weight, bias, above)
+sums = kernels.latent_sums(above, pi.clamp(min=0), 3000)
+state = xxhash.xxh3_128()
+for tensor in (chosen, indices, values, out, above, pi, into.enc, into.dec, into.squares, sums):
+    state.update(tensor.contiguous().numpy().data)
+print(state.hexdigest())
+"""
+
+
+def test_results_are_the_same_bits_for_any_number_of_threads():
+    digests = set()
+    for threads in ("1", "2", "2"):
+        limits = {"NUMBA_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
+        done = subprocess.run(
+            [sys.executable, "-c", BITS],
+            env=os.environ | limits,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        digests.add(done.stdout)
+    assert len(digests) == 1

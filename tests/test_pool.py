@@ -16,6 +16,7 @@ from harvest import raycluster, raypool
 from harvest.contexts import ShardInput
 from harvest.pool import Pool, open_pool
 from harvest.worker import ShardWorker
+from store import cluster
 from store.errors import InputError, RunError
 from store.layout import Plan
 from store.objects import LocalObjects, Objects
@@ -152,7 +153,7 @@ def test_a_machine_without_the_model_is_named(tmp_path: Path, model_folder: Path
 def test_workers_share_the_cores_so_that_all_find_room(
     nodes: list[tuple[int, int]], workers: int, gpu: bool, threads: int | None
 ) -> None:
-    assert raycluster.share(nodes, workers, gpu) == threads
+    assert cluster.share(nodes, workers, gpu) == threads
 
 
 def test_a_node_with_other_software_is_named() -> None:

@@ -181,11 +181,15 @@ def test_configurations_out_of_bounds_are_refused(change):
 
 def test_defaults_scale_as_the_paper_says():
     config = TrainConfig(n_latents=2**14, k=32, tokens=10_000)
-    assert config.learning_rate == pytest.approx(1e-3)
-    assert config.model_copy(update={"n_latents": 2**16}).learning_rate == pytest.approx(5e-4)
+    assert config.learning_rate == pytest.approx(2e-3)
+    assert config.model_copy(update={"n_latents": 2**16}).learning_rate == pytest.approx(1e-3)
     assert config.auxiliary_k(768) == 512
     assert config.auxiliary_k(576) == 256
     assert config.steps == 2
+    # AuxK is to act in short runs as well: a tenth of the rows, within bounds
+    for tokens, expected in ((10_000, 4096), (2_000_000, 200_000), (10**9, 10_000_000)):
+        assert config.model_copy(update={"tokens": tokens}).dead_after == expected
+    assert config.model_copy(update={"dead_after_tokens": 7}).dead_after == 7
 
 
 def test_every_field_says_what_it_is():

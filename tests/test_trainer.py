@@ -23,6 +23,7 @@ from tests.synthetic import SITE, make_plan, make_store, rows_of
 from train.cli import main
 from train.config import TrainConfig
 from train.evaluate import Fvu, evaluate
+from train.folder import locked
 from train.initial import geometric_median, prepare
 from train.sae import SAE
 from train.trainer import train
@@ -83,6 +84,7 @@ def assert_same_result(out: Path, expected: Path) -> None:
 
 def test_a_run_leaves_what_it_promises(finished: Path, store_path: Path) -> None:
     assert sorted(path.name for path in finished.iterdir()) == [
+        ".lock",
         "checkpoints",
         "config.json",
         "evaluation.json",
@@ -165,6 +167,28 @@ def test_another_configuration_is_refused_by_field(finished: Path, store_path: P
     other = CONFIG.model_copy(update={"k": 5, "lr": 1e-2})
     with pytest.raises(RunError, match=r"differs in k \(there 4, here 5\), lr \(there 0.001"):
         train(other, store_path, finished, device="cpu")
+
+
+def test_a_run_of_another_version_is_refused(
+    finished: Path, store_path: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "sae")
+    path = tmp_path / "sae" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
+    with pytest.raises(RunError, match="format 1, begun by another version of this software"):
+        train(CONFIG, store_path, tmp_path / "sae", device="cpu")
+
+
+def test_two_processes_in_one_folder_are_refused(
+    finished: Path, store_path: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "sae")
+    with (
+        locked(tmp_path / "sae"),
+        pytest.raises(RunError, match=r"Another process is writing to .*sae; wait until"),
+    ):
+        train(CONFIG, store_path, tmp_path / "sae", device="cpu")
+    assert train(CONFIG, store_path, tmp_path / "sae", device="cpu").finished
 
 
 def test_another_store_is_refused(finished: Path, tmp_path: Path) -> None:

@@ -1,4 +1,8 @@
-"""Checkpoints: whole or absent, checked when read, the newest two kept."""
+"""Checkpoints: whole or absent, checked when read, the newest two kept.
+
+They are the same files however many processes train together, each of which writes and reads its
+part of them (`train.slices`).
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from store.errors import RunError
-from store.objects import file_hash, sync_folder
-from train.files import (
-    read_json,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from store.objects import sync_folder
+from train.files import read_json, write_json
+from train.group import Group
 from train.sae import CONFIG_FILE, SAE, TENSORS_FILE
+from train.sharded import load_part, save_part
+from train.slices import hash_files, read_slices, write_slices
 
 FOLDER, STATE_FILE, OPTIMIZER_FILE = "checkpoints", "state.json", "optimizer.safetensors"
 TEMPORARY = ".unfinished-"
@@ -34,54 +36,103 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def _checkpoints(out: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
+def saved_steps(out: Path) -> list[int]:
+    """Steps of the finished checkpoints of a run, oldest first."""
     found = (path for path in (out / FOLDER).glob("*") if path.name.isdecimal())
-    return sorted(found, key=lambda path: int(path.name))
+    return sorted(int(path.name) for path in found)
+
+
+def _folder(out: Path, step: int) -> Path:
+    return out / FOLDER / f"{step:06d}"
+
+
+def discard_after(out: Path, step: int) -> None:
+    """Removes newer checkpoints: their steps are to be done again."""
+    for newer in saved_steps(out):
+        if newer > step:
+            _remove(_folder(out, newer))
+
+
+def _remove(folder: Path) -> None:
+    """Removes a checkpoint, which is none any more from the first moment."""
+    aside = folder.with_name(f"{TEMPORARY}{folder.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    folder.rename(aside)
+    shutil.rmtree(aside)
 
 
 def save_checkpoint(
-    out: Path, step: int, sae: SAE, tensors: dict[str, Tensor], state: dict[str, Any]
+    out: Path,
+    step: int,
+    sae: SAE,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    n_latents: int | None = None,
+    group: Group | None = None,
 ) -> Path:
-    """Writes `OUT/checkpoints/<step>` under a temporary name, renames it, drops older ones."""
+    """Writes `OUT/checkpoints/<step>` under a temporary name, renames it, drops older ones.
+
+    Args:
+        sae, tensors: this process's part of what is divided by latents.
+        n_latents: of the whole; none: of `sae`.
+        group: the processes that train together, all of which call this; none: this one alone.
+    """
+    group = group or Group()
+    n_latents = sae.config.n_latents if n_latents is None else n_latents
     folder = out / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob(f"{TEMPORARY}*"):  # of a run that was killed while writing
-        shutil.rmtree(left_over)
-    final = folder / f"{step:06d}"
+    final = _folder(out, step)
     temporary = folder / f"{TEMPORARY}{final.name}"
-    temporary.mkdir()
-    sae.save(temporary)
-    write_tensors(temporary / OPTIMIZER_FILE, tensors)
-    hashes = {name: file_hash(temporary / name) for name in HASHED}
-    write_json(temporary / STATE_FILE, {"step": step, **state, "xxh3": hashes})
-    temporary.rename(final)
-    sync_folder(folder)
-    for old in _checkpoints(out)[:-KEPT]:
-        shutil.rmtree(old)
+
+    def begin() -> None:
+        if group.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left_over in folder.glob(f"{TEMPORARY}*"):  # of a run that was killed while writing
+                shutil.rmtree(left_over)
+            temporary.mkdir()
+
+    def end() -> None:
+        if group.rank == 0:
+            write_json(temporary / STATE_FILE, {"step": step, **state, "xxh3": hashes})
+            temporary.rename(final)
+            sync_folder(folder)
+            for old in saved_steps(out)[:-KEPT]:
+                _remove(_folder(out, old))
+
+    group.together(begin)
+    save_part(temporary, sae, n_latents, group)
+    write_slices(temporary / OPTIMIZER_FILE, tensors, n_latents, group)
+    hashes = hash_files([temporary / name for name in HASHED], group)
+    group.together(end)
     return final
 
 
-def load_newest(out: Path, device: str) -> Checkpoint | None:
-    """The newest checkpoint of a run, or None if it has none yet.
+def load_checkpoint(out: Path, step: int, device: str, group: Group | None = None) -> Checkpoint:
+    """The checkpoint of a run at a step; of what is divided by latents, this process's part.
 
     Raises:
         RunError: it is damaged; names the file.
     """
-    found = _checkpoints(out)
-    if not found:
-        return None
-    folder = found[-1]
-    go_on = f"from {found[-2].name}" if len(found) > 1 else "from the start"
+    group = group or Group()
+    folder = _folder(out, step)
+    earlier = [other for other in saved_steps(out) if other < step]
+    go_on = f"from {_folder(out, earlier[-1]).name}" if earlier else "from the start"
     what, remedy = f"Checkpoint {folder}", f"delete that folder to go on {go_on}"
+    state = group.together(lambda: _read_state(folder, what, remedy))
+    hashes = hash_files([folder / name for name in state["xxh3"]], group)
+    for name, expected in state["xxh3"].items():
+        if hashes[name] != expected:
+            raise RunError(f"{what} has a damaged {name}; {remedy}.")
+    sae, n_latents = load_part(folder, device, group)
+    tensors = read_slices(folder / OPTIMIZER_FILE, what, remedy, device, n_latents, group)
+    return Checkpoint(sae, tensors, state)
+
+
+def _read_state(folder: Path, what: str, remedy: str) -> dict[str, Any]:
     state = read_json(folder / STATE_FILE, what, remedy)
     if not isinstance(state, dict) or "xxh3" not in state or state.get("step") != int(folder.name):
         raise RunError(f"{what} has a {STATE_FILE} that is not its own; {remedy}.")
-    for name, expected in state["xxh3"].items():
-        path = folder / name
-        if not path.is_file():
+    for name in state["xxh3"]:
+        if not (folder / name).is_file():
             raise RunError(f"{what} lacks {name}; {remedy}.")
-        if file_hash(path) != expected:
-            raise RunError(f"{what} has a damaged {name}; {remedy}.")
-    tensors = read_tensors(folder / OPTIMIZER_FILE, what, remedy, device)
-    return Checkpoint(SAE.load(folder, device), tensors, state)
+    return state

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.table import Table
+from rich.table import Column, Table
 
-from store.console import EXIT_INTERRUPTED, Commands, output, progress, store_option
+from store.console import EXIT_FAILURE, EXIT_INTERRUPTED, output, progress, store_option
+from train.cli_formats import add_format_commands
+from train.cli_plan import plan
+from train.cli_scaling import scaling
+from train.job import EXIT_UNFINISHED, Job, JobCommands, stopped_code_option
+from train.options import (
+    CONFIG,
+    PLACES,
+    config_file_option,
+    given_options,
+    options_for,
+    run_settings,
+)
+
+LINE_SECONDS = 60  # between lines of progress where there is no terminal to draw a bar on
+EVAL_ROWS = 262_144
+
+folder = click.Path(path_type=Path, file_okay=False)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=JobCommands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sae-harvest")
 def main() -> None:
     """Sparse autoencoders from stored activations.
@@ -22,127 +41,248 @@ def main() -> None:
     """
 
 
-@main.command()
-@store_option
-@click.option("--site", help="Which activations, resid_post.12 say; default: the only site.")
+@main.command(cls=Job)
+@config_file_option
+@options_for(PLACES)
+@options_for(CONFIG)
 @click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="The run's folder; the same command continues a run that is there.",
-)
-@click.option(
-    "--n-latents", type=click.IntRange(min=1), default=8192, show_default=True, help="Latents."
-)
-@click.option(
-    "--k", type=click.IntRange(min=1), default=32, show_default=True, help="Latents kept per row."
-)
-@click.option(
-    "--tokens",
+    "--workers",
     type=click.IntRange(min=1),
-    default=10_000_000,
-    show_default=True,
-    help="Rows to train on, repeats included.",
+    help="Processes that train together, started by Ray; each has a GPU, or its share of the "
+    "cores.  [default: this process alone]",
 )
 @click.option(
-    "--batch-rows",
-    type=click.IntRange(min=1),
-    default=4096,
+    "--parallel",
+    type=click.Choice(["latents", "data"]),
+    default="latents",
     show_default=True,
-    help="Rows per step.",
+    help="What workers divide: the latents (each has a part of the weights) or the rows of a "
+    "batch (each has all weights).",
 )
-@click.option(
-    "--lr",
-    type=click.FloatRange(min=0, min_open=True, max=1),
-    help="Learning rate; default 1e-3 * sqrt(16384 / n-latents).",
-)
-@click.option(
-    "--dead-after-tokens",
-    type=click.IntRange(min=1),
-    default=10_000_000,
-    show_default=True,
-    help="A latent that has not fired in this many rows is dead and trained by AuxK.",
-)
-@click.option(
-    "--checkpoint-every",
-    type=click.IntRange(min=1),
-    default=200,
-    show_default=True,
-    help="Steps between checkpoints.",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Of the initial weights and the order of rows.",
-)
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="Where to compute.",
-)
-def run(store: str, site: str | None, out: Path, device: str, **given: Any) -> None:
-    """Train a TopK sparse autoencoder, or continue to.
+@click.option("--address", help="Ray cluster that the workers run on: auto, or HOST:PORT.")
+@stopped_code_option
+@click.pass_context
+def run(
+    context: click.Context,
+    file: Path | None,
+    workers: int | None,
+    parallel: Any,
+    address: str | None,
+    stopped_code: int,
+    **given: Any,
+) -> None:
+    """Train a sparse autoencoder or a transcoder, or continue to.
 
     \b
     train-sae run --store runs/demo/store --out runs/demo/sae --n-latents 8192 --tokens 2000000
+    train-sae run --config job.yaml --lr 0.0005
+    train-sae run --config job.yaml --workers 8 --address auto
     """
-    if given["k"] > given["n_latents"]:
-        raise click.UsageError(f"--k {given['k']} exceeds --n-latents {given['n_latents']}.")
-    if given["tokens"] < given["batch_rows"]:
-        raise click.UsageError(
-            f"--tokens {given['tokens']} is less than one batch, --batch-rows "
-            f"{given['batch_rows']}."
-        )
-    from train.config import TrainConfig
-
-    result = train_with_bar(TrainConfig(**given), store, out, site, device)
+    places, config = run_settings(context, file)
+    out = Path(places.out)
+    if workers is None and address is not None:
+        raise click.UsageError("--address is of runs with --workers; say how many.")
+    cluster = None
+    if workers is not None:
+        cluster = {"workers": workers, "parallel": parallel, "address": address}
+    result = train_with_bar(config, places.store, out, places.site, places.device, cluster)
     if not result.finished:
+        stopped(f"Stopped after step {result.steps}, saved in {out}", result.signal, stopped_code)
+    output().print(summary({str(out): result.evaluation}))
+
+
+@main.command(cls=Job)
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@options_for(PLACES)
+@stopped_code_option
+@click.pass_context
+def sweep(context: click.Context, file: Path, stopped_code: int, **given: Any) -> None:
+    """Train many SAEs on one stream of batches, or continue to.
+
+    FILE is YAML: settings of `train-sae run`, and under `grid` lists of those to combine.
+
+    \b
+    train-sae sweep sweep.yaml --store runs/demo/store --out runs/demo/sweep
+    """
+    from train.sweepfile import read_sweep_file
+
+    found = read_sweep_file(file, given_options(context))
+    out = Path(found.places.out)
+    result = sweep_with_bar(found, out)
+    if result.signal is not None:
+        stopped(f"Stopped, saved in {out}", result.signal, stopped_code)
+    done = {name: member.evaluation for name, member in result.members.items()}
+    output().print(summary({name: found for name, found in done.items() if found is not None}))
+    for name in result.failed:
+        click.echo(f"{name}: {result.members[name].failure}", err=True)
+    if result.failed:
         click.echo(
-            f"Stopped after step {result.steps}, saved in {out}; the same command continues.",
+            f"Error: {len(result.failed)} of {len(result.members)} members failed, named above; "
+            "the others are finished.",
             err=True,
         )
-        sys.exit(EXIT_INTERRUPTED)
-    output().print(summary(out, result))
+        sys.exit(EXIT_FAILURE)
 
 
-def train_with_bar(config: Any, store: str | Path, out: Path, site: str | None, device: str) -> Any:
-    """`train.trainer.train` under a progress bar."""
-    from train.trainer import train
+@main.command()
+@click.argument("out", type=folder)
+def status(out: Path) -> None:
+    """How far a run or a sweep is: exit code 0 if finished, 3 if not, 1 if it failed.
 
-    with progress("") as bar:
-        task = bar.add_task("preparing", total=None, rate="")
+    \b
+    train-sae status runs/demo/sae
+    """
+    from train.status import read_status
 
-        def show(phase: str, done: int, total: int, rate: str) -> None:
-            bar.update(task, description=phase, completed=done, total=total, rate=rate)
-
-        return train(config, store, out, site, device, show)
-
-
-def summary(out: Path, result: Any) -> Table:
-    """The evaluation as a table."""
-    table = Table("held-out rows", "rows", "FVU", "L0", "never fired", title=str(out), box=None)
-    for group, name in (
-        ("without_outliers", "without outliers"),
-        ("with_outliers", "with outliers"),
-    ):
-        values = result.evaluation[group]
-        if values["rows"] == 0:
-            table.add_row(name, "0", "-", "-", "-")
-            continue
-        fvu = "-" if values["fvu"] is None else f"{values['fvu']:.4f}"
+    runs = read_status(out)
+    rest = ("state", "step", "of", "saved", "tokens", "fvu", "l0", "dead")
+    table = Table(Column("run", overflow="fold"), *rest, box=None)
+    for found in runs:
+        last = found.metrics
         table.add_row(
-            name,
-            f"{values['rows']:,}",
-            fvu,
-            f"{values['l0']:.1f}",
-            f"{values['dead_share']:.1%}",
+            found.name,
+            found.state,
+            f"{found.step:,}",
+            f"{found.steps:,}",
+            "-" if found.saved is None else f"{found.saved:,}",
+            f"{last.get('tokens', 0):,}",
+            *(_number(last.get(name), form) for name, form in STATUS_METRICS.items()),
         )
+    output().print(table)
+    for found in runs:
+        if found.failure is not None:
+            click.echo(f"{found.name}: {found.failure}", err=True)
+    states = {found.state for found in runs}
+    if states & {"running", "unfinished"}:
+        sys.exit(EXIT_UNFINISHED)
+    sys.exit(EXIT_FAILURE if "failed" in states else 0)
+
+
+STATUS_METRICS = {"fvu": ".4f", "l0": ".1f", "dead_share": ".1%"}
+
+
+def _number(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+@main.command("eval")
+@click.option("--sae", "sae_folder", type=folder, required=True, help="Folder of any SAE of ours.")
+@store_option
+@click.option(
+    "--rows",
+    type=click.IntRange(min=1),
+    default=EVAL_ROWS,
+    show_default=True,
+    help="Held-out rows to read, at most.",
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option("--out", type=click.Path(path_type=Path), help="Also write it here, as JSON.")
+def evaluation(sae_folder: Path, store: str, rows: int, device: str, out: Path | None) -> None:
+    """How well an SAE reconstructs held-out rows of a store.
+
+    \b
+    train-sae eval --sae runs/demo/sae --store runs/demo/store
+    """
+    from store.device import choose_device
+    from store.reader import ActivationStore
+    from train.evaluate import evaluate
+    from train.files import write_json
+    from train.sae import SAE
+
+    sae = SAE.load(sae_folder, choose_device(device))
+    with progress("rows") as bar:
+        task = bar.add_task("evaluating", total=None, rate="")
+        result = evaluate(
+            sae,
+            ActivationStore.open(store),
+            sae.config.rule,
+            rows,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if out is not None:
+        write_json(out, result)
+    output().print(summary({str(sae_folder): result}))
+
+
+def stopped(what: str, number: int | None, code: int) -> None:
+    """Ends the command: with `code` for a scheduler that asked, with 130 for Ctrl-C."""
+    click.echo(f"{what}; the same command continues.", err=True)
+    sys.exit(EXIT_INTERRUPTED if number == signal.SIGINT else code)
+
+
+class Shown:
+    """Progress on a bar; where there is no terminal, as a line now and then for the log."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._task = bar.add_task("preparing", total=None, rate="")
+        self._next_line = time.monotonic() + LINE_SECONDS
+
+    def __call__(self, phase: str, done: int, total: int, rate: str) -> None:
+        self._bar.update(self._task, description=phase, completed=done, total=total, rate=rate)
+        if not self._bar.console.is_terminal and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + LINE_SECONDS
+            click.echo(f"{phase} {done:,} of {total:,}  {rate}".rstrip(), err=True)
+
+
+def train_with_bar(
+    config: Any,
+    store: str | Path,
+    out: Path,
+    site: str | None,
+    device: str,
+    cluster: dict[str, Any] | None = None,
+) -> Any:
+    """`train.trainer.train` under a progress bar; with `cluster`, `train.cluster`'s."""
+    with progress("") as bar:
+        if cluster is None:
+            from train.trainer import train
+
+            return train(config, store, out, site, device, Shown(bar))
+        from train.cluster import train_on_workers
+
+        report = Shown(bar)
+        return train_on_workers(config, store, out, site, device, report=report, **cluster)
+
+
+def sweep_with_bar(found: Any, out: Path) -> Any:
+    """`train.sweep.sweep` under a progress bar."""
+    from train.sweep import sweep as train_all
+
+    places = found.places
+    with progress("") as bar:
+
+        def say(text: str) -> None:
+            bar.console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+        return train_all(
+            found.members, places.store, out, places.site, places.device, Shown(bar), say
+        )
+
+
+def summary(evaluations: dict[str, Any]) -> Table:
+    """Evaluations as a table; one has its name above it."""
+    single = len(evaluations) == 1
+    title = next(iter(evaluations)) if single else None
+    columns: list[Any] = ["held-out rows", "rows", "FVU", "L0", "never fired"]
+    if not single:
+        columns.insert(0, Column("SAE", overflow="fold"))
+    table = Table(*columns, title=title, box=None)
+    for name, evaluation in evaluations.items():
+        for group in ("without_outliers", "with_outliers"):
+            values = evaluation[group]
+            cells = [group.replace("_", " "), f"{values['rows']:,}"]
+            cells += [
+                _number(values[key], form)
+                for key, form in (("fvu", ".4f"), ("l0", ".1f"), ("dead_share", ".1%"))
+            ]
+            table.add_row(*(cells if single else (name, *cells)))
     return table
 
+
+add_format_commands(main)
+main.add_command(plan)
+main.add_command(scaling)
 
 if __name__ == "__main__":
     main()

@@ -9,32 +9,77 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from store.rules import RowRule
 
+Normalization = Literal["none", "scale", "unit_norm", "layer_norm"]
+Activation = Literal["topk", "batchtopk", "jumprelu", "relu", "gated"]
+Objective = Literal["topk", "batchtopk", "jumprelu", "relu_l1", "relu_kl", "gated"]
+
+ROW_NORMALIZATIONS = ("unit_norm", "layer_norm")  # undone with numbers of the row itself
+COUNTED = ("topk", "batchtopk")  # activation functions that a number of latents defines
+
 # Falls as 1 / sqrt(n_latents) (Gao et al. 2024, fig. 3). The constant suits runs of a few million
-# rows: after 0.5 M rows of SmolLM2's layer 12, 16,384 latents, 4e-4 leaves FVU 0.36 and 1e-3 0.26.
-LR_AT_REFERENCE = 1e-3
+# rows with warm-up, decay and an AuxK that acts within the run: after 1.45 M rows of SmolLM2's
+# layer 12, 4,608 latents, 1e-3 leaves FVU 0.163 and 2e-3 0.154.
+LR_AT_REFERENCE = 2e-3
 LR_REFERENCE_LATENTS = 2**14
+WARMUP_SHARE = 0.05  # of the tokens
+DECAY_SHARE = 0.3  # of the steps
+DEAD_AFTER_TOKENS = 10_000_000  # Gao et al. 2024; and in shorter runs
+DEAD_AFTER_SHARE = 0.1  # of the tokens, so that AuxK acts in the run at all
+PENALTY_WARMUP_SHARE = 0.05  # of the steps: penalties grow from 0, or they kill latents at once
+
+# which objectives read a field; with the others it has to stay at its default
+READERS: dict[str, tuple[Objective, ...]] = {
+    "k": ("topk", "batchtopk", "jumprelu", "relu_kl"),
+    "multi_topk": ("topk",),
+    "l1": ("relu_l1", "gated"),
+    "kl": ("relu_kl",),
+    "l0": ("jumprelu",),
+    "bandwidth": ("jumprelu", "relu_kl"),
+}
 
 
 class SAEConfig(BaseModel):
-    """What is needed to use the weights: shape, activation function, input normalisation."""
+    """What is needed to use the weights: shape, activation function, normalisation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    d_in: int = Field(ge=1, description="width of the activations, in dimensions")
+    d_in: int = Field(ge=1, description="width of the activations read, in dimensions")
+    d_out: int | None = Field(
+        None,
+        ge=1,
+        description="width of the activations predicted, of a transcoder; none: the SAE "
+        "reconstructs what it reads",
+    )
     n_latents: int = Field(ge=1, description="number of latents, one row of the weights each")
-    k: int = Field(ge=1, description="latents kept per row, at most n_latents")
-    activation: Literal["topk"] = Field(
-        "topk", description="activation function: the k largest of ReLU(pre-activations)"
+    k: int | None = Field(
+        None,
+        ge=1,
+        description="latents kept per row (topk) or per row on average (batchtopk), at most "
+        "n_latents; none for the other activation functions",
+    )
+    activation: Activation = Field(
+        "topk",
+        description="topk: the k largest ReLU(pi) of a row; batchtopk, jumprelu: pi where it "
+        "exceeds the latent's threshold; relu: ReLU(pi); gated: a magnitude where pi > 0",
     )
     site: str = Field(description="where in the model the activations come from, resid_post.12 say")
-    normalization: Literal["none", "scale"] = Field(
-        "none", description="how inputs are normalised: not at all, or divided by input_scale"
+    target_site: str | None = Field(
+        None, description="site that a transcoder predicts; none: the SAE reconstructs its input"
+    )
+    normalization: Normalization = Field(
+        "none",
+        description="how inputs are normalised: not at all; divided by input_scale; each row to "
+        "norm sqrt(d_in); each row to mean 0 and standard deviation 1",
     )
     input_scale: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="number that inputs are divided by"
+    )
+    output_scale: float = Field(
         1.0,
         gt=0,
         allow_inf_nan=False,
-        description="number that inputs are divided by, and reconstructions multiplied",
+        description="number that a transcoder's predictions are multiplied by; an SAE's are "
+        "multiplied by input_scale",
     )
 
     rule: RowRule = Field(
@@ -47,30 +92,87 @@ class SAEConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> SAEConfig:
-        if self.k > self.n_latents:
+        if (self.k is not None) != (self.activation in COUNTED):
+            needs = "needs a" if self.k is None else "has no"
+            raise ValueError(f"activation {self.activation} {needs} k, got {self.k}")
+        if self.k is not None and self.k > self.n_latents:
             raise ValueError(f"k must be at most n_latents, got {self.k} > {self.n_latents}")
-        if self.normalization == "none" and self.input_scale != 1.0:
-            raise ValueError(f"normalization none has input_scale 1, got {self.input_scale}")
+        if (self.d_out is None) != (self.target_site is None):
+            raise ValueError(
+                "d_out and target_site belong to a transcoder and come together, got "
+                f"{self.d_out} and {self.target_site}"
+            )
+        if self.normalization != "scale" and (self.input_scale, self.output_scale) != (1.0, 1.0):
+            raise ValueError(
+                f"normalization {self.normalization} has input_scale and output_scale 1, got "
+                f"{self.input_scale} and {self.output_scale}"
+            )
+        if not self.is_transcoder and self.output_scale != 1.0:
+            raise ValueError(f"output_scale is of transcoders, got {self.output_scale}")
+        if self.is_transcoder and self.normalization in ROW_NORMALIZATIONS:
+            raise ValueError(
+                f"normalization {self.normalization} cannot be undone for another site; a "
+                "transcoder takes none or scale"
+            )
         return self
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it predicts another site than it reads."""
+        return self.d_out is not None
+
+    @property
+    def width_out(self) -> int:
+        """Width of reconstructions: `d_out`, or `d_in` where that is none."""
+        return self.d_in if self.d_out is None else self.d_out
 
 
 class TrainConfig(BaseModel):
-    """One training run. Saved as `run.json` beside what it made."""
+    """One training run. Saved as `run.json` beside what it made.
+
+    The loss is the squared error of the normalised rows over their total variance, plus
+    penalties; see `train.objectives` for each formula.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     n_latents: int = Field(ge=1, description="number of latents")
-    k: int = Field(ge=1, description="latents kept per row, at most n_latents")
+    k: int | None = Field(
+        None,
+        ge=1,
+        description="active latents per row: exactly (topk), on average (batchtopk), aimed at "
+        "(jumprelu, relu_kl); none for relu_l1 and gated, whose number follows from l1",
+    )
+    activation: Objective = Field(
+        "topk", description="activation function, and the penalty it is trained with"
+    )
     tokens: int = Field(ge=1, description="rows to train on, repeats included; whole batches")
     batch_rows: int = Field(4096, ge=1, description="rows per step")
-    normalization: Literal["none", "scale"] = Field(
-        "scale", description="scale: divide inputs so that rows have mean variance 1 per dimension"
+    target_site: str | None = Field(
+        None, description="site to predict, which makes a transcoder; none: reconstruct the input"
+    )
+    normalization: Normalization = Field(
+        "scale",
+        description="scale: divide inputs so that rows have mean variance 1 per dimension; "
+        "unit_norm: each row to norm sqrt(d_in); layer_norm: each row to mean 0, deviation 1",
     )
     lr: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="learning rate of Adam; none: 1e-3 * sqrt(2^14 / n_latents)",
+        description="learning rate of Adam; none: 2e-3 * sqrt(2^14 / n_latents)",
+    )
+    warmup_tokens: int | None = Field(
+        None,
+        ge=0,
+        description="rows over which the learning rate grows linearly from 0; none: 5 % of tokens",
+    )
+    decay_share: float = Field(
+        DECAY_SHARE,
+        ge=0,
+        le=1,
+        description="share of the steps, at the end, over which the learning rate falls "
+        "linearly to 0",
     )
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of Adam's first moment, a step")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment, a step")
@@ -87,12 +189,53 @@ class TrainConfig(BaseModel):
     k_aux: int | None = Field(
         None,
         ge=1,
-        description="dead latents that reconstruct a row's error; none: power of two near d_in / 2",
+        description="dead latents that reconstruct a row's error; none: power of two near half "
+        "of the width",
     )
-    dead_after_tokens: int = Field(
-        10_000_000, ge=1, description="a latent is dead when it has not fired in this many rows"
+    dead_after_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="a latent is dead when it has not fired in this many rows; none: a tenth of "
+        "tokens, at least batch_rows and at most 10,000,000",
+    )
+    multi_topk: float = Field(
+        0.0, ge=0, description="weight of the loss at 4k latents (topk); 0: off, paper: 1/8"
+    )
+    matryoshka: tuple[int, ...] = Field(
+        (),
+        description="growing numbers of latents, the last n_latents: the loss is the mean over "
+        "reconstructions from the first of them; empty: off",
+    )
+    l1: float = Field(
+        0.1,
+        ge=0,
+        allow_inf_nan=False,
+        description="weight of a row's sum of activations over the square root of the total "
+        "variance (relu_l1, gated)",
+    )
+    kl: float = Field(
+        0.3,
+        ge=0,
+        allow_inf_nan=False,
+        description="weight of KL(k / n_latents || density), summed over latents, over k (relu_kl)",
+    )
+    l0: float = Field(
+        1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="weight of (active latents per row / k - 1)^2 (jumprelu)",
+    )
+    bandwidth: float = Field(
+        0.5,
+        gt=0,
+        allow_inf_nan=False,
+        description="width, in units of pre-activations, of the window around the threshold "
+        "that gives it a gradient (jumprelu, relu_kl)",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="of the initial weights and the order of rows")
+    order_seed: int | None = Field(
+        None, ge=0, lt=2**63, description="of the order of rows alone; none: seed"
+    )
     rule: RowRule = Field(RowRule(), description="which rows to train on")
     checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
     eval_rows: int = Field(
@@ -101,13 +244,47 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
-        if self.k > self.n_latents:
+        for name, readers in READERS.items():
+            default = type(self).model_fields[name].default
+            if self.activation not in readers and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} is of {', '.join(readers)}; leave it out with {self.activation}"
+                )
+        if self.k is None and self.activation in READERS["k"]:
+            raise ValueError(f"activation {self.activation} needs k")
+        if self.k is not None and self.k > self.n_latents:
             raise ValueError(f"k must be at most n_latents, got {self.k} > {self.n_latents}")
         if self.tokens < self.batch_rows:
             raise ValueError(
                 f"tokens must be at least batch_rows, got {self.tokens} < {self.batch_rows}"
             )
+        if self.target_site is not None and self.normalization in ROW_NORMALIZATIONS:
+            raise ValueError(
+                f"normalization {self.normalization} cannot be undone for another site; with "
+                "target_site use none or scale"
+            )
+        self._check_matryoshka()
         return self
+
+    def _check_matryoshka(self) -> None:
+        sizes = self.matryoshka
+        if not sizes:
+            return
+        growing = all(a < b for a, b in zip((0, *sizes), sizes, strict=False))
+        if not growing or sizes[-1] != self.n_latents:
+            raise ValueError(
+                f"matryoshka must grow from at least 1 to n_latents {self.n_latents}, got "
+                f"{list(sizes)}"
+            )
+        if self.multi_topk > 0:
+            raise ValueError("matryoshka and multi_topk are two ways to order latents; use one")
+
+    @property
+    def sae_activation(self) -> Activation:
+        """The activation function alone."""
+        if self.activation in ("relu_l1", "relu_kl"):
+            return "relu"
+        return self.activation  # type: ignore[return-value]
 
     @property
     def steps(self) -> int:
@@ -121,8 +298,29 @@ class TrainConfig(BaseModel):
             return self.lr
         return LR_AT_REFERENCE * float(LR_REFERENCE_LATENTS / self.n_latents) ** 0.5
 
-    def auxiliary_k(self, d_in: int) -> int:
-        """`k_aux`, or the power of two nearest to d_in / 2 (by ratio, the larger of equals)."""
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of the step after `step` steps: warm-up, then constant, then decay."""
+        tokens = self.warmup_tokens
+        if tokens is None:
+            tokens = int(WARMUP_SHARE * self.tokens)
+        warmup = -(-tokens // self.batch_rows)  # steps
+        decay = round(self.decay_share * self.steps)  # steps
+        factor = min(1.0, (step + 1) / (warmup + 1), (self.steps - step) / (decay + 1))
+        return self.learning_rate * max(0.0, factor)
+
+    @property
+    def dead_after(self) -> int:
+        """`dead_after_tokens`, or its default for this number of tokens."""
+        if self.dead_after_tokens is not None:
+            return self.dead_after_tokens
+        return max(self.batch_rows, min(DEAD_AFTER_TOKENS, int(DEAD_AFTER_SHARE * self.tokens)))
+
+    def penalty_factor_at(self, step: int) -> float:
+        """Share of l1, kl or l0 that counts in the step after `step` steps."""
+        return min(1.0, (step + 1) / (1 + PENALTY_WARMUP_SHARE * self.steps))
+
+    def auxiliary_k(self, width: int) -> int:
+        """`k_aux`, or the power of two nearest to width / 2 (by ratio, the larger of equals)."""
         if self.k_aux is not None:
             return self.k_aux
-        return max(1, 2 ** int(log2(max(1.0, d_in / 2)) + 0.5))
+        return max(1, 2 ** int(log2(max(1.0, width / 2)) + 0.5))

@@ -2,12 +2,13 @@
 
     fvu = sum_rows |x - x_hat|^2 / sum_rows |x - mean|^2
 
-0 for perfect reconstruction, 1 for predicting the mean of the rows evaluated.
+0 for perfect reconstruction, 1 for predicting the mean of the rows evaluated. Of a transcoder, x
+is the target site's row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +19,9 @@ import torch
 from store.reader import ActivationStore
 from store.rules import OUTLIER_MEDIANS, RowRule
 from store.stats import Moments
-from train.sae import SAE
+from train.sharded import Dictionary
+
+ENCODED_ROWS = 512  # at a time: nearly all latents may be active on a row that is an outlier
 
 
 class Fvu:
@@ -48,19 +51,19 @@ class Fvu:
 class _Group:
     """What is reported of one choice of rows."""
 
-    def __init__(self, sae: SAE) -> None:
-        self._fvu = Fvu(sae.config.d_in)
+    def __init__(self, sae: Dictionary) -> None:
+        self._fvu = Fvu(sae.config.width_out)
         self._active = 0
         self._fired = torch.zeros(sae.config.n_latents, dtype=torch.bool)
 
     def update(
         self,
-        x: npt.NDArray[Any],
-        x_hat: npt.NDArray[Any],
+        wanted: npt.NDArray[Any],
+        got: npt.NDArray[Any],
         indices: torch.Tensor,
         values: torch.Tensor,
     ) -> None:
-        self._fvu.update(x, x_hat)
+        self._fvu.update(wanted, got)
         active = values > 0
         self._active += int(active.sum())
         self._fired[indices[active].long()] = True
@@ -75,8 +78,33 @@ class _Group:
         }
 
 
+class _Report:
+    """The two groups of one dictionary."""
+
+    def __init__(self, sae: Dictionary) -> None:
+        self._sae = sae
+        self._ordinary, self._every = _Group(sae), _Group(sae)
+
+    def update(self, x: torch.Tensor, wanted: torch.Tensor, ordinary: torch.Tensor) -> None:
+        """Rows [rows, d_in], what they should give [rows, d_out], and which are no outliers."""
+        indices, values = self._sae.encode(x)
+        got = self._sae.decode(indices, values, x).cpu()  # [rows, d_out]
+        indices, values = indices.cpu(), values.cpu()
+        self._every.update(wanted.numpy(), got.numpy(), indices, values)
+        self._ordinary.update(
+            wanted[ordinary].numpy(), got[ordinary].numpy(), indices[ordinary], values[ordinary]
+        )
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "without_outliers": self._ordinary.report(),
+            "with_outliers": self._every.report(),
+            "sae_digest": self._sae.digest,
+        }
+
+
 def evaluate(
-    sae: SAE,
+    sae: Dictionary,
     store: ActivationStore,
     rule: RowRule,
     max_rows: int,
@@ -96,11 +124,24 @@ def evaluate(
         and dead_share (latents that fired in none of these rows), None where there are no rows;
         and what it was computed from.
     """
-    site = store.site(sae.config.site)
+    return evaluate_all([sae], store, rule, max_rows, progress)[0]
+
+
+def evaluate_all(
+    saes: Sequence[Dictionary],
+    store: ActivationStore,
+    rule: RowRule,
+    max_rows: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """`evaluate` of several dictionaries of the same sites, in one pass over the rows."""
+    config = saes[0].config
+    site = store.site(config.site)
+    target = None if config.target_site is None else store.site(config.target_site)
     medians = rule.max_norm_medians or OUTLIER_MEDIANS
     every = rule.model_copy(update={"split": "heldout", "max_norm_medians": None})
     ordinary = every.model_copy(update={"max_norm_medians": medians})
-    groups = {"without_outliers": _Group(sae), "with_outliers": _Group(sae)}
+    reports = [_Report(sae) for sae in saes]
     heldout = np.flatnonzero(store.selected(site, every))[:max_rows]  # [rows]
     is_ordinary = store.selected(site, ordinary)[heldout]  # [rows]
     step = store.chunk_rows(site)
@@ -109,20 +150,21 @@ def evaluate(
         if first == last:
             continue
         start = chunk * step
-        rows = store.read(site, start, min(start + step, store.n_rows))
-        x = rows[heldout[first:last] - start].astype(np.float32)  # [rows of this chunk, d_in]
-        indices, values = (part.cpu() for part in sae.encode(torch.from_numpy(x)))
-        decoded = sae.decode(indices.to(sae.device), values.to(sae.device)).cpu().numpy()
-        groups["with_outliers"].update(x, decoded, indices, values)
-        keep = is_ordinary[first:last]
-        chosen = torch.from_numpy(keep)
-        groups["without_outliers"].update(x[keep], decoded[keep], indices[chosen], values[chosen])
+        stop, here = min(start + step, store.n_rows), heldout[first:last] - start
+        x = torch.from_numpy(store.read(site, start, stop)[here]).float()  # [rows here, d_in]
+        wanted = x
+        if target is not None:
+            wanted = torch.from_numpy(store.read(target, start, stop)[here]).float()
+        ordinary_here = torch.from_numpy(is_ordinary[first:last])  # [rows here]
+        pieces = (tensor.split(ENCODED_ROWS) for tensor in (x, wanted, ordinary_here))
+        for piece in zip(*pieces, strict=True):
+            for report in reports:
+                report.update(*piece)
         progress(int(last), len(heldout))
-    return {
-        **{name: group.report() for name, group in groups.items()},
+    shared = {
         "outlier_rule": f"norm above {medians:g} medians of its shard",
         "heldout_fraction": rule.heldout_fraction,
         "site": site,
         "store_digest": store.digest,
-        "sae_digest": sae.digest,
     }
+    return [{**report.report(), **shared} for report in reports]

@@ -5,36 +5,48 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize as unit_length
 
 from store.errors import InputError
-from store.loader import ShuffledLoader
 from train.config import SAEConfig, TrainConfig
+from train.group import Group
+from train.normalization import normalise_rows
 from train.sae import SAE
 
 SAMPLE_ROWS = 32_768
 WEISZFELD_STEPS = 50
 WEISZFELD_TOLERANCE = 1e-5  # of the distance moved, relative to the median distance
+BLOCK_LATENTS = 65_536  # drawn from one seed, so that a part of the latents needs no others
+PROBE_ROWS, PROBE_LATENTS = 2048, 4096  # that a quantile of pre-activations is taken over
+ACTIVE_FACTOR = 3.0  # active latents at the start, in units of the k aimed at
+ACTIVE = 100.0  # active latents at the start where no k is given
+MOST_ACTIVE = 1 / 8  # share of the latents that are active at the start, at most
+# All of it in the threshold makes reconstructions far too large at first; none of it, and the
+# thresholds, of which each step changes a small share, grow too slowly to hold the number down.
+JUMP = 0.5
+LEAST_THRESHOLD = 1e-3  # its logarithm is trained
+RIDGE = 1e-3  # of the inputs' mean variance, added to it in the linear map
 
 
 @dataclass(frozen=True)
 class Start:
-    """input_scale; total_variance of x / input_scale, summed over dimensions; b_dec [d_in]."""
+    """What a sample says.
+
+    total_variance: of the normalised target, summed over dimensions. b_dec: float32 [d_out],
+    its geometric median. probe: float32 [rows, d_in], rows as the encoder sees them.
+    Of a transcoder: b_in, float32 [d_in]; linear, float32 [d_out, d_in], the least-squares map.
+    """
 
     input_scale: float
     total_variance: float
     b_dec: Tensor
-
-
-def sample_rows(loader: ShuffledLoader) -> Tensor:
-    """The first SAMPLE_ROWS rows of the loader's order, or an epoch: float32 [rows, d_in]."""
-    batches: list[Tensor] = []
-    for _ in range(loader.batches_per_epoch):
-        batches.append(loader.next_batch().x.clone())
-        if sum(map(len, batches)) >= SAMPLE_ROWS:
-            break
-    return torch.cat(batches)[:SAMPLE_ROWS]
+    probe: Tensor | None = None
+    output_scale: float = 1.0
+    b_in: Tensor | None = None
+    linear: Tensor | None = None
 
 
 def geometric_median(rows: Tensor) -> Tensor:
@@ -58,51 +70,155 @@ def geometric_median(rows: Tensor) -> Tensor:
     return point
 
 
-def prepare(rows: Tensor, normalization: str) -> Start:
-    """Scale, variance and offset from a sample [n, d_in].
+def prepare(rows: Tensor, normalization: str, target: Tensor | None = None) -> Start:
+    """What a run needs to know of a sample.
+
+    Args:
+        rows: [n, d_in]. normalization: as in `TrainConfig`. target: of a transcoder, [n, d_out].
 
     Raises:
         InputError: all rows are equal.
     """
-    variance = rows.double().var(0, correction=0)  # [d_in]
-    total = float(variance.sum())
+    rows = rows.float()
+    scale, _ = _scale(rows, normalization)
+    rows = normalise_rows(rows, normalization, scale)
+    median = geometric_median(rows).float()
+    probe = rows[:: -(-len(rows) // PROBE_ROWS)] - median  # [<= PROBE_ROWS, d_in]
+    if target is None:
+        return Start(scale, _scale(rows, "none")[1], median, probe)
+    output_scale, variance = _scale(target.float(), normalization)
+    target = target.float() / output_scale
+    return Start(
+        input_scale=scale,
+        total_variance=variance,
+        b_dec=geometric_median(target).float(),
+        probe=probe,
+        output_scale=output_scale,
+        b_in=median,
+        linear=_linear_map(rows, target),
+    )
+
+
+def initial_sae(
+    config: TrainConfig,
+    site: str,
+    start: Start,
+    device: torch.device,
+    model: dict[str, Any],
+    group: Group | None = None,
+) -> SAE:
+    """Random unit encoder rows, decoder rows equal to them, b_dec the median.
+
+    The same for a transcoder means decoder rows that are what the least-squares map A from input
+    to target makes of the encoder's: a row w adds (w c) A w, which is |A w| (w c) times the unit
+    row A w / |A w|, so that its encoder row begins as |A w| w.
+
+    Where values decide what is active, b_enc begins so low that the sample has ACTIVE latents per
+    row, or ACTIVE_FACTOR times the k aimed at. A gate's magnitude begins as its pre-activation;
+    JumpReLU's threshold has the share JUMP of that way. Otherwise b_enc is 0.
+
+    Args:
+        model: what the store's plan says of the model: its `name` and `weights` are kept.
+        group: the SAE has its part of the latents; none: all of them.
+    """
+    d_in = len(start.b_dec) if start.b_in is None else len(start.b_in)
+    first, last = (group or Group()).latents(config.n_latents)
+    whole = SAEConfig(
+        d_in=d_in,
+        d_out=None if start.b_in is None else len(start.b_dec),
+        n_latents=config.n_latents,
+        k=config.k if config.activation in ("topk", "batchtopk") else None,
+        activation=config.sae_activation,
+        site=site,
+        target_site=config.target_site,
+        normalization=config.normalization,
+        input_scale=start.input_scale,
+        output_scale=start.output_scale,
+        rule=config.rule,
+        model=model["name"],
+        model_weights=model["weights"],
+    )
+    enc, dec = _weights(config, start, first, last)
+    tensors = {
+        "W_enc": enc.to(device, copy=True),
+        "W_dec": dec.to(device, copy=True),
+        "b_enc": torch.zeros(last - first, device=device),
+        "b_dec": start.b_dec.to(device, copy=True),
+    }
+    if start.b_in is not None:
+        tensors["b_in"] = start.b_in.to(device, copy=True)
+    extra = {
+        name: torch.zeros(last - first, device=device)
+        for name in SAE.shapes(whole).keys() - tensors.keys()
+    }
+    if config.activation in ("jumprelu", "relu_l1", "relu_kl", "gated"):
+        floor = sparse_floor(config, start)
+        jump = 0.0
+        if config.activation == "jumprelu":
+            jump = max(LEAST_THRESHOLD, JUMP * floor)
+            extra["threshold"].fill_(jump)
+        if config.activation == "gated":
+            extra["b_mag"].fill_(-floor)
+        tensors["b_enc"].fill_(jump - floor)
+    # a part may have fewer latents than k: not validated again
+    return SAE(whole.model_copy(update={"n_latents": last - first}), **tensors, **extra)
+
+
+def random_rows(seed: int, first: int, last: int, n_latents: int, width: int) -> Tensor:
+    """Unit rows of the latents [first, last) of n_latents, float32 [last - first, width].
+
+    Drawn on the processor, block by block, so that every device and every division of the latents
+    starts from the same weights.
+    """
+    rows = torch.empty(last - first, width)
+    for block in range(first // BLOCK_LATENTS, -(-last // BLOCK_LATENTS)):
+        start = block * BLOCK_LATENTS
+        stop = min(start + BLOCK_LATENTS, n_latents)
+        state = np.random.SeedSequence([seed, block]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state[0]) >> 1)
+        drawn = unit_length(torch.randn(stop - start, width, generator=generator))
+        low, high = max(first, start), min(last, stop)
+        rows[low - first : high - first] = drawn[low - start : high - start]
+    return rows
+
+
+def _weights(config: TrainConfig, start: Start, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """W_enc and W_dec of the latents [first, last), [last - first, d_in] and [.., d_out]."""
+    width = len(start.b_dec) if start.b_in is None else len(start.b_in)
+    rows = random_rows(config.seed, first, last, config.n_latents, width)
+    if start.linear is None:
+        return rows, rows
+    mapped = rows @ start.linear.T  # [last - first, d_out]
+    return rows * torch.linalg.vector_norm(mapped, dim=1, keepdim=True), unit_length(mapped)
+
+
+def sparse_floor(config: TrainConfig, start: Start) -> float:
+    """What a pre-activation W_enc c exceeds as often as latents are to be active at the start."""
+    assert start.probe is not None
+    active = ACTIVE if config.k is None else ACTIVE_FACTOR * config.k
+    density = min(MOST_ACTIVE, active / config.n_latents)
+    rows, _ = _weights(config, start, 0, min(config.n_latents, PROBE_LATENTS))
+    scores = (start.probe @ rows.T).flatten()  # [probe rows * latents]
+    above = max(1, round(density * len(scores)))
+    return float(scores.kthvalue(len(scores) - above + 1).values)
+
+
+def _scale(rows: Tensor, normalization: str) -> tuple[float, float]:
+    """What rows [n, d] are divided by, and their total variance after that."""
+    total = float(rows.double().var(0, correction=0).sum())
     if total == 0:
         raise InputError(
             f"All {len(rows):,} rows sampled from the store are equal, so there is nothing to "
             "learn; harvest another site or more text."
         )
     scale = (total / rows.shape[1]) ** 0.5 if normalization == "scale" else 1.0
-    return Start(scale, total / scale**2, (geometric_median(rows) / scale).float())
+    return scale, total / scale**2
 
 
-def initial_sae(
-    config: TrainConfig, site: str, start: Start, device: torch.device, model: dict[str, Any]
-) -> SAE:
-    """Random unit decoder rows, encoder equal to the decoder, b_enc zero, b_dec the median.
-
-    `model` is what the store's plan says of the model: its `name` and `weights` are kept.
-    """
-    d_in = len(start.b_dec)
-    # drawn on the processor, so that every device starts from the same weights
-    generator = torch.Generator().manual_seed(config.seed)
-    rows = torch.nn.functional.normalize(
-        torch.randn(config.n_latents, d_in, generator=generator)
-    )  # [n_latents, d_in]
-    return SAE(
-        SAEConfig(
-            d_in=d_in,
-            n_latents=config.n_latents,
-            k=config.k,
-            activation="topk",
-            site=site,
-            normalization=config.normalization,
-            input_scale=start.input_scale,
-            rule=config.rule,
-            model=model["name"],
-            model_weights=model["weights"],
-        ),
-        W_enc=rows.to(device, copy=True),
-        W_dec=rows.to(device, copy=True),
-        b_enc=torch.zeros(config.n_latents, device=device),
-        b_dec=start.b_dec.to(device, copy=True),
-    )
+def _linear_map(rows: Tensor, target: Tensor) -> Tensor:
+    """A of the least |target - A rows|^2 around their means, float32 [d_out, d_in]."""
+    rows = rows.double() - rows.double().mean(0)
+    target = target.double() - target.double().mean(0)
+    square = rows.T @ rows  # [d_in, d_in]
+    square += RIDGE * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype)
+    return torch.linalg.solve(square, rows.T @ target).T.float()

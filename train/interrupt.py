@@ -11,14 +11,20 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """While entered, the first SIGINT or SIGTERM only sets `asked`; a second acts as usual.
+    """While entered, the first SIGINT or SIGTERM only sets `signal`, so that the loop can save.
 
-    Outside the main thread, where Python allows no handlers, signals keep their meaning.
+    After that another SIGTERM changes nothing: schedulers send it to a job's every process, and
+    some of them twice. Another SIGINT acts as usual. Outside the main thread, where Python allows
+    no handlers, signals keep their meaning.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.signal: int | None = None
         self._previous: dict[int, Any] = {}
+
+    @property
+    def asked(self) -> bool:
+        return self.signal is not None
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
@@ -31,13 +37,11 @@ class Interruption:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._restore()
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        self._restore()
-
-    def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal = number
+            signal.signal(signal.SIGINT, self._previous[signal.SIGINT])

@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from train.batch import Workspace
 from train.config import TrainConfig
-from train.kernels import AdamNumbers, Gradients
+from train.kernels import AdamNumbers
 from train.sae import SAE
 
 
 class Optimizer:
-    """Adam on an SAE's four tensors, and the exponential average of its weights.
+    """Adam on what an SAE is trained in, and the exponential average of that.
+
+    Thresholds of JumpReLU are trained through their logarithm. A transcoder's b_in stays as it
+    began, and BatchTopK's threshold is a running mean of its own (`train.learner`).
 
     Gradients come with the decoder's part along its rows already taken out (`train_step`), so a
     step is: clip, Adam, renormalise decoder rows, average.
@@ -20,26 +24,35 @@ class Optimizer:
     def __init__(self, sae: SAE, config: TrainConfig) -> None:
         self._config = config
         self.step_number = 0
-        tensors = sae.tensors()
-        self.first = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-        self.second = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-        self.average = {name: tensor.clone() for name, tensor in tensors.items()}
+        self.trained = {
+            name: tensor
+            for name, tensor in sae.tensors().items()
+            if name not in ("b_in", "threshold")
+        }
+        if config.activation == "jumprelu":
+            self.trained["threshold"] = sae.extra["threshold"].log()
+        self.first = {name: torch.zeros_like(tensor) for name, tensor in self.trained.items()}
+        self.second = {name: torch.zeros_like(tensor) for name, tensor in self.trained.items()}
+        self.average = {name: tensor.clone() for name, tensor in self.trained.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs besides `step_number`: first.W_enc, second.W_enc, ..."""
         groups = {"first": self.first, "second": self.second, "average": self.average}
-        return {
+        found = {
             f"{group}.{name}": tensor
             for group, tensors in groups.items()
             for name, tensor in tensors.items()
         }
+        if "threshold" in self.trained:
+            found["log.threshold"] = self.trained["threshold"]
+        return found
 
-    def step(self, sae: SAE, gradients: Gradients, grad_norm: float) -> None:
+    def step(self, sae: SAE, workspace: Workspace, grad_norm: float) -> None:
         """Changes the SAE's weights in place.
 
         Args:
             sae: the weights.
-            gradients: as `train_step` left them.
+            workspace: gradients as `train_step` left them.
             grad_norm: their norm together.
         """
         config = self._config
@@ -48,7 +61,7 @@ class Optimizer:
         keep = 0.0 if config.ema_decay is None else config.ema_decay
         numbers = AdamNumbers(
             scale=min(1.0, config.clip_norm / grad_norm) if grad_norm > 0 else 1.0,
-            rate=config.learning_rate / (1 - config.adam_beta1**number),
+            rate=config.learning_rate_at(before) / (1 - config.adam_beta1**number),
             beta1=config.adam_beta1,
             beta2=config.adam_beta2,
             root=(1 - config.adam_beta2**number) ** -0.5,
@@ -56,13 +69,15 @@ class Optimizer:
             # an average over the first steps would otherwise be mostly the initial weights
             keep=min(keep, (1 + before) / (10 + before)),
         )
+        gradients = workspace.gradients
         by_name = {
             "W_enc": gradients.enc,
             "W_dec": gradients.dec,
             "b_enc": gradients.bias,
             "b_dec": gradients.b_dec,
+            **workspace.extra,
         }
-        for name, weight in sae.tensors().items():
+        for name, weight in self.trained.items():
             sae.kernels.adam(
                 _rows(weight),
                 _rows(by_name[name]),
@@ -72,22 +87,31 @@ class Optimizer:
                 numbers,
                 unit_rows=name == "W_dec",
             )
+        if "threshold" in self.trained:
+            torch.exp(self.trained["threshold"], out=sae.extra["threshold"])
         sae.weights_changed()
 
     def averaged(self, sae: SAE) -> SAE:
         """An SAE of the averaged weights, for use.
 
         An average of unit rows is a little shorter than one: each latent's length moves from the
-        decoder to the encoder, which leaves its share of the reconstruction as it was.
+        decoder to the encoder, and to whatever pre-activations are compared with, which leaves
+        its share of the reconstruction as it was. BatchTopK's threshold is for unit rows.
         """
-        length = torch.linalg.vector_norm(self.average["W_dec"], dim=1)  # [n_latents]
-        return SAE(
-            sae.config,
-            W_enc=self.average["W_enc"] * length.unsqueeze(1),
-            W_dec=self.average["W_dec"] / length.unsqueeze(1),
-            b_enc=self.average["b_enc"] * length,
-            b_dec=self.average["b_dec"].clone(),
-        )
+        average = self.average
+        length = torch.linalg.vector_norm(average["W_dec"], dim=1)  # [n_latents]
+        tensors = {
+            "W_enc": average["W_enc"] * length.unsqueeze(1),
+            "W_dec": average["W_dec"] / length.unsqueeze(1),
+            "b_enc": average["b_enc"] * length,
+            "b_dec": average["b_dec"].clone(),
+        }
+        extra = {name: tensor.clone() for name, tensor in sae.extra.items()}
+        if "threshold" in average:
+            extra["threshold"] = average["threshold"].exp() * length
+        if "r_mag" in average:
+            extra |= {"r_mag": average["r_mag"].clone(), "b_mag": average["b_mag"] * length}
+        return SAE(sae.config, **tensors, **extra)
 
 
 def _rows(tensor: Tensor) -> Tensor:

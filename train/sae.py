@@ -1,8 +1,13 @@
 """A trained dictionary: encode rows to a few latents, decode them back, load and save.
 
-x' = x / input_scale
-latents = TopK(ReLU(W_enc (x' - b_dec) + b_enc))
-x_hat = (W_dec^T latents + b_dec) * input_scale
+x' = normalise(x);  c = x' - b_dec           a transcoder: c = x' - b_in
+pi = W_enc c + b_enc                         pre-activations, one per latent
+topk       v = ReLU(pi) for the k largest pi of a row
+batchtopk  v = pi where pi > threshold       one threshold, the mean of training batches
+jumprelu   v = pi where pi > threshold       a threshold per latent
+relu       v = ReLU(pi)
+gated      v = [pi > 0] ReLU(exp(r_mag) (pi - b_enc) + b_mag)
+x_hat = restore(W_dec^T v + b_dec)
 """
 
 from __future__ import annotations
@@ -15,65 +20,90 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from store.errors import InputError, RunError
-from train.config import SAEConfig
+from train.config import ROW_NORMALIZATIONS, SAEConfig
 from train.files import read_json, read_tensors, write_tensors, write_text
-from train.kernels import kernels_for
+from train.kernels import Low, kernels_for
+from train.normalization import normalise, restore
 
 CONFIG_FILE, TENSORS_FILE = "config.json", "sae.safetensors"
-LEAST_MARGIN = 8  # candidates beyond k: the low-precision order is wrong by about two places
-
-
-def candidates(k: int, n_latents: int) -> int:
-    """How many latents to choose in low precision, so that the exact k largest are among them.
-
-    bfloat16 inputs put an error of about 0.004 standard deviations on a pre-activation. Among
-    24,576 latents about one lies that close to the 32nd largest; the margin is eight.
-    """
-    return min(n_latents, k + max(LEAST_MARGIN, k // 8))
+REMEDY = "copy or train the SAE again"
 
 
 class SAE:
-    """A TopK sparse autoencoder.
+    """A sparse autoencoder, or a transcoder.
 
     Args:
-        config: shape, k, normalisation.
-        W_enc, W_dec: float32 [n_latents, d_in], a latent is a row; decoder rows have unit norm.
-        b_enc: float32 [n_latents]. b_dec: float32 [d_in].
+        config: shape, activation function, normalisation.
+        W_enc: float32 [n_latents, d_in]; W_dec: float32 [n_latents, d_out]; a latent is a row.
+        b_enc: float32 [n_latents]. b_dec: float32 [d_out].
+        extra: what else `shapes` names: b_in [d_in] of a transcoder; threshold [n_latents], not
+            negative, of batchtopk and jumprelu; r_mag and b_mag [n_latents] of gated.
+
+    Raises:
+        RunError: the tensors are not those of the configuration.
     """
 
     def __init__(
-        self, config: SAEConfig, W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor
+        self,
+        config: SAEConfig,
+        W_enc: Tensor,
+        W_dec: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor,
+        **extra: Tensor,
     ) -> None:
         self.config = config
         self.W_enc, self.W_dec, self.b_enc, self.b_dec = W_enc, W_dec, b_enc, b_dec
+        self.extra = extra
         self.kernels = kernels_for(W_enc.device)
-        self._low: Tensor | None = None
+        self._low: Low | None = None
         self._stale = False
+        shapes = self.shapes(config)
+        if set(self.tensors()) != set(shapes):
+            raise RunError(
+                f"The SAE has tensors {sorted(self.tensors())}, its configuration "
+                f"({config.activation}) says {sorted(shapes)}; use the files of one SAE."
+            )
         for name, tensor in self.tensors().items():
-            expected = self.shapes(config)[name]
-            if tuple(tensor.shape) != expected or tensor.dtype != torch.float32:
+            if tuple(tensor.shape) != shapes[name] or tensor.dtype != torch.float32:
                 raise RunError(
                     f"Tensor {name} of the SAE is {tensor.dtype} {list(tensor.shape)}, its "
-                    f"configuration says torch.float32 {list(expected)}; use the files of one SAE."
+                    f"configuration says torch.float32 {list(shapes[name])}; use the files of one "
+                    "SAE."
                 )
+        if "threshold" in extra and bool((extra["threshold"] < 0).any()):
+            raise RunError("The SAE has negative thresholds, expected 0 or more; train it again.")
 
     @staticmethod
     def shapes(config: SAEConfig) -> dict[str, tuple[int, ...]]:
-        """Shape of each tensor."""
-        n, d = config.n_latents, config.d_in
-        return {"W_enc": (n, d), "W_dec": (n, d), "b_enc": (n,), "b_dec": (d,)}
+        """Shape of each tensor, by name."""
+        n, d_out = config.n_latents, config.width_out
+        shapes: dict[str, tuple[int, ...]] = {
+            "W_enc": (n, config.d_in),
+            "W_dec": (n, d_out),
+            "b_enc": (n,),
+            "b_dec": (d_out,),
+        }
+        if config.is_transcoder:
+            shapes["b_in"] = (config.d_in,)
+        if config.activation in ("batchtopk", "jumprelu"):
+            shapes["threshold"] = (n,)
+        if config.activation == "gated":
+            shapes |= {"r_mag": (n,), "b_mag": (n,)}
+        return shapes
 
     @property
     def device(self) -> torch.device:
         return self.W_enc.device
 
     def tensors(self) -> dict[str, Tensor]:
-        """The four tensors by name; the tensors themselves, not copies."""
+        """The tensors by name; the tensors themselves, not copies."""
         return {
             "W_enc": self.W_enc,
             "W_dec": self.W_dec,
             "b_enc": self.b_enc,
             "b_dec": self.b_dec,
+            **self.extra,
         }
 
     @property
@@ -86,8 +116,8 @@ class SAE:
         return state.hexdigest()
 
     @property
-    def low(self) -> Tensor:
-        """W_enc in low precision, [n_latents, d_in], made when first needed."""
+    def low(self) -> Low:
+        """W_enc in low precision, made when first needed."""
         if self._low is None:
             self._low = self.kernels.low_precision(self.W_enc)
         elif self._stale:
@@ -100,46 +130,92 @@ class SAE:
         self._stale = True
 
     def centre(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """x / input_scale - b_dec, float32 [batch, d_in] on the SAE's device, into `out` if given.
+        """c, float32 [batch, d_in] on the SAE's device, into `out` if given.
 
         Raises:
             InputError: x is not [batch, d_in].
         """
+        offset = self.extra["b_in"] if self.config.is_transcoder else self.b_dec
+        return normalise(self.check_rows(x), self.config, out).sub_(offset)
+
+    def check_rows(self, x: Tensor) -> Tensor:
+        """The rows as float32 on the SAE's device; `InputError` if they are not [batch, d_in]."""
         if x.dim() != 2 or x.shape[1] != self.config.d_in:
             raise InputError(
                 f"The SAE was trained on {self.config.site} with {self.config.d_in} dimensions, "
                 f"got rows of shape {list(x.shape)}; use the store and site it was trained on."
             )
-        x = x.to(self.device, torch.float32)
-        return torch.div(x, self.config.input_scale, out=out).sub_(self.b_dec)
+        return x.to(self.device, torch.float32)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The k latents of each row.
+        """The active latents of each row.
 
-        A low-precision product chooses a few more than k candidates; exact float32 dot products
-        of those order them and are the values.
+        A low-precision product finds candidates; exact float32 dot products of those decide, and
+        are the values.
 
         Args:
             x: [batch, d_in], floating point.
 
         Returns:
-            indices: int32 [batch, k], distinct within a row; values: float32 [batch, k], >= 0 and
-            decreasing. A value of 0 means that fewer than k latents are active.
+            indices: int32 [batch, w]; values: float32 [batch, w], >= 0 and decreasing. A value of
+            0 means that there is nothing at this place or after it. With topk w is k; otherwise it
+            is the largest number of active latents of a row of this batch, at least 1.
         """
         return self.encode_centred(self.centre(x))
 
     def encode_centred(self, centred: Tensor) -> tuple[Tensor, Tensor]:
         """`encode` of rows that `centre` has prepared."""
-        config = self.config
-        count = candidates(config.k, config.n_latents)
-        chosen = self.kernels.choose(centred, self.low, self.b_enc, count)  # [batch, count]
-        return self.kernels.exact(centred, self.W_enc, self.b_enc, chosen, config.k, relu=True)
+        config, kernels = self.config, self.kernels
+        if config.activation == "topk":
+            assert config.k is not None
+            count = self.low.candidates(config.k)
+            chosen = kernels.choose(centred, self.low, self.b_enc, count)  # [batch, count]
+            return kernels.exact(centred, self.W_enc, self.b_enc, chosen, config.k, relu=True)
+        floor = self.extra.get("threshold")
+        if floor is None:
+            floor = torch.zeros_like(self.b_enc)
+        chosen = kernels.choose_above(centred, self.low, self.b_enc, floor)  # [batch, w]
+        pi = kernels.preactivations(centred, self.W_enc, self.b_enc, chosen)  # [batch, w]
+        return _packed(chosen, self.activate(chosen, pi))
 
-    def decode(self, indices: Tensor, values: Tensor) -> Tensor:
-        """Reconstructions, float32 [batch, d_in], from indices and values [batch, any k]."""
-        out = self.b_dec.repeat(len(indices), 1)  # [batch, d_in]
+    def activate(self, indices: Tensor, pi: Tensor) -> Tensor:
+        """v of pre-activations, float32 [batch, w] of latents [batch, w]; 0 where there is none.
+
+        Not for topk, where v depends on the rest of the row.
+        """
+        if self.config.activation == "relu":
+            return pi.clamp(min=0)
+        if self.config.activation == "gated":
+            magnitude = self.of_latents("r_mag", indices).exp_()
+            magnitude *= pi - self.b_enc[indices.clamp(min=0)]  # -inf without a pair
+            magnitude += self.of_latents("b_mag", indices)
+            return magnitude.clamp_(min=0).masked_fill_(pi <= 0, 0.0)
+        return pi.masked_fill(pi <= self.of_latents("threshold", indices), 0.0)
+
+    def of_latents(self, name: str, indices: Tensor) -> Tensor:
+        """One number per pair, [batch, w], of a tensor [n_latents]; latent 0's for index -1."""
+        return self.extra[name][indices.clamp(min=0)]
+
+    def decode(self, indices: Tensor, values: Tensor, x: Tensor | None = None) -> Tensor:
+        """Reconstructions, float32 [batch, d_out], from indices and values [batch, any w].
+
+        Args:
+            x: the rows that were encoded, [batch, d_in]; needed where each row is normalised by
+                its own norm or moments.
+
+        Raises:
+            InputError: x is needed and missing, or of another shape.
+        """
+        if self.config.normalization in ROW_NORMALIZATIONS:
+            if x is None:
+                raise InputError(
+                    f"The SAE normalises each row ({self.config.normalization}), so decoding needs "
+                    "the rows as well; give them as x."
+                )
+            x = self.check_rows(x)
+        out = self.b_dec.repeat(len(indices), 1)  # [batch, d_out]
         self.kernels.decode(indices.int().contiguous(), values.contiguous(), self.W_dec, out)
-        return out.mul_(self.config.input_scale)
+        return restore(out, x, self.config)
 
     def save(self, path: str | Path) -> None:
         """Writes `sae.safetensors`, then `config.json`, into the folder (made if missing)."""
@@ -156,24 +232,42 @@ class SAE:
             InputError: the folder holds no SAE. RunError: its files are damaged.
         """
         folder = Path(path)
+        config = cls.read_config(folder)
+        tensors = read_tensors(folder / TENSORS_FILE, "The SAE", REMEDY, str(device))
+        if set(tensors) != set(cls.shapes(config)):
+            raise RunError(
+                f"{folder / TENSORS_FILE} has tensors {sorted(tensors)}, expected "
+                f"{sorted(cls.shapes(config))}; {REMEDY}."
+            )
+        return cls(config, **tensors)
+
+    @staticmethod
+    def read_config(folder: Path) -> SAEConfig:
+        """The configuration of the SAE saved in a folder.
+
+        Raises:
+            InputError: the folder holds no SAE. RunError: the file is damaged.
+        """
         if not (folder / CONFIG_FILE).is_file():
             raise InputError(
                 f"{folder} holds no trained SAE (no {CONFIG_FILE}); give the --out folder of a "
                 "finished `train-sae run`."
             )
-        remedy = "copy or train the SAE again"
         try:
-            config = SAEConfig.model_validate(read_json(folder / CONFIG_FILE, "The SAE", remedy))
+            return SAEConfig.model_validate(read_json(folder / CONFIG_FILE, "The SAE", REMEDY))
         except ValidationError as error:
             first = error.errors()[0]
             raise RunError(
                 f"{folder / CONFIG_FILE} is not the configuration of an SAE "
-                f"({'.'.join(map(str, first['loc']))}: {first['msg']}); {remedy}."
+                f"({'.'.join(map(str, first['loc']))}: {first['msg']}); {REMEDY}."
             ) from None
-        tensors = read_tensors(folder / TENSORS_FILE, "The SAE", remedy, str(device))
-        if set(tensors) != set(cls.shapes(config)):
-            raise RunError(
-                f"{folder / TENSORS_FILE} has tensors {sorted(tensors)}, expected "
-                f"{sorted(cls.shapes(config))}; {remedy}."
-            )
-        return cls(config, **tensors)
+
+
+def _packed(indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Positive pairs first in each row, by decreasing value; as narrow as the widest row."""
+    width = max(1, int((values > 0).sum(1).max())) if values.numel() else 1
+    if values.shape[1] == 0:
+        return indices.new_zeros(len(indices), 1), values.new_zeros(len(values), 1)
+    values, order = values.sort(dim=1, descending=True, stable=True)  # ties: the lower latent
+    values, order = values[:, :width], order[:, :width]  # [batch, width]
+    return indices.gather(1, order).clamp_(min=0), values.contiguous()

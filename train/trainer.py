@@ -1,19 +1,15 @@
 """The training loop: batches in, checkpoints and metrics out, and at the end a dictionary.
 
-    OUT/run.json            configuration and the store it reads; written first
-    OUT/metrics.jsonl       one line per step
-    OUT/checkpoints/000200  everything needed to continue, the newest two
-    OUT/sae.safetensors, OUT/config.json, OUT/evaluation.json    at the end
-
-The same call, made again, continues from the newest checkpoint and ends with the same bits.
+A pass reads one stream of batches and trains any number of members on it, each in a folder of its
+own (`train.folder` lists what is in there). A run is a pass with one member; `train.sweep` has
+more. The same call, made again, continues from the newest checkpoint and ends with the same bits.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,182 +18,95 @@ import torch
 from safetensors import SafetensorError
 
 from store.device import choose_device
-from store.errors import RunError, UnfinishedError
-from store.loader import ShuffledLoader
+from store.errors import RunError
 from store.reader import ActivationStore
-from train.checkpoint import load_newest, save_checkpoint
+from train.checkpoint import saved_steps
 from train.config import TrainConfig
-from train.evaluate import evaluate
-from train.files import read_json, write_json
-from train.initial import initial_sae, prepare, sample_rows
+from train.evaluate import evaluate_all
+from train.files import write_json
+from train.folder import EVALUATION_FILE, claim, describe_run, finished_evaluation, open_store
+from train.group import Group
 from train.interrupt import Interruption
-from train.metrics import MetricsFile
-from train.optimizer import Optimizer
-from train.sae import CONFIG_FILE, SAE
-from train.step import StepResult, Workspace, train_step
-
-RUN_FILE, METRICS_FILE, EVALUATION_FILE = "run.json", "metrics.jsonl", "evaluation.json"
-FORMAT = 1
+from train.member import ALONE, Member, Stream
+from train.sharded import Dictionary
 
 Report = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """steps done; whether the run was finished; the last metrics; the evaluation if finished."""
+    """How a run ended.
+
+    steps: done; finished: whether that is all of them; metrics: the last ones; evaluation: if
+    finished; signal: that stopped it, SIGTERM say.
+    """
 
     steps: int
     finished: bool
     metrics: dict[str, Any]
     evaluation: dict[str, Any] | None
+    signal: int | None = None
 
 
 def silent(phase: str, done: int, total: int, rate: str) -> None:
     """The report of a run that nobody watches."""
 
 
-def open_store(place: str | Path, out: Path) -> ActivationStore:
-    """The store, as it was when the run in `out` began if there is one and it has grown since."""
-    store = ActivationStore.open(place)
-    if (out / RUN_FILE).exists():
-        begun = read_json(out / RUN_FILE, "The run", "choose another --out")["store_digest"]
-        if begun != store.digest:
-            with contextlib.suppress(UnfinishedError):  # another store: `claim` says so
-                return ActivationStore.open(place, begun)
-    return store
+def run_pass(
+    members: Sequence[Member],
+    stream: Stream,
+    report: Report,
+    asked: Callable[[], bool] = lambda: False,
+) -> int | None:
+    """Trains members that have begun at one step, until all are done or failed.
 
+    Args:
+        asked: whether to stop before the next step, beside signals that ask for it.
 
-def describe_run(config: TrainConfig, store: ActivationStore, site: str) -> dict[str, Any]:
-    """The content of run.json: what decides the result, apart from the device."""
-    return {
-        "format": FORMAT,
-        "site": site,
-        "store_digest": store.digest,
-        "model": store.plan["model"],
-        "config": config.model_dump(mode="json"),
-    }
-
-
-def claim(out: Path, run: dict[str, Any]) -> None:
-    """Makes `out` this run's folder, or checks that it is.
-
-    Raises:
-        RunError: another run's folder, naming the fields that differ; or no run's folder.
+    Returns:
+        The signal that stopped it; None when it came to its end.
     """
-    path = out / RUN_FILE
-    if not path.exists():
-        # a temporary file is all that a run killed at its very start leaves
-        if out.is_dir() and any(not file.name.endswith(".tmp") for file in out.iterdir()):
-            raise RunError(f"{out} holds other files and no {RUN_FILE}; choose another --out.")
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(path, run)
-        return
-    found = read_json(path, "The run", "choose another --out")
-    old, new = _flat(found), _flat(run)
-    differing = [
-        f"{name} (there {old.get(name)}, here {new.get(name)})"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
-    if differing:
+    steps = max(member.config.steps for member in members)
+    with ExitStack() as stack:
+        interruption = stack.enter_context(Interruption())
+        for member in members:
+            stack.enter_context(member.logging())
+        while live := [member for member in members if member.is_live]:
+            if stream.group.anywhere(interruption.asked or asked()):
+                break
+            started = time.perf_counter()
+            batch = stream.loader.next_batch()
+            for member in live:
+                member.advance(batch)
+            rate = stream.batch_rows / (time.perf_counter() - started)
+            for member in live:
+                member.record(rate)
+                if member.step % member.config.checkpoint_every == 0 or not member.is_live:
+                    member.save()
+            report("training", max(m.step for m in members), steps, f"{rate:,.0f} tokens/s")
+        for member in members:
+            member.save()
+        return interruption.signal
+
+
+@contextmanager
+def explained(out: Path) -> Iterator[None]:
+    """Faults of disk and memory as sentences."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
         raise RunError(
-            f"{out} holds a run that differs in {', '.join(differing)}; give the same options to "
-            "continue it, or choose another --out."
-        )
-
-
-def _flat(run: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, keys joined by dots, without the leading `config.`."""
-    if not isinstance(run, dict):
-        return {prefix.removesuffix(".").removeprefix("config."): run}
-    items: dict[str, Any] = {}
-    for key, value in run.items():
-        items |= _flat(value, f"{prefix}{key}.")
-    return items
-
-
-class _Run:
-    """What changes from step to step."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        loader: ShuffledLoader,
-        site: str,
-        out: Path,
-        device: torch.device,
-        model: dict[str, Any],
-    ) -> None:
-        self.config, self.out, self.loader = config, out, loader
-        saved = load_newest(out, str(device))
-        if saved is None:
-            beginning = loader.state()
-            start = prepare(sample_rows(loader), config.normalization)
-            loader.load_state(beginning)
-            self.sae = initial_sae(config, site, start, device, model)
-            self.total_variance = start.total_variance
-        else:
-            self.sae = saved.sae
-            self.total_variance = saved.state["total_variance"]
-        self.optimizer = Optimizer(self.sae, config)
-        # tokens seen when each latent last fired
-        self.last_fired = torch.zeros(config.n_latents, dtype=torch.int64, device=device)
-        if saved is not None:
-            self.optimizer.step_number = saved.state["step"]
-            for name, tensor in self._tensors().items():
-                tensor.copy_(saved.tensors[name])
-            self.loader.load_state(saved.state["loader"])
-        self.workspace = Workspace(self.sae, config.batch_rows)
-
-    @property
-    def step(self) -> int:
-        return self.optimizer.step_number
-
-    @property
-    def tokens(self) -> int:
-        return self.step * self.config.batch_rows
-
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        return {**self.optimizer.tensors(), "last_fired": self.last_fired}
-
-    def advance(self) -> dict[str, Any]:
-        """One step; its metrics."""
-        config = self.config
-        x = self.loader.next_batch().x
-        dead = self.tokens - self.last_fired >= config.dead_after_tokens
-        result: StepResult = train_step(
-            self.sae,
-            x,
-            self.total_variance,
-            dead,
-            config.auxiliary_k(self.sae.config.d_in),
-            config.auxk_alpha,
-            self.workspace,
-        )
-        if not (math.isfinite(result.loss + result.auxk) and math.isfinite(result.grad_norm)):
-            raise RunError(
-                f"Training diverged at step {self.step + 1} (loss {result.loss}, gradient norm "
-                f"{result.grad_norm}); use a lower --lr than {config.learning_rate:g} and "
-                "another --out."
-            )
-        self.optimizer.step(self.sae, self.workspace.gradients, result.grad_norm)
-        self.last_fired[result.fired] = self.tokens
-        return {
-            "step": self.step,
-            "tokens": self.tokens,
-            "loss": result.loss,
-            "fvu": result.fvu,
-            "auxk": result.auxk,
-            "dead_share": float(dead.double().mean()),
-            "dead_after_tokens": config.dead_after_tokens,
-            "l0": result.l0,
-            "grad_norm": result.grad_norm,
-            "lr": config.learning_rate,
-        }
-
-    def save(self) -> None:
-        state = {"total_variance": self.total_variance, "loader": self.loader.state()}
-        save_checkpoint(self.out, self.step, self.sae, self._tensors(), state)
+            f"Cannot read or write in {out} ({error}); see to the disk and its permissions, then "
+            "run the same command again to continue."
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        first = (str(error) or "no memory left").splitlines()[0]
+        if isinstance(error, RuntimeError) and "memory" not in first:
+            raise
+        raise RunError(
+            f"There is too little memory ({first}); use fewer --n-latents or --batch-rows, and "
+            "another --out, or a larger machine."
+        ) from error
 
 
 def train(
@@ -207,6 +116,8 @@ def train(
     site: str | None = None,
     device: str = "auto",
     report: Report = silent,
+    group: Group = ALONE,
+    asked: Callable[[], bool] = lambda: False,
 ) -> RunResult:
     """Trains a dictionary, or continues to.
 
@@ -218,6 +129,8 @@ def train(
         site: which activations; None for the store's only site.
         device: cpu, cuda or auto.
         report: called with phase, done, total and a rate such as "5,120 tokens/s".
+        group: of processes that train this dictionary together; each calls this.
+        asked: whether to stop before the next step; asked before each, beside signals.
 
     Raises:
         SaeHarvestError: store, site, device or folder cannot be used; training diverged.
@@ -227,58 +140,52 @@ def train(
     store = open_store(place, out)
     site = store.site(site)
     # before the folder is claimed: it refuses a store too small for a batch
-    loader = ShuffledLoader(store, site, config.batch_rows, seed=config.seed, rule=config.rule)
+    stream = Stream(config, store, site, chosen, group)
     try:
-        claim(out, describe_run(config, store, site))
-        report("preparing", 0, config.steps, "")
-        run = _Run(config, loader, site, out, chosen, store.plan["model"])
-        return _train(run, store, report)
-    except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"Cannot read or write in {out} ({error}); see to the disk and its permissions, then "
-            "run the same command again to continue."
-        ) from error
+        with explained(out), ExitStack() as stack:
+            claimed = claim(out, describe_run(config, store, site))
+            group.together(lambda: stack.enter_context(claimed) if group.rank == 0 else None)
+            group.check_shared(out)
+            report("preparing", 0, config.steps, "")
+            member = Member(config, out, stream)
+            saved = saved_steps(out)
+            stream.seek(member.begin(group.from_first(saved[-1] if saved else 0)))
+            signal = run_pass([member], stream, report, asked)
+            if member.failure is not None:
+                raise member.failure
+            if member.step < config.steps:
+                return RunResult(member.step, False, member.metrics, None, signal)
+            sae = member.result()
+            found = finished_evaluation(out, sae.digest) if group.rank == 0 else None
+            if not group.anywhere(found is not None):
+                if group.rank == 0:
+                    [found] = evaluate_into([(out, sae)], store, config, report)
+                elif group.latent_parts > 1:  # the first one needs our latents
+                    evaluate_all([sae], store, config.rule, config.eval_rows)
+            return RunResult(member.step, True, member.metrics, found)
     finally:
-        loader.close()
+        stream.close()
 
 
-def _train(run: _Run, store: ActivationStore, report: Report) -> RunResult:
-    """Steps until the run is done or interrupted; checkpoints, metrics, the result."""
-    config, out = run.config, run.out
-    metrics: dict[str, Any] = {}
-    saved_step = run.step
-    with Interruption() as interruption, MetricsFile(out / METRICS_FILE, run.step) as log:
-        while run.step < config.steps and not interruption.asked:
-            started = time.perf_counter()
-            metrics = run.advance()
-            rate = config.batch_rows / (time.perf_counter() - started)
-            log.write({**metrics, "tokens_per_second": round(rate)})
-            report("training", run.step, config.steps, f"{rate:,.0f} tokens/s")
-            if run.step % config.checkpoint_every == 0:
-                run.save()
-                saved_step = run.step
-        if run.step != saved_step:
-            run.save()
-    if run.step < config.steps:
-        return RunResult(run.step, False, metrics, None)
-    return RunResult(run.step, True, metrics, _finish(run, store, report))
+def evaluate_into(
+    members: Sequence[tuple[Path, Dictionary]],
+    store: ActivationStore,
+    config: TrainConfig,
+    report: Report,
+) -> list[dict[str, Any]]:
+    """Writes the evaluations of dictionaries on held-out rows into their folders.
 
-
-def _finish(run: _Run, store: ActivationStore, report: Report) -> dict[str, Any]:
-    """Writes the averaged dictionary and its evaluation, unless they are there already."""
-    path = run.out / EVALUATION_FILE
-    sae = run.optimizer.averaged(run.sae)
-    if path.exists() and (run.out / CONFIG_FILE).exists():
-        found: dict[str, Any] = read_json(path, "The run", "delete that file")
-        if found.get("sae_digest") == sae.digest == SAE.load(run.out).digest:
-            return found
-    sae.save(run.out)
-    result = evaluate(
-        sae,
+    Args:
+        members: folders and dictionaries; they read the same rows.
+        config: says which rows, and how many.
+    """
+    results = evaluate_all(
+        [sae for _, sae in members],
         store,
-        run.config.rule,
-        run.config.eval_rows,
+        config.rule,
+        config.eval_rows,
         lambda done, total: report("evaluating", done, total, ""),
     )
-    write_json(path, result)
-    return result
+    for (out, _), result in zip(members, results, strict=True):
+        write_json(out / EVALUATION_FILE, result)
+    return results

@@ -62,11 +62,17 @@ def downstream_loss(
     """Measure on contexts cut from held-out documents only.
 
     Raises:
-        InputError: the site is not on the residual stream, or no context is wholly held out.
+        InputError: the site is not on the residual stream, it is a transcoder, or no context is
+            wholly held out.
         SaeHarvestError: the store, the SAE or the model cannot be read, or do not fit.
     """
     store, sae = ActivationStore.open(place), SAE.load(sae_path)
     site = Site.parse(check_fit(store, sae, sae_path))
+    if sae.config.is_transcoder:
+        raise InputError(
+            f"Downstream loss replaces a site by its reconstruction, and {sae_path} predicts "
+            f"{sae.config.target_site} from {site}; give an SAE of {site} instead of a transcoder."
+        )
     if site.kind not in RESIDUAL:
         raise InputError(f"Downstream loss replaces resid_pre or resid_post, not {site}.")
     contexts = heldout_contexts(store, sae, str(site), n_contexts)
@@ -87,7 +93,7 @@ def downstream_loss(
         def reconstruct(x: Tensor, mask: Tensor = mask) -> Tensor:
             rows = x[mask].float()  # [replaced, d_in]
             out = x.clone()
-            out[mask] = sae.decode(*sae.encode(rows)).to(x.dtype)
+            out[mask] = sae.decode(*sae.encode(rows), x=rows).to(x.dtype)
             return out
 
         block = blocks[site.layer]

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from pipelines.features import kernels
 from pipelines.features.config import FeatureConfig
-from train.kernels.gradient_jit import sort_by_latent
+from train.kernels.gradient_jit import pairs_by_latent
 
 COMPACT_ROWS = 20_000_000  # (latent, token) counts kept before equal ones are added up
 WINDOW_BEFORE = 0.7  # share of the window before the peak: a causal model has seen only that
@@ -95,8 +95,10 @@ class Accumulator:
             tokens, documents: of every row of the block [block rows].
         """
         self.n_rows += len(selected)
-        starts, at, value = sort_by_latent(indices, values, True, self._n_latents)
-        row = selected.astype(np.int32)[at]
+        live = np.where(values != 0, indices, -1)
+        starts, places = pairs_by_latent(live, self._n_latents)
+        row = selected.astype(np.int32)[places // indices.shape[1]]
+        value = values.reshape(-1)[places]
         kernels.add_moments(
             starts,
             row,

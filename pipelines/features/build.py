@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 
@@ -130,7 +131,8 @@ def make_tables(
     neighbours, cosines = decoder_neighbours(sae.W_dec, config.n_neighbours)
     counts = Accumulator(sae.config.n_latents, store.context_length, neighbours, config)
     accumulate(store, site, sae, rule, config, counts, on_progress)
-    lens = logit_lens(model, site, sae.W_dec, config.n_logits, len(texts))
+    written = sae.config.target_site or site  # where decoder rows live
+    lens = logit_lens(model, written, sae.W_dec, config.n_logits, len(texts))
     weights = {name: getattr(sae, name).numpy() for name in ("W_enc", "W_dec", "b_enc")}
     made = {
         "latents": tables.latents_table(counts, store.n_contexts, weights, lens, texts, config),
@@ -157,18 +159,36 @@ def accumulate(
         first, last = store.shard_span(shard)
         selected = np.flatnonzero(store.selected_in_shard(site, rule, shard))
         x = store.read(site, first, last)
-        indices = np.empty((len(selected), sae.config.k), np.int32)
-        values = np.empty((len(selected), sae.config.k), np.float32)
+        batches = []
         for low in range(0, len(selected), config.batch_rows):
-            here = slice(low, low + config.batch_rows)
-            found, value = sae.encode(torch.from_numpy(x[selected[here]]).float())
-            indices[here], values[here] = found.numpy(), value.numpy()
-            on_progress(first + int(selected[here][-1]), store.n_rows)
+            here = selected[low : low + config.batch_rows]
+            found, value = sae.encode(torch.from_numpy(x[here]).float())
+            batches.append((found.numpy(), value.numpy()))
+            on_progress(first + int(here[-1]), store.n_rows)
+        indices, values = stacked(batches)
         length = store.context_length
         tokens = store.tokens(first // length, last // length).reshape(-1)
         documents, _ = store.row_documents(shard)
         counts.add(first, selected, indices, values, tokens, documents)
         on_progress(last, store.n_rows)
+
+
+def stacked(
+    batches: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]],
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Indices and values of batches [rows, w], each with its own w, as one [all rows, widest w].
+
+    Values of 0 fill narrower ones up.
+    """
+    rows = sum(len(values) for _, values in batches)
+    width = max((values.shape[1] for _, values in batches), default=1)
+    indices, values = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.float32)
+    first = 0
+    for found, value in batches:
+        here = slice(first, first + len(found)), slice(0, found.shape[1])
+        indices[here], values[here] = found, value
+        first += len(found)
+    return indices, values
 
 
 def check_fit(store: ActivationStore, sae: SAE, sae_path: Path) -> str:

@@ -52,7 +52,7 @@ def latents_table(
     and kurtosis (3 for a normal distribution) are null where all firings are about the same.
 
     Args:
-        weights: W_enc and W_dec [n_latents, d_in], b_enc [n_latents].
+        weights: W_enc [n_latents, d_in], W_dec [n_latents, d_out], b_enc [n_latents].
     """
     n = counts.n_fire
     fired = np.maximum(n, 1)
@@ -82,11 +82,14 @@ def latents_table(
         columns[f"q{q * 100:g}"] = histogram_quantiles(counts.histogram, q, counts.largest)
     columns |= _token_columns(counts, texts, config)
     norms = {name: np.linalg.norm(weights[name], axis=1) for name in ("W_enc", "W_dec")}
-    dots = np.einsum("nd,nd->n", weights["W_enc"], weights["W_dec"])
+    cosine: Any = pa.nulls(len(n), pa.float32())  # of a transcoder's rows there is none
+    if weights["W_enc"].shape == weights["W_dec"].shape:
+        dots = np.einsum("nd,nd->n", weights["W_enc"], weights["W_dec"])
+        cosine = dots / np.maximum(norms["W_enc"] * norms["W_dec"], 1e-12)
     columns |= {
         "encoder_norm": norms["W_enc"],
         "decoder_norm": norms["W_dec"],
-        "encoder_decoder_cosine": dots / np.maximum(norms["W_enc"] * norms["W_dec"], 1e-12),
+        "encoder_decoder_cosine": cosine,
         "encoder_bias": weights["b_enc"],
     }
     if lens is not None:

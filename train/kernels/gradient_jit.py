@@ -1,4 +1,4 @@
-"""Compiled loops of the training step: sparse decode, gradients by latent, the Adam step.
+"""Compiled loops of the training step: gradients by latent, the Adam step.
 
 Only loops over numpy arrays live here; `train.kernels.cpu` gives them tensors. Every output row
 is written by one thread and every sum runs in one order, so results are the same bits each time.
@@ -13,90 +13,104 @@ import numpy as np
 from train.kernels.selection_jit import FAST, njit, prange
 
 
-@njit(parallel=True, **FAST)
-def decode_rows(indices: Any, values: Any, weight: Any, out: Any) -> None:
-    """out[row] += sum_j values[row, j] weight[indices[row, j]].
-
-    Args:
-        indices: int32 [rows, k]. values: float32 [rows, k]. weight: float32 [n_latents, d_in].
-        out: float32 [rows, d_in], added to.
-    """
-    rows, k = indices.shape
-    d_in = weight.shape[1]
-    for row in prange(rows):
-        target = out[row]
-        for j in range(k):
-            value = values[row, j]
-            if value != 0:
-                w = weight[indices[row, j]]
-                for i in range(d_in):
-                    target[i] += value * w[i]
-
-
 @njit(**FAST)
-def sort_by_latent(indices: Any, values: Any, skip_zero: bool, n_latents: int) -> Any:
+def pairs_by_latent(indices: Any, n_latents: int) -> Any:
     """Counting sort of the pairs (row, slot) by latent, rows in order within a latent.
 
+    Args:
+        indices: int32 [rows, w]; -1 is no pair.
+
     Returns:
-        starts: int64 [n_latents + 1]; rows: int32 [pairs]; sorted values: float32 [pairs].
-        With `skip_zero`, pairs of value zero (cut by ReLU: no gradient) are left out.
+        starts: int64 [n_latents + 1]; places: int64 [pairs], row * w + slot of each.
     """
-    n_rows, k = indices.shape
+    n_rows, width = indices.shape
     starts = np.zeros(n_latents + 1, np.int64)
     for row in range(n_rows):
-        for j in range(k):
-            if not skip_zero or values[row, j] != 0:
+        for j in range(width):
+            if indices[row, j] >= 0:
                 starts[indices[row, j] + 1] += 1
     for latent in range(n_latents):
         starts[latent + 1] += starts[latent]
     cursor = starts[:-1].copy()
-    rows = np.empty(starts[-1], np.int32)
-    kept = np.empty(starts[-1], np.float32)
+    places = np.empty(starts[-1], np.int64)
     for row in range(n_rows):
-        for j in range(k):
-            if not skip_zero or values[row, j] != 0:
-                place = cursor[indices[row, j]]
-                rows[place] = row
-                kept[place] = values[row, j]
-                cursor[indices[row, j]] = place + 1
-    return starts, rows, kept
+        for j in range(width):
+            latent = indices[row, j]
+            if latent >= 0:
+                places[cursor[latent]] = row * width + j
+                cursor[latent] += 1
+    return starts, places
+
+
+@njit(**FAST)
+def _four_slopes(error: Any, rows: Any, w: Any, slopes: Any) -> None:
+    """slopes[j] = error[rows[j]] . w, for four rows."""
+    a, b, c, d = error[rows[0]], error[rows[1]], error[rows[2]], error[rows[3]]
+    sums = (np.float32(0), np.float32(0), np.float32(0), np.float32(0))
+    total_a, total_b, total_c, total_d = sums
+    for i in range(w.shape[0]):
+        total_a += a[i] * w[i]
+        total_b += b[i] * w[i]
+        total_c += c[i] * w[i]
+        total_d += d[i] * w[i]
+    slopes[0], slopes[1], slopes[2], slopes[3] = total_a, total_b, total_c, total_d
+
+
+@njit(**FAST)
+def _add_four(factors: Any, source: Any, rows: Any, out: Any) -> None:
+    """out += sum_j factors[j] source[rows[j]], for four rows."""
+    a, b, c, d = source[rows[0]], source[rows[1]], source[rows[2]], source[rows[3]]
+    p, q, r, s = factors[0], factors[1], factors[2], factors[3]
+    for i in range(out.shape[0]):
+        out[i] += (p * a[i] + q * b[i]) + (r * c[i] + s * d[i])
 
 
 @njit(parallel=True, **FAST)
 def latent_gradients(
     starts: Any,
-    rows: Any,
-    values: Any,
+    places: Any,
     bounds: Any,
+    values: Any,
+    gain: Any,
+    extra: Any,
     error: Any,
     centred: Any,
     weight_dec: Any,
     add: bool,
+    decoder: bool,
     grad_enc: Any,
     grad_dec: Any,
     grad_bias: Any,
     squares: Any,
+    slopes: Any,
 ) -> None:
     """Gradients of one latent's encoder row, decoder row and bias, latent by latent.
 
-    For each pair of latent l: dv = error[row] . W_dec[l]; then dW_dec[l] += v error[row],
-    dW_enc[l] += dv centred[row], db[l] += dv. The decoder gradient loses its part along
-    W_dec[l] (rows have unit norm), which is linear, so parts may be added one after another.
+    For each pair of latent l: s = error[row] . W_dec[l], t = s gain + extra; then
+    dW_dec[l] += v error[row], dW_enc[l] += t centred[row], db[l] += t. The decoder gradient loses
+    its part along W_dec[l] (rows have unit norm), which is linear, so parts may be added one
+    after another.
 
     Args:
-        starts, rows, values: from `sort_by_latent`.
+        starts, places: from `pairs_by_latent`.
         bounds: int64 [parts + 1], latents [bounds[p], bounds[p + 1]) go to part p.
-        error: float32 [batch, d_in], gradient of the loss by the reconstruction.
+        values, gain, extra: float32 [batch, w]; gain and extra may be None: 1 and 0.
+        error: float32 [batch, d_out], gradient of the loss by the reconstruction.
         centred: float32 [batch, d_in], the encoder's input.
-        weight_dec: float32 [n_latents, d_in], unit rows.
+        weight_dec: float32 [n_latents, d_out], unit rows.
         add: add to the gradients and leave other latents alone, or set them all.
-        grad_enc, grad_dec: float32 [n_latents, d_in]; grad_bias: float32 [n_latents].
-        squares: float32 [n_latents], squared norm of the latent's gradients together.
+        decoder: whether pairs give the decoder a gradient.
+        grad_enc: float32 [n_latents, d_in]; grad_dec: float32 [n_latents, d_out].
+        grad_bias: float32 [n_latents].
+        squares: float32 [n_latents], squared norm of the latent's enc and dec together.
+        slopes: float32 [batch, w], s of each pair is written there, or None.
     """
-    d_in = weight_dec.shape[1]
+    width, d_in, d_out = values.shape[1], centred.shape[1], weight_dec.shape[1]
     for part in prange(bounds.shape[0] - 1):
-        new_dec = np.empty(d_in, np.float32)
+        new_dec = np.empty(d_out, np.float32)
         new_enc = np.empty(d_in, np.float32)
+        rows, slots = np.empty(4, np.int64), np.empty(4, np.int64)
+        terms, factors = np.empty(4, np.float32), np.empty(4, np.float32)
         for latent in range(bounds[part], bounds[part + 1]):
             first, last = starts[latent], starts[latent + 1]
             if first == last:
@@ -107,36 +121,69 @@ def latent_gradients(
                     squares[latent] = 0
                 continue
             w = weight_dec[latent]
-            for i in range(d_in):
-                new_dec[i] = 0
-                new_enc[i] = 0
+            new_dec[:] = 0
+            new_enc[:] = 0
             bias = np.float32(0)
-            for pair in range(first, last):
-                e, x, value = error[rows[pair]], centred[rows[pair]], values[pair]
-                slope = np.float32(0)
-                for i in range(d_in):
-                    slope += e[i] * w[i]
-                for i in range(d_in):
-                    new_dec[i] += value * e[i]
-                    new_enc[i] += slope * x[i]
-                bias += slope
+            for pair in range(first, last, 4):
+                for j in range(4):  # beyond the last pair, its row again, times zero
+                    at = places[min(pair + j, last - 1)]
+                    rows[j] = at // width
+                    slots[j] = at - rows[j] * width
+                _four_slopes(error, rows, w, terms)
+                for j in range(4):
+                    there = pair + j < last
+                    row, slot = rows[j], slots[j]
+                    if slopes is not None and there:
+                        slopes[row, slot] = terms[j]
+                    if gain is not None:
+                        terms[j] *= gain[row, slot]
+                    if extra is not None:
+                        terms[j] += extra[row, slot]
+                    if not there:
+                        terms[j] = 0
+                    factors[j] = values[row, slot] if there else np.float32(0)
+                    bias += terms[j]
+                _add_four(terms, centred, rows, new_enc)
+                if decoder:
+                    _add_four(factors, error, rows, new_dec)
             along = np.float32(0)
-            for i in range(d_in):
+            for i in range(d_out):
                 along += new_dec[i] * w[i]
-            for i in range(d_in):
+            for i in range(d_out):
                 new_dec[i] -= along * w[i]
             if add:
-                for i in range(d_in):
+                for i in range(d_out):
                     new_dec[i] += grad_dec[latent, i]
+                for i in range(d_in):
                     new_enc[i] += grad_enc[latent, i]
                 bias += grad_bias[latent]
-            square = bias * bias
+            square = np.float32(0)
+            for i in range(d_out):
+                square += new_dec[i] * new_dec[i]
             for i in range(d_in):
-                square += new_dec[i] * new_dec[i] + new_enc[i] * new_enc[i]
+                square += new_enc[i] * new_enc[i]
             grad_dec[latent, :] = new_dec
             grad_enc[latent, :] = new_enc
             grad_bias[latent] = bias
             squares[latent] = square
+
+
+@njit(**FAST)
+def count_live(indices: Any, values: Any, gain: Any, counts: Any) -> None:
+    """counts[latent] += pairs that have a value or a gain; counts int64 [n_latents]."""
+    for row in range(indices.shape[0]):
+        for j in range(indices.shape[1]):
+            if indices[row, j] >= 0 and (values[row, j] != 0 or gain[row, j] != 0):
+                counts[indices[row, j]] += 1
+
+
+@njit(**FAST)
+def add_by_latent(indices: Any, terms: Any, sums: Any) -> None:
+    """sums[latent] += terms of its pairs, row by row; sums float64 [n_latents]."""
+    for row in range(indices.shape[0]):
+        for j in range(indices.shape[1]):
+            if indices[row, j] >= 0:
+                sums[indices[row, j]] += terms[row, j]
 
 
 @njit(**FAST)

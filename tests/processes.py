@@ -1,0 +1,98 @@
+"""Real processes that train together over gloo, for tests: a few, with one thread each."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from contextlib import closing
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numba
+import torch
+import torch.distributed as dist
+
+CPU = torch.device("cpu")
+# A fresh interpreter would import torch for every process; forking this one, which has threads,
+# is not safe. The server has imported everything and has run nothing.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.processes", "train.trainer", "train.distributed"])
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _main(
+    work: Callable[..., Any],
+    rank: int,
+    world: int,
+    port: int,
+    timeout: timedelta,
+    answer: Connection,
+    arguments: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(1)
+    numba.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
+    )
+    try:
+        answer.send((True, work(*arguments)))
+    except Exception as error:
+        answer.send((False, error))
+    # dist.destroy_process_group() would wait for peers that a test has killed
+    answer.close()
+    os._exit(0)
+
+
+def start(
+    work: Callable[..., Any],
+    world: int,
+    *arguments: Any,
+    timeout: timedelta = timedelta(minutes=2),
+) -> list[tuple[Any, Connection]]:
+    """`work(*arguments)` in each of so many processes of one group: processes, and answers."""
+    port, started = free_port(), []
+    for rank in range(world):
+        ours, theirs = SERVER.Pipe(duplex=False)
+        process = SERVER.Process(
+            target=_main,
+            args=(work, rank, world, port, timeout, theirs, arguments),
+            daemon=True,
+        )
+        process.start()
+        theirs.close()
+        started.append((process, ours))
+    return started
+
+
+def answers(started: list[tuple[Any, Connection]]) -> list[Any]:
+    """What each process returned or raised; None of one that was killed."""
+    found: list[Any] = []
+    for process, answer in started:
+        try:
+            found.append(answer.recv()[1])
+        except EOFError:
+            found.append(None)
+        process.join(30)
+    return found
+
+
+def together(work: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
+    """What `work(*arguments)` returns in each of so many processes; its error is raised here."""
+    found = answers(start(work, world, *arguments))
+    for answer in found:
+        if isinstance(answer, Exception):
+            raise answer
+    return found

@@ -1,0 +1,78 @@
+"""`train-sae scaling`: laws of a sweep, as a table, a file of fits and plots."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from store.console import output
+from store.errors import InputError
+
+
+@click.command()
+@click.argument(
+    "sweep", metavar="SWEEP_DIR", type=click.Path(path_type=Path, exists=True, file_okay=False)
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Folder for scaling.parquet, fits.json and the plots.",
+)
+@click.option("--plots/--no-plots", default=True, show_default=True, help="Draw the laws as PNG.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of the bootstrap behind the intervals.",
+)
+def scaling(sweep: Path, out: Path, plots: bool, seed: int) -> None:
+    """Fit scaling laws, L(n), L(n, k) and L(C), to the runs of a sweep.
+
+    \b
+    train-sae scaling runs/scaling --out runs/scaling-laws
+    """
+    if plots and find_spec("matplotlib") is None:
+        raise InputError(
+            "Plots are drawn with matplotlib, which is not installed; "
+            "pip install 'sae-harvest[plots]', or give --no-plots."
+        )
+    from train.scaling import analyse, fits, write
+    from train.scaling_points import read_sweep
+
+    found = analyse(read_sweep(sweep), seed=seed)
+    write(found, out)
+    content = fits(found)
+    output().print(_table(content))
+    for law, reason in found.left_out.items():
+        output().print(f"{law} is left out: {reason}.", soft_wrap=True)
+    for doubt in found.doubts:
+        output().print(f"Doubtful: {doubt}.", soft_wrap=True)
+    if plots:
+        from train.scaling_plots import plot
+
+        for path in plot(found, out):
+            output().print(str(path), soft_wrap=True)
+
+
+def _table(content: dict[str, Any]) -> Table:
+    """The laws with their parameters and intervals."""
+    level = content["laws"][0]["level"]
+    table = Table("law", "k", "parameter", "value", f"{level:.0%} interval", "R²", box=None)
+    for law in content["laws"]:
+        first = (law["law"], "all" if law["k"] is None else str(law["k"]))
+        for name, numbers in law["parameters"].items():
+            table.add_row(
+                *first,
+                name,
+                f"{numbers['value']:.4g}",
+                f"{numbers['low']:.4g} to {numbers['high']:.4g}",
+                f"{law['r2']:.4f}" if first[0] else "",
+            )
+            first = ("", "")
+    return table

@@ -1,0 +1,79 @@
+"""SAEs in the formats of other packages: one module each, with `read` and `write`.
+
+    openai               a .pt file of OpenAI's sparse_autoencoder
+    saelens              a folder of SAELens, version 6
+    sparsify             a folder of EleutherAI's sparsify (eai-sparsify)
+    dictionary_learning  a folder of dictionary_learning, ae.pt and config.json
+
+What a format cannot hold is folded into the weights where that is exact, and refused otherwise.
+Latents keep their values: what was said about a latent holds for the exported file.
+`docs/formats.md` has the table.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+from store.errors import InputError
+
+if TYPE_CHECKING:
+    from train.formats.reading import Origin
+    from train.sae import SAE
+
+FORMATS = ("openai", "saelens", "sparsify", "dictionary_learning")
+
+
+class Format(Protocol):
+    """What a module of this package offers."""
+
+    def read(self, path: Path, given: Origin) -> SAE:
+        """The SAE at the path. Raises InputError if it is none, or one that SAE cannot be."""
+
+    def write(self, sae: SAE, path: Path) -> None:
+        """Writes the file or folder. Raises InputError if the format cannot hold the SAE."""
+
+
+def format_named(name: str) -> Format:
+    """The module of a format. Raises InputError, naming the formats there are."""
+    if name not in FORMATS:
+        raise InputError(f"There is no format {name!r}; choose one of {', '.join(FORMATS)}.")
+    return cast(Format, import_module(f"train.formats.{name}"))
+
+
+def export_sae(folder: Path, name: str, out: Path) -> SAE:
+    """Writes the SAE of a folder in another package's format, where nothing is yet.
+
+    Raises:
+        InputError: the folder holds no SAE, the format cannot hold it, or `out` exists.
+    """
+    from train.sae import SAE
+
+    peer = format_named(name)
+    sae = SAE.load(folder)
+    _must_be_free(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    peer.write(sae, out)
+    return sae
+
+
+def import_sae(name: str, path: Path, out: Path, given: Origin) -> SAE:
+    """Saves the SAE that another package has written as ours, where nothing is yet.
+
+    Raises:
+        InputError: the path holds no SAE of the format, or one that ours cannot be, or `out`
+            exists. RunError: a file is missing or damaged.
+    """
+    peer = format_named(name)
+    _must_be_free(out)
+    sae = peer.read(path, given)
+    sae.save(out)
+    return sae
+
+
+def _must_be_free(out: Path) -> None:
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists():
+        raise InputError(f"{out} exists and would be overwritten; give another --out.")

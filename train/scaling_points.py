@@ -1,0 +1,172 @@
+"""Reading a sweep: one point per finished run, and the curve each run took.
+
+A sweep is a folder of run folders, each with run.json, evaluation.json and metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from store.errors import InputError, RunError
+from train.config import TrainConfig
+from train.costs import step_flops
+from train.files import read_json
+from train.folder import EVALUATION_FILE, FAILED_FILE, METRICS_FILE, RUN_FILE
+from train.sae import CONFIG_FILE, SAEConfig
+from train.scaling_laws import Array
+
+REMEDY = "train it again or move it away"
+# what may differ between the runs of one law
+FREE = {"n_latents", "k", "seed", "order_seed", "lr", "checkpoint_every", "matryoshka"}
+NAMED = 5  # folders named in an error
+
+
+@dataclass(frozen=True)
+class RunPoint:
+    """One finished run.
+
+    name: of its folder; fvu: held-out, outliers left out; l0: active latents per row there;
+    flops: of the whole training, AuxK left out; tokens: rows trained on; curve_tokens, curve_fvu:
+    [steps], rows seen and the FVU of each training batch before its step.
+    """
+
+    name: str
+    n_latents: int
+    k: int
+    seed: int
+    lr: float
+    tokens: int
+    flops: float
+    fvu: float
+    l0: float
+    curve_tokens: Array
+    curve_fvu: Array
+
+    @property
+    def flops_per_token(self) -> float:
+        return self.flops / self.tokens
+
+
+def read_sweep(folder: Path) -> list[RunPoint]:
+    """The runs of a sweep, by n_latents, k and seed.
+
+    Raises:
+        InputError: no runs, failed or unfinished ones, or runs that no one law describes.
+        RunError: a run's files are damaged.
+    """
+    places = sorted(path.parent for path in folder.glob(f"*/{RUN_FILE}"))
+    if not places:
+        raise InputError(
+            f"{folder} holds no runs (no */{RUN_FILE}); give the --out folder of `train-sae sweep`."
+        )
+    failed = [place.name for place in places if (place / FAILED_FILE).exists()]
+    if failed:
+        raise InputError(
+            f"{len(failed)} of the {len(places)} runs in {folder} failed ({_some(failed)}; see "
+            f"their {FAILED_FILE}); move them away, or train them with other settings."
+        )
+    unfinished = [place.name for place in places if not (place / EVALUATION_FILE).exists()]
+    if unfinished:
+        raise InputError(
+            f"{len(unfinished)} of the {len(places)} runs in {folder} are unfinished "
+            f"({_some(unfinished)}); run the same `train-sae sweep` again to finish them."
+        )
+    runs = {place: read_json(place / RUN_FILE, f"Run {place}", REMEDY) for place in places}
+    configs = {place: _config(place, run) for place, run in runs.items()}
+    _check_alike(runs, configs)
+    points = [_point(place, configs[place]) for place in places]
+    return sorted(points, key=lambda p: (p.n_latents, p.k, p.seed, p.lr))
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def _config(place: Path, run: Any) -> TrainConfig:
+    try:
+        return TrainConfig.model_validate(run["config"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except (KeyError, TypeError):
+        reason = "it has no config"
+    raise RunError(f"{place / RUN_FILE} is not of a training run ({reason}); {REMEDY}.")
+
+
+def _check_alike(runs: dict[Path, Any], configs: dict[Path, TrainConfig]) -> None:
+    """Same store, site and settings, apart from what a law is a law of."""
+    fields = {
+        "site": [run.get("site") for run in runs.values()],
+        "store": [run.get("store_digest") for run in runs.values()],
+        **{
+            name: [getattr(config, name) for config in configs.values()]
+            for name in TrainConfig.model_fields
+            if name not in FREE
+        },
+    }
+    names = [place.name for place in runs]
+    for field, values in fields.items():
+        for name, value in zip(names, values, strict=True):
+            if value != values[0]:
+                raise InputError(
+                    f"Runs {names[0]} and {name} differ in {field} ({values[0]} and {value}), so "
+                    "no one law describes them; keep runs to compare in one folder and move the "
+                    "others away."
+                )
+    without = [place.name for place, config in configs.items() if config.k is None]
+    if without:
+        raise InputError(
+            f"Scaling laws are at a fixed number of active latents, and {_some(without)} has no k "
+            f"(activation {next(iter(configs.values())).activation}); sweep topk, batchtopk, "
+            "jumprelu or relu_kl."
+        )
+
+
+def _point(place: Path, config: TrainConfig) -> RunPoint:
+    evaluation = read_json(place / EVALUATION_FILE, f"Run {place}", REMEDY)
+    sae = read_json(place / CONFIG_FILE, f"Run {place}", REMEDY)
+    try:
+        shape = SAEConfig.model_validate(sae)
+        held_out = evaluation["without_outliers"]
+        fvu, l0 = float(held_out["fvu"]), float(held_out["l0"])
+    except (ValidationError, KeyError, TypeError):
+        raise RunError(
+            f"{place} has no held-out FVU in {EVALUATION_FILE}, or no {CONFIG_FILE} of an SAE; "
+            f"{REMEDY}."
+        ) from None
+    tokens, curve = _curve(place)
+    assert config.k is not None  # _check_alike
+    return RunPoint(
+        name=place.name,
+        n_latents=config.n_latents,
+        k=config.k,
+        seed=config.seed,
+        lr=config.learning_rate,
+        tokens=config.steps * config.batch_rows,
+        flops=config.steps * step_flops(config, shape.d_in, shape.d_out),
+        fvu=fvu,
+        l0=l0,
+        curve_tokens=tokens,
+        curve_fvu=curve,
+    )
+
+
+def _curve(place: Path) -> tuple[Array, Array]:
+    """Rows seen and FVU of each step."""
+    path = place / METRICS_FILE
+    try:
+        with path.open(encoding="utf-8") as lines:
+            found: Iterable[Any] = [json.loads(line) for line in lines]
+        pairs = [(float(line["tokens"]), float(line["fvu"])) for line in found]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunError(f"{path} cannot be read as metrics of a run; {REMEDY}.") from None
+    table = np.array(pairs).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
