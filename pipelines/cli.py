@@ -6,16 +6,20 @@ from pathlib import Path
 
 import click
 
-from store.console import Commands, output
+from store.console import output
+from train.cli import stopped, stopped_code_option
+from train.job import Job, JobCommands
+from train.yamlfile import read_value
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=JobCommands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sae-harvest")
 def main() -> None:
     """Harvest, train, build tables, measure.
 
     \b
     sae-pipeline demo
+    sae-pipeline run gpt2-small --out runs/gpt2-small
     """
 
 
@@ -45,3 +49,60 @@ def demo(out: Path, workers: int) -> None:
     from pipelines.demo import run_demo
 
     run_demo(out, workers, output())
+
+
+@main.command(cls=Job)
+@click.argument("recipe")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder for stores and SAEs."
+)
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Another value for a key of the recipe, harvest.tokens=1e6 say; may be repeated.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    default=1,
+    show_default=True,
+    help="Ray workers that harvest; 0 harvests in this process without Ray.",
+)
+@click.option("--address", help="Ray cluster to harvest on: auto, or HOST:PORT.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@stopped_code_option
+def run(
+    recipe: str,
+    out: Path,
+    changes: tuple[str, ...],
+    workers: int,
+    address: str | None,
+    device: str,
+    stopped_code: int,
+) -> None:
+    """Harvest layers of a model and train a sweep of SAEs on each site.
+
+    RECIPE is a YAML file, or the name of one that comes with the package: gpt2-small.
+
+    \b
+    sae-pipeline run gpt2-small --out runs/gpt2-small
+    sae-pipeline run gpt2-small --out runs/one-layer --set layers=[8]
+    """
+    from harvest.run import Means
+    from pipelines.recipe import SUITE_FILE, read_recipe, run_recipe, suite_table
+
+    found = read_recipe(recipe, dict(map(_change, changes)))
+    signal = run_recipe(found, out, Means(workers, device, address), output().print)
+    if signal is not None:
+        stopped(f"Stopped, saved in {out}", signal, stopped_code)
+    output().print(suite_table(out))
+    output().print(f"Table: {out / SUITE_FILE}", soft_wrap=True)
+
+
+def _change(text: str) -> tuple[str, object]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise click.UsageError(f"--set {text}: expected KEY=VALUE, harvest.tokens=1e6 say.")
+    return key, read_value(value)

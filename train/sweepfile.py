@@ -45,31 +45,36 @@ class Sweep:
 
 
 def read_sweep_file(path: Path, options: Mapping[str, Any]) -> Sweep:
-    """The sweep of a file.
+    """The sweep of a YAML file; as `parse_sweep`."""
+    return parse_sweep(read_yaml(path), str(path), options)
+
+
+def parse_sweep(found: Mapping[str, Any], where: str, options: Mapping[str, Any]) -> Sweep:
+    """The sweep that a file's content describes.
 
     Args:
-        path: of the YAML file.
+        found: the content.
+        where: what to call it in errors.
         options: store, out, site and device that were typed; they win over the file.
 
     Raises:
-        click.UsageError: the file is not a sweep; names the file, the member and the key.
+        click.UsageError: it is not a sweep; names the file, the member and the key.
     """
-    found = read_yaml(path)
     shared = {key: value for key, value in found.items() if key not in (GRID, RUNS)}
-    places = Source(shared, str(path), options).places()
+    places = Source(shared, where, options).places()
     shared = {key: value for key, value in shared.items() if key not in Places.model_fields}
-    variants = list(_variants(found, path))
-    names = _names(variants, path)
+    variants = list(_variants(found, where))
+    names = _names(variants, where)
     members = {
-        name: Source({**shared, **variant}, f"{path}, member {name}", {}).config()
+        name: Source({**shared, **variant}, f"{where}, member {name}", {}).config()
         for name, (_, variant) in zip(names, variants, strict=True)
     }
     members = _one_order(members, shared)
-    _check(members, path)
+    _check(members, where)
     return Sweep(places, members)
 
 
-def _variants(found: dict[str, Any], path: Path) -> Iterator[tuple[str | None, dict[str, Any]]]:
+def _variants(found: Mapping[str, Any], file: str) -> Iterator[tuple[str | None, dict[str, Any]]]:
     """The name, if it has one, and the values of each member that tell it apart."""
     grid, runs = found.get(GRID), found.get(RUNS)
     if grid is not None:
@@ -77,52 +82,52 @@ def _variants(found: dict[str, Any], path: Path) -> Iterator[tuple[str | None, d
             isinstance(values, list) and values for values in grid.values()
         ):
             raise click.UsageError(
-                f"{path}: {GRID} should hold lines like `k: [16, 32]`, a name and a list."
+                f"{file}: {GRID} should hold lines like `k: [16, 32]`, a name and a list."
             )
-        _check_keys(grid, GRID, path)
+        _check_keys(grid, GRID, file)
         for values in itertools.product(*grid.values()):
             yield None, dict(zip(grid, values, strict=True))
     if runs is not None:
         if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
             raise click.UsageError(
-                f"{path}: {RUNS} should be a list of lines like `- {{k: 16, n_latents: 4096}}`."
+                f"{file}: {RUNS} should be a list of lines like `- {{k: 16, n_latents: 4096}}`."
             )
         for run in runs:
-            _check_keys({key: run[key] for key in run if key != NAME}, RUNS, path)
+            _check_keys({key: run[key] for key in run if key != NAME}, RUNS, file)
             name = run.get(NAME)
             if name is not None and not re.fullmatch(r"\w[\w=,.+-]*", str(name)):
                 raise click.UsageError(
-                    f"{path}: {name!r} cannot name a folder; use letters, digits and =,.+-_ only."
+                    f"{file}: {name!r} cannot name a folder; use letters, digits and =,.+-_ only."
                 )
             yield name and str(name), {key: value for key, value in run.items() if key != NAME}
     if grid is None and not runs:
         yield ONLY, {}
 
 
-def _check_keys(values: Mapping[Any, Any], where: str, path: Path) -> None:
+def _check_keys(values: Mapping[Any, Any], where: str, file: str) -> None:
     """Keys of a grid or a run are settings of one member."""
     for key in values:
         if key in Places.model_fields or key in SHARED:
             raise click.UsageError(
-                f"{path}: {key} is the same for all members of a sweep, which read one stream of "
+                f"{file}: {key} is the same for all members of a sweep, which read one stream of "
                 f"batches; take it out of {where}, or make two sweeps."
             )
         if key not in KEYS:
-            Source({key: None}, f"{path}, {where},", {})
+            Source({key: None}, f"{file}, {where},", {})
 
 
-def _names(variants: list[tuple[str | None, dict[str, Any]]], path: Path) -> list[str]:
+def _names(variants: list[tuple[str | None, dict[str, Any]]], file: str) -> list[str]:
     """Names of folders: given ones, else the values that tell a member apart."""
     names = [name or _spelled(values) for name, values in variants]
     for name, count in Counter(names).items():
         if count > 1:
             raise click.UsageError(
-                f"{path}: {count} members are called {name}; members have to differ, or be given "
+                f"{file}: {count} members are called {name}; members have to differ, or be given "
                 "names."
             )
         if len(name) > LONGEST_NAME:
             raise click.UsageError(
-                f"{path}: {name} is too long to name a folder; list the members under {RUNS} and "
+                f"{file}: {name} is too long to name a folder; list the members under {RUNS} and "
                 f"give each a {NAME}."
             )
     return names
@@ -153,12 +158,12 @@ def _one_order(
     }
 
 
-def _check(members: dict[str, TrainConfig], path: Path) -> None:
+def _check(members: dict[str, TrainConfig], file: str) -> None:
     """Different names, different configurations."""
     seen: dict[str, str] = {}
     for name, config in members.items():
         other = seen.setdefault(config.model_dump_json(), name)
         if other != name:
             raise click.UsageError(
-                f"{path}: members {other} and {name} are the same run; take one out."
+                f"{file}: members {other} and {name} are the same run; take one out."
             )

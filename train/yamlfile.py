@@ -52,6 +52,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return found
 
 
+def read_value(text: str) -> Any:
+    """A value as a file would have it: `1e-3` is a number, `[1, 2]` a list.
+
+    Raises:
+        click.UsageError: it is not YAML.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise click.UsageError(f"{text!r} is not YAML: {_where(error)}.") from None
+
+
 def _where(error: yaml.YAMLError) -> str:
     """What the parser says, and where, in one line."""
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]

@@ -1,0 +1,254 @@
+"""A recipe: harvest several sites of several layers of a model and train a sweep on each.
+
+    OUT/recipe.json               what was asked, so that another recipe is refused
+    OUT/layer.8/store             one layer's activations; removed when its SAEs are finished
+    OUT/resid_post.8/<member>/    as of `train-sae run`; OUT/resid_post.8 is a sweep's folder
+    OUT/suite.parquet             one row per finished SAE: site, settings, figures, folder
+
+Layers are worked on one after the other, so that only one layer's activations need room.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from rich.table import Table
+
+from harvest.cli import harvest_with_bar
+from harvest.config import HarvestConfig
+from harvest.models import load_config, resolve_model
+from harvest.run import Means
+from harvest.sites import SITE_KINDS
+from store.errors import InputError, RunError
+from store.objects import make_folder
+from train.cli import sweep_with_bar
+from train.folder import finished_evaluation
+from train.sweepfile import Sweep, parse_sweep
+from train.yamlfile import read_yaml
+
+RECIPE_FILE, SUITE_FILE, STORE = "recipe.json", "suite.parquet", "store"
+FIGURES = ("fvu", "l0", "dead_share")
+
+Announce = Callable[[str], None]
+
+
+class Recipe(BaseModel):
+    """What to harvest, and what to train on each site of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    harvest: dict[str, Any] = Field(
+        description="fields of HarvestConfig, all but sites: model, corpus, tokens, …"
+    )
+    layers: Literal["all"] | tuple[int, ...] = Field(
+        description="all, or a list of layer numbers, from 0"
+    )
+    sites: tuple[str, ...] = Field(
+        min_length=1, description="kinds of site, harvested together in one pass per layer"
+    )
+    train: dict[str, Any] = Field(
+        description="a sweep's file without its places, trained on each site"
+    )
+    keep_stores: bool = Field(
+        False, description="whether a layer's store stays when its SAEs are finished"
+    )
+
+    @field_validator("harvest")
+    @classmethod
+    def _without_sites(cls, harvest: dict[str, Any]) -> dict[str, Any]:
+        if "sites" in harvest:
+            raise ValueError("sites belong beside layers, not into harvest")
+        return harvest
+
+    @field_validator("sites")
+    @classmethod
+    def _known(cls, sites: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := [site for site in sites if site not in SITE_KINDS]:
+            raise ValueError(f"no site {', '.join(unknown)}; there are {', '.join(SITE_KINDS)}")
+        return sites
+
+    def harvest_config(self, layer: int) -> HarvestConfig:
+        """The harvest of one layer."""
+        return HarvestConfig(**self.harvest, sites=tuple(f"{s}.{layer}" for s in self.sites))
+
+
+def packaged_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = files("pipelines") / "recipes"
+    return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir())
+
+
+def read_recipe(name: str, changes: Mapping[str, Any]) -> Recipe:
+    """A recipe of the package by its name, or of a file, with some of its values changed.
+
+    Args:
+        name: `gpt2-small`, or the path of a YAML file.
+        changes: values by their path, `harvest.model` or `train.grid.n_latents`.
+
+    Raises:
+        InputError: there is no such recipe, or it is none; names the key.
+    """
+    path = Path(name)
+    if not path.is_file():
+        path = Path(str(files("pipelines") / "recipes" / f"{name}.yaml"))
+    if not path.is_file():
+        raise InputError(
+            f"There is no recipe {name}: got neither a file nor one of "
+            f"{', '.join(packaged_recipes())}."
+        )
+    content = read_yaml(path)
+    for key, value in changes.items():
+        _set(content, key.split("."), value)
+    above = ""
+    try:
+        recipe = Recipe.model_validate(content)
+        above = "harvest."
+        recipe.harvest_config(0)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = above + ".".join(map(str, first["loc"]))
+        raise InputError(f"{path} is not a recipe: {where}: {first['msg']}.") from None
+    _sweep(recipe, Path(), "resid_post.0", "auto")
+    return recipe
+
+
+def run_recipe(
+    recipe: Recipe, out: Path, means: Means, announce: Announce = lambda text: None
+) -> int | None:
+    """Harvests and trains everything that is not finished yet, and writes the suite's table.
+
+    Returns:
+        The signal that stopped it between two steps of training; None if all is finished.
+
+    Raises:
+        SaeHarvestError: of any step; the same call continues.
+        RunError: `out` holds another recipe, or a member of a sweep failed.
+    """
+    make_folder(out.resolve())
+    _claim(out, recipe)
+    layers = _layers(recipe)
+    for number, layer in enumerate(layers, 1):
+        sweeps = [_sweep(recipe, out, f"{kind}.{layer}", means.device) for kind in recipe.sites]
+        left = [sweep for sweep in sweeps if not _finished(sweep)]
+        if left:
+            sites = ", ".join(str(sweep.places.site) for sweep in left)
+            announce(f"Layer {layer}, {number} of {len(layers)}: {sites}")
+            harvest_with_bar(recipe.harvest_config(layer), left[0].places.store, means)
+        for sweep in left:
+            signal = _train(sweep)
+            if signal is not None:
+                return signal
+        if not recipe.keep_stores and (out / f"layer.{layer}").is_dir():
+            shutil.rmtree(out / f"layer.{layer}")
+        _write_suite(out, layers[:number], recipe)
+    return None
+
+
+def _train(sweep: Sweep) -> int | None:
+    """Trains all members; the signal that stopped it. `RunError` if one failed."""
+    folder = Path(sweep.places.out)
+    result = sweep_with_bar(sweep, folder)
+    if result.failed:
+        raise RunError(
+            f"Training in {folder} failed for {', '.join(result.failed)}; the failed.json of each "
+            "says why."
+        )
+    return result.signal
+
+
+def _layers(recipe: Recipe) -> tuple[int, ...]:
+    """The layers' numbers; those of the model for `all`."""
+    if recipe.layers != "all":
+        return recipe.layers
+    config = recipe.harvest_config(0)
+    model = load_config(resolve_model(config.model, config.model_revision))
+    return tuple(range(model.num_hidden_layers))
+
+
+def _sweep(recipe: Recipe, out: Path, site: str, device: str) -> Sweep:
+    """What is trained on a site, and where."""
+    layer = site.rpartition(".")[2]
+    places = {
+        "store": str(out / f"layer.{layer}" / STORE),
+        "out": str(out / site),
+        "site": site,
+        "device": device,
+    }
+    return parse_sweep(recipe.train, "train of the recipe", places)
+
+
+def _finished(sweep: Sweep) -> bool:
+    folder = Path(sweep.places.out)
+    return all(finished_evaluation(folder / name) is not None for name in sweep.members)
+
+
+def _claim(out: Path, recipe: Recipe) -> None:
+    """Makes `out` this recipe's folder; `RunError` if it is another's."""
+    path, wanted = out / RECIPE_FILE, recipe.model_dump(mode="json")
+    if not path.exists():
+        if any(out.iterdir()):
+            raise RunError(f"{out} holds other files and no {RECIPE_FILE}; choose another --out.")
+        path.write_text(json.dumps(wanted, indent=2) + "\n")
+    found = json.loads(path.read_text())
+    if differing := [name for name in wanted if found.get(name) != wanted[name]]:
+        raise RunError(
+            f"{out} holds another recipe; differing: {', '.join(differing)}. Choose another --out."
+        )
+
+
+def _write_suite(out: Path, layers: tuple[int, ...], recipe: Recipe) -> None:
+    rows = list(_rows(out, layers, recipe))
+    pq.write_table(pa.Table.from_pylist(rows), out / SUITE_FILE)
+
+
+def _rows(out: Path, layers: tuple[int, ...], recipe: Recipe) -> Iterator[dict[str, Any]]:
+    """One row per SAE; figures are of held-out rows without outliers."""
+    for site in (f"{kind}.{layer}" for layer in layers for kind in recipe.sites):
+        for name, config in _sweep(recipe, out, site, "auto").members.items():
+            evaluation = finished_evaluation(out / site / name)
+            if evaluation is None:
+                continue
+            figures = evaluation["without_outliers"]
+            yield {
+                "site": site,
+                "activation": config.activation,
+                "n_latents": config.n_latents,
+                "k": config.k,
+                "seed": config.seed,
+                "tokens": config.tokens,
+                **{figure: figures[figure] for figure in FIGURES},
+                "heldout_rows": figures["rows"],
+                "folder": f"{site}/{name}",
+            }
+
+
+def _set(content: dict[str, Any], path: list[str], value: Any) -> None:
+    """Sets a value of nested mappings; `InputError` if its path leads through something else."""
+    for depth, key in enumerate(path[:-1]):
+        content = content.setdefault(key, {})
+        if not isinstance(content, dict):
+            raise InputError(f"{'.'.join(path[: depth + 1])} of the recipe holds no further keys.")
+    content[path[-1]] = value
+
+
+def suite_table(out: Path) -> Table:
+    """What `suite.parquet` holds, for the terminal."""
+    table = Table("site", "latents", "k", "FVU", "L0", "never fired", box=None)
+    for row in pq.read_table(out / SUITE_FILE).to_pylist():
+        table.add_row(
+            row["site"],
+            f"{row['n_latents']:,}",
+            "-" if row["k"] is None else str(row["k"]),
+            f"{row['fvu']:.4f}",
+            f"{row['l0']:.1f}",
+            f"{row['dead_share']:.1%}",
+        )
+    return table
