@@ -31,6 +31,7 @@ from train.step import Workspace, train_step
 
 D_IN, N_LATENTS, K, BATCH_ROWS = 768, 24_576, 32, 4096
 ROUNDS = 12
+SOME_DEAD = 2000  # a second table says what AuxK costs then
 GOAL, FLOOR = 1.4, 2.0
 PEER = Path(__file__).parents[1] / ".venv-peers" / "sparsify" / "bin" / "python"
 PEER_STEPS = 6
@@ -55,7 +56,7 @@ class _Timed:
         return timed
 
 
-def time_step(device: str = "cpu", rounds: int = ROUNDS) -> dict[str, Any]:
+def time_step(device: str = "cpu", rounds: int = ROUNDS, n_dead: int = 0) -> dict[str, Any]:
     """Seconds a step and seconds of the product, medians over rounds, and their ratio.
 
     Returns:
@@ -70,6 +71,7 @@ def time_step(device: str = "cpu", rounds: int = ROUNDS) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(BATCH_ROWS, D_IN, generator=generator).to(where)
     dead = torch.zeros(N_LATENTS, dtype=torch.bool, device=where)
+    dead[torch.randperm(N_LATENTS, generator=generator)[:n_dead]] = True
     low_x, low_w = x.bfloat16(), sae.W_enc.bfloat16()
     scores = torch.empty(BATCH_ROWS, N_LATENTS, dtype=torch.bfloat16, device=where)
     timed = _Timed(sae.kernels)
@@ -146,13 +148,14 @@ def _per_step(seconds: list[float], rounds: int) -> list[float]:
 
 
 def main() -> None:
-    result = time_step()
-    table = Table("part of a step", "ms", "of the product", box=None)
-    for name, seconds in result["parts"].items():
-        table.add_row(name, f"{1e3 * seconds:.1f}", f"{seconds / result['limit']:.2f}")
-    table.add_row("step", f"{1e3 * result['value']:.1f}", f"{result['ratio']:.2f}")
-    table.add_row("bf16 product", f"{1e3 * result['limit']:.1f}", "1.00")
-    output().print(table)
+    for n_dead in (0, SOME_DEAD):
+        result = time_step(n_dead=n_dead)
+        table = Table(f"{n_dead:,} dead latents", "ms", "of the product", box=None)
+        for name, seconds in result["parts"].items():
+            table.add_row(name, f"{1e3 * seconds:.1f}", f"{seconds / result['limit']:.2f}")
+        table.add_row("step", f"{1e3 * result['value']:.1f}", f"{result['ratio']:.2f}")
+        table.add_row("bf16 product", f"{1e3 * result['limit']:.1f}", "1.00")
+        output().print(table)
     output().print(f"goal {GOAL}, floor {FLOOR}")
 
 

@@ -103,6 +103,7 @@ def assert_equal(found, config, parallel, weights=1e-5):
     return lines
 
 
+@pytest.mark.slow
 @every_way
 def test_fifty_steps_end_with_the_weights_of_one_process(parallel, world):
     config = config_of(steps=STEPS, k=4)
@@ -113,6 +114,7 @@ def test_fifty_steps_end_with_the_weights_of_one_process(parallel, world):
     assert max(dead) > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("parallel", "world"), [("data", 2), ("latents", 3)])
 def test_every_objective_takes_the_steps_of_one_process(parallel, world):
     configs = [config_of(steps=4, **fields) for fields in OBJECTIVES.values()]

@@ -100,12 +100,14 @@ class Command:
         found.pop(self.process.pid, None)
         return {pid: line for pid, line in found.items() if line}
 
-    def left_behind(self) -> dict[int, str]:
-        """Its processes that are still there some time after its end."""
+    def left_behind(self, but: str = "nothing") -> dict[int, str]:
+        """Its processes that are still there some time after its end, but for those named so."""
         limit = time.monotonic() + 20
-        while (found := self.processes()) and time.monotonic() < limit:
+        while True:
+            found = {pid: line for pid, line in self.processes().items() if but not in line}
+            if not found or time.monotonic() > limit:
+                return found
             time.sleep(0.1)
-        return found
 
 
 def assert_equal(out: Path, expected: Path) -> None:
@@ -152,7 +154,8 @@ def test_a_run_on_workers_stopped_killed_and_continued_is_the_run_of_one_process
     command.wait_for_steps(max(saved_steps(out)) + 10)
     command.process.kill()
     command.end()
-    assert command.left_behind() == {}
+    # Ray's own agents try for minutes to tell of it; what works and what writes is gone
+    assert command.left_behind("Agent") == {}
 
     command = Command(store_path, out)
     code, said = command.end()

@@ -167,7 +167,7 @@ def test_what_is_not_finite_is_chosen_and_seen(kernels, harm):
     rows = [2] if "row" in harm else range(6)
     low = kernels.low_precision(weight)
     chosen = kernels.choose(x, low, bias, 10)
-    _, values = kernels.exact(x, weight, bias, chosen.sort(dim=1).values, 8, relu=False)
+    _, values = kernels.exact(x, weight, bias, chosen.sort(dim=1).values, 8, relu=True)
     above = kernels.choose_above(x, low, bias, torch.full((300,), 5.0))
     pi = kernels.preactivations(x, weight, bias, above)
     for row in range(6):

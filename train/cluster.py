@@ -7,7 +7,7 @@ machines have to share:
     OUT/.driver-<number>.tmp   made before the workers start; each of them has to see it
     OUT/.stop-<number>.tmp     made when the command is asked to stop
     OUT/metrics.jsonl          how far the run is
-    OUT/.ray.tmp               what Ray Train writes for itself; removed at the end
+    OUT/.ray-<number>.tmp      what Ray Train writes for itself; removed at the end
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from train.files import read_json
 from train.folder import EVALUATION_FILE, METRICS_FILE
 from train.interrupt import Interruption
 from train.job import may_pass
-from train.trainer import Report, RunResult, silent, train
+from train.trainer import Report, RunResult, explained, silent, train
 
 POLL_SECONDS = 0.2
 TAIL_BYTES = 4096  # more than a line of metrics
@@ -90,6 +90,10 @@ class Assignment:
     def stop(self) -> Path:
         return Path(self.out) / f".stop-{self.number}.tmp"
 
+    @property
+    def ray_folder(self) -> Path:
+        return Path(self.out) / f".ray-{self.number}.tmp"
+
 
 def train_on_workers(
     config: TrainConfig,
@@ -120,10 +124,11 @@ def train_on_workers(
     from store import cluster
 
     out = Path(out).absolute()
-    make_folder(out)
+    with explained(out):
+        make_folder(out)
     for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
-    with _connected(address):
+    with explained(out), _connected(address):
         gpu = device == "cuda" or (device == "auto" and cluster.has_gpus(workers))
         assignment = Assignment(
             config=config.model_dump(mode="json"),
@@ -141,7 +146,7 @@ def train_on_workers(
         finally:
             assignment.seen.unlink(missing_ok=True)
             assignment.stop.unlink(missing_ok=True)
-            shutil.rmtree(_ray_folder(assignment), ignore_errors=True)
+            shutil.rmtree(assignment.ray_folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -155,10 +160,6 @@ def _connected(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()  # ends a Ray of our own; of a cluster's, the workers
-
-
-def _ray_folder(assignment: Assignment) -> Path:
-    return Path(assignment.out) / ".ray.tmp"
 
 
 def _watched(assignment: Assignment, workers: int, steps: int, report: Report) -> RunResult:
@@ -213,7 +214,7 @@ def _fit(assignment: Assignment, workers: int) -> None:
         ),
         run_config=RunConfig(
             name=assignment.number,
-            storage_path=str(_ray_folder(assignment)),
+            storage_path=str(assignment.ray_folder),
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
         ),
     ).fit()
@@ -231,8 +232,8 @@ def work(settings: dict[str, Any]) -> None:
     try:
         if not appears(assignment.seen):
             raise InputError(
-                f"{assignment.out} on {platform.node()} is not the folder that the command was given; "
-                "give an --out on storage that all machines of the run share."
+                f"{assignment.out} on {platform.node()} is not the folder that the command was "
+                "given; give an --out on storage that all machines of the run share."
             )
         choose_device(assignment.device)
         device = ray.train.torch.get_device()

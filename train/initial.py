@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,7 @@ def initial_sae(
     model: dict[str, Any],
     group: Group | None = None,
 ) -> SAE:
-    """Random unit encoder rows, decoder rows equal to them, b_dec the median.
+    """Random unit decoder rows, encoder rows along them, b_dec the median.
 
     The same for a transcoder means decoder rows that are what the least-squares map A from input
     to target makes of the encoder's: a row w adds (w c) A w, which is |A w| (w c) times the unit
@@ -187,9 +188,27 @@ def _weights(config: TrainConfig, start: Start, first: int, last: int) -> tuple[
     width = len(start.b_dec) if start.b_in is None else len(start.b_in)
     rows = random_rows(config.seed, first, last, config.n_latents, width)
     if start.linear is None:
-        return rows, rows
+        return rows * encoder_length(config, width), rows
     mapped = rows @ start.linear.T  # [last - first, d_out]
     return rows * torch.linalg.vector_norm(mapped, dim=1, keepdim=True), unit_length(mapped)
+
+
+def encoder_length(config: TrainConfig, d_in: int) -> float:
+    """Length of initial encoder rows for which k random latents do not overshoot together.
+
+    The k largest of n random unit rows agree with c to z_i |c| / sqrt(d), z_i the largest of n
+    normal numbers, and so with each other: sum_i (w_i c) w_i is too long by a factor of about
+    1 + k E[z^2] / d. E[z^2] above the quantile q that k / n exceed is 1 + q pdf(q) n / k.
+    Measured on SmolLM2's layer 12, d 576, n 4,608, k 32: 0.704 by least squares, 0.696 by this.
+    """
+    if config.k is None or config.activation not in ("topk", "batchtopk"):
+        return 1.0
+    share, normal = config.k / config.n_latents, NormalDist()
+    square = 1.0
+    if share < 1:
+        quantile = normal.inv_cdf(1 - share)
+        square += quantile * normal.pdf(quantile) / share
+    return 1 / (1 + config.k * square / d_in)
 
 
 def sparse_floor(config: TrainConfig, start: Start) -> float:

@@ -87,14 +87,13 @@ def _joint(figure: Figure, scaling: Scaling) -> None:
     colours = _colours(ks)
     for k, marker in zip(ks, MARKERS * len(ks), strict=False):
         at_k = [point for point in scaling.points if point.k == k]
-        sizes = np.array([point.n_latents for point in scaling.points], float)
+        sizes = np.array([point.n_latents for point in at_k], float)
         line = np.geomspace(sizes.min(), sizes.max(), STEPS)
         grid = np.stack((line, np.full(STEPS, k)), 1)
         low, high = law.band(grid)
         axes.fill_between(line, low, high, color=colours[k], alpha=0.15, linewidth=0)
         axes.plot(line, law.predict(grid), color=colours[k], label=f"$k$ = {k}")
-        own = [point.n_latents for point in at_k]
-        _points(axes, own, [point.fvu for point in at_k], colours[k], marker)
+        _points(axes, sizes, [point.fvu for point in at_k], colours[k], marker)
     _dress(axes, "number of latents $n$", [point.n_latents for point in scaling.points], 2)
     axes.set_title(f"One law of latents and sparsity, $L(n, k)$,  R² = {law.r2:.4f}")
     axes.set_ylabel(f"held-out {LOSS}")
@@ -125,7 +124,7 @@ def _compute(figure: Figure, scaling: Scaling) -> None:
     axes.plot(flops[inner], found.fvu[inner], "o", color="black", markersize=3.5, zorder=4)
     axes.set_xlim(flops.min(), max(point.flops for point in at_k) * 1.1)
     top = found.fvu.max() * 1.25
-    axes.set_ylim(found.fvu.min() * 0.93, top)
+    axes.set_ylim(0.97 * min(point.curve_fvu.min() for point in at_k), top)
     _dress(axes, "training compute $C$ (FLOPs)", None, 10)
     axes.set_title(f"Loss against compute at k = {k}: the lower envelope of training curves")
     axes.set_ylabel(f"training {LOSS}")
@@ -142,7 +141,7 @@ def _law(axes: Axes, law: Fit, first: float, last: float, colour: Any, label: st
 
 def _points(axes: Axes, x: Any, y: Any, colour: Any, marker: str) -> None:
     axes.plot(
-        x, y, marker, color=colour, markersize=5.5, markeredgecolor="white",
+        x, y, marker, color=colour, markersize=6.5, markeredgecolor="white",
         markeredgewidth=0.7, zorder=4,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from store.errors import InputError, RunError
-from train.config import TrainConfig
+from train.config import READERS, TrainConfig
 from train.costs import step_flops
 from train.files import read_json
 from train.folder import EVALUATION_FILE, FAILED_FILE, METRICS_FILE, RUN_FILE
@@ -92,11 +92,17 @@ def _some(names: list[str]) -> str:
 
 def _config(place: Path, run: Any) -> TrainConfig:
     try:
-        return TrainConfig.model_validate(run["config"])
+        given = run["config"]
+        activation = given.get("activation", "topk")
+        # what an activation does not read was at its default, of the version that trained it
+        unread = [name for name, readers in READERS.items() if activation not in readers]
+        return TrainConfig.model_validate(
+            {name: value for name, value in given.items() if name not in unread}
+        )
     except ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         reason = "it has no config"
     raise RunError(f"{place / RUN_FILE} is not of a training run ({reason}); {REMEDY}.")
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from train.kernels import AdamNumbers, Gradients, Pairs
-from train.kernels.cpu_low import Factors, Float32, Int8
+from train.kernels import AdamNumbers, Gradients, Pairs, cpu_choice
+from train.kernels.cpu_low import Float32, Int8
 from train.kernels.exact_jit import decode_rows, exact_pairs, exact_rows
 from train.kernels.gradient_jit import (
     adam_rows,
@@ -20,16 +18,7 @@ from train.kernels.gradient_jit import (
     latent_gradients,
     pairs_by_latent,
 )
-from train.kernels.selection_jit import (
-    LEAST,
-    append_above,
-    finish_largest,
-    merge_largest,
-    room_for,
-)
 
-TILE_ROWS, TILE_LATENTS = 1024, 1024  # scores of a tile stay in the last-level cache
-LEAST_ROOM = 64  # latents above their floor that a row has room for at first
 PARTS = 64  # pieces of the latents, balanced by their pairs, that threads take
 ROW_COST = 4  # writing a latent's gradients costs about as much as this many pairs
 LEAST_BLOCK, BLOCK_PAIRS = 256, 48  # of gradients taken some rows at a time
@@ -39,8 +28,6 @@ class CpuKernels:
     """The `Kernels` of the processor. Results are the same bits for any number of threads."""
 
     def __init__(self) -> None:
-        self._scratch = torch.empty(TILE_ROWS * TILE_LATENTS, dtype=torch.int32)
-        self._lock = Lock()
         # without the instruction, products of 8-bit integers are emulated
         self._short = torch.cpu._is_vnni_supported()
 
@@ -51,67 +38,12 @@ class CpuKernels:
         low.refresh(weight)
 
     def choose(self, centred: Tensor, low: Int8 | Float32, bias: Tensor, count: int) -> Tensor:
-        factors = low.factors(centred)
-        # a latent that is not finite is always chosen: its exact value shows it
-        offset = bias.where((bias + factors.spread).isfinite(), torch.inf)
-        batch, room = len(centred), room_for(count)
-        keys, places = np.empty((batch, room), np.int32), np.empty((batch, room), np.int32)
-        found, floors = np.zeros(batch, np.int64), np.full(batch, LEAST, np.int32)
-        for rows, latents, scores in self._tiles(factors):
-            merge_largest(
-                scores,
-                factors.row_scale[rows].numpy(),
-                factors.scale[latents].numpy(),
-                offset[latents].numpy(),
-                latents.start,
-                count,
-                keys[rows],
-                places[rows],
-                found[rows],
-                floors[rows],
-            )
-        out = torch.empty(batch, count, dtype=torch.int32)
-        finish_largest(keys, places, found, floors, out.numpy())
-        return out
+        return cpu_choice.largest(low.factors(centred), bias, count)
 
     def choose_above(
         self, centred: Tensor, low: Int8 | Float32, bias: Tensor, floor: Tensor
     ) -> Tensor:
-        factors = low.factors(centred)
-        least = floor - bias
-        found = np.zeros(len(centred), np.int64)
-        out = np.full((len(centred), LEAST_ROOM), -1, np.int32)
-        for rows, latents, scores in self._tiles(factors):
-            while True:
-                needed = np.empty(len(scores), np.int64)
-                append_above(
-                    scores,
-                    factors.row_scale[rows].numpy(),
-                    factors.scale[latents].numpy(),
-                    least[latents].numpy(),
-                    factors.doubt[rows].numpy(),
-                    factors.spread[latents].numpy(),
-                    latents.start,
-                    out[rows],
-                    found[rows],
-                    needed,
-                )
-                if needed.max() <= out.shape[1]:
-                    break
-                more = ((0, 0), (0, needed.max() * 2 - out.shape[1]))
-                out = np.pad(out, more, constant_values=-1)
-            found[rows] = needed
-        width = int(found.max(initial=1))
-        return torch.from_numpy(np.ascontiguousarray(out[:, :width]))
-
-    def _tiles(self, factors: Factors) -> Iterator[tuple[slice, slice, Any]]:
-        """Slices of the rows and of the latents, and their scores, [rows, latents]."""
-        with self._lock:
-            for first_row in range(0, len(factors.rows), TILE_ROWS):
-                rows = slice(first_row, first_row + TILE_ROWS)
-                for first in range(0, len(factors.latents), TILE_LATENTS):
-                    latents = slice(first, first + TILE_LATENTS)
-                    yield rows, latents, factors.product(rows, latents, self._scratch).numpy()
+        return cpu_choice.above(low.factors(centred), floor - bias)
 
     def exact(
         self, centred: Tensor, weight: Tensor, bias: Tensor, candidates: Tensor, k: int, relu: bool

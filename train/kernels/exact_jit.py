@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from train.kernels.selection_jit import FAST, PARTS, njit, prange
+from train.kernels.jit import FAST, njit, prange
+
+PARTS = 64  # pieces of a batch that threads take in turn; each allocates its buffers once
 
 
 @njit(**FAST)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from train.kernels.selection_jit import FAST, njit, prange
+from train.kernels.jit import FAST, njit, prange
 
 
 @njit(**FAST)

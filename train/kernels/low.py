@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LEAST_MARGIN = 8  # candidates beyond k: the low-precision order is wrong by about two places
+LEAST_MARGIN = 8  # candidates beyond k
 DEVIATIONS = 4.0  # standard deviations of the error that a floor is lowered by
 CHUNK_ELEMENTS = 1 << 20
 
@@ -13,8 +13,9 @@ CHUNK_ELEMENTS = 1 << 20
 def candidates(k: int, n_latents: int) -> int:
     """How many latents to choose in low precision, so that the exact k largest are among them.
 
-    bfloat16 inputs put an error of about 0.004 standard deviations on a pre-activation. Among
-    24,576 latents about one lies that close to the 32nd largest; the margin is eight.
+    Rounding moves a pre-activation by 0.004 (bfloat16) or 0.011 (int8) standard deviations. Among
+    24,576 latents one or two lie that close to the 32nd largest; the margin is eight, which finds
+    them all (docs/kernels.md).
     """
     return min(n_latents, k + max(LEAST_MARGIN, k // 8))
 

@@ -1,8 +1,8 @@
 """Compiled loops that choose latents by low-precision scores.
 
 Scores come a tile at a time, some rows by some latents, so that they are read where the product
-left them, in the cache. Only loops over numpy arrays live here; `train.kernels.cpu` gives them
-tensors. Every row is one thread's, so results don't depend on the number of threads.
+left them, in the cache. Only loops over numpy arrays live here, each of one thread;
+`train.kernels.cpu_choice` runs several.
 """
 
 from __future__ import annotations
@@ -11,15 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from store.paths import use_numba_cache
+from train.kernels.jit import FAST, njit
 
-use_numba_cache()
-from numba import njit, prange  # noqa: E402 - the cache folder must be set before
-
-FAST = {"cache": True, "fastmath": {"reassoc", "contract", "nsz", "arcp"}, "error_model": "numpy"}
 BLOCK = 64  # latents whose maximum stands for them: a few vector registers
 GROUP = 16  # latents whose maximum stands for them in the first tile
-PARTS = 64  # pieces of a batch that threads take in turn; each allocates its buffers once
 LEAST = -(2**31)  # of int32; the key of no number
 
 
@@ -94,9 +89,9 @@ def _append(fresh: Any, first: int, floor: Any, keys: Any, places: Any, found: i
         mask |= np.uint64(fresh[i] > floor) << np.uint64(i)
     while mask:
         lowest = mask & (~mask + np.uint64(1))
-        i = (np.float64(lowest).view(np.int64) >> 52) - 1023  # its exponent
-        keys[found] = fresh[i]
-        places[found] = first + i
+        place = (np.float64(lowest).view(np.int64) >> 52) - 1023  # its exponent
+        keys[found] = fresh[place]
+        places[found] = first + place
         found += 1
         mask ^= lowest
     return found
@@ -117,9 +112,9 @@ def _keep_largest(keys: Any, places: Any, found: int, count: int, floor: Any) ->
         key, place = keys[i], places[i]
         keys[taken] = key
         places[taken] = place
-        tie = np.int64(key == last) & np.int64(ties > 0)
+        tie = int(key == last) & int(ties > 0)
         ties -= tie
-        taken += np.int64(key > last) + tie
+        taken += int(key > last) + tie
     return last
 
 
@@ -128,7 +123,7 @@ def room_for(count: int) -> int:
     return 2 * count + BLOCK
 
 
-@njit(parallel=True, **FAST)
+@njit(nogil=True, **FAST)
 def merge_largest(
     scores: Any, factors: Any, scale: Any, offset: Any, before: int, count: int,
     keys: Any, places: Any, found: Any, floors: Any,
@@ -146,36 +141,33 @@ def merge_largest(
         floors: int32 [rows], which a key must exceed; LEAST at first.
     """
     rows, tile = scores.shape
-    parts = min(rows, PARTS)
-    for part in prange(parts):
-        blocks = (tile + BLOCK - 1) // BLOCK
-        fresh = np.full((blocks, BLOCK), LEAST, np.int32)
-        maxima = np.empty(blocks, np.int32)
-        tops = np.empty(tile // GROUP, np.int32)
-        for row in range(part * rows // parts, (part + 1) * rows // parts):
-            _fill(scores[row], scale, factors[row], offset, fresh, maxima)
-            here, there, size, floor = keys[row], places[row], found[row], floors[row]
-            if before == 0:
-                floor = _first_floor(fresh.ravel(), count, tops)
-            for block in range(maxima.shape[0]):
-                if maxima[block] <= floor:
-                    continue
-                if size + BLOCK > here.shape[0]:
-                    floor = _keep_largest(here, there, size, count, floor)
-                    size = count
-                first = before + block * BLOCK
-                size = _append(fresh[block], first, floor, here, there, size)
-            found[row], floors[row] = size, floor
+    blocks = (tile + BLOCK - 1) // BLOCK
+    fresh = np.full((blocks, BLOCK), LEAST, np.int32)
+    maxima = np.empty(blocks, np.int32)
+    tops = np.empty(tile // GROUP, np.int32)
+    for row in range(rows):
+        _fill(scores[row], scale, factors[row], offset, fresh, maxima)
+        here, there, size, floor = keys[row], places[row], found[row], floors[row]
+        if before == 0:
+            floor = _first_floor(fresh.ravel(), count, tops)
+        for block in range(blocks):
+            if maxima[block] <= floor:
+                continue
+            if size + BLOCK > here.shape[0]:
+                floor = _keep_largest(here, there, size, count, floor)
+                size = count
+            size = _append(fresh[block], before + block * BLOCK, floor, here, there, size)
+        found[row], floors[row] = size, floor
 
 
-@njit(parallel=True, **FAST)
+@njit(nogil=True, **FAST)
 def finish_largest(keys: Any, places: Any, found: Any, floors: Any, out: Any) -> None:
     """The `count` largest of each row as int32 [rows, count] `out`, in order of index.
 
     Among equals, those of lower index are taken.
     """
     count = out.shape[1]
-    for row in prange(out.shape[0]):
+    for row in range(out.shape[0]):
         if found[row] > count:
             _keep_largest(keys[row], places[row], found[row], count, floors[row])
         out[row] = places[row, :count]
@@ -211,7 +203,7 @@ def _list_above(
     return found
 
 
-@njit(parallel=True, **FAST)
+@njit(nogil=True, **FAST)
 def append_above(
     scores: Any, factors: Any, scale: Any, least: Any, doubt: Any, spread: Any,
     before: int, places: Any, found: Any, needed: Any,
@@ -226,7 +218,7 @@ def append_above(
         places: int32 [rows, room]. found: int64 [rows], how many are there.
         needed: int64 [rows], written: how many there are now; more than `room` did not fit.
     """
-    for row in prange(found.shape[0]):
+    for row in range(found.shape[0]):
         if np.isfinite(doubt[row]):
             needed[row] = _list_above(
                 scores[row], scale, factors[row], least, doubt[row], spread,

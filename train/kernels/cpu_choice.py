@@ -1,0 +1,123 @@
+"""Choosing latents on the processor: each thread makes tiles of scores and scans them itself.
+
+A tile is small enough to stay in the thread's cache. Threads of our own: products and scans
+alternate too often for torch's and numba's, which would spin and wait for each other.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from threading import Barrier
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from train.kernels.cpu_low import Factors
+from train.kernels.selection_jit import (
+    LEAST,
+    append_above,
+    finish_largest,
+    merge_largest,
+    room_for,
+)
+
+LEAST_ROWS, MOST_ROWS = 64, 512  # of a tile; with few, each product prepares all weights again
+LATENTS = 1024
+LEAST_ROOM = 64  # latents above their floor that a row has room for at first
+
+Result = TypeVar("Result")
+
+
+def largest(factors: Factors, bias: Tensor, count: int) -> Tensor:
+    """The latents with the `count` largest scores of each row: int32 [batch, count], increasing."""
+    # a latent that is not finite is always chosen: its exact value shows it
+    offset = bias.where((bias + factors.spread).isfinite(), torch.inf).numpy()
+    scale = factors.scale.numpy()
+    out = np.empty((len(factors.rows), count), np.int32)
+
+    def choose(rows: slice) -> None:
+        some, room = rows.stop - rows.start, room_for(count)
+        keys, places = np.empty((some, room), np.int32), np.empty((some, room), np.int32)
+        found, floors = np.zeros(some, np.int64), np.full(some, LEAST, np.int32)
+        row_scale = factors.row_scale[rows].numpy()
+        for latents, scores in _tiles(factors, rows):
+            merge_largest(
+                scores,
+                row_scale,
+                scale[latents],
+                offset[latents],
+                latents.start,
+                count,
+                keys,
+                places,
+                found,
+                floors,
+            )
+        finish_largest(keys, places, found, floors, out[rows])
+
+    _for_rows(len(out), choose)
+    return torch.from_numpy(out)
+
+
+def above(factors: Factors, least: Tensor) -> Tensor:
+    """The latents whose score may reach `least`, float32 [n_latents]: as `choose_above`."""
+    scale, spread, floor = factors.scale.numpy(), factors.spread.numpy(), least.numpy()
+
+    def choose(rows: slice) -> Any:
+        out = np.full((rows.stop - rows.start, LEAST_ROOM), -1, np.int32)
+        found = np.zeros(len(out), np.int64)
+        row_scale, doubt = factors.row_scale[rows].numpy(), factors.doubt[rows].numpy()
+        for latents, scores in _tiles(factors, rows):
+            tile = (scores, row_scale, scale[latents], floor[latents], doubt, spread[latents])
+            needed = np.empty_like(found)
+            append_above(*tile, latents.start, out, found, needed)
+            if needed.max() > out.shape[1]:  # once more, with room for all
+                more = 2 * int(needed.max()) - out.shape[1]
+                out = np.pad(out, ((0, 0), (0, more)), constant_values=-1)
+                append_above(*tile, latents.start, out, found, needed)
+            found = needed
+        return out[:, : found.max(initial=1)]
+
+    parts = _for_rows(len(factors.rows), choose)
+    width = max((part.shape[1] for part in parts), default=1)
+    out = np.full((len(factors.rows), width), -1, np.int32)
+    first = 0
+    for part in parts:
+        out[first : first + len(part), : part.shape[1]] = part
+        first += len(part)
+    return torch.from_numpy(out)
+
+
+def _tiles(factors: Factors, rows: slice) -> Iterator[tuple[slice, Any]]:
+    """Slices of the latents, and their scores for some rows, [rows, latents]."""
+    scratch = torch.empty((rows.stop - rows.start) * LATENTS, dtype=torch.int32)
+    for first in range(0, len(factors.latents), LATENTS):
+        latents = slice(first, first + LATENTS)
+        yield latents, factors.product(rows, latents, scratch).numpy()
+
+
+def _for_rows(batch: int, work: Callable[[slice], Result]) -> list[Result]:
+    """What `work` returns for consecutive slices of the rows, done by all threads."""
+    threads = torch.get_num_threads()
+    step = min(MOST_ROWS, max(LEAST_ROWS, -(-batch // threads)))
+    parts = [slice(first, min(first + step, batch)) for first in range(0, batch, step)]
+    if threads == 1 or len(parts) == 1:
+        return list(map(work, parts))
+    return list(_threads(threads, os.getpid()).map(work, parts))
+
+
+@cache
+def _threads(count: int, process: int) -> ThreadPoolExecutor:
+    """Threads in which torch uses one thread; of this process, since a fork doesn't keep them."""
+    pool = ThreadPoolExecutor(count, "choose", torch.set_num_threads, (1,))
+    started = Barrier(count + 1)
+    for _ in range(count):
+        pool.submit(started.wait)
+    started.wait()
+    torch.set_num_threads(count)  # for threads that start later; those of the pool keep theirs
+    return pool
