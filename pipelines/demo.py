@@ -32,13 +32,7 @@ HARVEST = HarvestConfig(
     sites=(SITE,),
     tokens=262_144,
 )
-TRAIN = TrainConfig(
-    n_latents=4608,
-    k=32,
-    tokens=1_572_864,
-    batch_rows=4096,
-    dead_after_tokens=200_000,
-)
+TRAIN = TrainConfig(n_latents=4608, k=32, tokens=1_572_864)
 FEATURES = FeatureConfig()
 N_DOWNSTREAM_CONTEXTS = 64
 N_INTERESTING = 5
