@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import socket
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +23,11 @@ CONTEXT_LENGTH = 32
 SUBJECTS = ["the cat", "a senator", "our team", "the bank", "this river", "my neighbour"]
 VERBS = ["sees", "crossed", "announced", "follows", "did not want", "will repair"]
 OBJECTS = ["the bridge", "a new law", "three goals", "café menus", "the red house", "東京"]
+
+
+# Processes that run tests side by side ignore Ctrl-C, and what they start would inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
