@@ -10,7 +10,6 @@ Layers are worked on one after the other, so that only one layer's activations n
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from importlib.resources import files
@@ -30,7 +29,9 @@ from harvest.sites import SITE_KINDS
 from store.errors import InputError, RunError
 from store.objects import make_folder
 from train.cli import sweep_with_bar
+from train.files import read_json, write_json
 from train.folder import finished_evaluation
+from train.sweep import SweepResult
 from train.sweepfile import Sweep, parse_sweep
 from train.yamlfile import read_yaml
 
@@ -135,33 +136,38 @@ def run_recipe(
     make_folder(out.resolve())
     _claim(out, recipe)
     layers = _layers(recipe)
+    suite: list[dict[str, Any]] = []
     for number, layer in enumerate(layers, 1):
         sweeps = [_sweep(recipe, out, f"{kind}.{layer}", means.device) for kind in recipe.sites]
-        left = [sweep for sweep in sweeps if not _finished(sweep)]
+        found = [_evaluations(sweep) for sweep in sweeps]
+        left = [place for place, evaluations in enumerate(found) if None in evaluations.values()]
         if left:
-            sites = ", ".join(str(sweep.places.site) for sweep in left)
+            sites = ", ".join(str(sweeps[place].places.site) for place in left)
             announce(f"Layer {layer}, {number} of {len(layers)}: {sites}")
-            harvest_with_bar(recipe.harvest_config(layer), left[0].places.store, means)
-        for sweep in left:
-            signal = _train(sweep)
-            if signal is not None:
-                return signal
+            harvest_with_bar(recipe.harvest_config(layer), sweeps[0].places.store, means)
+        for place in left:
+            result = _train(sweeps[place])
+            if result.signal is not None:
+                return result.signal
+            found[place] = {name: member.evaluation for name, member in result.members.items()}
         if not recipe.keep_stores and (out / f"layer.{layer}").is_dir():
             shutil.rmtree(out / f"layer.{layer}")
-        _write_suite(out, layers[:number], recipe)
+        for sweep, evaluations in zip(sweeps, found, strict=True):
+            suite += _rows(sweep, evaluations)
+        pq.write_table(pa.Table.from_pylist(suite), out / SUITE_FILE)
     return None
 
 
-def _train(sweep: Sweep) -> int | None:
-    """Trains all members; the signal that stopped it. `RunError` if one failed."""
+def _train(sweep: Sweep) -> SweepResult:
+    """Trains all members; `RunError` if one failed."""
     folder = Path(sweep.places.out)
-    result = sweep_with_bar(sweep, folder)
+    result: SweepResult = sweep_with_bar(sweep, folder)
     if result.failed:
         raise RunError(
             f"Training in {folder} failed for {', '.join(result.failed)}; the failed.json of each "
             "says why."
         )
-    return result.signal
+    return result
 
 
 def _layers(recipe: Recipe) -> tuple[int, ...]:
@@ -185,9 +191,9 @@ def _sweep(recipe: Recipe, out: Path, site: str, device: str) -> Sweep:
     return parse_sweep(recipe.train, "train of the recipe", places)
 
 
-def _finished(sweep: Sweep) -> bool:
-    folder = Path(sweep.places.out)
-    return all(finished_evaluation(folder / name) is not None for name in sweep.members)
+def _evaluations(sweep: Sweep) -> dict[str, dict[str, Any] | None]:
+    """The evaluation of each member; None of one that is not finished."""
+    return {name: finished_evaluation(Path(sweep.places.out) / name) for name in sweep.members}
 
 
 def _claim(out: Path, recipe: Recipe) -> None:
@@ -196,38 +202,35 @@ def _claim(out: Path, recipe: Recipe) -> None:
     if not path.exists():
         if any(out.iterdir()):
             raise RunError(f"{out} holds other files and no {RECIPE_FILE}; choose another --out.")
-        path.write_text(json.dumps(wanted, indent=2) + "\n")
-    found = json.loads(path.read_text())
+        write_json(path, wanted)
+    found = read_json(path, "The suite", "choose another --out")
     if differing := [name for name in wanted if found.get(name) != wanted[name]]:
         raise RunError(
             f"{out} holds another recipe; differing: {', '.join(differing)}. Choose another --out."
         )
 
 
-def _write_suite(out: Path, layers: tuple[int, ...], recipe: Recipe) -> None:
-    rows = list(_rows(out, layers, recipe))
-    pq.write_table(pa.Table.from_pylist(rows), out / SUITE_FILE)
-
-
-def _rows(out: Path, layers: tuple[int, ...], recipe: Recipe) -> Iterator[dict[str, Any]]:
-    """One row per SAE; figures are of held-out rows without outliers."""
-    for site in (f"{kind}.{layer}" for layer in layers for kind in recipe.sites):
-        for name, config in _sweep(recipe, out, site, "auto").members.items():
-            evaluation = finished_evaluation(out / site / name)
-            if evaluation is None:
-                continue
-            figures = evaluation["without_outliers"]
-            yield {
-                "site": site,
-                "activation": config.activation,
-                "n_latents": config.n_latents,
-                "k": config.k,
-                "seed": config.seed,
-                "tokens": config.tokens,
-                **{figure: figures[figure] for figure in FIGURES},
-                "heldout_rows": figures["rows"],
-                "folder": f"{site}/{name}",
-            }
+def _rows(
+    sweep: Sweep, evaluations: Mapping[str, dict[str, Any] | None]
+) -> Iterator[dict[str, Any]]:
+    """One row per finished SAE; figures are of held-out rows without outliers."""
+    site = sweep.places.site
+    for name, config in sweep.members.items():
+        evaluation = evaluations[name]
+        if evaluation is None:
+            continue
+        figures = evaluation["without_outliers"]
+        yield {
+            "site": site,
+            "activation": config.activation,
+            "n_latents": config.n_latents,
+            "k": config.k,
+            "seed": config.seed,
+            "tokens": config.tokens,
+            **{figure: figures[figure] for figure in FIGURES},
+            "heldout_rows": figures["rows"],
+            "folder": f"{site}/{name}",
+        }
 
 
 def _set(content: dict[str, Any], path: list[str], value: Any) -> None:

@@ -15,6 +15,7 @@ from store.console import EXIT_FAILURE, EXIT_INTERRUPTED, output, progress, stor
 from train.cli_formats import add_format_commands
 from train.cli_plan import plan
 from train.cli_scaling import scaling
+from train.config import TrainConfig
 from train.job import EXIT_UNFINISHED, Job, JobCommands, stopped_code_option
 from train.options import (
     CONFIG,
@@ -26,7 +27,6 @@ from train.options import (
 )
 
 LINE_SECONDS = 60  # between lines of progress where there is no terminal to draw a bar on
-EVAL_ROWS = 262_144
 
 folder = click.Path(path_type=Path, file_okay=False)
 
@@ -171,7 +171,7 @@ def _number(value: Any, form: str) -> str:
 @click.option(
     "--rows",
     type=click.IntRange(min=1),
-    default=EVAL_ROWS,
+    default=TrainConfig.model_fields["eval_rows"].default,
     show_default=True,
     help="Held-out rows to read, at most.",
 )
