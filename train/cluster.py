@@ -13,7 +13,6 @@ machines have to share:
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import secrets
@@ -36,10 +35,10 @@ from train.files import read_json
 from train.folder import EVALUATION_FILE, METRICS_FILE
 from train.interrupt import Interruption
 from train.job import may_pass
+from train.metrics import last_metrics
 from train.trainer import Report, RunResult, explained, silent, train
 
 POLL_SECONDS = 0.2
-TAIL_BYTES = 4096  # more than a line of metrics
 WITHOUT = "leave out --workers to train in one process"
 
 # Of Ray Train, read when it is imported. Importing torch from a cold network drive takes a minute,
@@ -189,7 +188,7 @@ def _watched(assignment: Assignment, workers: int, steps: int, report: Report) -
 def _result(out: Path, steps: int, number: int | None) -> RunResult:
     """What the workers left in the folder; `number` of the signal that stopped them."""
     done = max(saved_steps(out), default=0)
-    metrics = _last_metrics(out) or {}
+    metrics = _metrics(out)
     if done < steps:
         return RunResult(done, False, metrics, None, number)
     remedy = "run the same command again"
@@ -295,21 +294,16 @@ def _gone(rank: int, error: BaseException) -> BaseException:
 
 def _show(assignment: Assignment, steps: int, report: Report) -> None:
     """Reports how far the run is, by its metrics."""
-    last = _last_metrics(Path(assignment.out))
-    if last is None:
+    last = _metrics(Path(assignment.out))
+    if not last:
         report("preparing", 0, steps, "")
     else:
         phase = "training" if last["step"] < steps else "evaluating"
         report(phase, last["step"], steps, f"{last['tokens_per_second']:,} tokens/s")
 
 
-def _last_metrics(out: Path) -> dict[str, Any] | None:
-    """The last whole line of the metrics; None if there is none."""
-    try:
-        with (out / METRICS_FILE).open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
-            _, *lines = (b"\n" + file.read()).split(b"\n")
-        found: dict[str, Any] = json.loads(lines[-2])
-    except (OSError, IndexError, ValueError):
-        return None
-    return found
+def _metrics(out: Path) -> dict[str, Any]:
+    """The newest metrics of the run; empty if there are none, or for a moment no way to them."""
+    with contextlib.suppress(OSError):
+        return last_metrics(out / METRICS_FILE)
+    return {}

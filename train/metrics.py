@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from store.errors import RunError
 from train.files import write_text
+
+TAIL_BYTES = 1 << 16  # more than a line of metrics has
 
 
 def _step(line: str, path: Path) -> int:
@@ -51,3 +54,21 @@ class MetricsFile:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
+
+
+def last_metrics(path: Path) -> dict[str, Any]:
+    """The last whole line of a metrics file, of a run that may be going on; empty without one."""
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - TAIL_BYTES))
+        lines = file.read().split(b"\n")[:-1]  # what follows the last end of a line is unfinished
+    for line in reversed(lines):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            return found
+    return {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,8 @@ from train.checkpoint import saved_steps
 from train.config import TrainConfig
 from train.files import read_json
 from train.folder import EVALUATION_FILE, FAILED_FILE, METRICS_FILE, RUN_FILE, is_locked
+from train.metrics import last_metrics
 from train.sweep import SWEEP_FILE
-
-TAIL_BYTES = 1 << 16  # more than a line of metrics has
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def _read(folder: Path, name: str, config: TrainConfig) -> RunStatus:
         path = folder / file
         return read_json(path, "The run", "delete that file") if path.exists() else None
 
-    metrics, saved, failed = _last_line(folder / METRICS_FILE), saved_steps(folder), None
+    metrics, saved, failed = last_metrics(folder / METRICS_FILE), saved_steps(folder), None
     if (found := content(FAILED_FILE)) is not None:
         failed = found["sentence"]
     return RunStatus(
@@ -81,21 +78,3 @@ def _read(folder: Path, name: str, config: TrainConfig) -> RunStatus:
         failure=failed,
         running=is_locked(folder),
     )
-
-
-def _last_line(path: Path) -> dict[str, Any]:
-    """The last whole line of a metrics file; nothing if there is none yet."""
-    if not path.exists():
-        return {}
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - TAIL_BYTES))
-        lines = file.read().split(b"\n")[:-1]  # what follows the last end of a line is unfinished
-    for line in reversed(lines):
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(found, dict):
-            return found
-    return {}
