@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable
-from contextlib import closing
 from datetime import timedelta
+from functools import cache
+from itertools import count
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -22,10 +22,13 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.processes", "train.trainer", "train.distributed"])
 
 
-def free_port() -> int:
-    with closing(socket.socket()) as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+GROUPS = count()
+
+
+@cache
+def meeting_place() -> dist.TCPStore:
+    """Where the processes of a group find each other: outlives any of them, on its own port."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def _main(
@@ -33,6 +36,7 @@ def _main(
     rank: int,
     world: int,
     port: int,
+    group: int,
     timeout: timedelta,
     answer: Connection,
     arguments: tuple[Any, ...],
@@ -40,13 +44,12 @@ def _main(
     torch.set_num_threads(1)
     numba.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=world,
-        timeout=timeout,
-    )
+    place = dist.PrefixStore(str(group), dist.TCPStore("127.0.0.1", port, is_master=False))
+    dist.init_process_group("gloo", store=place, rank=rank, world_size=world, timeout=timeout)
+    # A process that is done before a slower one has connected to it would fail that one.
+    if place.add("connected", 1) == world:
+        place.set("all connected", "")
+    place.wait(["all connected"])
     try:
         answer.send((True, work(*arguments)))
     except Exception as error:
@@ -63,12 +66,12 @@ def start(
     timeout: timedelta = timedelta(minutes=2),
 ) -> list[tuple[Any, Connection]]:
     """`work(*arguments)` in each of so many processes of one group: processes, and answers."""
-    port, started = free_port(), []
+    group, started = next(GROUPS), []
     for rank in range(world):
         ours, theirs = SERVER.Pipe(duplex=False)
         process = SERVER.Process(
             target=_main,
-            args=(work, rank, world, port, timeout, theirs, arguments),
+            args=(work, rank, world, meeting_place().port, group, timeout, theirs, arguments),
             daemon=True,
         )
         process.start()
