@@ -24,6 +24,7 @@ from bench import (
     harvesting,
     loading,
     memory,
+    plan,
     quantizing,
     sae_step,
     storing,
@@ -33,7 +34,17 @@ from bench.measurement import Measurement
 
 RESULTS = Path(__file__).parent / "results" / "local.json"
 # The first leaves the store that some of the others read.
-MODULES = (harvesting, storing, loading, verifying, feature_pass, quantizing, memory, sae_step)
+MODULES = (
+    harvesting,
+    storing,
+    loading,
+    verifying,
+    feature_pass,
+    quantizing,
+    memory,
+    plan,
+    sae_step,
+)
 NEED_STORE = (storing, verifying, feature_pass, quantizing)
 
 

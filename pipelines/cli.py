@@ -84,7 +84,8 @@ def run(
 ) -> None:
     """Harvest layers of a model and train a sweep of SAEs on each site.
 
-    RECIPE is a YAML file, or the name of one that comes with the package: gpt2-small.
+    RECIPE is a YAML file, or the name of one that comes with the package: gpt2-small
+    or scaling-smollm2.
 
     \b
     sae-pipeline run gpt2-small --out runs/gpt2-small

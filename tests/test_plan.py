@@ -145,8 +145,23 @@ def test_exchange_of_data_parallel_is_all_gradients_almost_twice() -> None:
     run = config()
     found = plan(run, RATES, D_IN, devices=4, parallel="data")
     parameters = 512 * (48 + 48 + 1) + 48
-    assert found.exchanged == 2 * 3 / 4 * 4 * parameters
+    assert found.exchanged == 2 * 3 / 4 * (4 * parameters + 8 * 512)  # and when latents fired
     assert found.seconds["exchange"] == found.exchanged / 1e6
+
+
+def test_exchange_of_latents_is_keys_cuts_and_sums_almost_twice() -> None:
+    def exchanged(dead_share: float = 0.0, **settings: Any) -> float:
+        run = config(**settings)
+        shared = {"devices": 4, "parallel": "latents", "dead_share": dead_share}
+        return plan(run, RATES, D_IN, **shared).exchanged / (2 * 3 / 4 * 4)
+
+    one = 256 * (8 + 1) + 256 * 48 + 48  # rows; the last is b_dec's gradient
+    assert exchanged() == one
+    assert exchanged(multi_topk=0.125) == one + 256 * (32 + 1) + 256 * 48
+    assert exchanged(matryoshka=(128, 512)) == one + 256 * 48
+    assert exchanged(activation="jumprelu") == 256 * 48 + 48
+    k_aux = config().auxiliary_k(48)
+    assert exchanged(dead_share=0.1) == one + 256 * (k_aux + 1) + 256 * 48
 
 
 def test_read_bytes_are_rows_times_width() -> None:

@@ -39,7 +39,7 @@ GPUS = ("a100", "h100", "h200", "b200")
 @click.option(
     "--parallel",
     type=click.Choice(["data", "latents"]),
-    default="data",
+    default="latents",
     show_default=True,
     help="What devices share out: the rows of a batch, or the latents.",
 )

@@ -21,6 +21,7 @@ COUNTED = ("topk", "batchtopk")  # activation functions that a number of latents
 # layer 12, 4,608 latents, 1e-3 leaves FVU 0.163 and 2e-3 0.154.
 LR_AT_REFERENCE = 2e-3
 LR_REFERENCE_LATENTS = 2**14
+WIDENING = 4  # k of Multi-TopK over k, as in the paper
 WARMUP_SHARE = 0.05  # of the tokens
 DECAY_SHARE = 0.3  # of the steps
 DEAD_AFTER_TOKENS = 10_000_000  # Gao et al. 2024; and in shorter runs
@@ -285,6 +286,11 @@ class TrainConfig(BaseModel):
         if self.activation in ("relu_l1", "relu_kl"):
             return "relu"
         return self.activation  # type: ignore[return-value]
+
+    @property
+    def wide_k(self) -> int:
+        """Latents of each row in the wider of the two reconstructions of Multi-TopK."""
+        return min(self.n_latents, WIDENING * (self.k or 0))
 
     @property
     def steps(self) -> int:

@@ -93,7 +93,7 @@ def shape_of(
     rows = -(-config.batch_rows // devices) if parallel == "data" else config.batch_rows
     active = min(n, config.k or ACTIVE)
     if config.activation == "topk":
-        width = (4 if config.multi_topk > 0 else 1) * active
+        width = config.wide_k if config.multi_topk > 0 else active
         chosen = candidates(min(share, width), share)
     else:  # sparse from the start, but not yet as sparse as asked for
         chosen = width = max(1, WIDEST * START * active * share // n)

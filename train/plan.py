@@ -17,7 +17,7 @@ from typing import Literal
 
 from store.loader import WINDOW_ROWS
 from train.config import TrainConfig
-from train.costs import FLOAT, INDEX, LOW, Shape, memory, shape_of, step_work
+from train.costs import COUNTER, FLOAT, LOW, Shape, memory, shape_of, step_work
 
 MOVING = ("exact values", "decode", "gradients", "Adam", "batch")  # parts bound by memory
 WINDOWS = 2  # of the loader: one is used while the next is read
@@ -142,7 +142,7 @@ def plan(
     own = memory(shape, rates.low_bytes)
     window = WINDOW_ROWS // (devices if parallel == "data" else 1)  # rows that a device keeps
     own["loader"] = WINDOWS * window * width * stored_bytes
-    exchanged = _exchanged(shape, config, devices, parallel) if devices > 1 else 0.0
+    exchanged = _exchanged(shape, config, devices, parallel, dead_share) if devices > 1 else 0.0
     seconds = step_seconds(shape, rates, dead_share)
     if devices > 1:
         seconds["exchange"] = exchanged / rates.link
@@ -181,10 +181,26 @@ def step_seconds(shape: Shape, rates: Rates, dead_share: float = 0.0) -> dict[st
     return found | {"fixed": rates.step}
 
 
-def _exchanged(shape: Shape, config: TrainConfig, devices: int, parallel: Parallel) -> float:
-    """Bytes a device sends a step; a sum over devices passes each byte almost twice."""
+def _exchanged(
+    shape: Shape, config: TrainConfig, devices: int, parallel: Parallel, dead_share: float
+) -> float:
+    """Bytes a device sends a step; a sum over devices passes each byte almost twice.
+
+    As counted in docs/distributed.md. Activation functions with a threshold choose by counts,
+    which are left out.
+    """
     twice = 2.0 * (devices - 1) / devices
+    rows, d_out = config.batch_rows, shape.d_out
     if parallel == "data":
-        return twice * FLOAT * shape.trained
-    merged = config.batch_rows * shape.width * (INDEX + FLOAT) * (devices - 1)
-    return merged + twice * FLOAT * (config.batch_rows * shape.d_out + shape.d_in)
+        return twice * (FLOAT * shape.trained + COUNTER * shape.n_latents)
+    chosen, summed = [], max(1, len(config.matryoshka))
+    if config.activation == "topk":
+        chosen.append(config.k or 0)
+    if config.multi_topk > 0:
+        chosen.append(config.wide_k)
+        summed += 1
+    if k_aux := min(shape.k_aux, round(dead_share * config.n_latents)):
+        chosen.append(k_aux)
+        summed += 1
+    keys = FLOAT * rows * sum(k + 1 for k in chosen)  # and where a row is cut
+    return twice * (keys + FLOAT * (rows * d_out * summed + shape.d_in))

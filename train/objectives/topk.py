@@ -13,8 +13,6 @@ from train.kernels import Pairs
 from train.objectives.outcome import Outcome, outcome
 from train.reconstruction import reconstruct, widened
 
-WIDENING = 4
-
 
 def topk(batch: Batch) -> Outcome:
     """Gradients of the reconstruction loss, Multi-TopK included, in the batch's workspace."""
@@ -24,13 +22,12 @@ def topk(batch: Batch) -> Outcome:
         indices, values = largest(batch, config.k)
         indices, values = group.keep_top(indices, values, config.k)
         return outcome(batch, reconstruct(batch, Pairs.active(indices, values)))
-    k_wide = min(config.n_latents, WIDENING * config.k)
-    indices, values = largest(batch, k_wide)
+    indices, values = largest(batch, config.wide_k)
     own = min(config.k, indices.shape[1])
     narrow = group.keep_top(
         indices[:, :own].contiguous(), values[:, :own].contiguous(), config.k
     )  # before the wider choice, which may change what it is given
-    wide = group.keep_top(indices, values, k_wide)
+    wide = group.keep_top(indices, values, config.wide_k)
     return outcome(
         batch, widened(batch, Pairs.active(*narrow), Pairs.active(*wide), config.multi_topk)
     )
