@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -88,27 +87,17 @@ def build(
         )
 
 
-def build_with_bar(store: str | Path, sae: Path, out: Path, config: Any) -> Any:
+def build_with_bar(store: str | Path, sae: Path, out: Path, config: Any, **means: Any) -> Any:
     """`pipelines.features.build.build` under a progress bar."""
     from pipelines.features.build import build as run_build
 
     with progress("rows") as bar:
         task = bar.add_task("encoding", total=None, rate="", visible=False)
-        start = time.perf_counter()
 
-        def show_progress(done: int, total: int) -> None:
-            rate = f"{done / (time.perf_counter() - start):,.0f} rows/s"
-            description = "encoding" if done < total else "writing tables"
-            bar.update(
-                task,
-                description=description,
-                completed=done,
-                total=total,
-                rate=rate,
-                visible=True,
-            )
+        def show_progress(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total, rate="", visible=True)
 
-        return run_build(store, sae, out, config, show_progress)
+        return run_build(store, sae, out, config, on_progress=show_progress, **means)
 
 
 @main.command()
