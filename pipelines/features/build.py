@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -49,6 +50,7 @@ from train.files import write_json
 from train.sae import SAE
 
 PROFILED = 8192  # latents whose statistics are in one worker's memory
+BLOOM = {"ndv": tables.ROW_GROUP, "fpp": 0.01}
 FOLLOWED = 2  # neighbours of either kind whose rows are looked at for hard negatives
 ACTIVE = 1024  # latents per row that a block has room for where no k is given
 MOVED = ("store", "sae", "code")  # may differ between a build and its continuation
@@ -73,7 +75,7 @@ def build(
     *,
     workers: int = 0,
     address: str | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     on_progress: Progress = lambda what, done, total: None,
 ) -> Built:
     """Write the tables of every latent of an SAE into `out`, or find them there already.
@@ -227,7 +229,7 @@ def _profile(
             n_firings += int(found.n_fire.sum())
             on_progress("counting", found.first + len(found.n_fire), job.n_latents)
     # text is not sorted by, and asked for
-    with tables.TableWriter(out / "tokens.parquet", bloom_filter_options={"text": True}) as writer:
+    with tables.TableWriter(out / "tokens.parquet", bloom_filter_options={"text": BLOOM}) as writer:
         writer.add(tables.tokens_table(tokens, texts))
     return kept, n_firings
 
@@ -268,11 +270,19 @@ def _show(
                 )
                 yield job, wanted, first, last
 
-    with tables.TableWriter(work.out / "contexts.parquet") as writer:
-        for table in pool.map(jobs.contexts_of_latents, pieces()):
-            writer.add(table)
+    shown = pool.map(jobs.contexts_of_latents, pieces())
+    # compressing one part takes as long as making the next one
+    with (
+        tables.TableWriter(work.out / "contexts.parquet") as writer,
+        ThreadPoolExecutor(1) as aside,
+    ):
+        written = aside.submit(lambda: None)
+        for table in shown:
+            written.result()
+            written = aside.submit(writer.add, table)
             if len(table):
                 on_progress("showing", table["latent"][-1].as_py() + 1, job.n_latents)
+        written.result()
 
 
 def _spans(n: int, most: int, pool: Pool) -> list[tuple[int, int]]:

@@ -51,6 +51,22 @@ def main() -> None:
     help="Random activations kept per latent.",
 )
 @click.option(
+    "--decile",
+    "n_decile",
+    type=click.IntRange(0, 100),
+    default=2,
+    show_default=True,
+    help="Activations drawn from each tenth of a latent's firings.",
+)
+@click.option(
+    "--silent",
+    "n_silent",
+    type=click.IntRange(0, 100),
+    default=10,
+    show_default=True,
+    help="Rows kept where the latent is silent, and as many that look alike.",
+)
+@click.option(
     "--window",
     type=click.IntRange(min=1),
     default=64,
@@ -62,20 +78,52 @@ def main() -> None:
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Of the random stratum.",
+    help="Of everything that is drawn.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Ray workers; 0 builds in this process without Ray.",
+)
+@click.option(
+    "--address", help="Ray cluster: auto, or HOST:PORT. --out has to be seen by all of it."
+)
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
 )
 def build(
-    store: str, sae: Path, out: Path, top: int, n_random: int, window: int, seed: int
+    store: str,
+    sae: Path,
+    out: Path,
+    top: int,
+    n_random: int,
+    n_decile: int,
+    n_silent: int,
+    window: int,
+    seed: int,
+    **means: Any,
 ) -> None:
     """One pass over the store: latents, contexts, histograms, neighbours, tokens, documents.
+
+    Killed at any moment, the same command continues.
 
     \b
     sae-features build --store runs/demo/store --sae runs/demo/sae --out runs/demo/features
     """
     from pipelines.features.config import FeatureConfig
 
-    config = FeatureConfig(n_top=top, n_random=n_random, window_tokens=window, seed=seed)
-    built = build_with_bar(store, sae, out, config)
+    config = FeatureConfig(
+        n_top=top,
+        n_random=n_random,
+        n_decile=n_decile,
+        n_inactive=n_silent,
+        n_hard=n_silent,
+        window_tokens=window,
+        seed=seed,
+    )
+    built = build_with_bar(store, sae, out, config, **means)
     if built.seconds is None:
         output().print(f"{out}: the tables are there already.", soft_wrap=True)
     else:
@@ -132,7 +180,7 @@ def show(latent: int, features: Path, contexts: int) -> None:
     help="Rows printed at most.",
 )
 def query(sql: str, features: Path, limit: int) -> None:
-    """Run SQL over the views latents, contexts, histograms, neighbours, tokens, documents.
+    """Run SQL over latents, contexts, histograms, neighbours, tokens, documents and firings.
 
     A terminal gets a table, a pipe or file tab-separated lines with nothing cut off.
 
