@@ -27,6 +27,7 @@ from pipelines.features import rows, tables
 from pipelines.features.candidates import TokenRows
 from pipelines.features.config import FeatureConfig
 from pipelines.features.contexts import AT_ONCE, Wanted, wanted_rows
+from pipelines.features.dictionary import IDENTITY, load_dictionary
 from pipelines.features.firings import block_rows
 from pipelines.features.folder import (
     BUILDING_FILE,
@@ -38,21 +39,18 @@ from pipelines.features.folder import (
 )
 from pipelines.features.job import Job, Work, work_of
 from pipelines.features.lens import logit_lens
-from pipelines.features.neighbours import counted_rows, counted_share, latents_at_once
+from pipelines.features.neighbours import compared_at_once, counted_rows, counted_share
 from pipelines.features.pool import Pool, open_pool
-from pipelines.features.profile import Kept
+from pipelines.features.profile import Kept, latents_at_once
 from pipelines.source import model_of
 from store.device import choose_device
 from store.errors import RunError
 from store.objects import LocalObjects, make_folder
 from store.reader import ActivationStore
 from train.files import write_json
-from train.sae import SAE
 
-PROFILED = 8192  # latents whose statistics are in one worker's memory
 BLOOM = {"ndv": tables.ROW_GROUP, "fpp": 0.01}
 FOLLOWED = 2  # neighbours of either kind whose rows are looked at for hard negatives
-ACTIVE = 1024  # latents per row that a block has room for where no k is given
 MOVED = ("store", "sae", "code")  # may differ between a build and its continuation
 LOCK_FILE = ".lock"
 
@@ -69,10 +67,11 @@ class Built:
 
 def build(
     place: str | Path,
-    sae_path: Path,
+    sae_path: Path | str,
     out: Path,
     config: FeatureConfig,
     *,
+    site: str | None = None,
     workers: int = 0,
     address: str | None = None,
     device: str = "auto",
@@ -83,6 +82,8 @@ def build(
     Killed at any moment, the same call continues: with the blocks that have been encoded.
 
     Args:
+        sae_path: `identity` for the neurons of a site.
+        site: of the neurons, if the store has several; an SAE knows its own.
         workers: Ray workers, 0 for none; they all have to see `out` and the store.
         address: of a Ray cluster; None starts a Ray of our own.
 
@@ -90,38 +91,38 @@ def build(
         RunError: the SAE does not fit the store, or `out` holds something else or can't be written.
         SaeHarvestError: the store or the SAE cannot be read.
     """
-    store, sae = ActivationStore.open(place), SAE.load(sae_path)
-    site = check_fit(store, sae, sae_path)
-    rule = sae.config.rule.model_copy(update={"split": "all"})
+    store, device = ActivationStore.open(place), choose_device(device)
+    sae = str(sae_path) if str(sae_path) == IDENTITY else str(Path(sae_path).resolve())
+    dictionary = load_dictionary(store, sae, site, device)
     asked: dict[str, Any] = {
         "tables": FORMAT,
         "store": store.place,
         "store_digest": store.digest,
-        "sae": str(sae_path.resolve()),
-        "sae_digest": sae.digest,
-        "site": site,
+        "sae": sae,
+        "sae_digest": dictionary.digest,
+        "site": dictionary.site,
         "model": store.plan["model"]["name"],
-        "n_latents": sae.config.n_latents,
+        "n_latents": dictionary.n_latents,
         "context_length": store.context_length,
-        "rows": rule.describe(),
+        "rows": dictionary.rule.describe(),
         "config": config.model_dump(mode="json"),
         "code": version("sae-harvest"),
     }
     if existing := read_run(out):
         _require_same(out, existing, asked)
         check_tables(out)
+        (out / BUILDING_FILE).unlink(missing_ok=True)  # killed just before
         return Built(existing, None)
-    device = choose_device(device)
     job = Job(
         store=store.place,
         store_digest=store.digest,
-        sae=asked["sae"],
+        sae=sae,
         out=str(out.absolute()),
-        site=site,
-        rule=rule,
+        site=dictionary.site,
+        rule=dictionary.rule,
         config=config,
-        n_latents=sae.config.n_latents,
-        block_rows=block_rows(store.shard_rows, store.context_length, sae.config.k or ACTIVE),
+        n_latents=dictionary.n_latents,
+        block_rows=block_rows(store.shard_rows, store.context_length, dictionary.pairs_per_row),
         device=device,
     )
     start = time.perf_counter()
@@ -210,12 +211,11 @@ def _profile(
     job: Job, work: Work, pool: Pool, n_read: int, on_progress: Progress
 ) -> tuple[list[Kept], int]:
     """latents, histograms and tokens; what examples are made of, and how often anything fires."""
-    out, sae, texts = work.out, work.sae, work.texts
-    written = sae.config.target_site or job.site  # where decoder rows live
+    out, dictionary, texts = work.out, work.dictionary, work.texts
     model, n_logits = model_of(work.store), job.config.n_logits
-    lens = logit_lens(model, written, sae.W_dec.cpu(), n_logits, len(texts))
-    weights = {name: getattr(sae, name).cpu().numpy() for name in ("W_enc", "W_dec", "b_enc")}
-    spans = _spans(job.n_latents, PROFILED, pool)
+    lens = logit_lens(model, dictionary.writes_to, dictionary.W_dec, n_logits, len(texts))
+    weights = dictionary.weights | {"W_dec": dictionary.W_dec.numpy()}
+    spans = _spans(job.n_latents, latents_at_once(work.blocks, len(texts)), pool)
     kept, n_firings, tokens = [], 0, []
     latents = tables.TableWriter(out / "latents.parquet")
     histograms = tables.TableWriter(out / "histograms.parquet")
@@ -239,10 +239,10 @@ def _compare(
 ) -> npt.NDArray[np.int64]:
     """neighbours; the nearest few of each latent [n_latents, at most 2 FOLLOWED]."""
     nearest = []
-    spans = _spans(job.n_latents, latents_at_once(job.n_latents), pool)
+    spans = _spans(job.n_latents, compared_at_once(job.n_latents), pool)
     with tables.TableWriter(work.out / "neighbours.parquet") as writer:
         for near in pool.map(jobs.neighbours_of_latents, ((job, share, *s) for s in spans)):
-            writer.add(tables.neighbours_table(near, work.sae))
+            writer.add(tables.neighbours_table(near, work.dictionary.W_dec))
             nearest.append(np.hstack([near.alike[:, :FOLLOWED], near.along[:, :FOLLOWED]]))
             on_progress("comparing", near.first + len(near.alike), job.n_latents)
     return np.concatenate(nearest)
@@ -289,26 +289,3 @@ def _spans(n: int, most: int, pool: Pool) -> list[tuple[int, int]]:
     """All latents in pieces of at most so many, with one for every worker."""
     each = max(1, min(most, -(-n // pool.workers)))
     return [(first, min(first + each, n)) for first in range(0, n, each)]
-
-
-def check_fit(store: ActivationStore, sae: SAE, sae_path: Path) -> str:
-    """The site of the store that the SAE was trained on; `RunError` if it cannot be."""
-    site = sae.config.site
-    if site not in store.sites:
-        raise RunError(
-            f"The SAE in {sae_path} was trained on {site}; {store.place} holds "
-            f"{', '.join(store.sites)}. Harvest that site, or use the SAE's own store."
-        )
-    if store.width(site) != sae.config.d_in:
-        raise RunError(
-            f"The SAE in {sae_path} takes {sae.config.d_in} numbers a row; {site} in "
-            f"{store.place} is {store.width(site)} wide. Use the store of the same model."
-        )
-    weights = store.plan["model"]["weights"]
-    if sae.config.model_weights not in ("", weights):
-        raise RunError(
-            f"The SAE in {sae_path} was trained on {sae.config.model} with other weights "
-            f"({sae.config.model_weights}) than {store.place} was harvested from ({weights}). "
-            "Use a store of the same model."
-        )
-    return site

@@ -33,7 +33,8 @@ def main() -> None:
 
 @main.command()
 @store_option
-@click.option("--sae", type=click.Path(path_type=Path), required=True, help="Trained SAE.")
+@click.option("--sae", required=True, help="Trained SAE; identity for the neurons themselves.")
+@click.option("--site", help="Of the neurons: mlp_act.8, say, if the store has several sites.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option(
     "--top",
@@ -95,7 +96,7 @@ def main() -> None:
 )
 def build(
     store: str,
-    sae: Path,
+    sae: str,
     out: Path,
     top: int,
     n_random: int,
@@ -135,7 +136,7 @@ def build(
         )
 
 
-def build_with_bar(store: str | Path, sae: Path, out: Path, config: Any, **means: Any) -> Any:
+def build_with_bar(store: str | Path, sae: Path | str, out: Path, config: Any, **means: Any) -> Any:
     """`pipelines.features.build.build` under a progress bar."""
     from pipelines.features.build import build as run_build
 

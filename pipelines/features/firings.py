@@ -111,6 +111,12 @@ class Blocks:
         there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         return [b for b in range(len(self)) if Path(block_key(b)).name not in there]
 
+    @property
+    def n_pairs(self) -> int:
+        """Firings in all blocks."""
+        paths = [self.folder / block_key(block) for block in range(len(self))]
+        return sum(pq.read_metadata(path).num_rows for path in paths)
+
     def read(self, block: int, first: int = 0, last: int | None = None) -> Firings:
         """A block's firings of the latents [first, last).
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 from harvest.models import load_tokenizer
 from pipelines.features.config import FeatureConfig
 from pipelines.features.contexts import Wanted, contexts
+from pipelines.features.dictionary import Dictionary, load_dictionary
 from pipelines.features.encode import encode
 from pipelines.features.firings import Blocks, publish
 from pipelines.features.neighbours import Neighbours, neighbours
@@ -22,15 +23,14 @@ from pipelines.source import model_of
 from store.objects import LocalObjects
 from store.reader import ActivationStore
 from store.rules import RowRule
-from train.sae import SAE
 
 
 @dataclass(frozen=True)
 class Job:
     """A build, in a form that travels to a worker.
 
-    store, sae, out: places, as absolute paths; store_digest: of the store as it was when the build
-    began; site; rule: which rows are read; block_rows: see `pipelines.features.firings`.
+    store, sae, out: places, as absolute paths, or `identity`; store_digest: of the store as it was
+    when the build began; site; rule: which rows are read; block_rows: see `features.firings`.
     """
 
     store: str
@@ -57,8 +57,8 @@ class Work:
         return ActivationStore.open(self.job.store, self.job.store_digest)
 
     @cached_property
-    def sae(self) -> SAE:
-        return SAE.load(self.job.sae, self.job.device)
+    def dictionary(self) -> Dictionary:
+        return load_dictionary(self.store, self.job.sae, self.job.site, self.job.device)
 
     @cached_property
     def blocks(self) -> Blocks:
@@ -85,7 +85,9 @@ def encode_block(job: Job, block: int) -> int:
     first, last = work.blocks.span(block)
     x = work.store.read(job.site, first, last)
     selected = work.rows.read(np.arange(first, last))
-    firings = encode(work.sae, job.n_latents, x, selected, first, job.config.batch_rows)
+    firings = encode(
+        work.dictionary.encoder, job.n_latents, x, selected, first, job.config.batch_rows
+    )
     publish(LocalObjects(work.out), block, firings)
     return int(selected.sum())
 
@@ -101,7 +103,7 @@ def neighbours_of_latents(job: Job, share: float, first: int, last: int) -> Neig
     """See `neighbours`."""
     work = work_of(job)
     length, n = work.store.context_length, job.config.n_neighbours
-    return neighbours(work.blocks, length, work.sae.W_dec.cpu(), n, share, first, last)
+    return neighbours(work.blocks, length, work.dictionary.W_dec, n, share, first, last)
 
 
 def contexts_of_latents(job: Job, wanted: Wanted, first: int, last: int) -> pa.Table:

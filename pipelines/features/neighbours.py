@@ -34,7 +34,7 @@ class Neighbours:
     fired: npt.NDArray[np.int64]
 
 
-def latents_at_once(n_latents: int) -> int:
+def compared_at_once(n_latents: int) -> int:
     """How many latents' neighbours can be counted together."""
     return max(1, COUNTS // n_latents)
 

@@ -17,6 +17,8 @@ from pipelines.features.firings import Blocks, Firings
 from pipelines.features.rows import Rows
 
 COMPACT_PAIRS = 4_000_000  # (latent, token) counts kept before equal ones are added up
+LATENTS = 8192  # at a time; 4 kB of statistics each
+PAIRS = 1 << 25  # (latent, token), at most so many in all
 POSITION_PARTS = 16
 DECILES = 10
 TRIED_TOKENS = 3  # whose other rows are looked at for hard negatives
@@ -79,6 +81,15 @@ class Profile:
     positions: npt.NDArray[np.int64]
     tokens: pa.Table
     kept: Kept
+
+
+def latents_at_once(blocks: Blocks, n_tokens: int) -> int:
+    """How many latents' statistics fit into memory, whatever the store's size.
+
+    A latent has as many pairs (latent, token) as tokens it fires on: at most all of them.
+    """
+    tokens = min(n_tokens, blocks.n_pairs / max(blocks.n_latents, 1))
+    return max(1, min(LATENTS, int(PAIRS / max(tokens, 1))))
 
 
 def profile(

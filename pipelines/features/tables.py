@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from torch import Tensor
 
 from pipelines.features.config import FeatureConfig
 from pipelines.features.contexts import lists
@@ -19,7 +20,6 @@ from pipelines.features.neighbours import Neighbours, cosines
 from pipelines.features.profile import Profile, bin_edge
 from pipelines.features.texts import TokenTexts
 from store.reader import ActivationStore
-from train.sae import SAE
 
 ROW_GROUP = 2048  # a point query reads one group: about 30 latents' contexts
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
@@ -219,7 +219,7 @@ def histograms_table(found: Profile) -> pa.Table:
     )
 
 
-def neighbours_table(near: Neighbours, sae: SAE | None) -> pa.Table:
+def neighbours_table(near: Neighbours, W_dec: Tensor) -> pa.Table:
     """Each pair once, by latent, then other."""
     parts = []
     for others, both, kind in (
@@ -245,9 +245,7 @@ def neighbours_table(near: Neighbours, sae: SAE | None) -> pa.Table:
         {
             "latent": latent.astype(np.int32),
             "other": other.astype(np.int32),
-            "decoder_cosine": pa.nulls(len(at), pa.float32())
-            if sae is None
-            else cosines(sae.W_dec, latent, other),
+            "decoder_cosine": cosines(W_dec, latent, other),
             "cofire": together,
             "jaccard": together / np.maximum(either, 1),
             "cosine_rank": pa.array(cosine_rank.astype(np.int16), mask=cosine_rank < 0),
