@@ -230,7 +230,8 @@ def _profile(
             on_progress("counting", found.first + len(found.n_fire), job.n_latents)
     # text is not sorted by, and asked for
     with tables.TableWriter(out / "tokens.parquet", bloom_filter_options={"text": BLOOM}) as writer:
-        writer.add(tables.tokens_table(tokens, texts))
+        for table in tables.tokens_tables(tokens, texts):
+            writer.add(table)
     return kept, n_firings
 
 

@@ -9,6 +9,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.viewer.cli import serve, site
 from store.console import Commands, output, progress, store_option
 
 features_option = click.option(
@@ -29,6 +30,10 @@ def main() -> None:
     sae-features build --store runs/demo/store --sae runs/demo/sae --out runs/demo/features
     sae-features show 123 --features runs/demo/features
     """
+
+
+main.add_command(serve)
+main.add_command(site)
 
 
 @main.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ ROW_GROUP = 2048  # a point query reads one group: about 30 latents' contexts
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 LEAST_SPREAD = 1e-3  # of the mean, for skew and kurtosis; the error there is below 1 %
 NAMED_TOKENS = 10
+SORTED_ROWS = 4_000_000  # of the table of tokens, at a time
 SEEN = 3  # firings on a token before its mean says something
 
 
@@ -273,11 +275,23 @@ def tokens_part(found: Profile, config: FeatureConfig) -> pa.Table:
     )
 
 
-def tokens_table(parts: list[pa.Table], texts: TokenTexts) -> pa.Table:
-    """All parts, sorted by token, then count falling, then latent; with the token's text."""
+def tokens_tables(parts: list[pa.Table], texts: TokenTexts) -> Iterator[pa.Table]:
+    """All parts sorted by token, then count falling, then latent, with the token's text.
+
+    A range of tokens at a time, so that not all rows are in memory twice.
+    """
+    joined = pa.concat_tables(parts)
+    token = joined["token"].to_numpy()
+    rows_below = np.cumsum(np.bincount(token, minlength=1))
     order = [("token", "ascending"), ("count", "descending"), ("latent", "ascending")]
-    table = pa.concat_tables(parts).sort_by(order).combine_chunks()
-    return table.add_column(1, "text", texts.of(table["token"].to_numpy()))
+    first = 0
+    while first < len(rows_below):
+        done = rows_below[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(rows_below, done + SORTED_ROWS, side="right")))
+        some = joined.filter(pa.array((token >= first) & (token < last)))
+        some = some.sort_by(order).combine_chunks()
+        yield some.add_column(1, "text", texts.of(some["token"].to_numpy()))
+        first = last
 
 
 def documents_table(store: ActivationStore) -> pa.Table:
