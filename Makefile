@@ -32,9 +32,9 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 # Files side by side, each in one thread: threads of two processes that wait for each other on the
-# same cores take several times as long.
+# same cores take several times as long. numba would start its own beside OpenMP's.
 test: check demo
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(STAMP) $(PEERS)
 	$(BIN)/python -m bench
