@@ -40,7 +40,7 @@ def test_live_text_and_steering_in_the_browser(page, living):
         assert 1 <= listed.count() <= 4  # k of the SAE
         latent = listed.first.locator("a.latent").inner_text()
         listed.first.get_by_role("button", name="heat").click()
-        assert page.locator(f".chosen a.latent:has-text('{latent}')").count() >= 1
+        page.wait_for_selector(f".chosen a.latent:has-text('{latent}')")
         first.hover()
         assert "of the maximum" in page.locator("#tip").inner_text()
         page.get_by_label("text", exact=True).fill("")
