@@ -48,11 +48,10 @@ def logit_lens(
         return None
     n = min(n, len(unembed))
     rows = W_dec * _final_norm_scale(network)
-    mean = rows @ unembed.mean(dim=0)  # softmax ignores a constant
     found = []
     for sign in (1, -1):
         tokens, logits = largest_products(sign * rows, unembed, n)
-        found += [tokens.int().numpy(), (sign * logits - mean[:, None]).numpy()]
+        found += [tokens.int().numpy(), (sign * logits).numpy()]
     return LogitLens(*found)
 
 

@@ -21,6 +21,7 @@ LATENTS = 8192  # at a time; 4 kB of statistics each
 PAIRS = 1 << 25  # (latent, token), at most so many in all
 POSITION_PARTS = 16
 DECILES = 10
+OTHER = 0x5DEECE66D  # so that deciles and `random` are drawn independently
 TRIED_TOKENS = 3  # whose other rows are looked at for hard negatives
 
 
@@ -139,7 +140,7 @@ def profile(
             firings.first_row,
             *kept.top.arrays(),
         )
-        _draw(firings, documents, np.empty((n, 0)), 2 * config.seed, kept.random)
+        _draw(firings, documents, np.empty((n, 0)), config.seed, kept.random)
         parts.append(_tokens(firings, rows.token[inside]))
         if sum(map(len, parts)) > COMPACT_PAIRS:
             parts = [_compact(parts)]
@@ -153,7 +154,7 @@ def profile(
         edges = decile_edges(found.histogram)
         for block, firings in blocks.all(first, last):
             documents = rows.document[slice(*blocks.span(block))]
-            _draw(firings, documents, edges, 2 * config.seed + 1, kept.deciles)
+            _draw(firings, documents, edges, config.seed ^ OTHER, kept.deciles)
     return found
 
 
