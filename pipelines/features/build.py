@@ -53,6 +53,7 @@ BLOOM = {"ndv": tables.ROW_GROUP, "fpp": 0.01}
 FOLLOWED = 2  # neighbours of either kind whose rows are looked at for hard negatives
 MOVED = ("store", "sae", "code")  # may differ between a build and its continuation
 LOCK_FILE = ".lock"
+OURS = {LOCK_FILE, f".{BUILDING_FILE}.tmp"}  # of a build that is about to begin
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
 
@@ -111,12 +112,14 @@ def build(
     if existing := read_run(out):
         _require_same(out, existing, asked)
         check_tables(out)
-        (out / BUILDING_FILE).unlink(missing_ok=True)  # killed just before
+        for name in (BUILDING_FILE, LOCK_FILE):  # killed just before
+            (out / name).unlink(missing_ok=True)
         return Built(existing, None)
     job = Job(
         store=store.place,
         store_digest=store.digest,
         sae=sae,
+        sae_digest=dictionary.digest,
         out=str(out.absolute()),
         site=dictionary.site,
         rule=dictionary.rule,
@@ -126,10 +129,14 @@ def build(
         device=device,
     )
     start = time.perf_counter()
-    with writing(out), claimed(out, asked), open_pool(workers, address, device == "cuda") as pool:
-        run = asked | _make(job, pool, on_progress)
+    with writing(out), claimed(out, asked):
+        if existing := read_run(out):  # by another process, meanwhile
+            _require_same(out, existing, asked)
+            return Built(existing, None)
+        with open_pool(workers, address, device == "cuda") as pool:
+            run = asked | _make(job, pool, on_progress)
+        _remove_leftovers(out)  # of workers that were killed
         write_json(out / RUN_FILE, run)
-        (out / BUILDING_FILE).unlink()
     return Built(run, time.perf_counter() - start)
 
 
@@ -143,19 +150,26 @@ def claimed(out: Path, asked: dict[str, Any]) -> Iterator[None]:
     building = read_record(out / BUILDING_FILE)
     if building is not None:
         _require_same(out, building, asked)
-    elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    elif out.exists() and not (out.is_dir() and {p.name for p in out.iterdir()} <= OURS):
         raise RunError(f"{out} holds something else than tables; choose another --out.")
     make_folder(out)
-    write_json(out / BUILDING_FILE, asked)
     lock = FileLock(out / LOCK_FILE)
     try:
-        with lock.acquire(timeout=0):
-            for key in (objects := LocalObjects(out)).leftovers():
-                objects.remove(key)
-            yield
+        lock.acquire(timeout=0)
     except Timeout:
         raise RunError(f"{out} is being built by another process; wait for it.") from None
-    (out / LOCK_FILE).unlink(missing_ok=True)
+    with lock:
+        if not (out / RUN_FILE).exists():
+            _remove_leftovers(out)
+            write_json(out / BUILDING_FILE, asked)
+        yield
+        for name in (BUILDING_FILE, LOCK_FILE):
+            (out / name).unlink(missing_ok=True)
+
+
+def _remove_leftovers(out: Path) -> None:
+    for key in (objects := LocalObjects(out)).leftovers():
+        objects.remove(key)
 
 
 def _require_same(out: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.exports.cli import export_command
 from pipelines.viewer.cli import serve, site
 from store.console import Commands, output, progress, store_option
 
@@ -34,6 +35,7 @@ def main() -> None:
 
 main.add_command(serve)
 main.add_command(site)
+main.add_command(export_command)
 
 
 @main.command()
@@ -81,7 +83,7 @@ main.add_command(site)
 )
 @click.option(
     "--seed",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, 2**62 - 1),
     default=0,
     show_default=True,
     help="Of everything that is drawn.",

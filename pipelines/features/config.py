@@ -31,5 +31,5 @@ class FeatureConfig(BaseModel):
     )
     n_tokens: int = Field(100, ge=1, description="most frequent tokens kept per latent")
     n_logits: int = Field(20, ge=1, description="tokens at either end of the logit lens")
-    seed: int = Field(0, ge=0, lt=2**63, description="of everything that is drawn")
+    seed: int = Field(0, ge=0, lt=2**62, description="of everything that is drawn")
     batch_rows: int = Field(4096, ge=1, description="rows encoded at a time")

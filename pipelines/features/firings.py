@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,8 +115,24 @@ class Blocks:
     @property
     def n_pairs(self) -> int:
         """Firings in all blocks."""
-        paths = [self.folder / block_key(block) for block in range(len(self))]
-        return sum(pq.read_metadata(path).num_rows for path in paths)
+        total = 0
+        for block in range(len(self)):
+            with self._open(block) as file:
+                total += file.metadata.num_rows
+        return total
+
+    @contextmanager
+    def _open(self, block: int) -> Iterator[pq.ParquetFile]:
+        path = self.folder / block_key(block)
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                yield file
+        except (OSError, pa.ArrowException) as error:
+            why = str(error).splitlines()[0]
+            raise RunError(
+                f"{path} is missing or damaged ({why}); delete it and build again, which makes "
+                "only what is missing."
+            ) from error
 
     def read(self, block: int, first: int = 0, last: int | None = None) -> Firings:
         """A block's firings of the latents [first, last).
@@ -124,18 +141,10 @@ class Blocks:
             RunError: the file is missing or damaged; names it.
         """
         last = self.n_latents if last is None else last
-        path = self.folder / block_key(block)
-        try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                table = file.read_row_groups(
-                    _groups(file.metadata, first, last), columns=list(COLUMNS), use_threads=False
-                )
-        except (OSError, pa.ArrowException) as error:
-            why = str(error).splitlines()[0]
-            raise RunError(
-                f"{path} is missing or damaged ({why}); delete it and build again, which makes "
-                "only what is missing."
-            ) from error
+        with self._open(block) as file:
+            table = file.read_row_groups(
+                _groups(file.metadata, first, last), columns=list(COLUMNS), use_threads=False
+            )
         latent = table["latent"].to_numpy()
         starts = np.searchsorted(latent, np.arange(first, last + 1))
         inside = slice(starts[0], starts[-1])

@@ -20,6 +20,7 @@ from pipelines.features.profile import Profile, profile
 from pipelines.features.rows import Rows
 from pipelines.features.texts import TokenTexts
 from pipelines.source import model_of
+from store.errors import RunError
 from store.objects import LocalObjects
 from store.reader import ActivationStore
 from store.rules import RowRule
@@ -36,6 +37,7 @@ class Job:
     store: str
     store_digest: str
     sae: str
+    sae_digest: str
     out: str
     site: str
     rule: RowRule
@@ -58,7 +60,10 @@ class Work:
 
     @cached_property
     def dictionary(self) -> Dictionary:
-        return load_dictionary(self.store, self.job.sae, self.job.site, self.job.device)
+        found = load_dictionary(self.store, self.job.sae, self.job.site, self.job.device)
+        if found.digest != self.job.sae_digest:
+            raise RunError(f"The SAE in {self.job.sae} has changed; build again.")
+        return found
 
     @cached_property
     def blocks(self) -> Blocks:

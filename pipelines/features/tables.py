@@ -64,7 +64,9 @@ class TableWriter:
         if self._writer is None:
             return
         if kind is None:
-            self._writer.write_table(pa.concat_tables(self._rest), row_group_size=ROW_GROUP)
+            rest = pa.concat_tables(self._rest)
+            if len(rest):
+                self._writer.write_table(rest, row_group_size=ROW_GROUP)
         self._writer.close()
         if kind is None:
             with self._temporary.open("rb") as file:
