@@ -10,8 +10,8 @@ import torch
 
 from pipelines.features import kernels
 from pipelines.features.firings import Blocks
-from pipelines.features.products import largest_products
 
+BLOCK = 1024  # rows of the similarity matrix at a time: [1024, n_latents] is never large
 PAIRS = 4096  # whose cosines are taken at a time, in cache
 COUNTS = 1 << 27  # numbers of the matrix of firing together at a time, int32
 MOST_PAIRS = 1 << 30  # (row, latent, latent) that are counted; above, on evenly spaced contexts
@@ -97,10 +97,13 @@ def decoder_neighbours(
     """
     unit = torch.nn.functional.normalize(W_dec, dim=1)
     n = min(n_neighbours, len(unit) - 1)
-    found, _ = largest_products(unit[first:last], unit, n + 1)
-    itself = found == torch.arange(first, last)[:, None]
-    itself[:, -1] |= ~itself.any(dim=1)  # among many that are the same, it may not be
-    return found[~itself].view(last - first, n).numpy()
+    found = torch.empty(last - first, n, dtype=torch.int64)
+    for low in range(first, last, BLOCK):
+        high = min(low + BLOCK, last)
+        similarity = unit[low:high] @ unit.T  # [block, n_latents]
+        similarity[torch.arange(high - low), torch.arange(low, high)] = -torch.inf
+        found[low - first : high - first] = similarity.topk(n, dim=1).indices
+    return found.numpy()
 
 
 def cosines(
