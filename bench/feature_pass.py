@@ -1,51 +1,115 @@
-"""The feature pass against encoding the same rows and keeping nothing."""
+"""A feature build, tables and all, against encoding the same rows; its memory; delphi's cache.
+
+python -m bench.feature_pass STORE SAE OUT      builds once: seconds, rows, peak memory as JSON
+"""
 
 from __future__ import annotations
 
+import json
+import resource
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from bench.measurement import Measurement, alternate, seconds
-from pipelines.features.accumulate import Accumulator
-from pipelines.features.build import accumulate
+from bench.inputs import gpt2_model, write_long_news
+from bench.measurement import Measurement, seconds
+from harvest.config import HarvestConfig
+from harvest.corpus import CorpusSpec
+from harvest.run import Means, run
+from pipelines.features.build import build
 from pipelines.features.config import FeatureConfig
-from pipelines.features.neighbours import decoder_neighbours
+from store.console import output
 from store.reader import ActivationStore
 from store.rules import RowRule
 from train.config import SAEConfig
 from train.sae import SAE
 
-N_LATENTS, K = 24_576, 32
-REPEATS = 3
+SMALL, LARGE = 1 << 18, 1 << 21  # rows
+WIDTH, N_LATENTS, K = 768, 24_576, 32
 RULE = RowRule(split="all")
+PEER = Path(__file__).parents[1] / ".venv-peers" / "delphi" / "bin" / "python"
+PEER_SCRIPT = Path(__file__).parent / "peers" / "delphi_cache.py"
+PEER_ROWS = 16_384
+SITE = "resid_post.0"
 
 
 def measure(folder: Path) -> list[Measurement]:
-    """feature_pass, over the store in `folder`, with a random dictionary of 24,576 latents."""
-    store = ActivationStore.open(folder / "store")
-    site = store.sites[0]
-    sae = random_sae(store, site)
-    config = FeatureConfig()
-    neighbours, _ = decoder_neighbours(sae.W_dec, config.n_neighbours)
+    """feature_pass, feature_memory and feature_vs_delphi, on stores made in `folder`."""
+    model = gpt2_model(folder / "one-block", n_layer=1, n_embd=WIDTH, n_head=12)
+    corpus = folder / "corpus.jsonl"
+    write_long_news(corpus, LARGE)
+    found = {}
+    for rows in (SMALL, LARGE):
+        config = HarvestConfig(
+            model=str(model), corpus=CorpusSpec(name=str(corpus)), sites=(SITE,), tokens=rows
+        )
+        store = folder / f"rows-{rows}"
+        run(config, store, Means(workers=0))
+        found[rows] = _measure(store, folder)
+        if rows == SMALL:
+            peer = _peer(store, folder)
+        shutil.rmtree(store)
+    corpus.unlink()
+    small, large = found[SMALL], found[LARGE]
+    for rows, one in found.items():
+        output().print(
+            f"{rows:,} rows: encoding {one['encoding']:.1f} s, the whole build "
+            f"{one['seconds']:.1f} s ({one['seconds'] / one['encoding']:.2f}), "
+            f"{one['peak'] / 1e6:,.0f} MB at most"
+        )
+    rate = large["rows"] / large["seconds"]
+    measured = [
+        Measurement(
+            "feature_pass", large["seconds"], large["encoding"], "s", 1.05, 1.25,
+            higher_is_better=False,
+        ),
+        Measurement(
+            "feature_memory", large["peak"] / 1e6, small["peak"] / 1e6, "MB", 1.05, 1.10,
+            higher_is_better=False,
+        ),
+    ]  # fmt: skip
+    if peer is None:
+        output().print(f"feature_vs_delphi is left out: there is no {PEER}; run `make peers`.")
+        return measured
+    return [
+        *measured,
+        Measurement("feature_vs_delphi", rate, peer, "tokens/s", 4, 2, higher_is_better=True),
+    ]
 
-    def whole() -> float:
-        counts = Accumulator(N_LATENTS, store.context_length, neighbours, config)
-        return seconds(lambda: accumulate(store, site, sae, RULE, config, counts))
 
-    def encode() -> float:
-        return seconds(lambda: _encode_all(store, site, sae, config.batch_rows))
+def _measure(store: Path, folder: Path) -> dict[str, float]:
+    """Seconds of encoding alone and of a build, rows read, and the build's peak memory."""
+    sae, out = folder / "random-sae", folder / "features"
+    random_sae(ActivationStore.open(store)).save(sae)
+    command = [sys.executable, "-m", "bench.feature_pass", store, sae, out]
+    arguments = [str(part) for part in command]
+    printed = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+    shutil.rmtree(out)
+    found: dict[str, float] = json.loads(printed.splitlines()[-1])
+    return found
 
-    whole(), encode()  # compiles
-    taken, limit = alternate(whole, encode, REPEATS)
-    return [Measurement("feature_pass", taken, limit, "s", 1.05, 1.25, higher_is_better=False)]
+
+def _peer(store: Path, folder: Path) -> float | None:
+    """delphi's tokens a second; None where it is not installed."""
+    if not PEER.exists():
+        return None
+    rows = ActivationStore.open(store).read(SITE, 0, PEER_ROWS).astype(np.float32)
+    np.save(folder / "rows.npy", rows)
+    settings = [folder / "rows.npy", N_LATENTS, K, folder / "delphi"]
+    command = [str(part) for part in (PEER, PEER_SCRIPT, *settings)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(printed.splitlines()[-1])
 
 
-def random_sae(store: ActivationStore, site: str) -> SAE:
+def random_sae(store: ActivationStore) -> SAE:
     """Unit rows in random directions, centred on the store's mean: every latent fires a little."""
-    width = store.width(site)
-    ordinary = store.statistics(site)["ordinary"]
+    site = store.sites[0]
+    width, ordinary = store.width(site), store.statistics(site)["ordinary"]
     generator = torch.Generator().manual_seed(0)
     rows = torch.nn.functional.normalize(torch.randn(N_LATENTS, width, generator=generator), dim=1)
     config = SAEConfig(
@@ -60,10 +124,32 @@ def random_sae(store: ActivationStore, site: str) -> SAE:
     return SAE(config, rows, rows.clone(), torch.zeros(N_LATENTS), b_dec)
 
 
-def _encode_all(store: ActivationStore, site: str, sae: SAE, batch_rows: int) -> None:
+def encode_all(store: ActivationStore, sae: SAE, batch_rows: int, last: int) -> None:
+    """Encodes the rows [0, last) that the rule reads, shard by shard, and keeps nothing."""
+    site = store.sites[0]
     for shard in range(store.n_shards):
-        first, last = store.shard_span(shard)
+        first, end = store.shard_span(shard)
+        if first >= last:
+            return
         selected = np.flatnonzero(store.selected_in_shard(site, RULE, shard))
-        x = store.read(site, first, last)
+        x = store.read(site, first, end)
         for low in range(0, len(selected), batch_rows):
             sae.encode(torch.from_numpy(x[selected[low : low + batch_rows]]).float())
+
+
+def once(place: str, sae_path: str, out: str) -> dict[str, Any]:
+    """Encoding alone, then the build."""
+    store, sae, config = ActivationStore.open(place), SAE.load(sae_path), FeatureConfig()
+    encode_all(store, sae, config.batch_rows, 1)  # loads compiled code
+    encoding = seconds(lambda: encode_all(store, sae, config.batch_rows, store.n_rows))
+    built = build(place, sae_path, Path(out), config)
+    return {
+        "encoding": encoding,
+        "seconds": built.seconds,
+        "rows": built.run["n_rows"],
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(once(*sys.argv[1:])))

@@ -162,7 +162,7 @@ def interesting_latents(features: Path) -> list[int]:
             GROUP BY latent
         ) USING (latent)
         WHERE density BETWEEN 0.0005 AND 0.005 AND sources >= 5
-            AND token_entropy_bits BETWEEN 2 AND 6.5 AND top_token_shares[1] < 0.35
+            AND token_entropy_bits BETWEEN 2 AND 6.5 AND top_token_counts[1] < 0.35 * n_fire
             AND list_bool_and(list_transform(
                 top_tokens[:6], lambda t: regexp_full_match(t, ' ?[A-Za-z]{3,}')
             ))

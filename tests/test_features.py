@@ -1,384 +1,417 @@
-"""What the feature pass counts and keeps, against plain loops over a dense float64 matrix."""
+"""What the feature pass counts, against plain loops over a dense float64 matrix."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import replace
+from pathlib import Path
 
-import numba
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pipelines.features import profile as profile_module
 from pipelines.features import tables
-from pipelines.features.accumulate import Accumulator
 from pipelines.features.config import FeatureConfig
-from pipelines.features.neighbours import decoder_neighbours
+from pipelines.features.encode import stacked
+from pipelines.features.neighbours import (
+    MOST_PAIRS,
+    counted_rows,
+    counted_share,
+    decoder_neighbours,
+)
+from pipelines.features.profile import bin_edge
+from pipelines.features.rows import for_scores
 from store.rules import heldout_documents
+from tests.feature_cases import (
+    ALIKE,
+    CONFIG,
+    CONTEXTS,
+    HUGE,
+    LENGTH,
+    N_LATENTS,
+    NEVER,
+    ONCE,
+    TINY,
+    Case,
+    Pass,
+    encode_blocks,
+    made_case,
+    sparse_case,
+    weights_of,
+    whole_pass,
+)
 
-N_LATENTS, K, LENGTH, CONTEXTS, VOCABULARY = 13, 4, 16, 40, 9
-ROWS = CONTEXTS * LENGTH
-ALWAYS, NEVER, ONCE, ALIKE = 0, 12, 11, 10  # latents with a fate
-
-
-@dataclass
-class Case:
-    """Encoded rows of a made-up store: `selected` of them, latents and values [selected, K]."""
-
-    selected: np.ndarray
-    indices: np.ndarray
-    values: np.ndarray
-    tokens: np.ndarray
-    documents: np.ndarray
-    dense: np.ndarray  # float64 [rows, n_latents], 0 where nothing fired or nothing was read
+BINS = 384
 
 
 @pytest.fixture(scope="module")
-def case():
-    rng = np.random.default_rng(0)
-    selected = np.flatnonzero(rng.random(ROWS) < 0.85)
-    indices = np.stack([rng.permutation(np.arange(1, 10))[:K] for _ in selected]).astype(np.int32)
-    indices[rng.random(len(selected)) < 0.5, 0] = ALWAYS
-    # quarters, so that there are many ties; a third of the places did not fire
-    values = (rng.integers(1, 20, indices.shape) / 4).astype(np.float32)
-    values[rng.random(indices.shape) < 0.3] = 0
-    indices[100, :2], values[100, :2] = (ONCE, ALIKE), (3.25, 2.5)
-    indices[200, 1], values[200, 1] = ALIKE, np.nextafter(np.float32(2.5), np.float32(3))
-    values[indices == 9] *= 1e5  # beyond the last edge of the histogram
-    values[indices == 8] *= 1e-5  # before the first
-    # documents of 1 to 60 rows that do not respect contexts; -1 for the first row of some contexts
-    documents = np.repeat(np.arange(ROWS), rng.integers(1, 60, ROWS))[:ROWS].astype(np.int64)
-    documents[::LENGTH][rng.random(CONTEXTS) < 0.5] = -1
-    dense = np.zeros((ROWS, N_LATENTS))
-    for r, row in enumerate(selected):
-        for j in range(K):
-            dense[row, indices[r, j]] += values[r, j]
-    tokens = rng.integers(0, VOCABULARY, ROWS).astype(np.int32)
-    return Case(selected, indices, values, tokens, documents, dense)
+def case() -> Case:
+    return made_case()
 
 
-NEIGHBOURS = np.array([[(i + step) % N_LATENTS for step in (1, 2, 5)] for i in range(N_LATENTS)])
+@pytest.fixture(scope="module")
+def found(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Pass:
+    return whole_pass(case, tmp_path_factory.mktemp("pass"))
 
 
-def accumulated(case, config=None, edges=(0, CONTEXTS)):
-    """The accumulator after the blocks between consecutive edges, in contexts."""
-    config = config or FeatureConfig(n_top=5, n_random=4, window_tokens=7)
-    counts = Accumulator(N_LATENTS, LENGTH, NEIGHBOURS.copy(), config)
-    for first, last in pairwise(edges):
-        block = slice(first * LENGTH, last * LENGTH)
-        inside = (case.selected >= block.start) & (case.selected < block.stop)
-        counts.add(
-            block.start,
-            case.selected[inside] - block.start,
-            case.indices[inside],
-            case.values[inside],
-            case.tokens[block],
-            case.documents[block],
-        )
-    return counts
+def bin_of(value: float) -> int:
+    """16 bins an octave from 2**-12 to 2**12; the ends are open."""
+    return min(max(int(np.floor(16 * (np.log2(value) + 12))), 0), BINS - 1)
 
 
-class Texts:
-    """Token texts without a tokenizer."""
+def test_firings_are_those_of_the_dense_matrix(case: Case, tmp_path: Path) -> None:
+    dense = case.dense
+    blocks = encode_blocks(case, tmp_path, 7)
+    assert len(blocks) == 6  # the last one is shorter
+    assert blocks.missing() == []
+    seen = np.zeros_like(dense)
+    for block in range(6):
+        table = pq.read_table(tmp_path / "firings" / f"{block:06d}.parquet")
+        assert [str(t) for t in table.schema.types] == ["int32", "int64", "float"]
+        assert table.schema.metadata[b"sae_harvest_tables"] == b"2"
+        latent, row, value = (table[c].to_numpy() for c in ("latent", "row", "value"))
+        assert (np.diff(latent.astype(np.int64) * case.n_rows + row) > 0).all()  # sorted, once
+        assert set((row // LENGTH).tolist()) <= set(range(7 * block, 7 * block + 7))
+        seen[row, latent] = value
+    assert (seen == dense).all()
+    for first, last in ((0, 13), (3, 5), (11, 13), (12, 13)):  # some latents of a block
+        for block, firings in blocks.all(first, last):
+            begin, end = blocks.span(block)
+            for i in range(first, last):
+                mine = slice(*firings.starts[i - first : i - first + 2])
+                here = dense[begin:end, i]
+                assert firings.row[mine].tolist() == np.flatnonzero(here).tolist()
+                assert firings.value[mine].tolist() == here[here > 0].tolist()
 
-    def one(self, token):
-        return f"t{token}"
+
+def test_batches_of_other_widths_are_encoded_alike(case: Case, tmp_path: Path) -> None:
+    wide, narrow = (np.ones((2, 3), np.float32), np.ones((1, 1), np.float32))
+    indices, values = stacked([(narrow.astype(np.int32), narrow), (wide.astype(np.int32), wide)])
+    assert values.tolist() == [[1, 0, 0], [1, 1, 1], [1, 1, 1]]
+    assert indices.shape == (3, 3)
+    for batch_rows in (1, 7, 10_000):
+        encode_blocks(case, tmp_path / str(batch_rows), 4, batch_rows=batch_rows)
+    for name in ("000000.parquet", "000009.parquet"):
+        files = [(tmp_path / str(n) / "firings" / name).read_bytes() for n in (1, 7, 10_000)]
+        assert files[0] == files[1] == files[2]
 
 
-def latents_of(counts):
-    rng = np.random.default_rng(1)
-    weights = {
-        "W_enc": rng.standard_normal((N_LATENTS, 6)).astype(np.float32),
-        "W_dec": rng.standard_normal((N_LATENTS, 6)).astype(np.float32),
-        "b_enc": rng.standard_normal(N_LATENTS).astype(np.float32),
-    }
-    config = FeatureConfig(n_tokens=3)
-    return tables.latents_table(counts, CONTEXTS, weights, None, Texts(), config), weights
-
-
-def test_counts_and_moments_are_those_of_the_dense_matrix(case):
-    counts = accumulated(case)
-    table, weights = latents_of(counts)
-    rows = table.to_pylist()
-    assert counts.n_rows == len(case.selected)
+def test_counts_and_moments_are_those_of_the_dense_matrix(case: Case, found: Pass) -> None:
+    dense, n_read, weights = case.dense, case.read.sum(), weights_of(N_LATENTS)
+    rows = found.tables["latents"].to_pylist()
+    assert [row["latent"] for row in rows] == list(range(N_LATENTS))
     for i, row in enumerate(rows):
-        a = case.dense[:, i][case.dense[:, i] > 0]
-        contexts = {r // LENGTH for r in range(ROWS) if case.dense[r, i] > 0}
-        assert row["latent"] == i
+        a = dense[:, i][dense[:, i] > 0]
+        contexts = {r // LENGTH for r in range(case.n_rows) if dense[r, i] > 0}
         assert row["n_fire"] == len(a)
-        assert row["dead"] == (len(a) == 0)
-        assert row["density"] == len(a) / len(case.selected)
+        assert row["dead"] == (len(a) == 0) == (i == NEVER)
+        assert row["density"] == len(a) / n_read
         assert row["n_contexts"] == len(contexts)
         assert row["context_density"] == len(contexts) / CONTEXTS
         assert row["max"] == (a.max() if len(a) else 0)
         assert row["mean"] == pytest.approx(a.mean() if len(a) else 0, rel=1e-12)
         assert row["std"] == pytest.approx(a.std() if len(a) else 0, rel=1e-9, abs=1e-6)
-        assert row["mean_square"] == pytest.approx((a**2).sum() / len(case.selected), rel=1e-12)
+        assert row["mean_square"] == pytest.approx((a**2).sum() / n_read, rel=1e-12)
         if i in (NEVER, ONCE, ALIKE):  # two values a last bit apart have no shape to measure
-            assert row["skew"] is None
-            assert row["kurtosis"] is None
+            assert row["skew"] is row["kurtosis"] is row["bimodality"] is None
         else:
             z = (a - a.mean()) / a.std()
-            assert row["skew"] == pytest.approx((z**3).mean(), abs=1e-9)
-            assert row["kurtosis"] == pytest.approx((z**4).mean(), rel=1e-9)
+            skew, kurtosis = (z**3).mean(), (z**4).mean()
+            assert row["skew"] == pytest.approx(skew, abs=1e-9)
+            assert row["kurtosis"] == pytest.approx(kurtosis, rel=1e-9)
+            assert row["bimodality"] == pytest.approx((skew**2 + 1) / kurtosis, rel=1e-9)
         encoder, decoder = (weights[name][i].astype(float) for name in ("W_enc", "W_dec"))
         cosine = encoder @ decoder / np.sqrt((encoder @ encoder) * (decoder @ decoder))
         assert row["encoder_decoder_cosine"] == pytest.approx(cosine, abs=1e-6)
+        assert row["encoder_norm"] == pytest.approx(np.sqrt(encoder @ encoder), rel=1e-6)
         assert row["decoder_norm"] == pytest.approx(np.sqrt(decoder @ decoder), rel=1e-6)
         assert row["encoder_bias"] == weights["b_enc"][i]
+        assert row["top_logits"] is row["bottom_logit_tokens"] is None  # there was no lens
 
 
-def test_moments_of_a_known_latent():
-    counts = Accumulator(1, 4, np.zeros((1, 0), np.int64), FeatureConfig())
-    values = np.array([[1], [1], [1], [5]], np.float32)
-    zeros = np.zeros((4, 1), np.int32)
-    counts.add(0, np.arange(4), zeros, values, zeros[:, 0], np.zeros(4, np.int64))
-    weights = {name: np.ones((1, 2), np.float32) for name in ("W_enc", "W_dec")}
-    weights["b_enc"] = np.zeros(1, np.float32)
-    (row,) = tables.latents_table(counts, 1, weights, None, Texts(), FeatureConfig()).to_pylist()
-    assert row["mean"] == 2
-    assert row["std"] == pytest.approx(3**0.5)  # deviations -1 -1 -1 3
-    assert row["skew"] == pytest.approx(24 / 4 / 3**1.5)
-    assert row["kurtosis"] == pytest.approx(84 / 4 / 9)
-    assert row["mean_square"] == 7
-    assert row["top_tokens"] == ["t0"]
+@pytest.mark.parametrize(
+    ("values", "skew", "kurtosis", "bimodality"),
+    [
+        ([1, 1, 1, 5], 24 / 4 / 3**1.5, 84 / 4 / 9, 1),  # mean 2, deviations -1 -1 -1 3
+        ([2, 2, 4, 4], 0, 1, 1),  # two values
+        (np.arange(1, 2001) / 500, 0, 9 / 5, 5 / 9),  # uniform, but for 1 in n²
+    ],
+)
+def test_moments_of_a_known_latent(
+    tmp_path: Path, values: list[float], skew: float, kurtosis: float, bimodality: float
+) -> None:
+    a = np.asarray(values, np.float32)
+    known = sparse_case(1, np.arange(len(a)), a)
+    known.read[len(a) :] = False
+    (row,) = whole_pass(known, tmp_path).tables["latents"].to_pylist()
+    assert row["mean"] == pytest.approx(a.mean(dtype=float))
+    assert row["std"] == pytest.approx(a.std(dtype=float))
+    assert row["skew"] == pytest.approx(skew, abs=1e-9)
+    assert row["kurtosis"] == pytest.approx(kurtosis, rel=1e-5)
+    assert row["bimodality"] == pytest.approx(bimodality, rel=1e-5)
+    assert row["mean_square"] == pytest.approx((a.astype(float) ** 2).mean())
+    assert row["top_tokens"] == [" t0"]
     assert row["token_entropy_bits"] == 0
 
 
-def test_histogram_holds_every_firing_within_its_edges(case):
-    table = tables.histograms_table(accumulated(case)).to_pylist()
-    for i in range(N_LATENTS):
-        bins = [row for row in table if row["latent"] == i]
+def test_histogram_holds_every_firing_within_its_edges(case: Case, found: Pass) -> None:
+    dense = case.dense
+    table = found.tables["histograms"].to_pylist()
+    assert [(r["latent"], r["bin"]) for r in table] == sorted(
+        {(i, bin_of(a)) for i in range(N_LATENTS) for a in dense[:, i] if a > 0}
+    )
+    for row in table:
+        a = dense[:, row["latent"]][dense[:, row["latent"]] > 0]
+        low = 0 if row["bin"] == 0 else row["low"]
+        high = np.inf if row["bin"] == BINS - 1 else row["high"]
+        assert row["count"] == ((a >= low) & (a < high)).sum() > 0
+        assert row["low"] == pytest.approx(2.0 ** (row["bin"] / 16 - 12))
+        assert row["high"] == pytest.approx(row["low"] * 2 ** (1 / 16))
+    assert {row["bin"] for row in table if row["latent"] == TINY} == {0}
+    assert {row["bin"] for row in table if row["latent"] == HUGE} == {BINS - 1}
+
+
+def test_quantiles_are_right_to_one_bin(case: Case, found: Pass) -> None:
+    for i, row in enumerate(found.tables["latents"].to_pylist()):
         a = case.dense[:, i][case.dense[:, i] > 0]
-        assert sum(row["count"] for row in bins) == len(a)
-        for row in bins:
-            low = 0 if row["bin"] == 0 else row["low"]
-            high = np.inf if row["bin"] == 95 else row["high"]
-            assert row["count"] == ((a >= low) & (a < high)).sum() > 0
-            assert row["high"] == pytest.approx(row["low"] * 2**0.25)
-    assert {row["bin"] for row in table if row["latent"] == 8} == {0}
-    assert {row["bin"] for row in table if row["latent"] == 9} == {95}
+        for q in (10, 25, 50, 75, 90, 99):
+            if len(a) == 0:
+                assert row[f"q{q}"] == 0
+                continue
+            exact = np.quantile(a, q / 100, method="inverted_cdf")
+            assert bin_of(row[f"q{q}"]) == bin_of(exact)
+            assert row[f"q{q}"] <= a.max()
+    a = np.exp(np.random.default_rng(3).standard_normal((5, 500))).astype(np.float32)
+    histogram = np.stack([np.histogram(x, bin_edge(np.arange(BINS + 1)))[0] for x in a])
+    for share in (0.01, 0.5, 0.9, 0.99, 1.0):
+        found_q = tables.quantiles(histogram, share, a.max(axis=1))
+        exact = np.quantile(a, share, axis=1, method="inverted_cdf")
+        np.testing.assert_allclose(np.log2(found_q), np.log2(exact), atol=1 / 16)
 
 
-def test_quantiles_are_right_to_one_bin():
-    rng = np.random.default_rng(3)
-    a = np.exp(rng.standard_normal((6, 500))).astype(np.float32)
-    a[5] = 0
-    histogram = np.zeros((6, 96), np.int64)
-    edges = tables.bin_edge(np.arange(97))
-    for i in range(5):
-        histogram[i] = np.histogram(a[i], edges)[0]
-    for q in (0.01, 0.5, 0.9, 0.99, 1.0):
-        found = tables.histogram_quantiles(histogram, q, a.max(axis=1))
-        exact = np.quantile(a[:5], q, axis=1, method="inverted_cdf")
-        np.testing.assert_allclose(np.log2(found[:5]), np.log2(exact), atol=0.2501)
-        assert (found[:5] <= a[:5].max(axis=1)).all()
-        assert found[5] == 0
+@pytest.mark.parametrize("length", [5, 16, 40])
+def test_position_profile_is_the_share_of_firings_by_part(tmp_path: Path, length: int) -> None:
+    made = made_case(length, 300 // length + 30)
+    parts = min(16, length)
+    latents = whole_pass(made, tmp_path, pieces=2).tables["latents"].to_pylist()
+    for i, row in enumerate(latents):
+        count = [0] * parts
+        for r in np.flatnonzero(made.dense[:, i]):
+            count[(r % length) * parts // length] += 1
+        expected = np.array(count) / max(sum(count), 1)
+        np.testing.assert_allclose(row["position_profile"], expected, rtol=1e-6)
 
 
-def test_cofiring_and_jaccard_count_rows_on_which_both_fire(case):
-    counts = accumulated(case)
-    cosines = np.arange(NEIGHBOURS.size, dtype=np.float32).reshape(NEIGHBOURS.shape) / 100
-    table = tables.neighbours_table(counts, cosines).to_pylist()
-    assert len(table) == NEIGHBOURS.size
-    for number, row in enumerate(table):
-        i, rank = divmod(number, 3)
-        fires, other = case.dense[:, i] > 0, case.dense[:, row["other"]] > 0
-        both, either = (fires & other).sum(), (fires | other).sum()
-        assert (row["latent"], row["rank"]) == (i, rank)
-        assert row["other"] == NEIGHBOURS[i, rank]
-        assert row["cofire"] == both
-        assert row["jaccard"] == pytest.approx(both / either if either else 0)
-        assert row["decoder_cosine"] == cosines[i, rank]
-
-
-def test_token_counts_and_means(case):
-    counts = accumulated(case, edges=(0, 3, 17, CONTEXTS))
-    table = tables.tokens_table(counts, Texts()).to_pylist()
-    rows = latents_of(counts)[0].to_pylist()
-    for i in range(N_LATENTS):
-        fired = [r for r in range(ROWS) if case.dense[r, i] > 0]
-        count = Counter(int(case.tokens[r]) for r in fired)
-        found = [row for row in table if row["latent"] == i]
-        order = sorted(count, key=lambda t: (-count[t], t))
-        assert [row["token"] for row in found] == order
-        for row in found:
-            values = [case.dense[r, i] for r in fired if case.tokens[r] == row["token"]]
-            assert row["text"] == f"t{row['token']}"
-            assert row["count"] == len(values)
-            assert row["mean"] == pytest.approx(np.mean(values), rel=1e-12)
-        shares = np.array([count[t] for t in order]) / max(len(fired), 1)
-        assert rows[i]["top_tokens"] == [f"t{t}" for t in order[:3]]
-        assert rows[i]["top_token_shares"] == pytest.approx(shares[:3].tolist())
-        assert rows[i]["token_entropy_bits"] == pytest.approx(-(shares * np.log2(shares)).sum())
-
-
-def entries(short_list, latent):
-    """(row, priority, document, window start, window) of a latent's places, best first."""
-    found = []
-    for place in range(short_list.kept[latent]):
-        found.append(
-            (
-                int(short_list.peak_row[latent, place]),
-                float(short_list.priority[latent, place]),
-                int(short_list.peak_document[latent, place]),
-                int(short_list.window_start[latent, place]),
-                short_list.windows[latent, short_list.slot[latent, place]].tolist(),
-            )
-        )
-    return found
-
-
-def best_per_document(case, latent, places):
-    """Rows of the top list by brute force: one per document, ties to the lower row."""
-    best = {}
-    for row in range(ROWS):
-        a, document = case.dense[row, latent], int(case.documents[row])
-        if a > 0 and (document not in best or a > case.dense[best[document], latent]):
-            best[document] = row
-    return sorted(best.values(), key=lambda row: (-case.dense[row, latent], row))[:places]
-
-
-@pytest.mark.parametrize("places", [1, 5, 100])
-def test_top_list_is_the_exact_top_one_per_document_ties_to_the_lower_row(case, places):
-    config = FeatureConfig(n_top=places, n_random=0, window_tokens=7)
-    counts = accumulated(case, config)
-    for i in range(N_LATENTS):
-        found = entries(counts.top, i)
-        rows = [row for row, *_ in found]
-        assert rows == best_per_document(case, i, places)
-        assert [p for _, p, *_ in found] == [case.dense[row, i] for row in rows]
-        assert [d for _, _, d, *_ in found] == case.documents[rows].tolist()
-
-
-@pytest.mark.parametrize("window", [1, 7, 10, 16, 64])
-def test_windows_stay_in_their_context_and_hold_only_rows_that_were_read(case, window):
-    config = FeatureConfig(n_top=5, n_random=4, window_tokens=window)
-    counts = accumulated(case, config, (0, 7, CONTEXTS))
-    width = min(window, LENGTH)
-    clamped = set()
-    for short_list in (counts.top, counts.random):
-        for i in range(N_LATENTS):
-            for row, _, _, begin, shown in entries(short_list, i):
-                context, position = divmod(row, LENGTH)
-                wanted = position - int(0.7 * width)
-                clamped.add(np.sign(begin - wanted))
-                assert begin == min(max(wanted, 0), LENGTH - width)
-                assert begin <= position < begin + width
-                start = context * LENGTH + begin
-                assert shown == case.dense[start : start + width, i].tolist()
-                assert shown[position - begin] > 0
-    if 1 < width < LENGTH:
-        assert clamped == {-1, 0, 1}  # there were windows of every kind
-
-
-def test_random_stratum_holds_distinct_firings_and_follows_the_seed(case):
-    def rows(seed):
-        counts = accumulated(case, FeatureConfig(n_random=6, window_tokens=7, seed=seed))
-        return [[row for row, *_ in entries(counts.random, i)] for i in range(N_LATENTS)]
-
-    for i, found in enumerate(rows(5)):
+def test_tokens_of_a_latent(case: Case, found: Pass) -> None:
+    few = 0
+    for i, row in enumerate(found.tables["latents"].to_pylist()):
         fired = np.flatnonzero(case.dense[:, i])
-        assert len(set(found)) == len(found) == min(6, len(fired))
-        assert set(found) <= set(fired.tolist())
-    assert rows(5) == rows(5)
-    assert rows(5) != rows(6)
+        count = Counter(case.tokens[fired].tolist())
+        mean = {t: case.dense[fired[case.tokens[fired] == t], i].mean() for t in count}
+        order = sorted(count, key=lambda t: (-count[t], t))
+        assert row["n_tokens"] == len(count)
+        shares = np.array([count[t] for t in order]) / max(len(fired), 1)
+        assert row["token_entropy_bits"] == pytest.approx(-(shares * np.log2(shares)).sum())
+        assert row["top_tokens"] == [f" t{t}" for t in order[:10]]
+        assert row["top_token_counts"] == [count[t] for t in order[:10]]
+        enough = [t for t in order if count[t] >= min(3, max(count.values()))]
+        strongest = sorted(enough, key=lambda t: (-mean[t], t))[:10]
+        assert row["strongest_tokens"] == [f" t{t}" for t in strongest]
+        means = [np.float32(mean[t]) for t in strongest]
+        np.testing.assert_allclose(row["strongest_token_means"], means, rtol=1e-6)
+        few += 0 < len(enough) < len(order)
+    assert few > 3  # latents with tokens that were left out for being rare
 
 
-@pytest.mark.parametrize("seed", [0, 1, 12345])
-def test_random_stratum_draws_all_firings_alike(seed):
-    n_latents, n_rows, places = 5000, 40, 4
-    config = FeatureConfig(n_top=1, n_random=places, window_tokens=1, seed=seed)
-    counts = Accumulator(n_latents, 8, np.zeros((n_latents, 0), np.int64), config)
-    indices = np.tile(np.arange(n_latents, dtype=np.int32), (n_rows, 1))
-    values = np.full(indices.shape, 0.5, np.float32)
-    values[0] = 100  # how strongly a row fires must not matter
-    tokens, documents = np.zeros(n_rows, np.int32), np.zeros(n_rows, np.int64)
-    counts.add(0, np.arange(n_rows), indices, values, tokens, documents)
-    drawn = counts.random.peak_row
-    # χ² with 39 degrees of freedom exceeds 85 once in 30,000; without replacement it is smaller
-    for some in (drawn, *drawn.T):  # all together, and those drawn first, second and so on
-        count = np.bincount(some.reshape(-1), minlength=n_rows)
-        assert ((count - count.mean()) ** 2 / count.mean()).sum() < 85
-    pairs = np.zeros((n_rows, n_rows))  # and draws are independent: all pairs are alike
-    for a in range(places):
-        for b in range(places):
-            np.add.at(pairs, (drawn[:, a], drawn[:, b]), a != b)
-    pairs = pairs[np.triu_indices(n_rows, 1)]
-    freedom = len(pairs) - 1  # 779; standard deviation of χ² is 39
-    assert ((pairs - pairs.mean()) ** 2 / pairs.mean()).sum() < freedom + 5 * (2 * freedom) ** 0.5
+@pytest.mark.parametrize(("n_tokens", "at_once"), [(1, 10**6), (6, 10**6), (100, 25), (100, 1)])
+def test_tokens_table(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_tokens: int, at_once: int
+) -> None:
+    monkeypatch.setattr(tables, "SORTED_ROWS", at_once)
+    config = CONFIG.model_copy(update={"n_tokens": n_tokens})
+    table = whole_pass(case, tmp_path, config, pieces=3).tables["tokens"].to_pylist()
+    expected = []
+    for i in range(N_LATENTS):
+        fired = np.flatnonzero(case.dense[:, i])
+        count = Counter(case.tokens[fired].tolist())
+        for t in sorted(count, key=lambda t: (-count[t], t))[:n_tokens]:
+            mean = case.dense[fired[case.tokens[fired] == t], i].mean()
+            expected.append((t, -count[t], i, mean, count[t] / len(fired)))
+    assert [(r["token"], -r["count"], r["latent"]) for r in table] == [
+        e[:3] for e in sorted(expected)
+    ]
+    for row, (token, _, _, mean, share) in zip(table, sorted(expected), strict=True):
+        assert row["text"] == f" t{token}"
+        assert row["mean"] == pytest.approx(mean, rel=1e-6)
+        assert row["share"] == pytest.approx(share, rel=1e-6)
 
 
-def state(counts):
-    """Everything the accumulator knows, comparable."""
-    return {
-        "n_rows": counts.n_rows,
-        **{
-            name: getattr(counts, name).tolist()
-            for name in ("n_fire", "n_contexts", "power_sums", "largest", "histogram", "together")
-        },
-        "top": [entries(counts.top, i) for i in range(N_LATENTS)],
-        "random": [entries(counts.random, i) for i in range(N_LATENTS)],
-    }
+@pytest.mark.parametrize(("n", "share"), [(1, 1.0), (3, 1.0), (20, 1.0), (3, 0.3)])
+def test_neighbours_are_the_nearest_over_all_pairs(
+    case: Case, tmp_path: Path, n: int, share: float
+) -> None:
+    config = CONFIG.model_copy(update={"n_neighbours": n})
+    table = whole_pass(case, tmp_path, config, 4, 3, share).tables["neighbours"].to_pylist()
+    fires = (case.dense > 0)[counted_rows(0, case.n_rows, LENGTH, share)]
+    unit = weights_of(N_LATENTS)["W_dec"].astype(float)
+    unit /= np.sqrt((unit**2).sum(axis=1, keepdims=True))
+    expected = {}
+    for i in range(N_LATENTS):
+        other = [j for j in range(N_LATENTS) if j != i]
+        both = {j: int((fires[:, i] & fires[:, j]).sum()) for j in other}
+        either = {j: int((fires[:, i] | fires[:, j]).sum()) for j in other}
+        alike = sorted(other, key=lambda j: -unit[i] @ unit[j])[:n]
+        along = [j for j in other if both[j]]
+        along = sorted(along, key=lambda j: (-both[j] / either[j], j))[:n]
+        for j in {*alike, *along}:
+            expected[i, j] = (
+                both[j],
+                both[j] / max(either[j], 1),
+                alike.index(j) if j in alike else None,
+                along.index(j) if j in along else None,
+            )
+    assert [(r["latent"], r["other"]) for r in table] == sorted(expected)  # each pair once
+    for row in table:
+        cofire, jaccard, cosine_rank, cofire_rank = expected[row["latent"], row["other"]]
+        assert row["cofire"] == cofire
+        assert row["jaccard"] == pytest.approx(jaccard, rel=1e-12)
+        assert (row["cosine_rank"], row["cofire_rank"]) == (cosine_rank, cofire_rank)
+        cosine = unit[row["latent"]] @ unit[row["other"]]
+        assert row["decoder_cosine"] == pytest.approx(cosine, abs=1e-6)
 
 
-EDGES = [range(CONTEXTS + 1), (0, 1, 30, CONTEXTS), (0, 20, 20, 21, CONTEXTS)]
+def test_of_latents_that_fire_together_alike_the_lower_are_nearest(tmp_path: Path) -> None:
+    alike = sparse_case(9, np.arange(8), np.ones(8, np.float32))
+    (near,) = whole_pass(alike, tmp_path).near
+    assert near.along.tolist() == [[j for j in range(9) if j != i][:3] for i in range(9)]
 
 
-@pytest.mark.parametrize("edges", EDGES, ids=["each context", "uneven", "an empty block"])
-def test_results_do_not_depend_on_how_rows_come_in_blocks(case, edges):
-    whole, parts = accumulated(case), accumulated(case, edges=tuple(edges))
-    assert state(parts) == state(whole)
-    one, other = whole.token_counts(), parts.token_counts()
-    assert other.drop_columns("total").equals(one.drop_columns("total"))
-    np.testing.assert_allclose(other["total"], one["total"], rtol=1e-14)
-
-
-def test_results_do_not_depend_on_the_number_of_threads(case):
-    before = numba.get_num_threads()
-    try:
-        numba.set_num_threads(1)
-        one = accumulated(case)
-        numba.set_num_threads(min(2, numba.config.NUMBA_NUM_THREADS))
-        two = accumulated(case)
-    finally:
-        numba.set_num_threads(before)
-    assert state(two) == state(one)
-    assert two.token_counts().equals(one.token_counts())
-
-
-def test_compaction_of_token_counts_changes_nothing(case, monkeypatch):
-    edges = tuple(range(CONTEXTS + 1))
-    rarely = accumulated(case, edges=edges).token_counts()
-    monkeypatch.setattr("pipelines.features.accumulate.COMPACT_ROWS", 10)
-    often = accumulated(case, edges=edges).token_counts()
-    assert often.equals(rarely)
+def test_counted_contexts_are_evenly_spaced_and_the_same_block_by_block() -> None:
+    assert counted_rows(0, 320, 16, 1.0).all()
+    for share in (0.3, 0.5, 0.01, 1e-6):
+        rows = counted_rows(0, 16_000, 16, share)
+        contexts = rows.reshape(-1, 16)
+        assert (contexts.all(axis=1) == contexts.any(axis=1)).all()
+        chosen = np.flatnonzero(contexts[:, 0])
+        assert len(chosen) == int(1000 * share + 1e-9)
+        assert len(chosen) < 2 or set(np.diff(chosen)) <= {int(1 / share), int(1 / share) + 1}
+        parts = [counted_rows(low, low + 1600, 16, share) for low in range(0, 16_000, 1600)]
+        assert (np.concatenate(parts) == rows).all()
+    assert counted_share(0, 0) == counted_share(10**6, 10**6) == 1
+    assert counted_share(32 * 10**9, 10**9) == pytest.approx(MOST_PAIRS / (32**2 * 10**9))
 
 
 @pytest.mark.parametrize("n_latents", [1, 2, 5, 1500])
-def test_decoder_neighbours_are_the_nearest_by_cosine(n_latents):
+def test_decoder_neighbours_are_the_nearest_by_cosine(n_latents: int) -> None:
     W_dec = torch.randn(n_latents, 12, generator=torch.Generator().manual_seed(0)) * 3
-    latents, cosines = decoder_neighbours(W_dec, 4)
+    latents = decoder_neighbours(W_dec, 0, n_latents, 4)
     n = min(4, n_latents - 1)
-    assert latents.shape == cosines.shape == (n_latents, n)
+    assert latents.shape == (n_latents, n)
     unit = W_dec.double().numpy()
     unit /= np.sqrt((unit**2).sum(axis=1, keepdims=True))
     for i in range(0, n_latents, max(1, n_latents // 50)):
-        similarity = unit @ unit[i]
-        order = [j for j in np.argsort(-similarity) if j != i][:n]
+        order = [j for j in np.argsort(-(unit @ unit[i])) if j != i][:n]
         assert latents[i].tolist() == order
-        np.testing.assert_allclose(cosines[i], similarity[order], atol=1e-6)
+        assert decoder_neighbours(W_dec, i, i + 1, 4)[0].tolist() == order
 
 
-def test_splits_are_halves_and_independent_of_what_training_held_out():
+@pytest.mark.parametrize("apart", [1.0, 1e-2, 1e-3])
+def test_decoder_neighbours_are_the_nearest_among_many_that_are_close(apart: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W_dec = torch.randn(200, 64, generator=generator)
+    W_dec[:100] = W_dec[0] + apart * W_dec[:100]
+    unit = W_dec.double().numpy()
+    unit /= np.sqrt((unit**2).sum(axis=1, keepdims=True))
+    found = decoder_neighbours(W_dec, 0, 200, 10)
+    for i in range(200):
+        similarity = unit @ unit[i]
+        assert i not in found[i]
+        assert len(set(found[i].tolist())) == 10
+        similarity[i] = -1
+        # as near as the nearest, to the last bits of float32
+        np.testing.assert_allclose(similarity[found[i]], np.sort(similarity)[:-11:-1], atol=1e-6)
+    same = decoder_neighbours(torch.ones(30, 4), 0, 30, 5)  # not even itself is nearest
+    assert all(len({i, *line}) == 6 for i, line in enumerate(same.tolist()))
+
+
+@pytest.mark.parametrize("n_contexts", [1, 3, CONTEXTS])
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_tables_do_not_depend_on_blocks_or_on_how_latents_are_shared_out(
+    case: Case, found: Pass, tmp_path: Path, n_contexts: int, pieces: int
+) -> None:
+    other = whole_pass(case, tmp_path, n_contexts=n_contexts, pieces=pieces).tables
+    for name, table in found.tables.items():
+        assert other[name].equals(table), name
+
+
+HASHED = """
+import sys
+from pathlib import Path
+import numba, pyarrow as pa, xxhash
+from tests.feature_cases import made_case, whole_pass
+out, seen = Path(sys.argv[1]), xxhash.xxh3_128()
+out.mkdir()
+for name, parts in sorted(whole_pass(made_case(), out).tables.items()):
+    for batch in parts.combine_chunks().to_batches():
+        seen.update(name + repr(batch.to_pydict()))
+print(numba.get_num_threads(), seen.hexdigest())
+"""
+
+
+def test_tables_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    made = []
+    for threads in ("1", "2"):
+        limits = {"NUMBA_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
+        command = [sys.executable, "-c", HASHED, str(tmp_path / threads)]
+        root = Path(__file__).parents[1]
+        done = subprocess.run(
+            command, env=os.environ | limits, cwd=root, capture_output=True, text=True, check=True
+        )
+        used, digest = done.stdout.split()
+        assert used == threads
+        made.append(digest)
+    assert made[0] == made[1]
+
+
+def test_compaction_of_token_counts_changes_nothing(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rarely = whole_pass(case, tmp_path / "rarely", n_contexts=1).tables
+    monkeypatch.setattr(profile_module, "COMPACT_PAIRS", 10)
+    often = whole_pass(case, tmp_path / "often", n_contexts=1).tables
+    assert all(often[name].equals(table) for name, table in rarely.items())
+
+
+def test_rows_on_which_nothing_fires_are_counted_as_read(case: Case, tmp_path: Path) -> None:
+    silent = replace(case, values=np.zeros_like(case.values))
+    made = whole_pass(silent, tmp_path, n_contexts=10, pieces=2).tables
+    assert [row["dead"] for row in made["latents"].to_pylist()] == [True] * N_LATENTS
+    assert len(made["tokens"]) == len(made["histograms"]) == 0
+    assert set(made["contexts"]["stratum"].to_pylist()) == {"inactive"}
+    assert set(made["neighbours"]["cofire"].to_pylist()) == {0}
+    none_read = replace(case, read=np.zeros_like(case.read))
+    made = whole_pass(none_read, tmp_path / "unread").tables
+    assert set(made["latents"]["density"].to_pylist()) == {0.0}
+    assert len(made["contexts"]) == 0
+
+
+def test_splits_are_halves_and_independent_of_what_training_held_out() -> None:
     hashes = np.random.default_rng(0).integers(0, 2**64, 200_000, dtype=np.uint64)
-    scored = tables.document_split(hashes) == "score"
-    assert set(tables.document_split(hashes).tolist()) == {"explain", "score"}
+    scored = for_scores(hashes)
     assert scored.mean() == pytest.approx(0.5, abs=0.005)
     for fraction in (0.05, 0.5):
         held_out = heldout_documents(hashes, fraction)
         assert scored[held_out].mean() == pytest.approx(0.5, abs=0.02)
         assert held_out[scored].mean() == pytest.approx(fraction, abs=0.01)
-    again = tables.document_split(hashes[::-1])[::-1]
-    assert (again == tables.document_split(hashes)).all()  # of the text alone
+    assert (for_scores(hashes[::-1])[::-1] == scored).all()  # of the text alone
+
+
+def test_a_config_that_makes_no_sense_is_refused() -> None:
+    for wrong in ({"n_top": 0}, {"n_decile": 101}, {"window_tokens": 0}, {"seed": 2**63}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            FeatureConfig.model_validate(wrong)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from harvest.discovery import probe
 from harvest.models import load_model
 from harvest.sites import Site
-from pipelines.features.build import check_fit
+from pipelines.features.dictionary import sae_fits
 from pipelines.source import model_of
 from store.errors import InputError
 from store.reader import ActivationStore
@@ -67,7 +67,7 @@ def downstream_loss(
         SaeHarvestError: the store, the SAE or the model cannot be read, or do not fit.
     """
     store, sae = ActivationStore.open(place), SAE.load(sae_path)
-    site = Site.parse(check_fit(store, sae, sae_path))
+    site = Site.parse(sae_fits(store, sae, sae_path))
     if sae.config.is_transcoder:
         raise InputError(
             f"Downstream loss replaces a site by its reconstruction, and {sae_path} predicts "

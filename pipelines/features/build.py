@@ -1,11 +1,17 @@
-"""The feature pass: one sparse run over a store, every latent at once, then the tables."""
+"""A feature build: rows encoded once, block by block, then counted latent by latent into tables.
+
+OUT/building.json       what was asked, while it is being built
+OUT/firings/*.parquet   a block's firings each, kept; a build that was interrupted goes on there
+OUT/rows/*.npy          tokens and documents by row, while it is being built
+OUT/*.parquet, run.json the tables, and last of all what they are of
+"""
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,25 +20,42 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import torch
+from filelock import FileLock, Timeout
 
-from harvest.models import load_tokenizer
-from pipelines.features import tables
-from pipelines.features.accumulate import Accumulator
+from pipelines.features import job as jobs
+from pipelines.features import rows, tables
+from pipelines.features.candidates import TokenRows
 from pipelines.features.config import FeatureConfig
-from pipelines.features.folder import FORMAT, RUN_FILE, check_tables, read_run
+from pipelines.features.contexts import AT_ONCE, Wanted, wanted_rows
+from pipelines.features.dictionary import IDENTITY, load_dictionary
+from pipelines.features.firings import block_rows
+from pipelines.features.folder import (
+    BUILDING_FILE,
+    FORMAT,
+    RUN_FILE,
+    check_tables,
+    read_record,
+    read_run,
+)
+from pipelines.features.job import Job, Work, work_of
 from pipelines.features.lens import logit_lens
-from pipelines.features.neighbours import decoder_neighbours
-from pipelines.features.texts import TokenTexts
+from pipelines.features.neighbours import compared_at_once, counted_rows, counted_share
+from pipelines.features.pool import Pool, open_pool
+from pipelines.features.profile import Kept, latents_at_once
 from pipelines.source import model_of
+from store.device import choose_device
 from store.errors import RunError
-from store.objects import make_folder
+from store.objects import LocalObjects, make_folder
 from store.reader import ActivationStore
-from store.rules import RowRule
-from train.sae import SAE
+from train.files import write_json
 
-Progress = Callable[[int, int], None]  # rows done, rows in all
+BLOOM = {"ndv": tables.ROW_GROUP, "fpp": 0.01}
+FOLLOWED = 2  # neighbours of either kind whose rows are looked at for hard negatives
+MOVED = ("store", "sae", "code")  # may differ between a build and its continuation
+LOCK_FILE = ".lock"
+OURS = {LOCK_FILE, f".{BUILDING_FILE}.tmp"}  # of a build that is about to begin
+
+Progress = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,64 +68,117 @@ class Built:
 
 def build(
     place: str | Path,
-    sae_path: Path,
+    sae_path: Path | str,
     out: Path,
     config: FeatureConfig,
-    on_progress: Progress = lambda done, total: None,
+    *,
+    site: str | None = None,
+    workers: int = 0,
+    address: str | None = None,
+    device: str = "auto",
+    on_progress: Progress = lambda what, done, total: None,
 ) -> Built:
     """Write the tables of every latent of an SAE into `out`, or find them there already.
 
-    The tables are made in a temporary folder beside `out` and renamed whole.
+    Killed at any moment, the same call continues: with the blocks that have been encoded.
+
+    Args:
+        sae_path: `identity` for the neurons of a site.
+        site: of the neurons, if the store has several; an SAE knows its own.
+        workers: Ray workers, 0 for none; they all have to see `out` and the store.
+        address: of a Ray cluster; None starts a Ray of our own.
 
     Raises:
         RunError: the SAE does not fit the store, or `out` holds something else or can't be written.
         SaeHarvestError: the store or the SAE cannot be read.
     """
-    store, sae = ActivationStore.open(place), SAE.load(sae_path)
-    site = check_fit(store, sae, sae_path)
-    rule = sae.config.rule.model_copy(update={"split": "all"})
-    run: dict[str, Any] = {
+    store, device = ActivationStore.open(place), choose_device(device)
+    sae = str(sae_path) if str(sae_path) == IDENTITY else str(Path(sae_path).resolve())
+    dictionary = load_dictionary(store, sae, site, device)
+    asked: dict[str, Any] = {
         "tables": FORMAT,
         "store": store.place,
         "store_digest": store.digest,
-        "sae": str(sae_path.resolve()),
-        "sae_digest": sae.digest,
-        "site": site,
+        "sae": sae,
+        "sae_digest": dictionary.digest,
+        "site": dictionary.site,
         "model": store.plan["model"]["name"],
-        "n_latents": sae.config.n_latents,
-        "rows": rule.describe(),
+        "n_latents": dictionary.n_latents,
+        "context_length": store.context_length,
+        "rows": dictionary.rule.describe(),
         "config": config.model_dump(mode="json"),
         "code": version("sae-harvest"),
     }
     if existing := read_run(out):
-        moved = ("store", "sae", "code")
-        differing = [k for k in run if k not in moved and existing.get(k) != run[k]]
-        if differing:
-            raise RunError(
-                f"{out} holds tables of another build (differing: {', '.join(differing)}); "
-                "choose another --out or remove it."
-            )
+        _require_same(out, existing, asked)
         check_tables(out)
+        for name in (BUILDING_FILE, LOCK_FILE):  # killed just before
+            (out / name).unlink(missing_ok=True)
         return Built(existing, None)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise RunError(f"{out} holds something else than tables; choose another --out.")
+    job = Job(
+        store=store.place,
+        store_digest=store.digest,
+        sae=sae,
+        sae_digest=dictionary.digest,
+        out=str(out.absolute()),
+        site=dictionary.site,
+        rule=dictionary.rule,
+        config=config,
+        n_latents=dictionary.n_latents,
+        block_rows=block_rows(store.shard_rows, store.context_length, dictionary.pairs_per_row),
+        device=device,
+    )
     start = time.perf_counter()
-    final = out.resolve()
-    temporary = final.with_name(f".{final.name}.tmp")
-    with writing(out):  # before the long pass, to know that it can be done
-        make_folder(final.parent)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-    try:
-        made, run["n_rows"] = make_tables(store, site, sae, rule, config, on_progress)
-        with writing(out):
-            for name, table in made.items():
-                tables.write_table(temporary, name, table)
-            (temporary / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
-            temporary.replace(final)  # takes the place of an empty folder
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with writing(out), claimed(out, asked):
+        if existing := read_run(out):  # by another process, meanwhile
+            _require_same(out, existing, asked)
+            return Built(existing, None)
+        with open_pool(workers, address, device == "cuda") as pool:
+            run = asked | _make(job, pool, on_progress)
+        _remove_leftovers(out)  # of workers that were killed
+        write_json(out / RUN_FILE, run)
     return Built(run, time.perf_counter() - start)
+
+
+@contextmanager
+def claimed(out: Path, asked: dict[str, Any]) -> Iterator[None]:
+    """The folder, made or found, for this build alone.
+
+    Raises:
+        RunError: it holds another build, or something else, or is being worked on.
+    """
+    building = read_record(out / BUILDING_FILE)
+    if building is not None:
+        _require_same(out, building, asked)
+    elif out.exists() and not (out.is_dir() and {p.name for p in out.iterdir()} <= OURS):
+        raise RunError(f"{out} holds something else than tables; choose another --out.")
+    make_folder(out)
+    lock = FileLock(out / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"{out} is being built by another process; wait for it.") from None
+    with lock:
+        if not (out / RUN_FILE).exists():
+            _remove_leftovers(out)
+            write_json(out / BUILDING_FILE, asked)
+        yield
+        for name in (BUILDING_FILE, LOCK_FILE):
+            (out / name).unlink(missing_ok=True)
+
+
+def _remove_leftovers(out: Path) -> None:
+    for key in (objects := LocalObjects(out)).leftovers():
+        objects.remove(key)
+
+
+def _require_same(out: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
+    differing = [k for k in asked if k not in MOVED and there.get(k) != asked[k]]
+    if differing:
+        raise RunError(
+            f"{out} holds tables of another build (differing: {', '.join(differing)}); "
+            "choose another --out or remove it."
+        )
 
 
 @contextmanager
@@ -117,98 +193,114 @@ def writing(out: Path) -> Iterator[None]:
         ) from error
 
 
-def make_tables(
-    store: ActivationStore,
-    site: str,
-    sae: SAE,
-    rule: RowRule,
-    config: FeatureConfig,
+def _make(job: Job, pool: Pool, on_progress: Progress) -> dict[str, Any]:
+    """Makes everything; what run.json says of it."""
+    work, out = work_of(job), Path(job.out)
+    rows.write_rows(work.store, job.site, job.rule, out)
+    _encode(job, work, pool, on_progress)
+    n_read = int(np.count_nonzero(work.rows.split & rows.READ))
+    kept, n_firings = _profile(job, work, pool, n_read, on_progress)
+    share = counted_share(n_firings, n_read)
+    others = _compare(job, work, pool, share, on_progress)
+    _show(job, work, pool, kept, others, on_progress)
+    with tables.TableWriter(out / "documents.parquet") as writer:
+        writer.add(tables.documents_table(work.store))
+    counted = counted_rows(0, work.store.n_rows, work.store.context_length, share)
+    cofire_rows = int(np.count_nonzero((work.rows.split & rows.READ > 0) & counted))
+    shutil.rmtree(out / rows.FOLDER)
+    return {"n_rows": n_read, "n_firings": n_firings, "cofire_rows": cofire_rows}
+
+
+def _encode(job: Job, work: Work, pool: Pool, on_progress: Progress) -> None:
+    """The blocks that are not there yet."""
+    missing = work.blocks.missing()
+    done = len(work.blocks) - len(missing)
+    on_progress("encoding", done, len(work.blocks))
+    for _ in pool.map(jobs.encode_block, ((job, block) for block in missing)):
+        done += 1
+        on_progress("encoding", done, len(work.blocks))
+
+
+def _profile(
+    job: Job, work: Work, pool: Pool, n_read: int, on_progress: Progress
+) -> tuple[list[Kept], int]:
+    """latents, histograms and tokens; what examples are made of, and how often anything fires."""
+    out, dictionary, texts = work.out, work.dictionary, work.texts
+    model, n_logits = model_of(work.store), job.config.n_logits
+    lens = logit_lens(model, dictionary.writes_to, dictionary.W_dec, n_logits, len(texts))
+    weights = dictionary.weights | {"W_dec": dictionary.W_dec.numpy()}
+    spans = _spans(job.n_latents, latents_at_once(work.blocks, len(texts)), pool)
+    kept, n_firings, tokens = [], 0, []
+    latents = tables.TableWriter(out / "latents.parquet")
+    histograms = tables.TableWriter(out / "histograms.parquet")
+    with latents, histograms:
+        for found in pool.map(jobs.profile_latents, ((job, *span) for span in spans)):
+            n_contexts = work.store.n_contexts
+            latents.add(tables.latents_table(found, n_read, n_contexts, weights, lens, texts))
+            histograms.add(tables.histograms_table(found))
+            tokens.append(tables.tokens_part(found, job.config))
+            kept.append(found.kept)
+            n_firings += int(found.n_fire.sum())
+            on_progress("counting", found.first + len(found.n_fire), job.n_latents)
+    # text is not sorted by, and asked for
+    with tables.TableWriter(out / "tokens.parquet", bloom_filter_options={"text": BLOOM}) as writer:
+        for table in tables.tokens_tables(tokens, texts):
+            writer.add(table)
+    return kept, n_firings
+
+
+def _compare(
+    job: Job, work: Work, pool: Pool, share: float, on_progress: Progress
+) -> npt.NDArray[np.int64]:
+    """neighbours; the nearest few of each latent [n_latents, at most 2 FOLLOWED]."""
+    nearest = []
+    spans = _spans(job.n_latents, compared_at_once(job.n_latents), pool)
+    with tables.TableWriter(work.out / "neighbours.parquet") as writer:
+        for near in pool.map(jobs.neighbours_of_latents, ((job, share, *s) for s in spans)):
+            writer.add(tables.neighbours_table(near, work.dictionary.W_dec))
+            nearest.append(np.hstack([near.alike[:, :FOLLOWED], near.along[:, :FOLLOWED]]))
+            on_progress("comparing", near.first + len(near.alike), job.n_latents)
+    return np.concatenate(nearest)
+
+
+def _show(
+    job: Job,
+    work: Work,
+    pool: Pool,
+    kept: list[Kept],
+    others: npt.NDArray[np.int64],
     on_progress: Progress,
-) -> tuple[dict[str, pa.Table], int]:
-    """The tables by name, and how many rows were read for them."""
-    model = model_of(store)
-    texts = TokenTexts(load_tokenizer(model))
-    neighbours, cosines = decoder_neighbours(sae.W_dec, config.n_neighbours)
-    counts = Accumulator(sae.config.n_latents, store.context_length, neighbours, config)
-    accumulate(store, site, sae, rule, config, counts, on_progress)
-    written = sae.config.target_site or site  # where decoder rows live
-    lens = logit_lens(model, written, sae.W_dec, config.n_logits, len(texts))
-    weights = {name: getattr(sae, name).numpy() for name in ("W_enc", "W_dec", "b_enc")}
-    made = {
-        "latents": tables.latents_table(counts, store.n_contexts, weights, lens, texts, config),
-        "contexts": tables.contexts_table(store, counts, texts),
-        "histograms": tables.histograms_table(counts),
-        "neighbours": tables.neighbours_table(counts, cosines),
-        "tokens": tables.tokens_table(counts, texts),
-        "documents": tables.documents_table(store),
-    }
-    return made, counts.n_rows
-
-
-def accumulate(
-    store: ActivationStore,
-    site: str,
-    sae: SAE,
-    rule: RowRule,
-    config: FeatureConfig,
-    counts: Accumulator,
-    on_progress: Progress = lambda done, total: None,
 ) -> None:
-    """Encode every selected row of the store, shard by shard, and count."""
-    for shard in range(store.n_shards):
-        first, last = store.shard_span(shard)
-        selected = np.flatnonzero(store.selected_in_shard(site, rule, shard))
-        x = store.read(site, first, last)
-        batches = []
-        for low in range(0, len(selected), config.batch_rows):
-            here = selected[low : low + config.batch_rows]
-            found, value = sae.encode(torch.from_numpy(x[here]).float())
-            batches.append((found.numpy(), value.numpy()))
-            on_progress(first + int(here[-1]), store.n_rows)
-        indices, values = stacked(batches)
-        length = store.context_length
-        tokens = store.tokens(first // length, last // length).reshape(-1)
-        documents, _ = store.row_documents(shard)
-        counts.add(first, selected, indices, values, tokens, documents)
-        on_progress(last, store.n_rows)
+    """contexts."""
+    drawn = np.concatenate([np.where(k.random.used, k.random.row, -1) for k in kept])
+    token_rows, n_rows = TokenRows(work.rows, job.config.seed), work.store.n_rows
+
+    def pieces() -> Iterator[tuple[Job, Wanted, int, int]]:
+        for part in kept:
+            end = part.first + len(part.tokens)
+            for first in range(part.first, end, AT_ONCE):
+                last = min(first + AT_ONCE, end)
+                wanted = wanted_rows(
+                    part, others, drawn, token_rows, n_rows, job.config, first, last
+                )
+                yield job, wanted, first, last
+
+    shown = pool.map(jobs.contexts_of_latents, pieces())
+    # compressing one part takes as long as making the next one
+    with (
+        tables.TableWriter(work.out / "contexts.parquet") as writer,
+        ThreadPoolExecutor(1) as aside,
+    ):
+        written = aside.submit(lambda: None)
+        for table in shown:
+            written.result()
+            written = aside.submit(writer.add, table)
+            if len(table):
+                on_progress("showing", table["latent"][-1].as_py() + 1, job.n_latents)
+        written.result()
 
 
-def stacked(
-    batches: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]],
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Indices and values of batches [rows, w], each with its own w, as one [all rows, widest w].
-
-    Values of 0 fill narrower ones up.
-    """
-    rows = sum(len(values) for _, values in batches)
-    width = max((values.shape[1] for _, values in batches), default=1)
-    indices, values = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.float32)
-    first = 0
-    for found, value in batches:
-        here = slice(first, first + len(found)), slice(0, found.shape[1])
-        indices[here], values[here] = found, value
-        first += len(found)
-    return indices, values
-
-
-def check_fit(store: ActivationStore, sae: SAE, sae_path: Path) -> str:
-    """The site of the store that the SAE was trained on; `RunError` if it cannot be."""
-    site = sae.config.site
-    if site not in store.sites:
-        raise RunError(
-            f"The SAE in {sae_path} was trained on {site}; {store.place} holds "
-            f"{', '.join(store.sites)}. Harvest that site, or use the SAE's own store."
-        )
-    if store.width(site) != sae.config.d_in:
-        raise RunError(
-            f"The SAE in {sae_path} takes {sae.config.d_in} numbers a row; {site} in "
-            f"{store.place} is {store.width(site)} wide. Use the store of the same model."
-        )
-    weights = store.plan["model"]["weights"]
-    if sae.config.model_weights not in ("", weights):
-        raise RunError(
-            f"The SAE in {sae_path} was trained on {sae.config.model} with other weights "
-            f"({sae.config.model_weights}) than {store.place} was harvested from ({weights}). "
-            "Use a store of the same model."
-        )
-    return site
+def _spans(n: int, most: int, pool: Pool) -> list[tuple[int, int]]:
+    """All latents in pieces of at most so many, with one for every worker."""
+    each = max(1, min(most, -(-n // pool.workers)))
+    return [(first, min(first + each, n)) for first in range(0, n, each)]

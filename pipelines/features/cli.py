@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ import click
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.exports.cli import export_command
+from pipelines.viewer.cli import serve, site
 from store.console import Commands, output, progress, store_option
 
 features_option = click.option(
@@ -32,9 +33,15 @@ def main() -> None:
     """
 
 
+main.add_command(serve)
+main.add_command(site)
+main.add_command(export_command)
+
+
 @main.command()
 @store_option
-@click.option("--sae", type=click.Path(path_type=Path), required=True, help="Trained SAE.")
+@click.option("--sae", required=True, help="Trained SAE; identity for the neurons themselves.")
+@click.option("--site", help="Of the neurons: mlp_act.8, say, if the store has several sites.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option(
     "--top",
@@ -52,6 +59,22 @@ def main() -> None:
     help="Random activations kept per latent.",
 )
 @click.option(
+    "--decile",
+    "n_decile",
+    type=click.IntRange(0, 100),
+    default=2,
+    show_default=True,
+    help="Activations drawn from each tenth of a latent's firings.",
+)
+@click.option(
+    "--silent",
+    "n_silent",
+    type=click.IntRange(0, 100),
+    default=10,
+    show_default=True,
+    help="Rows kept where the latent is silent, and as many that look alike.",
+)
+@click.option(
     "--window",
     type=click.IntRange(min=1),
     default=64,
@@ -60,23 +83,55 @@ def main() -> None:
 )
 @click.option(
     "--seed",
+    type=click.IntRange(0, 2**62 - 1),
+    default=0,
+    show_default=True,
+    help="Of everything that is drawn.",
+)
+@click.option(
+    "--workers",
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Of the random stratum.",
+    help="Ray workers; 0 builds in this process without Ray.",
+)
+@click.option(
+    "--address", help="Ray cluster: auto, or HOST:PORT. --out has to be seen by all of it."
+)
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
 )
 def build(
-    store: str, sae: Path, out: Path, top: int, n_random: int, window: int, seed: int
+    store: str,
+    sae: str,
+    out: Path,
+    top: int,
+    n_random: int,
+    n_decile: int,
+    n_silent: int,
+    window: int,
+    seed: int,
+    **means: Any,
 ) -> None:
     """One pass over the store: latents, contexts, histograms, neighbours, tokens, documents.
+
+    Killed at any moment, the same command continues.
 
     \b
     sae-features build --store runs/demo/store --sae runs/demo/sae --out runs/demo/features
     """
     from pipelines.features.config import FeatureConfig
 
-    config = FeatureConfig(n_top=top, n_random=n_random, window_tokens=window, seed=seed)
-    built = build_with_bar(store, sae, out, config)
+    config = FeatureConfig(
+        n_top=top,
+        n_random=n_random,
+        n_decile=n_decile,
+        n_inactive=n_silent,
+        n_hard=n_silent,
+        window_tokens=window,
+        seed=seed,
+    )
+    built = build_with_bar(store, sae, out, config, **means)
     if built.seconds is None:
         output().print(f"{out}: the tables are there already.", soft_wrap=True)
     else:
@@ -88,27 +143,17 @@ def build(
         )
 
 
-def build_with_bar(store: str | Path, sae: Path, out: Path, config: Any) -> Any:
+def build_with_bar(store: str | Path, sae: Path | str, out: Path, config: Any, **means: Any) -> Any:
     """`pipelines.features.build.build` under a progress bar."""
     from pipelines.features.build import build as run_build
 
     with progress("rows") as bar:
         task = bar.add_task("encoding", total=None, rate="", visible=False)
-        start = time.perf_counter()
 
-        def show_progress(done: int, total: int) -> None:
-            rate = f"{done / (time.perf_counter() - start):,.0f} rows/s"
-            description = "encoding" if done < total else "writing tables"
-            bar.update(
-                task,
-                description=description,
-                completed=done,
-                total=total,
-                rate=rate,
-                visible=True,
-            )
+        def show_progress(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total, rate="", visible=True)
 
-        return run_build(store, sae, out, config, show_progress)
+        return run_build(store, sae, out, config, on_progress=show_progress, **means)
 
 
 @main.command()
@@ -143,7 +188,7 @@ def show(latent: int, features: Path, contexts: int) -> None:
     help="Rows printed at most.",
 )
 def query(sql: str, features: Path, limit: int) -> None:
-    """Run SQL over the views latents, contexts, histograms, neighbours, tokens, documents.
+    """Run SQL over latents, contexts, histograms, neighbours, tokens, documents and firings.
 
     A terminal gets a table, a pipe or file tab-separated lines with nothing cut off.
 

@@ -10,19 +10,26 @@ class FeatureConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    n_top: int = Field(
-        default=20, ge=1, le=1000, description="highest activations kept, one per document"
+    n_top: int = Field(20, ge=1, le=1000, description="highest activations kept, one per document")
+    n_decile: int = Field(
+        2, ge=0, le=100, description="activations drawn from each tenth of a latent's firings"
     )
     n_random: int = Field(
-        default=10, ge=0, le=1000, description="activations drawn uniformly from all firings"
+        10, ge=0, le=1000, description="activations drawn uniformly from all firings"
+    )
+    n_inactive: int = Field(
+        10, ge=0, le=100, description="rows in whose window the latent fires nowhere"
+    )
+    n_hard: int = Field(
+        10, ge=0, le=100, description="such rows with a token or a neighbour of the latent"
     )
     window_tokens: int = Field(
-        default=64, ge=1, description="tokens shown around the peak, within its context"
+        64, ge=1, description="tokens shown around the row, within its context"
     )
     n_neighbours: int = Field(
-        default=10, ge=1, le=100, description="nearest latents by cosine of decoder rows"
+        10, ge=1, le=100, description="nearest latents by decoder cosine, and by firing together"
     )
-    n_tokens: int = Field(default=10, ge=1, description="most frequent tokens kept per latent")
-    n_logits: int = Field(default=20, ge=1, description="tokens at either end of the logit lens")
-    seed: int = Field(default=0, ge=0, description="of the random stratum")
-    batch_rows: int = Field(default=4096, ge=1, description="rows encoded at a time")
+    n_tokens: int = Field(100, ge=1, description="most frequent tokens kept per latent")
+    n_logits: int = Field(20, ge=1, description="tokens at either end of the logit lens")
+    seed: int = Field(0, ge=0, lt=2**62, description="of everything that is drawn")
+    batch_rows: int = Field(4096, ge=1, description="rows encoded at a time")

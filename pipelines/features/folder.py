@@ -6,28 +6,52 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from store.errors import RunError
 
-FORMAT = "1"
+FORMAT = "2"
 TABLES = ("latents", "contexts", "histograms", "neighbours", "tokens", "documents")
-RUN_FILE = "run.json"
+FIRINGS = "firings"  # a folder of files
+RUN_FILE, BUILDING_FILE = "run.json", "building.json"
+
+
+def with_version(table: pa.Table) -> pa.Table:
+    """The table with the format's version in its metadata."""
+    metadata = {b"sae_harvest_tables": FORMAT.encode()} | (table.schema.metadata or {})
+    return table.replace_schema_metadata(metadata)
 
 
 def read_run(features: Path) -> dict[str, Any] | None:
-    """run.json of finished tables, None if there are none; `RunError` if it is damaged.
+    """run.json of finished tables, None if there are none.
 
     Trained SAEs have a run.json too, which says nothing about tables.
+
+    Raises:
+        RunError: it is damaged, or of another version of the format.
     """
-    path = features / RUN_FILE
+    run = read_record(features / RUN_FILE)
+    if run is None or "tables" not in run:
+        return None
+    if run["tables"] != FORMAT:
+        raise RunError(
+            f"{features} holds tables of format {run['tables']}, this version reads {FORMAT}; "
+            "build them again into another folder."
+        )
+    return run
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A JSON object from a file; None if there is no file. `RunError` if it is damaged."""
     try:
-        run = json.loads(path.read_text())
+        record = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise RunError(
             f"{path} is damaged ({error}); build the tables again into another folder."
         ) from None
-    return run if isinstance(run, dict) and "tables" in run else None
+    return record if isinstance(record, dict) else None
 
 
 def check_tables(features: Path) -> None:

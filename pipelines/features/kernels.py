@@ -6,8 +6,6 @@ numba kernels; arrays are changed in place where a docstring says so.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
@@ -17,9 +15,9 @@ use_numba_cache()
 
 from numba import njit, prange  # noqa: E402
 
-BINS = 96
-BINS_PER_OCTAVE = 4
-LOWEST_OCTAVE = -12  # bin 0 begins at 2**-12, the last one ends at 2**12
+BINS_PER_OCTAVE = 16
+LOWEST_OCTAVE, OCTAVES = -12, 24
+BINS = OCTAVES * BINS_PER_OCTAVE  # bin 0 begins at 2**-12, the last one ends at 2**12
 
 
 @njit(cache=True)
@@ -40,12 +38,14 @@ def add_moments(
     power_sums: npt.NDArray[np.float64],
     largest: npt.NDArray[np.float32],
     histogram: npt.NDArray[np.int64],
+    positions: npt.NDArray[np.int64],
 ) -> None:
     """Add a block of whole contexts to the running counts, in place.
 
     power_sums [n_latents, 4] holds the sums of a, a², a³ and a⁴ over firings; histogram is
-    [n_latents, BINS].
+    [n_latents, BINS]; positions [n_latents, parts] counts firings by part of the context.
     """
+    parts = positions.shape[1]
     for i in prange(len(starts) - 1):
         last_context = -1
         for p in range(starts[i], starts[i + 1]):
@@ -58,6 +58,7 @@ def add_moments(
             largest[i] = max(largest[i], value[p])
             histogram[i, histogram_bin(a)] += 1
             context = row[p] // context_length
+            positions[i, (row[p] - context * context_length) * parts // context_length] += 1
             if context != last_context:
                 n_contexts[i] += 1
                 last_context = context
@@ -103,108 +104,249 @@ def mix(x: np.uint64) -> np.uint64:
     return x ^ (x >> np.uint64(31))
 
 
+@njit(cache=True)
+def hashed(seed: int, latent: int, number: int) -> np.uint64:
+    """A number that is as good as drawn for each (seed, latent, number)."""
+    key = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(latent)
+    return mix(mix(key) + np.uint64(number))
+
+
+@njit(cache=True)
+def insert(
+    i: int,
+    leaves: int,
+    score: float,
+    r: int,
+    a: float,
+    document: int,
+    priority: npt.NDArray[np.float64],
+    rows: npt.NDArray[np.int64],
+    values: npt.NDArray[np.float32],
+    documents: npt.NDArray[np.int64],
+) -> None:
+    """Put a firing into list i, in place of `leaves`, keeping priorities in falling order."""
+    at = leaves
+    while at > 0 and priority[i, at - 1] < score:
+        priority[i, at] = priority[i, at - 1]
+        rows[i, at] = rows[i, at - 1]
+        values[i, at] = values[i, at - 1]
+        documents[i, at] = documents[i, at - 1]
+        at -= 1
+    priority[i, at], rows[i, at], values[i, at], documents[i, at] = score, r, a, document
+
+
 @njit(parallel=True, cache=True)
-def keep_best(
+def keep_top(
     starts: npt.NDArray[np.int64],
     row: npt.NDArray[np.int32],
     value: npt.NDArray[np.float32],
-    documents: npt.NDArray[np.int64],
+    document: npt.NDArray[np.int64],
     first_row: int,
-    context_length: int,
-    before: int,
-    by_document: bool,
-    seed: int,
     kept: npt.NDArray[np.int64],
     priority: npt.NDArray[np.float64],
-    peak_row: npt.NDArray[np.int64],
-    peak_document: npt.NDArray[np.int64],
-    window_start: npt.NDArray[np.int64],
-    slot: npt.NDArray[np.int64],
-    windows: npt.NDArray[np.float32],
+    rows: npt.NDArray[np.int64],
+    values: npt.NDArray[np.float32],
+    documents: npt.NDArray[np.int64],
 ) -> None:
-    """Offer a block's firings to each latent's short list, in place.
+    """Offer a block's firings to each latent's list of highest activations, in place.
 
-    With `by_document` the priority is the activation and a document holds one place at most;
-    without, it is a hash of (seed, latent, row), which draws uniformly from all firings. Lists
-    are sorted by descending priority; equal ones keep the lower row. kept [n_latents] counts
-    the places in use; priority, peak_row, peak_document, window_start and slot are
-    [n_latents, places]; windows [n_latents, places, window] holds, at `slot`, the latent's
-    activations around the peak.
+    A document holds one place at most; of equal activations the lower row is kept. kept [lists]
+    counts the places in use; the other arrays are [lists, places]. document is that of each row
+    of the block.
     """
-    places, window = windows.shape[1], windows.shape[2]
+    places = rows.shape[1]
     for i in prange(len(starts) - 1):
         for p in range(starts[i], starts[i + 1]):
-            r = first_row + row[p]
-            if by_document:
-                score = np.float64(value[p])
-            else:
-                key = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(i)
-                score = np.float64(mix(mix(key) + np.uint64(r)) >> np.uint64(11))
+            score = np.float64(value[p])
             n = kept[i]
             if n == places and score <= priority[i, n - 1]:
                 continue
-            document = documents[row[p]]
+            d = document[row[p]]
             leaves = n  # the place that is given up: a new one, or
-            if by_document:
-                for q in range(n):  # the one the same document has
-                    if peak_document[i, q] == document:
-                        leaves = q
+            for q in range(n):  # the one the same document has
+                if documents[i, q] == d:
+                    leaves = q
             if leaves < n and priority[i, leaves] >= score:
                 continue
             if leaves == n and n == places:  # or the last
                 leaves = n - 1
-            free = slot[i, leaves] if leaves < n else n
             if leaves == n:
                 kept[i] = n + 1
-            at = leaves
-            while at > 0 and priority[i, at - 1] < score:
-                priority[i, at] = priority[i, at - 1]
-                peak_row[i, at] = peak_row[i, at - 1]
-                peak_document[i, at] = peak_document[i, at - 1]
-                window_start[i, at] = window_start[i, at - 1]
-                slot[i, at] = slot[i, at - 1]
-                at -= 1
-            context = row[p] // context_length
-            position = row[p] - context * context_length
-            begin = min(max(position - before, 0), context_length - window)
-            priority[i, at] = score
-            peak_row[i, at] = r
-            peak_document[i, at] = document
-            window_start[i, at] = begin
-            slot[i, at] = free
-            windows[i, free, :] = 0
-            low = context * context_length + begin  # row within the block of the window's start
-            q = p
-            while q >= starts[i] and row[q] >= low:
-                q -= 1
-            q += 1
-            while q < starts[i + 1] and row[q] < low + window:
-                windows[i, free, row[q] - low] = value[q]
-                q += 1
+            insert(
+                i, leaves, score, first_row + row[p], value[p], d, priority, rows, values, documents
+            )
+
+
+@njit(parallel=True, cache=True)
+def draw(
+    starts: npt.NDArray[np.int64],
+    row: npt.NDArray[np.int32],
+    value: npt.NDArray[np.float32],
+    document: npt.NDArray[np.int64],
+    first_row: int,
+    first_latent: int,
+    edges: npt.NDArray[np.float64],
+    seed: int,
+    kept: npt.NDArray[np.int64],
+    priority: npt.NDArray[np.float64],
+    rows: npt.NDArray[np.int64],
+    values: npt.NDArray[np.float32],
+    documents: npt.NDArray[np.int64],
+) -> None:
+    """Draw from each latent's firings, uniformly and without replacement, in place.
+
+    A firing belongs to the list of its latent and of the part that its activation is in: edges
+    [n_latents, parts - 1] rise, a part begins at its edge; there are n_latents * parts lists. Those
+    with the highest hashes of (seed, latent, row) stay.
+    """
+    places, parts = rows.shape[1], edges.shape[1] + 1
+    for i in prange(len(starts) - 1):
+        for p in range(starts[i], starts[i + 1]):
+            r = first_row + row[p]
+            part = 0
+            while part < parts - 1 and value[p] >= edges[i, part]:
+                part += 1
+            at = i * parts + part
+            score = np.float64(hashed(seed, first_latent + i, r) >> np.uint64(11))
+            n = kept[at]
+            if n == places and score <= priority[at, n - 1]:
+                continue
+            leaves = n
+            if n == places:
+                leaves = n - 1
+            else:
+                kept[at] = n + 1
+            d = document[row[p]]
+            insert(at, leaves, score, r, value[p], d, priority, rows, values, documents)
+
+
+@njit(parallel=True, cache=True)
+def count_together(
+    starts: npt.NDArray[np.int64],
+    row: npt.NDArray[np.int32],
+    counted: npt.NDArray[np.bool_],
+    row_starts: npt.NDArray[np.int64],
+    latents: npt.NDArray[np.int32],
+    together: npt.NDArray[np.int32],
+) -> None:
+    """Count the rows on which a latent and every other one fire, in place.
+
+    starts [some latents + 1] and row: firings of some latents; counted: which rows of the block
+    count; row_starts [rows + 1] and latents: all latents that fire on each row of the block;
+    together [some latents, n_latents].
+    """
+    for i in prange(len(starts) - 1):
+        for p in range(starts[i], starts[i + 1]):
+            r = row[p]
+            if counted[r]:
+                for q in range(row_starts[r], row_starts[r + 1]):
+                    together[i, latents[q]] += 1
 
 
 @njit(cache=True)
-def count_together(
-    indices: npt.NDArray[Any],
-    values: npt.NDArray[np.float32],
-    neighbours: npt.NDArray[np.int64],
-    together: npt.NDArray[np.int64],
-    marks: npt.NDArray[np.int64],
-    first_row: int,
-) -> None:
-    """Count rows on which a latent and its neighbour both fire, in place.
+def by_row(
+    starts: npt.NDArray[np.int64], row: npt.NDArray[np.int32], n_rows: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    """Firings sorted by latent as firings sorted by row: starts [n_rows + 1], latents [pairs]."""
+    row_starts = np.zeros(n_rows + 1, np.int64)
+    for p in range(len(row)):
+        row_starts[row[p] + 1] += 1
+    for r in range(n_rows):
+        row_starts[r + 1] += row_starts[r]
+    cursor = row_starts[:-1].copy()
+    latents = np.empty(len(row), np.int32)
+    for i in range(len(starts) - 1):
+        for p in range(starts[i], starts[i + 1]):
+            latents[cursor[row[p]]] = i
+            cursor[row[p]] += 1
+    return row_starts, latents
 
-    neighbours and together are [n_latents, n_neighbours]; marks [n_latents] is scratch, -1 at
-    the very start.
+
+@njit(parallel=True, cache=True)
+def most_together(
+    first: int,
+    together: npt.NDArray[np.int32],
+    fired: npt.NDArray[np.int64],
+    n: int,
+) -> npt.NDArray[np.int64]:
+    """The latents with the highest Jaccard index [some latents, n]; -1 where fewer ever fire along.
+
+    together [some latents, n_latents] counts the rows of both, fired [n_latents] those of one, on
+    the same rows; the first of the some latents is number `first`. Of equal ones the lower latent.
     """
-    rows, k = indices.shape
-    for r in range(rows):
-        for j in range(k):
-            if values[r, j] > 0:
-                marks[indices[r, j]] = first_row + r
-        for j in range(k):
-            if values[r, j] > 0:
-                i = indices[r, j]
-                for q in range(neighbours.shape[1]):
-                    if marks[neighbours[i, q]] == first_row + r:
-                        together[i, q] += 1
+    best = np.full((len(together), n), -1, np.int64)
+    for i in prange(len(together)):
+        index = np.zeros(n)
+        for j in range(together.shape[1]):
+            both = together[i, j]
+            if both == 0 or j == first + i:
+                continue
+            jaccard = both / (fired[first + i] + fired[j] - both)
+            if jaccard <= index[n - 1]:
+                continue
+            at = n - 1
+            while at > 0 and index[at - 1] < jaccard:
+                index[at], best[i, at] = index[at - 1], best[i, at - 1]
+                at -= 1
+            index[at], best[i, at] = jaccard, j
+    return best
+
+
+@njit(parallel=True, cache=True)
+def cut_windows(
+    starts: npt.NDArray[np.int64],
+    row: npt.NDArray[np.int32],
+    value: npt.NDArray[np.float32],
+    latent: npt.NDArray[np.int64],
+    begin: npt.NDArray[np.int64],
+    at: npt.NDArray[np.int64],
+    windows: npt.NDArray[np.float32],
+) -> None:
+    """Activations of latent[j] on the rows from begin[j] on into windows[at[j]], in place.
+
+    latent counts from the first one in `starts`, begin within the block; windows [any, window]
+    are 0 before.
+    """
+    for j in prange(len(latent)):
+        low, high = starts[latent[j]], starts[latent[j] + 1]
+        q = low + np.searchsorted(row[low:high], begin[j])
+        while q < high and row[q] < begin[j] + windows.shape[1]:
+            windows[at[j], row[q] - begin[j]] = value[q]
+            q += 1
+
+
+@njit(cache=True)
+def draw_by_token(
+    token: npt.NDArray[np.int32],
+    wanted: npt.NDArray[np.bool_],
+    first_row: int,
+    seed: int,
+    priority: npt.NDArray[np.uint64],
+    rows: npt.NDArray[np.int64],
+) -> None:
+    """Keep for each token the rows with the highest hashes [tokens, places], in place."""
+    places = rows.shape[1]
+    for p in range(len(token)):
+        if not wanted[p]:
+            continue
+        t, r = token[p], first_row + p
+        score = hashed(seed, t, r) | np.uint64(1)
+        at = places
+        while at > 0 and priority[t, at - 1] < score:
+            at -= 1
+        for q in range(places - 1, at, -1):
+            priority[t, q], rows[t, q] = priority[t, q - 1], rows[t, q - 1]
+        if at < places:
+            priority[t, at], rows[t, at] = score, r
+
+
+@njit(parallel=True, cache=True)
+def draw_rows(
+    latents: npt.NDArray[np.int64], n_rows: int, n: int, seed: int
+) -> npt.NDArray[np.int64]:
+    """Row numbers drawn uniformly for each latent [latents, n], with replacement."""
+    rows = np.empty((len(latents), n), np.int64)
+    for i in prange(len(latents)):
+        for j in range(n):
+            rows[i, j] = hashed(seed, latents[i], j) % np.uint64(n_rows)
+    return rows

@@ -14,9 +14,9 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from harvest.models import ResolvedModel, load_model, pick_dtype
+from harvest.models import ResolvedModel, load_model
+from pipelines.features.products import largest_products
 
-BLOCK = 512
 WRITES_TO_RESIDUAL = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 
@@ -43,23 +43,16 @@ def logit_lens(
     if site.split(".")[0] not in WRITES_TO_RESIDUAL:
         return None
     network = load_model(model, torch.float32, "cpu")
-    unembed = network.get_output_embeddings().weight[:n_tokens]  # [tokens, d_model]
+    unembed = network.get_output_embeddings().weight.detach()[:n_tokens]  # [tokens, d_model]
     if unembed.shape[1] != W_dec.shape[1]:  # a projection in between (OPT 350M)
         return None
     n = min(n, len(unembed))
-    dtype: torch.dtype = getattr(torch, pick_dtype("cpu"))
-    unembed = unembed.to(dtype)
-    rows = (W_dec * _final_norm_scale(network)).to(dtype)
+    rows = W_dec * _final_norm_scale(network)
     found = []
-    for first in range(0, len(rows), BLOCK):
-        logits = (rows[first : first + BLOCK] @ unembed.T).float()  # [block, tokens]
-        logits -= logits.mean(dim=1, keepdim=True)  # softmax ignores a constant
-        high, low = logits.topk(n, dim=1), logits.topk(n, dim=1, largest=False)
-        found.append((high.indices.int(), high.values, low.indices.int(), low.values))
-    top, top_logits, bottom, bottom_logits = (
-        torch.cat(p).numpy() for p in zip(*found, strict=True)
-    )
-    return LogitLens(top, top_logits, bottom, bottom_logits)
+    for sign in (1, -1):
+        tokens, logits = largest_products(sign * rows, unembed, n)
+        found += [tokens.int().numpy(), (sign * logits).numpy()]
+    return LogitLens(*found)
 
 
 def _final_norm_scale(network: PreTrainedModel) -> torch.Tensor:

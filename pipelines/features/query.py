@@ -6,12 +6,12 @@ from pathlib import Path
 
 import duckdb
 
-from pipelines.features.folder import TABLES, check_tables, read_run
+from pipelines.features.folder import FIRINGS, TABLES, check_tables, read_run
 from store.errors import InputError, RunError
 
 
 def connect(features: Path) -> duckdb.DuckDBPyConnection:
-    """An in-memory DuckDB with one view per table; the files are only read.
+    """An in-memory DuckDB with one view per table, and one of all firings; files are only read.
 
     Raises:
         RunError: the folder holds no finished tables, or one of them is missing.
@@ -23,8 +23,8 @@ def connect(features: Path) -> duckdb.DuckDBPyConnection:
         )
     check_tables(features)
     connection = duckdb.connect()
-    for name in TABLES:
-        path = features / f"{name}.parquet"
+    for name in (*TABLES, FIRINGS):
+        path = features / (f"{FIRINGS}/*.parquet" if name == FIRINGS else f"{name}.parquet")
         literal = str(path.resolve()).replace("'", "''")
         try:
             connection.execute(f"CREATE VIEW {name} AS FROM read_parquet('{literal}')")
@@ -50,7 +50,7 @@ def query(features: Path, sql: str, limit: int) -> tuple[list[str], list[tuple[o
     except duckdb.Error as error:
         raise InputError(
             f"DuckDB cannot run this query ({first_line(error)}); "
-            f"the tables are {', '.join(TABLES)}."
+            f"the tables are {', '.join((*TABLES, FIRINGS))}."
         ) from error
     columns = [column[0] for column in result.description or []]
     return columns, rows[:limit], len(rows) > limit

@@ -14,8 +14,10 @@ from pipelines.features.query import connect
 from store.errors import InputError
 
 BARS = "▁▂▃▄▅▆▇█"
+COARSE = 4  # bins of the table in one bar
 HEAT = ("#fff3d6", "#ffe0a3", "#ffc766", "#ffa633", "#f57c00")  # light to strong
 SHOWN_TOKENS = 8
+SHOWN_NEIGHBOURS = 4
 CONTROLS = (*range(32), *range(127, 160))
 VISIBLE = dict.fromkeys(CONTROLS, "·") | {ord("\n"): "↵"}
 
@@ -90,26 +92,32 @@ def _statistics(connection: duckdb.DuckDBPyConnection, facts: dict[str, Any]) ->
         [facts["latent"]],
     ).fetchall()
     counts = {b: n for b, _, _, n in bins}
-    filled = [counts.get(b, 0) for b in range(bins[0][0], bins[-1][0] + 1)]
+    first, last = bins[0][0] // COARSE, bins[-1][0] // COARSE
+    filled = [
+        sum(counts.get(b, 0) for b in range(COARSE * bar, COARSE * (bar + 1)))
+        for bar in range(first, last + 1)
+    ]
     peak = max(filled)
     drawn = "".join(" " if n == 0 else BARS[(len(BARS) - 1) * n // peak] for n in filled)
     table.add_row("histogram", f"{bins[0][1]:.2g} {drawn} {bins[-1][2]:.2g} (log scale)")
-    tokens = zip(facts["top_tokens"], facts["top_token_shares"], strict=True)
+    tokens = zip(facts["top_tokens"], facts["top_token_counts"], strict=True)
     table.add_row(
-        "on tokens", ", ".join(f"{_quoted(t)} {s:.0%}" for t, s in list(tokens)[:SHOWN_TOKENS])
+        "on tokens",
+        ", ".join(
+            f"{_quoted(t)} {n / facts['n_fire']:.0%}" for t, n in list(tokens)[:SHOWN_TOKENS]
+        ),
     )
-    if "top_logit_tokens" in facts:
+    if facts["top_logit_tokens"] is not None:
         for end, name in (("top", "speaks for"), ("bottom", "against")):
             shown = facts[f"{end}_logit_tokens"][:SHOWN_TOKENS]
             table.add_row(name, ", ".join(_quoted(t) for t in shown))
-    near = connection.execute(
-        "SELECT other, decoder_cosine, jaccard FROM neighbours WHERE latent = ? "
-        "ORDER BY rank LIMIT 4",
-        [facts["latent"]],
-    ).fetchall()
-    table.add_row(
-        "neighbours", ", ".join(f"{o} (cosine {c:.2f}, Jaccard {j:.2f})" for o, c, j in near)
-    )
+    for rank, name in (("cosine_rank", "alike"), ("cofire_rank", "fires with")):
+        near = connection.execute(
+            f"SELECT other, decoder_cosine, jaccard FROM neighbours WHERE latent = ? "
+            f"AND {rank} < {SHOWN_NEIGHBOURS} ORDER BY {rank}",
+            [facts["latent"]],
+        ).fetchall()
+        table.add_row(name, ", ".join(f"{o} (cosine {c:.2f}, Jaccard {j:.2f})" for o, c, j in near))
     return table
 
 

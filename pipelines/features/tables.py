@@ -1,15 +1,9 @@
-"""The Parquet tables of a feature build, sorted by latent, with small row groups.
-
-latents.parquet     one row a latent: counts, moments, quantiles, tokens, logit lens, weights
-contexts.parquet    where it fires: strata `top` and `random`, with activations per token
-histograms.parquet  its activations in log-spaced bins
-neighbours.parquet  latents with similar decoder rows, and how often both fire
-tokens.parquet      latent × token: count and mean activation
-documents.parquet   source, title and URL of every document
-"""
+"""The Parquet tables of a feature build: what `docs/tables.md` says of them."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,155 +11,289 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from torch import Tensor
 
-from pipelines.features import kernels
-from pipelines.features.accumulate import Accumulator, ShortList
 from pipelines.features.config import FeatureConfig
-from pipelines.features.folder import FORMAT
+from pipelines.features.contexts import lists
+from pipelines.features.folder import with_version
 from pipelines.features.lens import LogitLens
+from pipelines.features.neighbours import Neighbours, cosines
+from pipelines.features.profile import Profile, bin_edge
 from pipelines.features.texts import TokenTexts
 from store.reader import ActivationStore
-from store.rules import heldout_documents
 
-ROW_GROUP = 2048  # a point query reads one group: about 70 latents' contexts
-SCORE_FRACTION = 0.5
-QUANTILES = (0.5, 0.9, 0.99)
+ROW_GROUP = 2048  # a point query reads one group: about 30 latents' contexts
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 LEAST_SPREAD = 1e-3  # of the mean, for skew and kurtosis; the error there is below 1 %
+NAMED_TOKENS = 10
+SORTED_ROWS = 4_000_000  # of the table of tokens, at a time
+SEEN = 3  # firings on a token before its mean says something
 
 
-def write_table(folder: Path, name: str, table: pa.Table) -> None:
-    """Write one table with the format's version in its metadata."""
-    metadata = {b"sae_harvest_tables": FORMAT.encode()} | (table.schema.metadata or {})
-    table = table.replace_schema_metadata(metadata)
-    pq.write_table(table, folder / f"{name}.parquet", compression="zstd", row_group_size=ROW_GROUP)
+class TableWriter:
+    """One Parquet file, written part by part in whole row groups, and renamed when it is whole."""
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        self._path, self._options = path, options
+        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._writer: pq.ParquetWriter | None = None
+        self._rest: list[pa.Table] = []
+
+    def add(self, part: pa.Table) -> None:
+        """The next rows."""
+        part = with_version(part)
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(
+                self._temporary,
+                part.schema,
+                compression="zstd",
+                write_page_checksum=True,
+                **self._options,
+            )
+        self._rest.append(part)
+        joined = pa.concat_tables(self._rest)
+        whole = len(joined) // ROW_GROUP * ROW_GROUP
+        if whole:
+            self._writer.write_table(joined.slice(0, whole), row_group_size=ROW_GROUP)
+            self._rest = [joined.slice(whole)]
+
+    def __enter__(self) -> TableWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._writer is None:
+            return
+        if kind is None:
+            rest = pa.concat_tables(self._rest)
+            if len(rest):
+                self._writer.write_table(rest, row_group_size=ROW_GROUP)
+        self._writer.close()
+        if kind is None:
+            with self._temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            self._temporary.replace(self._path)
+        else:
+            self._temporary.unlink()
 
 
 def latents_table(
-    counts: Accumulator,
+    found: Profile,
+    n_rows: int,
     n_store_contexts: int,
     weights: dict[str, npt.NDArray[np.float32]],
     lens: LogitLens | None,
     texts: TokenTexts,
-    config: FeatureConfig,
 ) -> pa.Table:
-    """One row per latent. Moments are over firings; density and E[a²] over all rows read. Skew
-    and kurtosis (3 for a normal distribution) are null where all firings are about the same.
+    """The table's part of the latents of a profile. Moments are over firings.
 
     Args:
-        weights: W_enc [n_latents, d_in], W_dec [n_latents, d_out], b_enc [n_latents].
+        n_rows: that were read. weights: W_enc [n_latents, d_in], W_dec [n_latents, d_out], b_enc
+            [n_latents], those of a dictionary; may be missing. lens: of all latents.
     """
-    n = counts.n_fire
-    fired = np.maximum(n, 1)
-    mean = counts.power_sums[:, 0] / fired
-    raw = counts.power_sums / fired[:, None]
-    variance = np.maximum(raw[:, 1] - mean**2, 0)
-    spread = np.sqrt(variance)
+    n = found.n_fire
+    inside = slice(found.first, found.first + len(n))
+    raw = found.power_sums / np.maximum(n, 1)[:, None]
+    mean = raw[:, 0]
+    spread = np.sqrt(np.maximum(raw[:, 1] - mean**2, 0))
     third = raw[:, 2] - 3 * mean * raw[:, 1] + 2 * mean**3
     fourth = raw[:, 3] - 4 * mean * raw[:, 2] + 6 * mean**2 * raw[:, 1] - 3 * mean**4
     # Sums of powers lose the shape of a spread this narrow to rounding.
     safe = np.where(spread > LEAST_SPREAD * mean, spread, np.nan)
+    skew, kurtosis = third / safe**3, fourth / safe**4
     columns: dict[str, Any] = {
-        "latent": np.arange(len(n), dtype=np.int32),
+        "latent": np.arange(inside.start, inside.stop, dtype=np.int32),
         "n_fire": n,
-        "density": n / max(counts.n_rows, 1),
-        "n_contexts": counts.n_contexts,
-        "context_density": counts.n_contexts / n_store_contexts,
+        "density": n / max(n_rows, 1),
+        "n_contexts": found.n_contexts,
+        "context_density": found.n_contexts / n_store_contexts,
         "dead": n == 0,
-        "max": counts.largest,
+        "max": found.largest.astype(np.float64),
         "mean": mean,
         "std": spread,
-        "skew": _nullable(third / safe**3),
-        "kurtosis": _nullable(fourth / safe**4),
-        "mean_square": counts.power_sums[:, 1] / max(counts.n_rows, 1),
+        "skew": _nullable(skew),
+        "kurtosis": _nullable(kurtosis),
+        "bimodality": _nullable((skew**2 + 1) / kurtosis),
+        "mean_square": found.power_sums[:, 1] / max(n_rows, 1),
     }
     for q in QUANTILES:
-        columns[f"q{q * 100:g}"] = histogram_quantiles(counts.histogram, q, counts.largest)
-    columns |= _token_columns(counts, texts, config)
-    norms = {name: np.linalg.norm(weights[name], axis=1) for name in ("W_enc", "W_dec")}
-    cosine: Any = pa.nulls(len(n), pa.float32())  # of a transcoder's rows there is none
-    if weights["W_enc"].shape == weights["W_dec"].shape:
-        dots = np.einsum("nd,nd->n", weights["W_enc"], weights["W_dec"])
-        cosine = dots / np.maximum(norms["W_enc"] * norms["W_dec"], 1e-12)
-    columns |= {
-        "encoder_norm": norms["W_enc"],
-        "decoder_norm": norms["W_dec"],
-        "encoder_decoder_cosine": cosine,
-        "encoder_bias": weights["b_enc"],
+        columns[f"q{q * 100:g}"] = quantiles(found.histogram, q, found.largest)
+    columns |= _token_columns(found, texts)
+    shares = (found.positions / np.maximum(n, 1)[:, None]).astype(np.float32)
+    columns["position_profile"] = lists(pa.array(shares.reshape(-1)), shares.shape)
+    return pa.table(columns | _weight_columns(weights, inside) | _lens_columns(lens, texts, inside))
+
+
+def _weight_columns(weights: dict[str, npt.NDArray[np.float32]], inside: slice) -> dict[str, Any]:
+    n = inside.stop - inside.start
+    some = {name: tensor[inside] for name, tensor in weights.items()}
+    norms = {
+        name: np.linalg.norm(some[name], axis=1) for name in ("W_enc", "W_dec") if name in some
     }
-    if lens is not None:
-        for end, ids, logits in (
-            ("top", lens.top, lens.top_logits),
-            ("bottom", lens.bottom, lens.bottom_logits),
-        ):
-            flat = pa.array([texts.one(t) for t in ids.reshape(-1).tolist()])
-            columns[f"{end}_logit_tokens"] = _lists(flat, ids.shape)
-            columns[f"{end}_logits"] = _lists(pa.array(logits.reshape(-1)), logits.shape)
-    return pa.table(columns)
+    nothing = pa.nulls(n, pa.float32())
+    cosine: Any = nothing  # of a transcoder's rows there is none
+    if len(norms) == 2 and some["W_enc"].shape == some["W_dec"].shape:
+        dots = np.einsum("nd,nd->n", some["W_enc"], some["W_dec"])
+        cosine = dots / np.maximum(norms["W_enc"] * norms["W_dec"], 1e-12)
+    return {
+        "encoder_norm": norms.get("W_enc", nothing),
+        "decoder_norm": norms.get("W_dec", nothing),
+        "encoder_decoder_cosine": cosine,
+        "encoder_bias": some.get("b_enc", nothing),
+    }
 
 
-def contexts_table(store: ActivationStore, counts: Accumulator, texts: TokenTexts) -> pa.Table:
-    """The short lists of every latent, sorted by latent, stratum (top first) and rank."""
-    parts = [
-        _context_part(store, "top", counts.top, texts),
-        _context_part(store, "random", counts.random, texts),
-    ]
-    table = pa.concat_tables(parts)
-    order = np.lexsort(
-        (
-            table["rank"].to_numpy(),
-            np.repeat([0, 1], [len(p) for p in parts]),
-            table["latent"].to_numpy(),
-        )
+def _lens_columns(lens: LogitLens | None, texts: TokenTexts, inside: slice) -> dict[str, Any]:
+    n = inside.stop - inside.start
+    columns: dict[str, Any] = {}
+    for end in ("top", "bottom"):
+        if lens is None:
+            columns[f"{end}_logit_tokens"] = pa.nulls(n, pa.list_(pa.string()))
+            columns[f"{end}_logits"] = pa.nulls(n, pa.list_(pa.float32()))
+            continue
+        ids, logits = getattr(lens, end)[inside], getattr(lens, f"{end}_logits")[inside]
+        columns[f"{end}_logit_tokens"] = lists(texts.of(ids.reshape(-1)), ids.shape)
+        columns[f"{end}_logits"] = lists(pa.array(logits.reshape(-1)), logits.shape)
+    return columns
+
+
+def _token_columns(found: Profile, texts: TokenTexts) -> dict[str, Any]:
+    """Of all tokens that each latent fires on."""
+    n = len(found.n_fire)
+    latent, token, count, total = (
+        found.tokens[c].to_numpy() for c in ("latent", "token", "count", "total")
     )
-    return table.take(order)
+    latent = latent - found.first
+    share = count / np.maximum(found.n_fire, 1)[latent]
+    starts = np.searchsorted(latent, np.arange(n + 1))
+    often = _first_of_each(starts, NAMED_TOKENS)
+    mean = total / count
+    seen = np.minimum(SEEN, np.maximum.reduceat(np.append(count, 0), starts[:-1]))[latent]
+    enough = np.flatnonzero(count >= seen) if len(count) else np.empty(0, np.int64)
+    by_mean = enough[np.lexsort((token[enough], -mean[enough], latent[enough]))]
+    strong_starts = np.searchsorted(latent[by_mean], np.arange(n + 1))
+    strong = _first_of_each(strong_starts, NAMED_TOKENS)
+    strongest = by_mean[strong.places]
+    return {
+        "n_tokens": np.diff(starts).astype(np.int32),
+        "token_entropy_bits": np.bincount(latent, share * np.log2(1 / share), n),
+        "top_tokens": often.of(texts.of(token[often.places])),
+        "top_token_counts": often.of(pa.array(count[often.places])),
+        "strongest_tokens": strong.of(texts.of(token[strongest])),
+        "strongest_token_means": strong.of(pa.array(mean[strongest].astype(np.float32))),
+    }
 
 
-def histograms_table(counts: Accumulator) -> pa.Table:
+class _first_of_each:
+    """Places of the first entries, at most so many, of runs that begin at `starts` [n + 1]."""
+
+    def __init__(self, starts: npt.NDArray[np.int64], most: int) -> None:
+        lengths = np.minimum(np.diff(starts), most)
+        ends = np.cumsum(lengths)
+        inside = np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
+        self.places = np.repeat(starts[:-1], lengths) + inside
+        self._offsets = pa.array(np.concatenate([[0], ends]), pa.int32())
+
+    def of(self, flat: pa.Array) -> pa.ListArray:
+        """Values at the places, as one list per run."""
+        return pa.ListArray.from_arrays(self._offsets, flat)
+
+
+def quantiles(
+    histogram: npt.NDArray[np.int64], q: float, largest: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float64]:
+    """Quantile q of each latent's activations [n], within one bin."""
+    cumulative = histogram.cumsum(axis=1)
+    total = cumulative[:, -1]
+    number = (cumulative < np.ceil(q * total)[:, None]).sum(axis=1)
+    middle = np.sqrt(bin_edge(number) * bin_edge(number + 1))
+    return np.where(total > 0, np.minimum(middle, largest), 0.0)
+
+
+def histograms_table(found: Profile) -> pa.Table:
     """latent, bin, low, high, count; only bins that hold something."""
-    latent, number = np.nonzero(counts.histogram)
+    latent, number = np.nonzero(found.histogram)
     return pa.table(
         {
-            "latent": latent.astype(np.int32),
+            "latent": (latent + found.first).astype(np.int32),
             "bin": number.astype(np.int16),
             "low": bin_edge(number),
             "high": bin_edge(number + 1),
-            "count": counts.histogram[latent, number],
+            "count": found.histogram[latent, number],
         }
     )
 
 
-def neighbours_table(counts: Accumulator, cosines: npt.NDArray[np.float32]) -> pa.Table:
-    """latent, other, rank, decoder cosine, rows on which both fire, Jaccard index of the two."""
-    n_latents, n = counts.neighbours.shape
-    latent = np.repeat(np.arange(n_latents, dtype=np.int32), n)
-    other = counts.neighbours.reshape(-1)
-    together = counts.together.reshape(-1)
-    either = counts.n_fire[latent] + counts.n_fire[other] - together
+def neighbours_table(near: Neighbours, W_dec: Tensor) -> pa.Table:
+    """Each pair once, by latent, then other."""
+    parts = []
+    for others, both, kind in (
+        (near.alike, near.alike_together, 0),
+        (near.along, near.along_together, 1),
+    ):
+        which, rank = np.nonzero(others >= 0)
+        ranks = [np.full(len(which), -1), np.full(len(which), -1)]
+        ranks[kind] = rank
+        parts.append((which + near.first, others[which, rank], both[which, rank], *ranks))
+    latent, other, together, cosine_rank, cofire_rank = (
+        np.concatenate(column) for column in zip(*parts, strict=True)
+    )
+    order = np.lexsort((other, latent))
+    pair = latent[order] * len(near.fired) + other[order]
+    firsts = np.flatnonzero(np.diff(pair, prepend=-1))
+    cosine_rank = np.maximum.reduceat(cosine_rank[order], firsts) if len(firsts) else cosine_rank
+    cofire_rank = np.maximum.reduceat(cofire_rank[order], firsts) if len(firsts) else cofire_rank
+    at = order[firsts]
+    latent, other, together = latent[at], other[at], together[at].astype(np.int64)
+    either = near.fired[latent] + near.fired[other] - together
     return pa.table(
         {
-            "latent": latent,
+            "latent": latent.astype(np.int32),
             "other": other.astype(np.int32),
-            "rank": np.tile(np.arange(n, dtype=np.int16), n_latents),
-            "decoder_cosine": cosines.reshape(-1),
+            "decoder_cosine": cosines(W_dec, latent, other),
             "cofire": together,
             "jaccard": together / np.maximum(either, 1),
+            "cosine_rank": pa.array(cosine_rank.astype(np.int16), mask=cosine_rank < 0),
+            "cofire_rank": pa.array(cofire_rank.astype(np.int16), mask=cofire_rank < 0),
         }
     )
 
 
-def tokens_table(counts: Accumulator, texts: TokenTexts) -> pa.Table:
-    """latent, token, text, count, mean activation; most frequent first within a latent."""
-    t = counts.token_counts()
-    ids = t["token"].to_numpy()
+def tokens_part(found: Profile, config: FeatureConfig) -> pa.Table:
+    """token, latent, count, mean, share: the most frequent tokens of each latent of a profile."""
+    latent = found.tokens["latent"].to_numpy()
+    n = len(found.n_fire)
+    starts = np.searchsorted(latent, np.arange(found.first, found.first + n + 1))
+    some = found.tokens.take(pa.array(_first_of_each(starts, config.n_tokens).places))
+    count = some["count"].to_numpy()
+    fired = found.n_fire[some["latent"].to_numpy() - found.first]
     return pa.table(
         {
-            "latent": t["latent"],
-            "token": t["token"],
-            "text": pa.array([texts.one(i) for i in ids.tolist()]),
-            "count": t["count"],
-            "mean": t["total"].to_numpy() / t["count"].to_numpy(),
+            "token": some["token"],
+            "latent": some["latent"],
+            "count": count,
+            "mean": (some["total"].to_numpy() / count).astype(np.float32),
+            "share": (count / fired).astype(np.float32),
         }
     )
+
+
+def tokens_tables(parts: list[pa.Table], texts: TokenTexts) -> Iterator[pa.Table]:
+    """All parts sorted by token, then count falling, then latent, with the token's text.
+
+    A range of tokens at a time, so that not all rows are in memory twice.
+    """
+    joined = pa.concat_tables(parts)
+    token = joined["token"].to_numpy()
+    rows_below = np.cumsum(np.bincount(token, minlength=1))
+    order = [("token", "ascending"), ("count", "descending"), ("latent", "ascending")]
+    first = 0
+    while first < len(rows_below):
+        done = rows_below[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(rows_below, done + SORTED_ROWS, side="right")))
+        some = joined.filter(pa.array((token >= first) & (token < last)))
+        some = some.sort_by(order).combine_chunks()
+        yield some.add_column(1, "text", texts.of(some["token"].to_numpy()))
+        first = last
 
 
 def documents_table(store: ActivationStore) -> pa.Table:
@@ -174,95 +302,6 @@ def documents_table(store: ActivationStore) -> pa.Table:
     documents = pa.concat_tables(parts).sort_by("document")
     # texts stay in the store: a table that is browsed should not hold the corpus
     return documents.drop_columns([name for name in documents.column_names if name == "text"])
-
-
-def bin_edge(number: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Lower edge of a histogram bin."""
-    return 2.0 ** (kernels.LOWEST_OCTAVE + number / kernels.BINS_PER_OCTAVE)
-
-
-def histogram_quantiles(
-    histogram: npt.NDArray[np.int64], q: float, largest: npt.NDArray[np.float32]
-) -> npt.NDArray[np.float64]:
-    """Quantile q of each latent's activations [n_latents], within one bin (19 %)."""
-    cumulative = histogram.cumsum(axis=1)
-    total = cumulative[:, -1]
-    number = (cumulative < np.ceil(q * total)[:, None]).sum(axis=1)
-    middle = np.sqrt(bin_edge(number) * bin_edge(number + 1))
-    return np.where(total > 0, np.minimum(middle, largest), 0.0)
-
-
-def document_split(text_hash: npt.NDArray[np.uint64]) -> npt.NDArray[np.str_]:
-    """ "explain" or "score" by the text's hash: what is shown to an explainer never scores it."""
-    # Other bits than those that hold documents out of training, so that the two are independent.
-    turned = (text_hash << np.uint64(32)) | (text_hash >> np.uint64(32))
-    return np.where(heldout_documents(turned, SCORE_FRACTION), "score", "explain")
-
-
-def _context_part(
-    store: ActivationStore, stratum: str, short_list: ShortList, texts: TokenTexts
-) -> pa.Table:
-    places = short_list.priority.shape[1]
-    used = np.arange(places) < short_list.kept[:, None]
-    latent, rank = np.nonzero(used)
-    row = short_list.peak_row[used]
-    begin = short_list.window_start[used]
-    activations = short_list.windows[latent, short_list.slot[used]]  # [entries, window]
-    length, window = store.context_length, activations.shape[1]
-    context, position = row // length, row % length
-    ids = np.empty((len(row), window), np.int32)
-    split = np.empty(len(row), dtype="<U7")
-    for shard in np.unique(row // store.shard_rows).tolist():
-        here = np.flatnonzero(row // store.shard_rows == shard)
-        first, last = store.shard_span(shard)
-        tokens = store.tokens(first // length, last // length).reshape(-1)
-        starts = context[here] * length + begin[here] - first
-        ids[here] = tokens[starts[:, None] + np.arange(window)]
-        _, text_hash = store.row_documents(shard)
-        split[here] = document_split(text_hash[row[here] - first])
-    pieces = [text for line in ids for text in texts.window(line)]
-    return pa.table(
-        {
-            "latent": latent.astype(np.int32),
-            "stratum": pa.array([stratum] * len(row), pa.string()),
-            "rank": rank.astype(np.int16),
-            "split": pa.array(split.tolist(), pa.string()),
-            "activation": activations[np.arange(len(row)), position - begin],
-            "row": row,
-            "document": short_list.peak_document[used],
-            "context": context,
-            "position": position.astype(np.int32),
-            "window_start": begin.astype(np.int32),
-            "token_ids": _lists(pa.array(ids.reshape(-1)), ids.shape),
-            "token_texts": _lists(pa.array(pieces, pa.string()), ids.shape),
-            "activations": _lists(pa.array(activations.reshape(-1)), ids.shape),
-        }
-    )
-
-
-def _token_columns(counts: Accumulator, texts: TokenTexts, config: FeatureConfig) -> dict[str, Any]:
-    n_latents = len(counts.n_fire)
-    t = counts.token_counts()
-    latent, token, count = (t[c].to_numpy() for c in ("latent", "token", "count"))
-    starts = np.searchsorted(latent, np.arange(n_latents + 1))
-    lengths = np.minimum(np.diff(starts), config.n_tokens)
-    inside = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    at = np.repeat(starts[:-1], lengths) + inside
-    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
-    share = count / np.maximum(counts.n_fire, 1)[latent]
-    entropy = np.bincount(latent, share * np.log2(1 / share), n_latents)
-    return {
-        "top_tokens": pa.ListArray.from_arrays(
-            offsets, pa.array([texts.one(i) for i in token[at].tolist()], pa.string())
-        ),
-        "top_token_shares": pa.ListArray.from_arrays(offsets, pa.array(share[at])),
-        "token_entropy_bits": entropy,
-    }
-
-
-def _lists(flat: pa.Array, shape: tuple[int, ...]) -> pa.ListArray:
-    offsets = np.arange(shape[0] + 1, dtype=np.int32) * shape[1]
-    return pa.ListArray.from_arrays(pa.array(offsets), flat)
 
 
 def _nullable(x: npt.NDArray[np.float64]) -> pa.Array:

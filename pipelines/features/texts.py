@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 INCOMPLETE = "\ufffd"  # what decoding half a character gives
 ANCHOR = "a"  # tokens are decoded after this one: some decoders drop the first one's space
@@ -36,6 +38,29 @@ class TokenTexts:
     def one(self, token: int) -> str:
         """Text of one token id."""
         return self.table[token]
+
+    def of(self, ids: npt.NDArray[np.integer]) -> pa.Array:
+        """Texts of token ids [some], each alone."""
+        return self._columns[0].take(pa.array(ids))
+
+    def windows(self, ids: npt.NDArray[np.int32]) -> pa.Array:
+        """One text per token id of windows [some, window], flat."""
+        known, incomplete = self._columns
+        flat = known.take(pa.array(ids.reshape(-1)))
+        split = np.flatnonzero(incomplete[ids].any(axis=1))  # windows with parts of characters
+        if len(split) == 0:
+            return flat
+        places = (split[:, None] * ids.shape[1] + np.arange(ids.shape[1])).reshape(-1)
+        mended = pa.array([text for line in ids[split] for text in self.window(line)], pa.string())
+        mask = np.zeros(ids.size, np.bool_)
+        mask[places] = True
+        return pc.replace_with_mask(flat, mask, mended)
+
+    @cached_property
+    def _columns(self) -> tuple[pa.Array, npt.NDArray[np.bool_]]:
+        """Texts of all ids, and which of them are incomplete."""
+        incomplete = np.array([INCOMPLETE in text for text in self.table])
+        return pa.array(self.table, pa.string()), incomplete
 
     def window(self, ids: npt.NDArray[np.int32]) -> list[str]:
         """One text per token id [window]."""

@@ -1,0 +1,65 @@
+"""`sae-features export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from store.console import output, progress
+
+FORMATS = ("neuronpedia", "delphi", "openai", "circuit-tracer")
+
+
+@click.command("export")
+@click.option(
+    "--features",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    required=True,
+    help="Folder of the tables; of several layers, each with one such option.",
+)
+@click.option(
+    "--format", "format_name", type=click.Choice(FORMATS), required=True, help="Whose format."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder to write, a new one."
+)
+@click.option("--latents", metavar="0-99,512", help="Which; all by default.")
+@click.option(
+    "--name",
+    help="What it is called there: delphi's hookpoint, Neuronpedia's source set, "
+    "sae-viewer's folder, circuit-tracer's transcoder.",
+)
+@click.option("--store", metavar="PLACE", help="The store, for delphi, if it has moved.")
+def export_command(
+    features: tuple[Path, ...],
+    format_name: str,
+    out: Path,
+    latents: str | None,
+    name: str | None,
+    store: str | None,
+) -> None:
+    """Write feature tables in the format of another package.
+
+    \b
+    sae-features export --features runs/demo/features --format delphi --out runs/demo/delphi
+    """
+    from pipelines.exports.export import export
+
+    with progress("blocks" if format_name == "delphi" else "latents") as bar:
+        task = bar.add_task("writing", total=None, rate="", visible=False)
+
+        def show_progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, visible=True)
+
+        n_latents = export(
+            features,
+            out,
+            format_name,
+            latents=latents,
+            name=name,
+            store=store,
+            on_progress=show_progress,
+        )
+    output().print(f"{out}: {n_latents:,} latents for {format_name}.", soft_wrap=True)

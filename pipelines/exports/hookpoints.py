@@ -1,0 +1,36 @@
+"""The names that transformers' own modules have for sites."""
+
+from __future__ import annotations
+
+import torch
+
+from harvest.discovery import BlockLab, probe
+from harvest.models import ResolvedModel, load_model
+from harvest.sites import Site
+from store.errors import InputError
+
+
+def hookpoint(model: ResolvedModel, site: Site) -> str:
+    """The module of the model, without its head, whose output the site is: `layers.12`.
+
+    Raises:
+        InputError: there is no such module.
+    """
+    network = load_model(model, torch.float32, "cpu")
+    blocks, calls = probe(network)
+    module: torch.nn.Module | None = None
+    if site.kind == "resid_post":
+        module = blocks[site.layer]
+    elif site.kind == "resid_pre" and site.layer > 0:
+        module = blocks[site.layer - 1]
+    elif site.kind in ("attn_out", "mlp_out"):
+        parts = BlockLab(blocks[site.layer], calls[site.layer]).parts()
+        if parts is not None:
+            name = parts.attention if site.kind == "attn_out" else parts.mlp
+            module = blocks[site.layer].get_submodule(name)
+    for name, candidate in network.base_model.named_modules():
+        if candidate is module:
+            return name
+    raise InputError(
+        f"No module of {model.name} puts out {site}; say with --name which one delphi should name."
+    )

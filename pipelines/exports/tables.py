@@ -1,0 +1,249 @@
+"""Tables as exports read them: some latents at a time, whatever their number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from harvest.sites import Site
+from pipelines.exports.selection import pieces
+from pipelines.features import kernels
+from pipelines.features.folder import FIRINGS, check_tables, read_run
+from pipelines.features.profile import decile_edges
+from pipelines.features.tables import quantiles
+from store.errors import RunError
+
+AT_ONCE = 128  # latents whose contexts are in memory
+COUNTED = 8192  # latents whose bars are: a pass over the firings each
+PERCENTS = 100
+EXPLANATIONS = "explanations"
+CONTEXT_COLUMNS = (
+    "latent", "stratum", "activation", "row", "document", "position", "window_start",
+    "token_ids", "token_texts", "activations",
+)  # fmt: skip
+
+Widths = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """An example; `place` is the one of its row among the tokens of the window."""
+
+    activation: float
+    row: int
+    document: int
+    place: int
+    token_ids: list[int]
+    tokens: list[str]
+    activations: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """What the tables say of a latent.
+
+    facts: its row of latents; contexts: by stratum; bars: number of firings in (b - 1, b] widths,
+    by b; percentiles: 100 quantiles from 1 to 100 %; deciles: lower and upper edge of each tenth of
+    its activations, and the firings in it; alike: others with their decoder cosines, nearest first.
+    """
+
+    number: int
+    facts: dict[str, Any]
+    contexts: dict[str, list[Context]]
+    bars: dict[int, int]
+    percentiles: list[float]
+    deciles: list[tuple[float, float, int]]
+    alike: list[tuple[int, float]]
+
+    @property
+    def highest(self) -> float:
+        """Its highest activation, 0 if it never fires."""
+        return 0.0 if self.facts["dead"] else shortest([self.facts["max"]])[0]
+
+
+class Tables:
+    """Finished tables of a folder.
+
+    Raises:
+        RunError: the folder holds none, or one is missing.
+    """
+
+    def __init__(self, features: Path) -> None:
+        run = read_run(features)
+        if run is None:
+            raise RunError(
+                f"{features} holds no feature tables (no run.json there); "
+                "give the folder that `sae-features build --out` wrote."
+            )
+        check_tables(features)
+        self.features = features
+        self.run: dict[str, Any] = run
+        self.n_latents: int = run["n_latents"]
+        self.site = Site.parse(run["site"])
+
+    def read(self, name: str, latents: range | None = None, **options: Any) -> pa.Table:
+        """A table's rows, or those of some latents; `RunError` if it is damaged."""
+        return self._read(self.features / f"{name}.parquet", latents, **options)
+
+    def explanations(self) -> dict[int, list[str]]:
+        """Of each latent that has some; the folder need not have that table."""
+        if not (self.features / f"{EXPLANATIONS}.parquet").is_file():
+            return {}
+        table = self.read(EXPLANATIONS, columns=["latent", "explanation"])
+        found: dict[int, list[str]] = {}
+        for latent, text in zip(*(c.to_pylist() for c in table.columns), strict=True):
+            found.setdefault(latent, []).append(text)
+        return found
+
+    def firings(self, latents: range | None = None, **options: Any) -> Iterator[pa.Table]:
+        """Firings, a block of rows at a time, by latent, then row."""
+        for path in self.firing_files():
+            yield self._read(path, latents, **options)
+
+    def firing_files(self) -> list[Path]:
+        """In the order of their rows."""
+        paths = sorted((self.features / FIRINGS).glob("*.parquet"))
+        if not paths:
+            raise RunError(
+                f"{self.features / FIRINGS} is missing; remove {self.features} and build again."
+            )
+        return paths
+
+    def described(self, latents: Sequence[range], widths: Widths) -> Iterator[Latent]:
+        """One latent after the other.
+
+        Args:
+            widths: of bars, from the highest activation of each latent.
+        """
+        for counted in pieces(latents, COUNTED):
+            largest = self.read("latents", counted, columns=["max"])["max"].to_numpy()
+            largest = np.nan_to_num(largest.astype(np.float64))  # of latents that never fire
+            bars = self._bars(counted, widths(largest))
+            for some in pieces([counted], AT_ONCE):
+                yield from self._described(some, bars)
+
+    def _described(self, latents: range, bars: dict[int, dict[int, int]]) -> Iterator[Latent]:
+        facts = self.read("latents", latents).to_pylist()
+        largest = np.array([row["max"] or 0.0 for row in facts])
+        histogram = self._histogram(latents)
+        deciles = tenths(histogram, largest)
+        parts = [quantiles(histogram, p / PERCENTS, largest) for p in range(1, PERCENTS)]
+        percentiles = np.stack([*parts, largest], axis=1)
+        contexts, alike = self._contexts(latents), self._alike(latents)
+        for place, latent in enumerate(latents):
+            yield Latent(
+                latent,
+                facts[place],
+                contexts.get(latent, {}),
+                bars.get(latent, {}),
+                percentiles[place].tolist(),
+                deciles[place],
+                alike.get(latent, []),
+            )
+
+    def _contexts(self, latents: range) -> dict[int, dict[str, list[Context]]]:
+        table = self.read("contexts", latents, columns=list(CONTEXT_COLUMNS)).combine_chunks()
+        found: dict[int, dict[str, list[Context]]] = {}
+        lengths = pc.list_value_length(table["activations"]).to_numpy()
+        ends = np.cumsum(lengths).tolist()
+        ids, texts = (pc.list_flatten(table[c]).to_pylist() for c in ("token_ids", "token_texts"))
+        activations = shortest(pc.list_flatten(table["activations"]))
+        peaks = shortest(table["activation"])
+        rest = [table[name].to_pylist() for name in CONTEXT_COLUMNS[:2] + CONTEXT_COLUMNS[3:7]]
+        start = 0
+        for n, (latent, stratum, row, document, position, first) in enumerate(
+            zip(*rest, strict=True)
+        ):
+            window = slice(start, ends[n])
+            found.setdefault(latent, {}).setdefault(stratum, []).append(
+                Context(
+                    peaks[n],
+                    row,
+                    document,
+                    position - first,
+                    ids[window],
+                    texts[window],
+                    activations[window],
+                )
+            )
+            start = ends[n]
+        return found
+
+    def _alike(self, latents: range) -> dict[int, list[tuple[int, float]]]:
+        table = self.read("neighbours", latents)
+        table = table.filter(pc.is_valid(table["cosine_rank"])).sort_by(
+            [("latent", "ascending"), ("cosine_rank", "ascending")]
+        )
+        found: dict[int, list[tuple[int, float]]] = {}
+        columns = table["latent"].to_pylist(), table["other"].to_pylist()
+        for latent, other, cosine in zip(*columns, shortest(table["decoder_cosine"]), strict=True):
+            found.setdefault(latent, []).append((other, cosine))
+        return found
+
+    def _histogram(self, latents: range) -> npt.NDArray[np.int64]:
+        """int64 [latents, bins of the table of histograms]."""
+        table = self.read("histograms", latents)
+        dense = np.zeros((len(latents), kernels.BINS), np.int64)
+        latent, number, count = (table[c].to_numpy() for c in ("latent", "bin", "count"))
+        dense[latent - latents.start, number] = count
+        return dense
+
+    def _bars(self, latents: range, widths: npt.NDArray[np.float64]) -> dict[int, dict[int, int]]:
+        """Firings in bars of equal width [latents], counted; only those that hold something."""
+        pairs, counts = np.empty(0, np.int64), np.empty(0, np.int64)
+        for table in self.firings(latents, columns=["latent", "value"]):
+            place = table["latent"].to_numpy().astype(np.int64) - latents.start
+            value = table["value"].to_numpy().astype(np.float64)
+            bar = np.ceil(value / widths[place]).astype(np.int64)
+            found, n = np.unique(place << 32 | bar, return_counts=True)
+            pairs, inverse = np.unique(np.concatenate([pairs, found]), return_inverse=True)
+            counts = np.bincount(inverse, np.concatenate([counts, n]), len(pairs)).astype(np.int64)
+        bars: dict[int, dict[int, int]] = {}
+        for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
+            bars.setdefault(latents.start + (pair >> 32), {})[pair & 0xFFFFFFFF] = count
+        return bars
+
+    def _read(self, path: Path, latents: range | None, **options: Any) -> pa.Table:
+        if latents is not None:
+            latent = pc.field("latent")
+            options["filters"] = (latent >= latents.start) & (latent < latents.stop)
+        try:
+            return pq.read_table(
+                path, page_checksum_verification=True, partitioning=None, **options
+            )
+        except (OSError, pa.ArrowException) as error:
+            raise RunError(
+                f"{path} is damaged ({str(error).splitlines()[0]}); "
+                f"remove {self.features} and build again."
+            ) from error
+
+
+def tenths(
+    histogram: npt.NDArray[np.int64], largest: npt.NDArray[np.float64]
+) -> list[list[tuple[float, float, int]]]:
+    """Of each latent: edges and firings of the tenths that its contexts are drawn from."""
+    edges = decile_edges(histogram)  # at edges of bins
+    number = (np.log2(edges) - kernels.LOWEST_OCTAVE) * kernels.BINS_PER_OCTAVE
+    below = np.zeros((len(histogram), kernels.BINS + 1), np.int64)
+    histogram.cumsum(axis=1, out=below[:, 1:])
+    at = np.take_along_axis(below, np.rint(number).astype(np.int64), axis=1)
+    counts = np.diff(at, axis=1, prepend=0, append=below[:, -1:]).tolist()
+    edges = np.minimum(edges, largest[:, None])
+    lows = np.concatenate([np.zeros((len(edges), 1)), edges], axis=1).tolist()
+    highs = np.concatenate([edges, largest[:, None]], axis=1).tolist()
+    return [list(zip(*each, strict=True)) for each in zip(lows, highs, counts, strict=True)]
+
+
+def shortest(values: pa.ChunkedArray | npt.NDArray[np.float32] | list[float]) -> list[float]:
+    """float32 as the numbers with the fewest digits that stand for them: 0.1, not 0.10000000149."""
+    if not isinstance(values, pa.ChunkedArray):
+        values = pa.array(values, pa.float32())
+    return [float(text) for text in pc.cast(values, pa.string()).to_pylist()]

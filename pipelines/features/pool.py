@@ -1,0 +1,100 @@
+"""Work shared out: in this process, or among Ray workers; answers come in the order of the work."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, Protocol, TypeVar
+
+from store.errors import RunError, SaeHarvestError
+
+T = TypeVar("T")
+AHEAD = 2  # pieces of work handed out per worker: one at work, one waiting
+WITHOUT = "use --workers 0 to do without it"
+
+
+class Pool(Protocol):
+    """`workers`: how many pieces of work are done side by side."""
+
+    workers: int
+
+    def map(self, work: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+        """`work(*a)` for each of the arguments, in their order."""
+
+
+class Here:
+    """This process, with all its threads."""
+
+    workers = 1
+
+    def map(self, work: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+        return (work(*a) for a in arguments)
+
+
+class OnRay:
+    """Ray tasks. Work may be done again when a worker dies, so it has to be repeatable."""
+
+    def __init__(self, workers: int, threads: int, gpu: bool) -> None:
+        import ray
+
+        self.workers = workers
+        self._call = ray.remote(num_cpus=threads, num_gpus=int(gpu), max_retries=3)(_call)
+        self._threads = threads
+
+    def map(self, work: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        from store import cluster
+
+        left = iter(arguments)
+        running: deque[Any] = deque()
+        while True:
+            for a in islice(left, AHEAD * self.workers - len(running)):
+                running.append(self._call.remote(self._threads, work, a))
+            if not running:
+                return
+            try:
+                yield ray.get(running.popleft())
+            except RayTaskError as error:
+                if isinstance(error.cause, SaeHarvestError):
+                    raise error.cause from None
+                raise
+            except RayError as error:
+                raise RunError(
+                    f"A worker is gone ({cluster.reason(error)}); the same command continues."
+                ) from error
+
+
+@contextmanager
+def open_pool(workers: int, address: str | None, gpu: bool) -> Iterator[Pool]:
+    """So many Ray workers, each with a GPU or its share of the cores; this process for 0.
+
+    Raises:
+        RunError: Ray cannot be started or joined, or has no room for them.
+    """
+    if workers == 0:
+        yield Here()
+        return
+    import ray
+
+    from store import cluster
+
+    cluster.connect(address, WITHOUT)
+    try:
+        threads = cluster.threads_per_worker(workers, gpu, local=address is None)
+        yield OnRay(workers, threads, gpu)
+    finally:
+        ray.shutdown()
+
+
+def _call(threads: int, work: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+    """In a worker."""
+    import numba
+    import torch
+
+    torch.set_num_threads(threads)
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    return work(*arguments)

@@ -1,0 +1,230 @@
+"""What the firings of some latents say: counted for one latent at a time, in the order of rows, so
+that it is the same however latents are shared out among workers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipelines.features import kernels
+from pipelines.features.config import FeatureConfig
+from pipelines.features.firings import Blocks, Firings
+from pipelines.features.rows import Rows
+
+COMPACT_PAIRS = 4_000_000  # (latent, token) counts kept before equal ones are added up
+LATENTS = 8192  # at a time; 4 kB of statistics each
+PAIRS = 1 << 25  # (latent, token), at most so many in all
+POSITION_PARTS = 16
+DECILES = 10
+OTHER = 0x5DEECE66D  # so that deciles and `random` are drawn independently
+TRIED_TOKENS = 3  # whose other rows are looked at for hard negatives
+
+
+class ShortLists:
+    """Per list, the firings with the highest priority: [lists, places], best first.
+
+    `kept` [lists] counts the places in use.
+    """
+
+    def __init__(self, lists: int, places: int) -> None:
+        self.kept = np.zeros(lists, np.int64)
+        self.priority = np.zeros((lists, places))
+        self.row = np.zeros((lists, places), np.int64)
+        self.value = np.zeros((lists, places), np.float32)
+        self.document = np.full((lists, places), -2, np.int64)
+
+    @property
+    def used(self) -> npt.NDArray[np.bool_]:
+        """Which places are in use [lists, places]."""
+        return np.arange(self.row.shape[1]) < self.kept[:, None]
+
+    def arrays(self) -> tuple[npt.NDArray[np.generic], ...]:
+        """In the order that kernels take them."""
+        return self.kept, self.priority, self.row, self.value, self.document
+
+
+@dataclass(eq=False)
+class Kept:
+    """Firings of the latents [first, first + n) that are shown as examples, or lead to some.
+
+    top: highest activations, one per document; random: drawn from all firings; deciles [10 n
+    lists]: drawn from each tenth of a latent's activations; tokens: the most frequent ones, int64
+    [n, TRIED_TOKENS], -1 where there are fewer.
+    """
+
+    first: int
+    top: ShortLists
+    random: ShortLists
+    deciles: ShortLists
+    tokens: npt.NDArray[np.int64]
+
+
+@dataclass(eq=False)
+class Profile:
+    """Statistics of the latents [first, first + n), arrays [n, ...].
+
+    power_sums: sums of a, a², a³, a⁴ over firings; positions: firings by part of the context;
+    tokens: latent, token, count, total (sum of activations), sorted by latent, then count falling,
+    then token.
+    """
+
+    first: int
+    n_fire: npt.NDArray[np.int64]
+    n_contexts: npt.NDArray[np.int64]
+    power_sums: npt.NDArray[np.float64]
+    largest: npt.NDArray[np.float32]
+    histogram: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    tokens: pa.Table
+    kept: Kept
+
+
+def latents_at_once(blocks: Blocks, n_tokens: int) -> int:
+    """How many latents' statistics fit into memory, whatever the store's size.
+
+    A latent has as many pairs (latent, token) as tokens it fires on: at most all of them.
+    """
+    tokens = min(n_tokens, blocks.n_pairs / max(blocks.n_latents, 1))
+    return max(1, min(LATENTS, int(PAIRS / max(tokens, 1))))
+
+
+def profile(
+    blocks: Blocks, rows: Rows, context_length: int, config: FeatureConfig, first: int, last: int
+) -> Profile:
+    """Reads the firings of the latents [first, last) twice: to count, and to draw by decile."""
+    n, length = last - first, context_length
+    kept = Kept(
+        first,
+        ShortLists(n, config.n_top),
+        ShortLists(n, config.n_random),
+        ShortLists(n * DECILES, config.n_decile),
+        np.full((n, TRIED_TOKENS), -1, np.int64),
+    )
+    found = Profile(
+        first=first,
+        n_fire=np.zeros(n, np.int64),
+        n_contexts=np.zeros(n, np.int64),
+        power_sums=np.zeros((n, 4)),
+        largest=np.zeros(n, np.float32),
+        histogram=np.zeros((n, kernels.BINS), np.int64),
+        positions=np.zeros((n, min(POSITION_PARTS, length)), np.int64),
+        tokens=pa.table({}),
+        kept=kept,
+    )
+    parts: list[pa.Table] = []
+    for block, firings in blocks.all(first, last):
+        inside = slice(*blocks.span(block))
+        documents = rows.document[inside]
+        kernels.add_moments(
+            firings.starts,
+            firings.row,
+            firings.value,
+            length,
+            found.n_fire,
+            found.n_contexts,
+            found.power_sums,
+            found.largest,
+            found.histogram,
+            found.positions,
+        )
+        kernels.keep_top(
+            firings.starts,
+            firings.row,
+            firings.value,
+            documents,
+            firings.first_row,
+            *kept.top.arrays(),
+        )
+        _draw(firings, documents, np.empty((n, 0)), config.seed, kept.random)
+        parts.append(_tokens(firings, rows.token[inside]))
+        if sum(map(len, parts)) > COMPACT_PAIRS:
+            parts = [_compact(parts)]
+    order = [("latent", "ascending"), ("count", "descending"), ("token", "ascending")]
+    found.tokens = _compact(parts).sort_by(order)
+    latent, token = (found.tokens[name].to_numpy() for name in ("latent", "token"))
+    place = np.arange(len(latent)) - np.searchsorted(latent, latent)
+    often = place < TRIED_TOKENS
+    kept.tokens[latent[often] - first, place[often]] = token[often]
+    if config.n_decile:
+        edges = decile_edges(found.histogram)
+        for block, firings in blocks.all(first, last):
+            documents = rows.document[slice(*blocks.span(block))]
+            _draw(firings, documents, edges, config.seed ^ OTHER, kept.deciles)
+    return found
+
+
+def bin_edge(number: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Lower edge of a histogram bin."""
+    return 2.0 ** (kernels.LOWEST_OCTAVE + number / kernels.BINS_PER_OCTAVE)
+
+
+def decile_edges(histogram: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """The nine edges between tenths of each latent's firings [n, 9], at edges of bins.
+
+    Each is the edge with the number of firings below it that comes nearest.
+    """
+    below = np.zeros((len(histogram), kernels.BINS + 1), np.int64)
+    histogram.cumsum(axis=1, out=below[:, 1:])
+    edges = np.empty((len(histogram), DECILES - 1))
+    for tenth in range(1, DECILES):
+        wanted = tenth * below[:, -1:] / DECILES
+        edges[:, tenth - 1] = bin_edge(np.abs(below - wanted).argmin(axis=1))
+    return edges
+
+
+def _draw(
+    firings: Firings,
+    documents: npt.NDArray[np.int64],
+    edges: npt.NDArray[np.float64],
+    seed: int,
+    lists: ShortLists,
+) -> None:
+    if lists.row.shape[1] == 0:
+        return
+    kernels.draw(
+        firings.starts,
+        firings.row,
+        firings.value,
+        documents,
+        firings.first_row,
+        firings.first_latent,
+        edges,
+        seed,
+        *lists.arrays(),
+    )
+
+
+def _tokens(firings: Firings, tokens: npt.NDArray[np.int32]) -> pa.Table:
+    """latent, token, count, total of a block; each pair once, by latent, then token."""
+    token = np.empty(len(firings.row), np.int32)
+    count = np.empty(len(firings.row), np.int64)
+    total = np.empty(len(firings.row), np.float64)
+    distinct = kernels.count_tokens(
+        firings.starts, firings.row, firings.value, tokens, token, count, total
+    )
+    ends = np.cumsum(distinct)
+    inside = np.arange(distinct.sum()) - np.repeat(ends - distinct, distinct)
+    at = np.repeat(firings.starts[:-1], distinct) + inside
+    latents = np.arange(len(distinct), dtype=np.int32) + np.int32(firings.first_latent)
+    return pa.table(
+        {
+            "latent": np.repeat(latents, distinct),
+            "token": token[at],
+            "count": count[at],
+            "total": total[at],
+        }
+    )
+
+
+def _compact(parts: list[pa.Table]) -> pa.Table:
+    """Equal pairs added up, in the order of the parts, so that compacting early changes no sum."""
+    joined = pa.concat_tables(parts).combine_chunks()
+    grouped = joined.group_by(["latent", "token"], use_threads=False).aggregate(
+        [("count", "sum"), ("total", "sum")]
+    )
+    return grouped.rename_columns({"count_sum": "count", "total_sum": "total"})

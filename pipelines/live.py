@@ -1,0 +1,207 @@
+"""A model and its SAE, loaded once, for text as it is typed.
+
+A text becomes tokens as a document of the store does. Before it stands one token that is none of
+the text's: the BOS token where the store's contexts begin with one, else the end-of-text token of
+a document before. Without it the first word would be the attention sink, whose activations mean
+nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from harvest.documents import Document
+from harvest.encoding import DocumentEncoder
+from harvest.models import load_model, load_tokenizer, tokenizer_fingerprint
+from harvest.sites import Site, SiteTap
+from pipelines.features.folder import read_run
+from pipelines.features.texts import TokenTexts
+from pipelines.source import model_of
+from store.device import choose_device
+from store.errors import InputError, NotAStoreError, RunError, UnfinishedError
+from store.reader import ActivationStore
+from train.sae import SAE
+
+
+@dataclass(frozen=True, slots=True)
+class LiveText:
+    """What an SAE finds in a text.
+
+    token_ids: the text's tokens; the one before them is not among them.
+    token_texts: theirs; joined, they are the text.
+    indices: int32 [tokens, w], latents. values: float32 [tokens, w], their activations in the
+        units of the tables, falling; 0: nothing there.
+    """
+
+    token_ids: list[int]
+    token_texts: list[str]
+    indices: npt.NDArray[np.int32]
+    values: npt.NDArray[np.float32]
+
+
+class LiveModel:
+    """The model that feature tables are of, with their SAE. Calls wait for one another.
+
+    The model computes in the type it was harvested in (`compute_dtype` of the store's plan), so
+    that activations are those of the tables.
+
+    Attributes:
+        lock: held by whoever runs the model.
+        n_latents: latents are numbered from 0 to one less.
+        prefix: the token before every text.
+    """
+
+    def __init__(
+        self, store: ActivationStore, sae: SAE, model: PreTrainedModel, tokenizer: Any
+    ) -> None:
+        """As `open` has found them; the site must be one that the model offers (`InputError`)."""
+        self.sae, self.model = sae, model
+        self.site = Site.parse(sae.config.site)
+        self.context_length = store.context_length
+        self.n_latents = sae.config.n_latents
+        self.texts = TokenTexts(tokenizer)
+        self.lock = Lock()
+        names = store.plan["tokenizer"]
+        begins = store.plan["bos"] == "context"
+        self.prefix: int = names["beginning_of_text"] if begins else names["end_of_text"]
+        self._vocabulary: int = store.plan["model"]["vocabulary"]
+        self._encoder = DocumentEncoder(tokenizer)
+        self._tap = SiteTap(model, [self.site])
+        medians = sae.config.rule.max_norm_medians
+        # medians of shards differ by little: by 0.3 % among those of 65,536 rows of SmolLM2
+        self._largest_norm = math.inf
+        if medians is not None:
+            self._largest_norm = medians * store.norm_median(sae.config.site, 0)
+
+    @classmethod
+    def open(cls, features: Path, device: str = "cpu") -> LiveModel:
+        """Load what the tables in a folder were made from.
+
+        Raises:
+            RunError: no finished tables are there, or their store or SAE is gone or is another.
+            InputError: the model is gone, or has other weights or another tokenizer.
+            SaeHarvestError: anything of these cannot be read.
+        """
+        run = read_run(features)
+        if run is None:
+            raise RunError(
+                f"{features} holds no feature tables (no run.json there); "
+                "give the folder that `sae-features build --out` wrote."
+            )
+        device = choose_device(device)
+        sae = _same_sae(features, run, device)
+        store = _same_store(features, run)
+        resolved = model_of(store)
+        tokenizer = load_tokenizer(resolved)
+        if tokenizer_fingerprint(tokenizer) != store.plan["tokenizer"]["xxh3"]:
+            raise InputError(
+                f"The tokenizer of {resolved.name} is another than the one that {store.place} was "
+                "harvested with; put the old one back."
+            )
+        dtype: torch.dtype = getattr(torch, store.plan["compute_dtype"])
+        return cls(store, sae, load_model(resolved, dtype, device), tokenizer)
+
+    def activations(self, text: str) -> LiveText:
+        """The latents that fire on each token of a text.
+
+        On rows that the SAE's rule leaves out (massive activations) none does, as in the tables.
+
+        Raises:
+            InputError: the text has no tokens, or more than fit in a context of the store.
+        """
+        ids = self.tokens(text)
+        room = self.context_length - 1
+        if len(ids) > room:
+            raise InputError(
+                f"The text has {len(ids):,} tokens, and at most {room:,} fit in a context of the "
+                f"store ({self.context_length:,}, of which one stands before the text); "
+                "give a shorter text."
+            )
+        with self.lock, torch.inference_mode():
+            context = self._tap(self.context(ids))[str(self.site)]  # [1, 1 + tokens, d_in]
+            x = context[0, 1:].float()
+            indices, values = self.sae.encode(x)
+            values = values.masked_fill(~self.reads(x)[:, None], 0.0)
+        return LiveText(
+            token_ids=ids,
+            token_texts=self.texts.window(np.array(ids, np.int32)),
+            indices=indices.cpu().numpy(),
+            values=values.cpu().numpy(),
+        )
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a text as of a document in the store, without the token before it.
+
+        Control tokens spelled out in it are text like any other.
+
+        Raises:
+            InputError: it has none, or is not text.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                "The text holds half a character (a lone surrogate), which no tokenizer reads; "
+                "give whole characters."
+            ) from None
+        document = Document("", "", None, None, text)
+        (batch,) = self._encoder.batches([(document, {})], self.context_length)
+        ids: list[int] = batch.tokens[:-1].tolist()  # the last one ends a document
+        if not ids:
+            raise InputError("The text has no tokens; give at least one word.")
+        if max(ids) >= self._vocabulary:
+            raise InputError(
+                f"The tokenizer gives token {max(ids)}, the model's vocabulary ends at "
+                f"{self._vocabulary - 1}; leave out the word that it stands for."
+            )
+        return ids
+
+    def context(self, ids: list[int]) -> Tensor:
+        """What the model is given for a text of these tokens: int64 [1, 1 + tokens]."""
+        return torch.tensor([[self.prefix, *ids]], device=self.model.device)
+
+    def reads(self, x: Tensor) -> Tensor:
+        """Which rows [rows, d_in] the SAE's rule reads, by their norm: bool [rows]."""
+        return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) <= self._largest_norm
+
+
+def _same_sae(features: Path, run: dict[str, Any], device: str) -> SAE:
+    """The SAE of the tables."""
+    if run["sae"] == "identity":
+        raise InputError(
+            f"{features} holds tables of neurons; live text and steering are for an SAE's latents."
+        )
+    try:
+        sae = SAE.load(run["sae"], device)
+    except InputError as error:
+        raise RunError(
+            f"The SAE that {features} was made with is not in {run['sae']} any more; put it back, "
+            "or build the tables again."
+        ) from error
+    if sae.digest != run["sae_digest"]:
+        raise RunError(
+            f"{run['sae']} holds another SAE than the one that {features} was made with; put that "
+            "one back, or build the tables again."
+        )
+    return sae
+
+
+def _same_store(features: Path, run: dict[str, Any]) -> ActivationStore:
+    """The store of the tables, as it was then if it has grown since."""
+    try:
+        return ActivationStore.open(run["store"], run["store_digest"])
+    except (NotAStoreError, UnfinishedError) as error:
+        raise RunError(
+            f"The store that {features} was made from is not in {run['store']} any more; put it "
+            "back, or build the tables again."
+        ) from error

@@ -1,0 +1,289 @@
+"""Steering: what a model writes while some latents are held at values of our choice.
+
+At the SAE's site, on every row that its rule reads, of the prompt and of what is generated alike,
+
+    x <- x + restore(sum over i of (c_i - z_i) W_dec[i])
+
+where z_i is the activation that the latent has there, 0 where it does not fire, and c_i the value
+it is held at ("clamping", Templeton et al. 2024, "Scaling Monosemanticity"). It is the SAE's output
+with z_i replaced by c_i, plus what the SAE does not explain of x: the error stays. A transcoder
+reads one site, and what its latents would have written changes at the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from harvest.discovery import BlockLab, BlockParts, first_tensor, probe
+from harvest.sites import Site, SiteTap
+from pipelines.live import LiveModel
+from store.errors import InputError
+from train.normalization import restore
+from train.sae import SAE
+
+MAX_SEED = 2**63  # what a torch generator takes, and more than anyone needs
+Shift = Callable[[Tensor], Tensor | None]  # rows [rows, width] to what is added, None for nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Clamp:
+    """A latent and the value it is held at, in the units of the tables; 0 takes it away."""
+
+    latent: int
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """What a model wrote, without the prompt; `token_texts`, joined, are `text`.
+
+    It ends with the model's own end token if the model came to one.
+    """
+
+    text: str
+    token_texts: list[str]
+
+
+def generate(
+    live: LiveModel,
+    prompt: str,
+    clamps: Sequence[Clamp],
+    n_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Generated:
+    """Continue a prompt with some latents clamped; without clamps, it is the plain model.
+
+    The prompt is read as a document of the store is, but may be longer than its contexts: prompt
+    and continuation together have the model's own limit.
+
+    Args:
+        n_tokens: at most; the model may end earlier.
+        temperature: 0 takes the likeliest token each time, as transformers' greedy `generate`
+            does; above 0, tokens are drawn from softmax(logits / temperature).
+        seed: of what is drawn.
+
+    Raises:
+        InputError: a latent that the SAE lacks or that is given twice, a number that is none or
+            out of range, a prompt without tokens or too long, a site that the model does not
+            offer, or clamps so strong that the model breaks down.
+    """
+    _check_clamps(clamps, live.n_latents)
+    if n_tokens < 1:
+        raise InputError(f"Asked for {n_tokens} tokens; ask for at least 1.")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"The temperature is {temperature}; give 0 or a positive number.")
+    if not 0 <= seed < MAX_SEED:
+        raise InputError(f"The seed is {seed}; give a whole number from 0 to {MAX_SEED - 1}.")
+    context = live.context(live.tokens(prompt))  # [1, 1 + tokens]
+    _check_length(live.model, context.shape[1], n_tokens)
+    processors = LogitsProcessorList()
+    if clamps:
+        processors.append(_Finite())
+    if temperature:
+        processors.append(_Drawn(temperature, seed))
+    with live.lock, clamped(live, clamps):
+        written = live.model.generate(
+            context,
+            attention_mask=torch.ones_like(context),
+            max_new_tokens=n_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            pad_token_id=live.prefix,  # of a batch's shorter texts: none here
+            logits_processor=processors,
+        )
+    ids = written[0, context.shape[1] :].cpu().numpy().astype(np.int32)
+    texts = live.texts.window(ids[ids < len(live.texts)])  # beyond: rows of padding, without text
+    return Generated("".join(texts), texts)
+
+
+@contextmanager
+def clamped(live: LiveModel, clamps: Sequence[Clamp]) -> Iterator[None]:
+    """While open, the latents are clamped in whatever the model does. The caller holds the lock."""
+    if not clamps:
+        yield
+        return
+    config = live.sae.config
+    read: list[Tensor] = []  # by a transcoder, in this forward pass
+
+    def keep(x: Tensor) -> None:
+        read[:] = [x]
+
+    def shift(x: Tensor) -> Tensor:
+        if config.is_transcoder:
+            if not read:
+                raise InputError(
+                    f"The transcoder changes {config.target_site} by what it reads at "
+                    f"{config.site}, which the model computes later; steer with another one."
+                )
+            x = read.pop()
+        return clamping(live.sae, x, clamps).masked_fill_(~live.reads(x)[:, None], 0.0)
+
+    with ExitStack() as stack:
+        if config.target_site is not None:
+            stack.enter_context(added(live.model, live.site, keep))
+        target = live.site if config.target_site is None else Site.parse(config.target_site)
+        stack.enter_context(added(live.model, target, shift))
+        read.clear()  # of the passes that looked for the sites
+        yield
+
+
+def clamping(sae: SAE, x: Tensor, clamps: Sequence[Clamp]) -> Tensor:
+    """What clamping adds to rows.
+
+    Args:
+        x: [rows, d_in], as the model computes them at the site that the SAE reads.
+
+    Returns:
+        float32 [rows, width_out], in the units of the model.
+    """
+    x = sae.check_rows(x)
+    indices, values = sae.encode(x)
+    latents = torch.tensor([clamp.latent for clamp in clamps], device=x.device)
+    wanted = torch.tensor([clamp.value for clamp in clamps], device=x.device)
+    there = indices[:, :, None] == latents  # [rows, w, clamps]
+    now = (values[:, :, None] * there).sum(dim=1)  # [rows, clamps]
+    moved = (wanted - now) @ sae.W_dec[latents]  # [rows, width_out]
+    # restore is linear but for what it adds to every reconstruction
+    return restore(moved, x, sae.config) - restore(torch.zeros_like(moved), x, sae.config)
+
+
+@contextmanager
+def added(model: PreTrainedModel, site: Site, shift: Shift) -> Iterator[None]:
+    """While open, `shift(x)` is added to the rows x at a site, before anything reads them.
+
+    With a KV cache the rows are those of new tokens only. Raises InputError if the model does not
+    offer the site.
+    """
+    with SiteTap(model, [site]):
+        pass  # or it refuses, saying why
+    blocks, calls = probe(model)
+    block, call = blocks[site.layer], calls[site.layer]
+    parts = None if site.kind in ("resid_pre", "resid_post") else BlockLab(block, call).parts()
+    handles = _hooks(site.kind, block, call.place, parts, shift)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hooks(
+    kind: str, block: torch.nn.Module, place: int | str, parts: BlockParts | None, shift: Shift
+) -> list[Any]:
+    """The hooks that write at a site, registered."""
+    entered: list[Tensor] = []  # resid_mid only: the residual stream before attention
+
+    def before_block(module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if isinstance(place, int):
+            args = (*args[:place], _shifted(args[place], shift), *args[place + 1 :])
+        else:
+            kwargs = kwargs | {place: _shifted(kwargs[place], shift)}
+        return args, kwargs
+
+    def after(module: Any, args: Any, output: Any) -> Any:
+        return _with_first(output, _shifted(first_tensor(output), shift))
+
+    def enter(module: Any, args: Any, kwargs: Any) -> None:
+        entered[:] = [args[place] if isinstance(place, int) else kwargs[place]]
+
+    def after_attention(module: Any, args: Any, output: Any) -> Any:
+        attention = first_tensor(output)
+        before = entered.pop().view_as(attention)
+        return _with_first(output, _shifted(attention, lambda a: shift(_rows(before) + a)))
+
+    def before_projection(module: Any, args: Any) -> Any:
+        return (_shifted(args[0], shift), *args[1:])
+
+    if kind == "resid_pre":
+        return [block.register_forward_pre_hook(before_block, with_kwargs=True)]
+    if kind == "resid_post":
+        return [block.register_forward_hook(after)]
+    assert parts is not None  # the tap has found them
+    attention, mlp = block.get_submodule(parts.attention), block.get_submodule(parts.mlp)
+    if kind == "mlp_act":
+        assert parts.down is not None
+        return [block.get_submodule(parts.down).register_forward_pre_hook(before_projection)]
+    if kind == "resid_mid":  # attention and MLP see the sum alike, whoever of its parts changes
+        pre = block.register_forward_pre_hook(enter, with_kwargs=True)
+        return [pre, attention.register_forward_hook(after_attention)]
+    return [(attention if kind == "attn_out" else mlp).register_forward_hook(after)]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[batch, tokens, width] as [rows, width]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _shifted(x: Tensor, shift: Shift) -> Tensor:
+    """x with `shift` of its rows added, in the type of x."""
+    change = shift(_rows(x))
+    return x if change is None else (_rows(x).float() + change).to(x.dtype).view_as(x)
+
+
+def _with_first(output: Any, tensor: Tensor) -> Any:
+    """A module's output with the tensor in place of its first."""
+    return (tensor, *output[1:]) if isinstance(output, tuple | list) else tensor
+
+
+class _Finite(LogitsProcessor):
+    """Refuses clamps that leave no logits to choose by."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not bool(scores.amax(dim=1).isfinite().all()):
+            raise InputError(
+                "With latents clamped so far the model's logits are not finite; "
+                "use values nearer to those that the latents have in the tables."
+            )
+        return scores
+
+
+class _Drawn(LogitsProcessor):
+    """Leaves one token to choose: drawn by a generator of its own, not the process's."""
+
+    def __init__(self, temperature: float, seed: int) -> None:
+        self._temperature = temperature
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logits = scores.cpu().double()
+        logits = (logits - logits.amax(dim=1, keepdim=True)) / self._temperature
+        drawn = torch.multinomial(logits.softmax(dim=1), 1, generator=self._generator)
+        only = torch.full_like(scores, -math.inf)
+        return only.scatter_(1, drawn.to(scores.device), 0.0)
+
+
+def _check_clamps(clamps: Sequence[Clamp], n_latents: int) -> None:
+    seen: set[int] = set()
+    for clamp in clamps:
+        if not 0 <= clamp.latent < n_latents:
+            raise InputError(
+                f"There is no latent {clamp.latent}; this SAE has 0 to {n_latents - 1}."
+            )
+        if not math.isfinite(clamp.value):
+            raise InputError(
+                f"Latent {clamp.latent} cannot be held at {clamp.value}; give a finite number."
+            )
+        if clamp.latent in seen:
+            raise InputError(f"Latent {clamp.latent} is clamped twice; give one value for it.")
+        seen.add(clamp.latent)
+
+
+def _check_length(model: PreTrainedModel, n_context: int, n_tokens: int) -> None:
+    text = model.config.get_text_config(decoder=True)
+    longest = getattr(text, "max_position_embeddings", None)
+    if longest and n_context + n_tokens > longest:
+        raise InputError(
+            f"The model sees at most {longest:,} tokens; the prompt has {n_context:,} with the one "
+            f"before it, and {n_tokens:,} more were asked for; shorten the prompt or ask for fewer."
+        )

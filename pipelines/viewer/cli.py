@@ -1,0 +1,86 @@
+"""`sae-features serve` and `sae-features site`."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import click
+
+from store.console import output
+from store.errors import InputError
+
+features_option = click.option(
+    "--features",
+    type=click.Path(path_type=Path),
+    default=Path("runs/demo/features"),
+    show_default=True,
+    help="Folder of the tables.",
+)
+compare_option = click.option(
+    "--compare",
+    type=click.Path(path_type=Path),
+    help="Tables of a second SAE, of the same site, to put beside the first.",
+)
+
+
+@click.command()
+@features_option
+@compare_option
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; anything but this machine's own asks for a token.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8800,
+    show_default=True,
+    help="Port to listen on; 0 takes a free one.",
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="cpu",
+              show_default=True, help="Where live text and steering run the model.")  # fmt: skip
+@click.option("--allow-sql", is_flag=True, help="A page for SELECTs over the tables.")
+def serve(
+    features: Path, compare: Path | None, host: str, port: int, device: str, allow_sql: bool
+) -> None:
+    """Pages of every latent in the browser: search, contexts, live text, steering, notes.
+
+    \b
+    sae-features serve --features runs/demo/features
+    """
+    missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"`sae-features serve` needs {' and '.join(missing)}; "
+            "install them with: pip install 'sae-harvest[viewer]'"
+        )
+    from pipelines.viewer.run import run_server
+    from pipelines.viewer.server import open_viewer
+
+    viewer = open_viewer(features, compare, allow_sql, device)
+    run_server(viewer, host, port, lambda line: click.echo(line), lambda w: click.echo(w, err=True))
+
+
+@click.command()
+@features_option
+@compare_option
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+def site(features: Path, compare: Path | None, out: Path) -> None:
+    """The pages as files that open without a server, from a disk or a web server.
+
+    Live text, steering, notes and SQL need `serve`; the pages say so.
+
+    \b
+    sae-features site --features runs/demo/features --out runs/demo/site
+    """
+    from pipelines.viewer.site import write_site
+
+    size = write_site(features, compare, out)
+    output().print(
+        f"{out}: open {out / 'index.html'} in a browser ({size.n_files:,} files, "
+        f"{size.n_bytes / 1e6:,.0f} MB).",
+        soft_wrap=True,
+    )

@@ -1,0 +1,117 @@
+"""Two SAEs side by side: for each latent of one, the nearest latent of the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipelines.viewer.tables import Tables, plain
+from store.errors import InputError
+from train.sae import SAE
+
+BLOCK = 1024  # decoder rows compared at a time
+
+
+class Comparison:
+    """Nearest latents by the cosine between decoder rows.
+
+    Raises:
+        InputError: the SAEs cannot be loaded, or write to spaces of different width.
+    """
+
+    def __init__(self, ours: Tables, theirs: Tables) -> None:
+        self.ours, self.theirs = ours, theirs
+        mine, other = _decoder(ours), _decoder(theirs)
+        if mine.shape[1] != other.shape[1]:
+            raise InputError(
+                f"{ours.features} is of an SAE with {mine.shape[1]} dimensions and "
+                f"{theirs.features} of one with {other.shape[1]}; compare SAEs of one site."
+            )
+        nearest, cosine = nearest_rows(mine, other)
+        self.cosine = np.array(
+            plain(cosine.tolist())
+        )  # as shown, so that filters mean what is seen
+        self._pairs = [
+            {"latent": a, "other": b, "cosine": c}
+            for a, (b, c) in enumerate(zip(nearest.tolist(), self.cosine.tolist(), strict=True))
+        ]
+
+    def of(self, latent: int) -> dict[str, Any]:
+        """The other SAE's latent nearest to one of ours, with what is known of it."""
+        pair = self._pairs[latent]
+        return pair | {"label": self.theirs.labels([pair["other"]]).get(pair["other"])}
+
+    def overview(self) -> dict[str, Any]:
+        """How alike the two are as a whole."""
+        edges = np.linspace(min(0.0, float(self.cosine.min())), 1, 41)
+        counts, _ = np.histogram(np.clip(self.cosine, edges[0], 1), edges)
+        return {
+            "name": self.theirs.name,
+            "run": {k: plain(v) for k, v in self.theirs.run.items()},
+            "n_latents": self.theirs.n_latents,
+            "median": plain(float(np.median(self.cosine))),
+            "above_90": plain(float((self.cosine > 0.9).mean())),
+            "cosines": {"edges": plain(edges.tolist()), "counts": counts.tolist(), "log": False},
+        }
+
+    def columns(self) -> dict[str, list[Any]]:
+        """latent, other and cosine of every pair."""
+        return {key: [p[key] for p in self._pairs] for key in ("latent", "other", "cosine")}
+
+    def rows(
+        self,
+        descending: bool,
+        low: float | None,
+        high: float | None,
+        offset: int,
+        limit: int,
+    ) -> dict[str, Any]:
+        """A page of the pairs, sorted by cosine; total: how many there are between low and high."""
+        order = np.argsort(-self.cosine if descending else self.cosine, kind="stable")
+        kept = np.ones(len(order), bool)
+        if low is not None:
+            kept &= self.cosine[order] >= low
+        if high is not None:
+            kept &= self.cosine[order] <= high
+        chosen = [self._pairs[i] for i in order[kept][offset : offset + limit].tolist()]
+        ours = self.ours.labels([p["latent"] for p in chosen])
+        theirs = self.theirs.labels([p["other"] for p in chosen])
+        return {
+            "total": int(kept.sum()),
+            "offset": offset,
+            "rows": [
+                p | {"ours": ours.get(p["latent"]), "theirs": theirs.get(p["other"])}
+                for p in chosen
+            ],
+        }
+
+
+def nearest_rows(
+    rows: torch.Tensor, others: torch.Tensor
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Index of, and cosine with, the nearest of `others` [m, d] for each of `rows` [n, d]."""
+    others = torch.nn.functional.normalize(others, dim=1)
+    index = torch.empty(len(rows), dtype=torch.int64)
+    cosine = torch.empty(len(rows))
+    for start in range(0, len(rows), BLOCK):
+        block = torch.nn.functional.normalize(rows[start : start + BLOCK], dim=1)
+        best = (block @ others.T).max(dim=1)  # [block]
+        cosine[start : start + BLOCK], index[start : start + BLOCK] = best.values, best.indices
+    return index.numpy(), cosine.clamp(-1, 1).numpy()
+
+
+def _decoder(tables: Tables) -> torch.Tensor:
+    """float32 [n_latents, width]; the SAE must be the one the tables were made with."""
+    path = tables.run["sae"]
+    if path == "identity":
+        raise InputError(f"{tables.features} holds tables of neurons; only SAEs are compared.")
+    sae = SAE.load(path)
+    if sae.digest != tables.run["sae_digest"]:
+        raise InputError(
+            f"{path} holds another SAE than the one {tables.features} was made with; "
+            "put that one back, or build the tables again."
+        )
+    return sae.W_dec

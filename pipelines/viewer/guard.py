@@ -1,0 +1,153 @@
+"""Who may ask the server for what, before any route is reached.
+
+On loopback any name but this machine's is refused, so that a page elsewhere cannot reach the server
+by pointing its own name here (DNS rebinding). Anywhere else a token is asked for. What changes
+something must come from our own pages, as JSON.
+"""
+
+from __future__ import annotations
+
+import hmac
+from http.cookies import CookieError, SimpleCookie
+from urllib.parse import parse_qs, urlencode, urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse, RedirectResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+LONGEST_BODY = 64 * 1024
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+HEADERS = {
+    "content-security-policy": (
+        "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "object-src 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-cache",
+}
+
+
+class Guard:
+    """ASGI middleware.
+
+    Args:
+        token: asked for if not None; given once as `?token=`, then kept in a cookie.
+        cookie: the cookie's name, one per port, since cookies do not tell ports apart.
+    """
+
+    def __init__(self, app: ASGIApp, token: str | None = None, cookie: str = "viewer") -> None:
+        self._app, self._token, self._cookie = app, token, cookie
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def guarded_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers[name] = value
+            await send(message)
+
+        answer = self._refusal(scope, Headers(scope=scope))
+        if answer is None and scope["method"] == "POST":
+            body = await _bounded_body(receive)
+            if body is None:
+                answer = _refused(413, f"The request is larger than {LONGEST_BODY:,} bytes.")
+            else:
+                receive = _replay(body, receive)
+        await (answer or self._app)(scope, receive, guarded_send)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> JSONResponse | RedirectResponse | None:
+        host = headers.get("host", "")
+        if self._token is None:
+            if _name(host) not in LOOPBACK:
+                return _refused(421, "This server answers to 127.0.0.1 and localhost only.")
+        elif answer := self._without_token(scope, headers, self._token):
+            return answer
+        if scope["method"] not in ("GET", "HEAD", "POST"):
+            return _refused(405, "Only GET and POST are answered.")
+        if headers.get("sec-fetch-site", "none") not in ("same-origin", "none") and (
+            scope["method"] == "POST" or scope["path"].startswith("/api/")
+        ):
+            return _refused(403, "Only the viewer's own pages may ask for this.")
+        if scope["method"] == "POST":
+            origin = headers.get("origin")
+            if origin is not None and urlsplit(origin).netloc != host:
+                return _refused(403, "Only the viewer's own pages may change anything.")
+            if headers.get("content-type", "").split(";")[0].strip() != "application/json":
+                return _refused(415, "Requests that change something are JSON.")
+        return None
+
+    def _without_token(
+        self, scope: Scope, headers: Headers, token: str
+    ) -> JSONResponse | RedirectResponse | None:
+        """None if the request has the token; where it is in the address, it moves to a cookie."""
+        query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+        if given := query.pop("token", None):
+            if not _same(given[0], token):
+                return _refused(403, "The token is not the one this server was started with.")
+            rest = urlencode(query, doseq=True)
+            moved = RedirectResponse(scope["path"] + (f"?{rest}" if rest else ""), 303)
+            moved.set_cookie(self._cookie, token, httponly=True, samesite="strict")
+            return moved
+        try:
+            cookies = SimpleCookie(headers.get("cookie", ""))
+        except CookieError:
+            cookies = SimpleCookie()
+        if self._cookie in cookies and _same(cookies[self._cookie].value, token):
+            return None
+        return _refused(
+            401, "This server asks for a token; open the address that `sae-features serve` printed."
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server bound to the host."""
+    return host in LOOPBACK
+
+
+def _name(host: str) -> str:
+    """The name in a Host header, without port and brackets."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _same(given: str, token: str) -> bool:
+    return hmac.compare_digest(given.encode(), token.encode())
+
+
+def _refused(status: int, sentence: str) -> JSONResponse:
+    return JSONResponse({"error": sentence}, status)
+
+
+async def _bounded_body(receive: Receive) -> bytes | None:
+    """The whole body, None if it is longer than `LONGEST_BODY`."""
+    body = b""
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return body
+        body += message.get("body", b"")
+        if len(body) > LONGEST_BODY:
+            return None
+        if not message.get("more_body", False):
+            return body
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """`receive` that hands over the body already read."""
+    waiting = [body]
+
+    async def replay() -> Message:
+        if waiting:
+            return {"type": "http.request", "body": waiting.pop(), "more_body": False}
+        return await receive()
+
+    return replay

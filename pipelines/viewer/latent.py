@@ -1,0 +1,101 @@
+"""A latent's page: one place of each table is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from pipelines.viewer.tables import Tables, plain
+
+MERGED_BINS = 4  # of 16 an octave: what a small drawing can show
+STRATA = ("top", *(f"decile_{d}" for d in range(10, 0, -1)), "random", "hard_negative", "inactive")
+STATISTICS = "SELECT * FROM latents WHERE latent = ?"
+HISTOGRAM = "SELECT bin, low, high, count FROM histograms WHERE latent = ? ORDER BY bin"
+NEIGHBOURS = (
+    "SELECT other, decoder_cosine, cofire, jaccard, cosine_rank, cofire_rank "
+    "FROM neighbours WHERE latent = ?"
+)
+CONTEXTS = (
+    "SELECT stratum, rank, reason, split, activation, row, document, position, "
+    "position - window_start AS place, token_texts, activations FROM contexts WHERE latent = ?"
+)
+
+
+def latent_page(tables: Tables, latent: int) -> dict[str, Any]:
+    """Everything a latent's page shows.
+
+    Raises:
+        InputError: no such latent.
+    """
+    tables.check(latent)
+    (statistics,) = tables.ask(STATISTICS, latent)
+    contexts = tables.ask(CONTEXTS, latent)
+    documents = tables.titles([c["document"] for c in contexts])
+    near = tables.ask(NEIGHBOURS, latent)
+    return assemble(
+        statistics,
+        tables.ask(HISTOGRAM, latent),
+        near,
+        contexts,
+        documents,
+        tables.labels([n["other"] for n in near]),
+    )
+
+
+def assemble(
+    statistics: dict[str, Any],
+    histogram: list[dict[str, Any]],
+    near: list[dict[str, Any]],
+    contexts: list[dict[str, Any]],
+    documents: dict[int, dict[str, Any]],
+    labels: dict[int, dict[str, Any]],
+) -> dict[str, Any]:
+    """The page of a latent from rows of the tables."""
+    contexts = sorted(contexts, key=lambda c: (STRATA.index(c["stratum"]), c["rank"]))
+    used = {c["document"] for c in contexts}
+    return {
+        "latent": statistics["latent"],
+        "statistics": statistics,
+        "histogram": merged(histogram),
+        "neighbours": {
+            "cosine": _ranked(near, "cosine_rank", labels),
+            "cofire": _ranked(near, "cofire_rank", labels),
+        },
+        "contexts": [compact(context) for context in contexts],
+        "documents": {str(d): documents[d] for d in sorted(used) if d in documents},
+    }
+
+
+def compact(context: dict[str, Any]) -> dict[str, Any]:
+    """A context with its text once, the tokens' lengths, and the activations that are not 0.
+
+    lengths: characters (code points) of each token; heat: [place, activation] pairs.
+    """
+    texts, activations = context.pop("token_texts"), context.pop("activations")
+    return context | {
+        "text": "".join(texts),
+        "lengths": [len(text) for text in texts],
+        "heat": [[at, plain(a)] for at, a in enumerate(activations) if a],
+    }
+
+
+def merged(histogram: Iterable[dict[str, Any]]) -> list[list[float]]:
+    """[low, high, count] of every `MERGED_BINS` bins that hold something, in order."""
+    bins: dict[int, list[float]] = {}
+    for row in histogram:
+        low, high, count = row["low"], row["high"], row["count"]
+        found = bins.setdefault(row["bin"] // MERGED_BINS, [low, high, 0])
+        found[1] = high
+        found[2] += count
+    return list(bins.values())
+
+
+def _ranked(
+    near: list[dict[str, Any]], rank: str, labels: dict[int, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    chosen = sorted((n for n in near if n[rank] is not None), key=lambda n: n[rank])
+    return [
+        {key: n[key] for key in ("other", "decoder_cosine", "cofire", "jaccard")}
+        | {"tokens": labels.get(n["other"], {}).get("tokens", [])}
+        for n in chosen
+    ]

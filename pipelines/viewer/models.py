@@ -1,0 +1,106 @@
+"""Live text and steering for the pages: bounded, and one at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from pipelines.live import LiveModel
+from pipelines.steer import Clamp, generate
+from pipelines.viewer.tables import Tables, plain
+from store.errors import InputError, SaeHarvestError
+
+LONGEST_TEXT = 5_000  # characters of a text or prompt
+MOST_TOKENS = 200  # generated
+MOST_CLAMPS = 8
+PER_TOKEN = 64  # latents listed for a token
+
+
+class BusyError(SaeHarvestError):
+    """The model is at work for somebody else."""
+
+
+class Models:
+    """The model behind the tables, loaded when first needed.
+
+    Args:
+        open_model: loads it; raises `SaeHarvestError` with the reason if it cannot.
+    """
+
+    def __init__(self, tables: Tables, open_model: Callable[[], LiveModel]) -> None:
+        self._tables, self._open = tables, open_model
+        self._model: LiveModel | None = None
+        self._turn = threading.Lock()
+
+    def activations(self, text: str) -> dict[str, Any]:
+        """The strongest latents of each token of a text, and what is known of them.
+
+        Raises:
+            InputError: an empty or too long text. BusyError: somebody else's turn.
+        """
+        with self._taken() as model:
+            live = model.activations(check_text(text, "text"))
+        indices, values = live.indices, live.values
+        tokens = []
+        for at, shown in enumerate(live.token_texts):
+            order = np.argsort(-values[at], kind="stable")[:PER_TOKEN]
+            order = order[values[at, order] > 0]
+            firing = [[int(indices[at, i]), plain(float(values[at, i]))] for i in order]
+            tokens.append({"text": shown, "latents": firing})
+        found = sorted({latent for token in tokens for latent, _ in token["latents"]})
+        return {
+            "tokens": tokens,
+            "n_firing": int((values > 0).sum()),
+            "labels": {str(k): v for k, v in self._tables.labels(found).items()},
+        }
+
+    def generate(
+        self,
+        prompt: str,
+        clamps: Sequence[Clamp],
+        n_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> dict[str, Any]:
+        """What the model writes after the prompt, with latents clamped.
+
+        Raises:
+            InputError: out of bounds. BusyError: somebody else's turn.
+        """
+        if not 1 <= n_tokens <= MOST_TOKENS:
+            raise InputError(f"Ask for 1 to {MOST_TOKENS} tokens, not {n_tokens}.")
+        if len(clamps) > MOST_CLAMPS:
+            raise InputError(f"Clamp at most {MOST_CLAMPS} latents, not {len(clamps)}.")
+        if not 0 <= temperature <= 5:
+            raise InputError(f"The temperature is between 0 and 5, not {temperature:g}.")
+        for clamp in clamps:
+            self._tables.check(clamp.latent)
+        with self._taken() as model:
+            made = generate(
+                model, check_text(prompt, "prompt"), clamps, n_tokens, temperature, seed
+            )
+        return {"text": made.text, "token_texts": made.token_texts}
+
+    @contextmanager
+    def _taken(self) -> Iterator[LiveModel]:
+        if not self._turn.acquire(blocking=False):
+            raise BusyError("The model is busy with another text; try again in a moment.")
+        try:
+            if self._model is None:
+                self._model = self._open()
+            yield self._model
+        finally:
+            self._turn.release()
+
+
+def check_text(text: str, what: str) -> str:
+    """The text; `InputError` if it is empty or too long."""
+    if not text.strip():
+        raise InputError(f"Type a {what}.")
+    if len(text) > LONGEST_TEXT:
+        raise InputError(f"The {what} has {len(text):,} characters; at most {LONGEST_TEXT:,}.")
+    return text

@@ -1,0 +1,134 @@
+"""Notes and tags, the one thing the viewer writes: an SQLite file, a transaction a change."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from store.errors import InputError, RunError
+
+NOTES_FILE = "notes.sqlite"
+LONGEST_NOTE = 20_000  # characters
+LONGEST_TAG, MOST_TAGS = 40, 20
+
+SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS notes (sae TEXT NOT NULL, latent INTEGER NOT NULL, "
+    "note TEXT NOT NULL, PRIMARY KEY (sae, latent))",
+    "CREATE TABLE IF NOT EXISTS tags (sae TEXT NOT NULL, latent INTEGER NOT NULL, "
+    "tag TEXT NOT NULL, PRIMARY KEY (sae, latent, tag))",
+)
+MADE = "SELECT count(*) = 2 FROM sqlite_master WHERE name IN ('notes', 'tags')"
+
+
+class Notes:
+    """Notes on the latents of one SAE.
+
+    They are kept by the SAE's digest, so that tables built with another one into the same folder
+    do not inherit them.
+
+    Args:
+        path: the SQLite file, made when something is first saved.
+    """
+
+    def __init__(self, path: Path, sae_digest: str) -> None:
+        self.path, self._sae = path, sae_digest
+
+    @classmethod
+    def beside(cls, features: Path, sae_digest: str) -> Notes:
+        """In the folder of the tables, or next to it if that cannot be written."""
+        inside = features / NOTES_FILE
+        outside = features.parent / f"{features.name}.{NOTES_FILE}"
+        writable = os.access(features, os.W_OK) and (
+            not inside.exists() or os.access(inside, os.W_OK)
+        )
+        return cls(inside if writable else outside, sae_digest)
+
+    def get(self, latent: int) -> dict[str, Any]:
+        """note and tags of a latent; empty ones if there are none."""
+        if not self.path.exists():
+            return {"note": "", "tags": []}
+        with self._open() as connection:
+            if not _is_made(connection):
+                return {"note": "", "tags": []}
+            note = connection.execute(
+                "SELECT note FROM notes WHERE sae = ? AND latent = ?", (self._sae, latent)
+            ).fetchone()
+            tags = connection.execute(
+                "SELECT tag FROM tags WHERE sae = ? AND latent = ? ORDER BY tag",
+                (self._sae, latent),
+            ).fetchall()
+        return {"note": note[0] if note else "", "tags": [tag for (tag,) in tags]}
+
+    def put(self, latent: int, note: str, tags: list[str]) -> dict[str, Any]:
+        """Save both in one transaction; returns what is saved.
+
+        Raises:
+            InputError: too long. RunError: the file cannot be written.
+        """
+        tags = sorted({tag.strip() for tag in tags} - {""})
+        if len(note) > LONGEST_NOTE:
+            raise InputError(
+                f"A note has at most {LONGEST_NOTE:,} characters, this one has {len(note):,}."
+            )
+        if len(tags) > MOST_TAGS or any(len(tag) > LONGEST_TAG for tag in tags):
+            raise InputError(
+                f"A latent has at most {MOST_TAGS} tags of at most {LONGEST_TAG} characters."
+            )
+        with self._open() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            with connection:
+                for statement in SCHEMA:
+                    connection.execute(statement)
+                for table in ("notes", "tags"):
+                    connection.execute(
+                        f"DELETE FROM {table} WHERE sae = ? AND latent = ?", (self._sae, latent)
+                    )
+                if note.strip():
+                    connection.execute(
+                        "INSERT INTO notes VALUES (?, ?, ?)", (self._sae, latent, note)
+                    )
+                connection.executemany(
+                    "INSERT INTO tags VALUES (?, ?, ?)", [(self._sae, latent, t) for t in tags]
+                )
+        return self.get(latent)
+
+    def noted(self) -> dict[int, dict[str, Any]]:
+        """Every latent that has a note or a tag, by number."""
+        found: dict[int, dict[str, Any]] = {}
+        if not self.path.exists():
+            return found
+        with self._open() as connection:
+            if not _is_made(connection):
+                return found
+            for table, column in (("notes", "note"), ("tags", "tag")):
+                for latent, text in connection.execute(
+                    f"SELECT latent, {column} FROM {table} WHERE sae = ? ORDER BY latent, {column}",
+                    (self._sae,),
+                ):
+                    entry = found.setdefault(latent, {"note": "", "tags": []})
+                    if column == "note":
+                        entry["note"] = text
+                    else:
+                        entry["tags"].append(text)
+        return dict(sorted(found.items()))
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """Writers wait for each other; what was committed survives the process."""
+        try:
+            with closing(sqlite3.connect(self.path, timeout=10)) as connection:
+                yield connection
+        except sqlite3.Error as error:
+            raise RunError(
+                f"Notes cannot be kept in {self.path} ({error}); "
+                "make it writable, or move it away if it is damaged."
+            ) from error
+
+
+def _is_made(connection: sqlite3.Connection) -> bool:
+    """Whether anything was ever saved: who was killed at the first save leaves an empty file."""
+    return bool(connection.execute(MADE).fetchone()[0])

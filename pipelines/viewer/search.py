@@ -1,0 +1,130 @@
+"""Search: by number, by token, by text in contexts, by explanation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipelines.viewer.latent import compact
+from pipelines.viewer.tables import Tables
+from store.errors import InputError
+
+LONGEST = 200  # characters of a question
+FOUND = 30  # latents listed per kind of search
+
+TOKENS = """
+    SELECT latent, list(text ORDER BY count DESC, token) AS texts, sum(count)::BIGINT AS count,
+        sum(count * mean) / sum(count) AS mean, sum(share) AS share
+    FROM tokens WHERE {condition} GROUP BY latent ORDER BY count DESC, latent LIMIT ?
+"""
+# The token of the context's row, and whether what was searched for overlaps it.
+PEAK = """
+    WITH found AS (
+        SELECT *, position - window_start AS place, length($q) - 1 AS around,
+            length(array_to_string(token_texts[1:position - window_start], '')) AS before,
+            length(token_texts[position - window_start + 1]) AS long
+        FROM contexts WHERE activation > 0 AND contains(lower(text), $q) {only}
+    ), marked AS (
+        SELECT *, contains(lower(substr(text, greatest(before - around, 0) + 1,
+            least(before, around) + long + around)), $q) AS on_peak
+        FROM found
+    )
+"""
+TEXT_LATENTS = (
+    PEAK
+    + """
+    SELECT latent, count(*) AS n, count(*) FILTER (on_peak) AS n_peak FROM marked
+    GROUP BY latent ORDER BY n_peak DESC, n DESC, latent LIMIT $limit
+"""
+)
+TEXT_CONTEXTS = (
+    PEAK
+    + """
+    SELECT latent, on_peak, stratum, rank, activation, row, document, position, place, token_texts,
+        activations
+    FROM marked QUALIFY row_number() OVER (
+        PARTITION BY latent ORDER BY on_peak DESC, activation DESC, stratum, rank) = 1
+"""
+)
+
+
+def search(tables: Tables, question: str) -> dict[str, Any]:
+    """What is found, by kind; `latent` is None unless the question is a latent's number.
+
+    Raises:
+        InputError: the question is empty or too long.
+    """
+    question = check_question(question)
+    number = question.removeprefix("#")
+    latent = int(number) if number.isdecimal() and int(number) < tables.n_latents else None
+    return {
+        "question": question,
+        "latent": latent,
+        "tokens": by_token(tables, question),
+        "texts": by_text(tables, question),
+        "explanations": by_explanation(tables, question) if tables.has_explanations else None,
+    }
+
+
+def check_question(question: str) -> str:
+    """The question without blanks around it; `InputError` if it cannot be searched for."""
+    question = question.strip()
+    if not question:
+        raise InputError("Type a token, a piece of text or a latent's number to search for.")
+    if len(question) > LONGEST:
+        raise InputError(f"Search for at most {LONGEST} characters, not {len(question)}.")
+    return question
+
+
+def by_token(tables: Tables, question: str) -> dict[str, Any]:
+    """Latents that fire on a token of this text (blanks and case apart), else one beginning so.
+
+    texts: the tokens meant, of one latent; count, share and mean are those of all of them.
+    """
+    lowered = question.lower()
+    for match in ("lower(trim(text)) = ?", "starts_with(lower(trim(text)), ?)"):
+        rows = tables.ask(TOKENS.format(condition=match), lowered, FOUND)
+        if rows:
+            break
+    labels = tables.labels([row["latent"] for row in rows])
+    for row in rows:
+        row["tokens"] = labels.get(row["latent"], {}).get("tokens", [])
+    return {"exact": match.startswith("lower"), "rows": rows}
+
+
+def by_text(tables: Tables, question: str) -> list[dict[str, Any]]:
+    """Latents in whose contexts the text occurs: those that fire right on it first."""
+    lowered = question.lower()
+    found = tables.ask_named(TEXT_LATENTS.format(only=""), {"q": lowered, "limit": FOUND})
+    if not found:
+        return []
+    chosen = [row["latent"] for row in found]
+    only = f"AND latent IN ({', '.join(map(str, chosen))})"  # numbers of ours
+    best = {
+        row["latent"]: row
+        for row in tables.ask_named(TEXT_CONTEXTS.format(only=only), {"q": lowered})
+    }
+    labels = tables.labels(chosen)
+    documents = tables.titles([row["document"] for row in best.values()])
+    return [
+        row
+        | {
+            "context": compact(best[row["latent"]]),
+            "max": labels[row["latent"]]["max"],
+            "tokens": labels[row["latent"]]["tokens"],
+            "title": documents.get(best[row["latent"]]["document"], {}).get("title"),
+        }
+        for row in found
+    ]
+
+
+def by_explanation(tables: Tables, question: str) -> list[dict[str, Any]]:
+    """Latents whose explanation contains every word of the question."""
+    words = question.lower().split()
+    condition = " AND ".join("contains(lower(explanation), ?)" for _ in words)
+    rows = tables.ask(
+        f"SELECT latent, explanation FROM explanations WHERE {condition} ORDER BY latent LIMIT ?",
+        *words,
+        FOUND,
+    )
+    labels = tables.labels([row["latent"] for row in rows])
+    return [row | {"tokens": labels.get(row["latent"], {}).get("tokens", [])} for row in rows]

@@ -1,0 +1,208 @@
+"""The viewer's pages as files: they open from a disk, a file share or any web server.
+
+    OUT/index.html static/…          the same pages
+    OUT/data/a/start.js              figures and plots of the start page
+    OUT/data/a/summary.js            what the list knows of each latent, column by column
+    OUT/data/a/latents/12.js         pages of `PER_FILE` latents
+    OUT/data/a/tokens/7f.js          latents by token, tokens shared out by their hash
+    OUT/data/a/words/7f.js           latents by a word of their contexts, likewise
+    OUT/data/b/…, data/compare.js    the SAE compared with
+
+Pages from a disk may not fetch, but they may load scripts, so data are scripts that hand over JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.viewer.compare import Comparison
+from pipelines.viewer.latent import assemble
+from pipelines.viewer.overview import overview
+from pipelines.viewer.search import FOUND
+from pipelines.viewer.tables import SUMMARY, Tables
+from store.errors import RunError
+
+STATIC = Path(__file__).parent / "static"
+PER_FILE = 4  # latents whose pages share a file
+READ_AT_ONCE = 512  # latents
+SHARES = 256  # files that tokens, and words, are shared out to
+MODE, CHARSET = 'data-mode="server"', '<meta charset="utf-8">'
+# What the server says in a header; from a disk, 'self' names nothing.
+POLICY = (
+    '<meta http-equiv="Content-Security-Policy" '
+    "content=\"default-src 'self' file:; base-uri 'none'; object-src 'none'\">"
+)
+
+BY_TOKEN = f"""
+    SELECT lower(trim(text)) AS key, latent, list(text ORDER BY count DESC, token) AS texts,
+        sum(count)::BIGINT AS count, sum(count * mean) / sum(count) AS mean, sum(share) AS share
+    FROM tokens GROUP BY key, latent
+    QUALIFY row_number() OVER (PARTITION BY key ORDER BY sum(count) DESC, latent) <= {FOUND}
+    ORDER BY key, count DESC, latent
+"""
+# Letters and digits count as words; the peak's word is that around the token of the row.
+BY_WORD = """
+    WITH firing AS (
+        SELECT latent, lower(text) AS text, position - window_start AS place,
+            lower(array_to_string(token_texts[1:place], '')) AS before,
+            lower(token_texts[place + 1]) AS peak
+        FROM contexts WHERE activation > 0 AND latent BETWEEN ? AND ?
+    ), worded AS (
+        SELECT latent,
+            list_distinct(regexp_extract_all(text, '[\\p{L}\\p{N}]+')) AS words,
+            regexp_extract_all(regexp_extract(before, '[\\p{L}\\p{N}]*$') || peak ||
+                regexp_extract(substr(text, length(before) + length(peak) + 1),
+                    '^[\\p{L}\\p{N}]*'), '[\\p{L}\\p{N}]+') AS at_peak
+        FROM firing
+    ), single AS (SELECT latent, unnest(words) AS word, at_peak FROM worded)
+    SELECT word, latent, count(*) AS n, count(*) FILTER (list_contains(at_peak, word)) AS n_peak
+    FROM single GROUP BY ALL ORDER BY word, latent
+"""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What was written."""
+
+    n_files: int
+    n_bytes: int
+
+
+def write_site(features: Path, compare: Path | None, out: Path) -> Size:
+    """Export the pages of one SAE, or of two, into a new folder.
+
+    Raises:
+        RunError: a folder holds no tables, or `out` holds something.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise RunError(f"{out} holds something already; choose another --out or remove it.")
+    tables = Tables(features, seconds=3600)
+    other = Tables(compare, seconds=3600) if compare is not None else None
+    comparison = Comparison(tables, other) if other is not None else None
+    about = comparison.overview() if comparison else None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(STATIC, out / "static", ignore=shutil.ignore_patterns("index.html"))
+        page = (STATIC / "index.html").read_text()
+        assert MODE in page
+        assert CHARSET in page
+        page = page.replace(MODE, 'data-mode="site"').replace(CHARSET, f"{CHARSET}\n{POLICY}")
+        (out / "index.html").write_text(page)
+        for name, one in (("a", tables), ("b", other)):
+            if one is not None:
+                nearest = comparison if one is tables else None
+                _write_tables(one, out / "data", name, about, nearest)
+        if comparison is not None:
+            _write(out / "data", "compare", comparison.columns())
+    except OSError as error:
+        raise RunError(f"Cannot write {out} ({error.strerror}); choose another --out.") from error
+    files = [path for path in out.rglob("*") if path.is_file()]
+    return Size(len(files), sum(path.stat().st_size for path in files))
+
+
+def _write_tables(
+    tables: Tables,
+    data: Path,
+    name: str,
+    about: dict[str, Any] | None,
+    comparison: Comparison | None,
+) -> None:
+    start = overview(tables) | {
+        "compare": about,
+        "sql": False,
+        "per_file": PER_FILE,
+        "shares": SHARES,
+    }
+    _write(data, f"{name}/start", start)
+    summary = tables.ask(f"SELECT {', '.join(SUMMARY)}, dead, tokens FROM summary ORDER BY latent")
+    columns = {key: [row[key] for row in summary] for key in (*SUMMARY, "dead", "tokens")}
+    _write(data, f"{name}/summary", columns)
+    for number, pages in _pages(tables, comparison):
+        _write(data, f"{name}/latents/{number}", pages)
+    by_token: dict[str, list[Any]] = defaultdict(list)
+    for row in tables.ask(BY_TOKEN):
+        by_token[row.pop("key")].append(list(row.values()))
+    _write_shares(data, f"{name}/tokens", by_token)
+    _write_shares(data, f"{name}/words", _words(tables))
+
+
+def _pages(
+    tables: Tables, comparison: Comparison | None
+) -> Iterator[tuple[int, dict[int, dict[str, Any]]]]:
+    """Number of a file and the pages in it, by latent."""
+    for first in range(0, tables.n_latents, READ_AT_ONCE):
+        last = min(first + READ_AT_ONCE, tables.n_latents) - 1
+        statistics = tables.ask("SELECT * FROM latents WHERE latent BETWEEN ? AND ?", first, last)
+        parts: list[dict[int, list[dict[str, Any]]]] = []
+        for sql in (
+            "SELECT latent, bin, low, high, count FROM histograms "
+            "WHERE latent BETWEEN ? AND ? ORDER BY latent, bin",
+            "SELECT latent, other, decoder_cosine, cofire, jaccard, cosine_rank, cofire_rank "
+            "FROM neighbours WHERE latent BETWEEN ? AND ?",
+            "SELECT latent, stratum, rank, reason, split, activation, row, document, position, "
+            "position - window_start AS place, token_texts, activations "
+            "FROM contexts WHERE latent BETWEEN ? AND ?",
+        ):
+            rows: dict[int, list[dict[str, Any]]] = defaultdict(list)
+            for row in tables.ask(sql, first, last):
+                rows[row.pop("latent")].append(row)
+            parts.append(rows)
+        histograms, near, contexts = parts
+        documents = tables.titles([c["document"] for cs in contexts.values() for c in cs])
+        labels = tables.labels([n["other"] for ns in near.values() for n in ns])
+        pages = {}
+        for row in statistics:
+            latent = row["latent"]
+            pages[latent] = assemble(
+                row, histograms[latent], near[latent], contexts[latent], documents, labels
+            )
+            if comparison is not None:
+                pages[latent]["nearest"] = comparison.of(latent)
+        for number in range(first // PER_FILE, last // PER_FILE + 1):
+            inside = range(number * PER_FILE, min((number + 1) * PER_FILE, last + 1))
+            yield number, {latent: pages[latent] for latent in inside}
+
+
+def _words(tables: Tables) -> dict[str, list[list[int]]]:
+    """[latent, contexts, contexts whose peak it is] of the `FOUND` best latents of each word."""
+    words: dict[str, list[list[int]]] = defaultdict(list)
+    for first in range(0, tables.n_latents, READ_AT_ONCE):
+        for row in tables.ask(BY_WORD, first, first + READ_AT_ONCE - 1):
+            words[row["word"]].append([row["latent"], row["n"], row["n_peak"]])
+        for found in words.values():
+            if len(found) > FOUND:
+                found.sort(key=lambda f: (-f[2], -f[1], f[0]))
+                del found[FOUND:]
+    for found in words.values():
+        found.sort(key=lambda f: (-f[2], -f[1], f[0]))
+    return words
+
+
+def _write_shares(data: Path, name: str, entries: dict[str, Any]) -> None:
+    shares: list[dict[str, Any]] = [{} for _ in range(SHARES)]
+    for key, value in entries.items():
+        shares[share_of(key)][key] = value
+    for number, share in enumerate(shares):
+        _write(data, f"{name}/{number:02x}", share)
+
+
+def share_of(key: str) -> int:
+    """File of a token or word: FNV-1a of its UTF-8, as site.js computes it too."""
+    state = 0x811C9DC5
+    for byte in key.encode():
+        state = ((state ^ byte) * 0x01000193) & 0xFFFFFFFF
+    return state % SHARES
+
+
+def _write(data: Path, name: str, value: Any) -> None:
+    """A script that hands over JSON; ASCII only, so that no server's charset matters."""
+    path = data / f"{name}.js"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    path.write_text(f"SAE.chunk({json.dumps(name)},{text});\n")

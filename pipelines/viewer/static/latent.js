@@ -1,0 +1,184 @@
+// A latent's page.
+"use strict";
+
+(function (SAE) {
+  const { h } = SAE;
+  const DECILES = Array.from({ length: 10 }, (_, i) => `decile_${10 - i}`);
+  const SHOWN = [
+    ["all", "All", ["top", ...DECILES, "random"]],
+    ["top", "Top", ["top"]],
+    ["deciles", "Deciles", DECILES],
+    ["random", "Random", ["random"]],
+    ["silent", "Silent", ["hard_negative", "inactive"]],
+  ];
+  const TITLES = { top: "Top activations", random: "Drawn from all firings",
+    hard_negative: "Alike, and it does not fire", inactive: "It does not fire" };
+
+  SAE.pages.latent = async function (main, [number]) {
+    const page = await SAE.source.latent(Number(number));
+    const s = page.statistics, maximum = s.max || 1;
+    document.title = `latent ${page.latent} · ${SAE.info.name}`;
+    SAE.replace(main, heading(page), h("div.columns", null,
+      h("div.side", null, statistics(page), lens(s), near(page), nearest(page), notes(page)),
+      contexts(page, maximum)));
+  };
+
+  function heading(page) {
+    const s = page.statistics, n = page.latent;
+    const total = Math.max(s.n_fire, 1);
+    const jump = (by, name, key) => h("a.button", {
+      href: SAE.link("latent/" + SAE.neighbour(n, by)), title: `key ${key}` }, name);
+    return h("section.head", null,
+      h("div.row", null, h("h1", null, `Latent ${n}`), h("div.buttons", null,
+        jump(-1, "← previous", "k"), jump(1, "next →", "j"),
+        h("a.button.strong", { href: SAE.link(`steer?latent=${n}`) }, "Steer"))),
+      page.explanation ? h("p.explanation", { dir: "auto" }, SAE.visible(page.explanation)) : null,
+      s.dead ? h("p", null, "It fired on none of the rows read.")
+        : h("div.fireson", null, h("span.muted", null, "fires on"),
+          s.top_tokens.map((t, i) => SAE.token(t,
+            h("b", null, SAE.percent(s.top_token_counts[i] / total))))));
+  }
+
+  function statistics(page) {
+    const s = page.statistics, columns = SAE.info.columns;
+    const stat = (name, value, hint) =>
+      h("div", { title: hint || columns[name] || "" }, h("dt", null, name), h("dd", null, value));
+    const marks = [["q50", "median"], ["q99", "99 %"]].map(([q, name]) => [s[q], name]);
+    return h("section.card", null, h("h2", null, "Activations"),
+      SAE.activationHistogram(page.histogram, s.dead ? [] : marks),
+      h("dl.stats", null,
+        stat("density", SAE.percent(s.density), `${SAE.whole(s.n_fire)} rows`),
+        stat("contexts", SAE.percent(s.context_density), `${SAE.whole(s.n_contexts)} contexts`),
+        stat("max", SAE.number(s.max), columns.max),
+        stat("mean", SAE.number(s.mean), columns.mean),
+        stat("median", SAE.number(s.q50)),
+        stat("std", SAE.number(s.std)),
+        stat("tokens", SAE.whole(s.n_tokens), columns.n_tokens),
+        stat("entropy", s.token_entropy_bits === null ? "–"
+          : SAE.number(s.token_entropy_bits) + " bits", columns.token_entropy_bits),
+        stat("kurtosis", SAE.number(s.kurtosis)),
+        stat("bimodality", SAE.number(s.bimodality)),
+        stat("enc·dec cosine", SAE.number(s.encoder_decoder_cosine),
+          columns.encoder_decoder_cosine),
+        stat("encoder bias", SAE.number(s.encoder_bias))),
+      s.position_profile && s.position_profile.length && !s.dead
+        ? [h("h3", null, "Where in its context"),
+          SAE.profile(s.position_profile, "share of its firings in each part of the context")]
+        : null,
+      s.strongest_tokens && s.strongest_tokens.length ? [h("h3", null, "Strongest on"),
+        h("div.tokens", null, s.strongest_tokens.map((t, i) =>
+          SAE.token(t, h("b", null, SAE.number(s.strongest_token_means[i])))))] : null);
+  }
+
+  function lens(s) {
+    if (!s.top_logit_tokens) return null;
+    const side = (tokens, logits, name, cls) => {
+      const peak = Math.max(...logits.map(Math.abs), 1e-9);
+      const list = h("ol.logits." + cls, null, tokens.map((t, i) => h("li", {
+        style: { "--share": Math.abs(logits[i]) / peak } }, SAE.token(t),
+      h("span.num", null, SAE.fixed(logits[i])))));
+      return h("div", null, h("h3", null, name), list);
+    };
+    const section = h("section.card", null,
+      h("h2", { title: "next tokens that its decoder row speaks for and against" }, "Logit lens"),
+      h("div.two", null, side(s.top_logit_tokens, s.top_logits, "speaks for", "for"),
+        side(s.bottom_logit_tokens, s.bottom_logits, "against", "against")));
+    const more = h("button.plain", { type: "button", onclick: () => {
+      more.textContent = section.classList.toggle("whole") ? "fewer" : "all of them";
+    } }, "all of them");
+    return s.top_logits.length > 10 ? SAE.add(section, more) : section;
+  }
+
+  function near(page) {
+    const table = (rows, key, name) => h("div", null, h("h3", null, name),
+      rows.length ? h("ol.near", null, rows.map((n) => h("li", null, SAE.latentLink(n.other),
+        SAE.tokens(n.tokens, 1), h("span.num", null, n[key].toFixed(2).replace("-", "−")))))
+        : SAE.empty("none"));
+    return h("section.card", null, h("h2", null, "Neighbours"), h("div.two", null,
+      table(page.neighbours.cosine, "decoder_cosine", "decoder cosine"),
+      table(page.neighbours.cofire, "jaccard", "fires together (Jaccard)")));
+  }
+
+  function nearest(page) {
+    if (!page.nearest || !SAE.info.compare) return null;
+    const { other, cosine, label } = page.nearest;
+    return h("section.card", null, h("h2", null, "Nearest in ", SAE.info.compare.name),
+      h("p", null, SAE.latentLink(other, "b"), " ", SAE.tokens(label && label.tokens, 3),
+        h("span.muted", null, ` cosine ${SAE.number(cosine)}, density `,
+          SAE.percent(label && label.density))));
+  }
+
+  function notes(page) {
+    const section = h("section.card.notes", null, h("h2", null, "Notes"));
+    if (!SAE.source.live) {
+      return SAE.add(section, SAE.empty("Notes are kept by the server: `sae-features serve`."));
+    }
+    const state = h("span.muted", { role: "status" });
+    const note = h("textarea", { rows: 4, "aria-label": "note", value: page.notes.note,
+      placeholder: "What is it about?" });
+    const tags = h("input", { type: "text", "aria-label": "tags, with commas between them",
+      placeholder: "tags, with commas", value: page.notes.tags.join(", ") });
+    let queue = Promise.resolve();
+    function save() {
+      state.textContent = "saving …";
+      const wanted = tags.value.split(",").map((t) => t.trim()).filter(Boolean);
+      const text = note.value;
+      // one after the other, so that the last one typed is the one that stays
+      queue = queue.then(() => SAE.source.saveNotes(page.latent, text, wanted)).then(
+        () => { state.textContent = "saved"; },
+        (error) => { state.textContent = error.message; });
+    }
+    const soon = SAE.later(save, 700);
+    for (const field of [note, tags]) {
+      field.addEventListener("input", () => { state.textContent = "typing …"; soon(); });
+    }
+    SAE.leaving(soon.now);
+    return SAE.add(section, [note, tags, state]);
+  }
+
+  function contexts(page, maximum) {
+    const box = h("div.contexts"), section = h("section.card.main", { "aria-label": "Contexts" });
+    let full = SAE.remember("full") ? SAE.remember("full") === "1" : window.innerWidth < 800;
+    let chosen = "all", rows = [];
+
+    function draw() {
+      const strata = SHOWN.find(([name]) => name === chosen)[2];
+      rows = [];
+      SAE.replace(box, strata.map((stratum) => {
+        const found = page.contexts.filter((c) => c.stratum === stratum);
+        if (!found.length) return null;
+        const some = found.map((context) =>
+          SAE.context(context, maximum, page.documents[context.document], { full }));
+        rows.push(...some);
+        return h("div.stratum", null, h("h3", null, title(stratum, page.statistics),
+          h("span.muted", null, ` ${found.length}`)), some);
+      }));
+      if (!rows.length) SAE.replace(box, SAE.empty("There are no such contexts."));
+    }
+
+    const present = new Set(page.contexts.map((c) => c.stratum));
+    const offered = SHOWN.filter(([, , strata]) => strata.some((t) => present.has(t)));
+    draw();
+    return SAE.add(section, [h("div.row", null, h("h2", null, "Contexts"),
+      SAE.choice("which contexts", offered.map(([v, t]) => [v, t]), chosen,
+        (value) => { chosen = value; draw(); }),
+      SAE.choice("how they are shown", [["lines", "Lines"], ["full", "Full"]],
+        full ? "full" : "lines", (value) => {
+          full = value === "full";
+          SAE.remember("full", full ? "1" : "0");
+          for (const row of rows) row.setFull(full);
+        }), legend(maximum)), box]);
+  }
+
+  function title(stratum, s) {
+    if (!stratum.startsWith("decile_")) return TITLES[stratum];
+    const d = Number(stratum.slice(7));
+    if (d === 10) return "Decile 10, the strongest tenth";
+    return `Decile ${d}` + (d === 1 ? ", the weakest tenth" : "");
+  }
+
+  function legend(maximum) {
+    return h("span.legend", { "aria-hidden": "true" }, "0",
+      Array.from({ length: 9 }, (_, i) => h("span.t.h" + (i + 1))), SAE.number(maximum));
+  }
+})(window.SAE);

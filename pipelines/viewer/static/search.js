@@ -1,0 +1,84 @@
+// Search: one box, an answer for each kind of question.
+"use strict";
+
+(function (SAE) {
+  const { h } = SAE;
+
+  /** The search box, here or in the bar. */
+  SAE.searchForm = function ({ big = false, value = "" } = {}) {
+    const kinds = SAE.info && SAE.info.explanations ? "token, text, explanation or number"
+      : "token, text or number";
+    const input = h("input", { type: "search", name: "q", value, maxlength: 200,
+      placeholder: big ? `Search by ${kinds}` : "Search", "aria-label": `search by ${kinds}`,
+      autocomplete: "off", spellcheck: "false" });
+    return h("form.search" + (big ? ".big" : ""), { role: "search", onsubmit: (event) => {
+      event.preventDefault();
+      const q = input.value.trim();
+      if (/^#?\d+$/.test(q) && Number(q.replace("#", "")) < SAE.info.n_latents && q[0] === "#") {
+        SAE.open("latent/" + q.slice(1));
+      } else if (q) SAE.open("search?q=" + encodeURIComponent(q));
+    } }, input, h("kbd", { "aria-hidden": "true" }, "/"));
+  };
+
+  SAE.pages.search = async function (main) {
+    const q = SAE.params.get("q") || "";
+    document.title = `${q} · search`;
+    const results = h("div.results", null, SAE.empty("searching …"));
+    SAE.replace(main, h("h1", null, "Search"), SAE.searchForm({ big: true, value: q }), results);
+    let found;
+    try {
+      found = await SAE.source.search(q);
+    } catch (error) {
+      SAE.replace(results, SAE.problem(error.message));
+      return;
+    }
+    SAE.walk = found.texts.map((t) => t.latent);
+    SAE.walkAddress = location.hash;
+    SAE.replace(results,
+      found.latent === null ? null : h("section.card", null, h("p", null,
+        h("a.button.strong", { href: SAE.link("latent/" + found.latent) },
+          `Open latent ${found.latent}`))),
+      explanations(found.explanations),
+      found.tokens.rows.length ? [tokens(found), texts(found)] : [texts(found), tokens(found)]);
+    const open = results.querySelector("a.button.strong");
+    if (open) open.focus();
+  };
+
+  function explanations(rows) {
+    if (!rows) return null;
+    return h("section.card", null, h("h2", null, "In explanations"), rows.length
+      ? h("ul.found", null, rows.map((r) => h("li", null, SAE.latentLink(r.latent),
+        h("span", { dir: "auto" }, SAE.visible(r.explanation)))))
+      : SAE.empty("No explanation has all of these words."));
+  }
+
+  function tokens({ tokens: { exact, rows } }) {
+    const title = exact || !rows.length ? "Fire on the token" : "Fire on a token that begins so";
+    return h("section.card", null, h("h2", null, title), rows.length
+      ? h("table.latents", null, h("thead", null, h("tr", null, h("th", null, "latent"),
+        h("th", null, "token"), h("th.num", { title: "rows with this token on which it fires" },
+          "rows"), h("th.num", { title: "share of the latent's firings" }, "of its firings"),
+        h("th.num", { title: "its mean activation on this token" }, "mean"),
+        h("th.wide", null, "fires most on"))),
+      h("tbody", null, rows.map((r) => h("tr", null, h("td", null, SAE.latentLink(r.latent)),
+        h("td", null, SAE.tokens(r.texts, 3)), h("td.num", null, SAE.whole(r.count)),
+        h("td.num", null, SAE.percent(r.share)), h("td.num", null, SAE.fixed(r.mean)),
+        h("td.wide", null, SAE.tokens(r.tokens, 4))))))
+      : SAE.empty("No latent has it among the tokens it fires on most."));
+  }
+
+  function texts({ texts: rows, words }) {
+    return h("section.card", null,
+      h("h2", null, "Fire in contexts with this text"),
+      words ? h("p.muted", null, "In this export the latents that fire most on each of " +
+        "the words are looked through; the server looks through all.") : null,
+      rows.length
+        ? h("div.contexts", null, rows.map((r) => h("div.hit", null,
+          h("div.row", null, SAE.latentLink(r.latent), SAE.tokens(r.tokens, 3),
+            h("span.muted", null, r.n_peak
+              ? `fires right on it in ${SAE.whole(r.n_peak)} of ${SAE.whole(r.n)} contexts`
+              : `beside it, in ${SAE.whole(r.n)} context${r.n === 1 ? "" : "s"}`)),
+          SAE.context(r.context, r.max, { title: r.title }, { full: !r.n_peak }))))
+        : SAE.empty("It stands in no context of any latent."));
+  }
+})(window.SAE);

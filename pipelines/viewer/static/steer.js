@@ -1,0 +1,124 @@
+// Steering: what the model writes with latents clamped, beside what it writes anyway.
+"use strict";
+
+(function (SAE) {
+  const { h } = SAE;
+
+  SAE.pages.steer = async function (main) {
+    document.title = "steer";
+    const title = h("h1", null, "Steer");
+    if (!SAE.source.live) {
+      SAE.replace(main, title, SAE.needsServer("Steering"));
+      return;
+    }
+    const kept = SAE.kept.steer = SAE.kept.steer || { prompt: "I went to the market and",
+      strengths: "0.5, 1, 2", n: 40, temperature: 0, seed: 0, latents: [] };
+    if (SAE.params.get("latent") !== null) kept.latents = [Number(SAE.params.get("latent"))];
+    const prompt = h("textarea", { rows: 2, maxlength: 5000, "aria-label": "prompt", dir: "auto",
+      value: kept.prompt });
+    const strengths = h("input", { type: "text", value: kept.strengths,
+      "aria-label": "strengths, in multiples of the latent's maximum" });
+    const number = (name, value, low, high, step, label) => h("label.field", null, label,
+      h("input.number", { type: "number", name, value, min: low, max: high, step }));
+    const settings = [number("n", kept.n, 1, 200, 1, "tokens"),
+      number("temperature", kept.temperature, 0, 5, 0.1, "temperature"),
+      number("seed", kept.seed, 0, 1e9, 1, "seed")];
+    const latents = h("div.clamps"), result = h("div.steered");
+    const state = h("span.muted", { role: "status" });
+    let asked = 0;
+
+    async function drawLatents() {
+      const add = h("input.number", { type: "text", inputmode: "numeric", placeholder: "latent",
+        "aria-label": "latent to clamp", onkeydown: (e) => {
+          if (e.key === "Enter") { e.preventDefault(); put(); }
+        } });
+      const put = () => {
+        const n = Number(add.value.trim() || NaN);
+        if (Number.isInteger(n) && n >= 0 && n < SAE.info.n_latents) {
+          if (!kept.latents.includes(n)) kept.latents.push(n);
+          drawLatents();
+        } else state.textContent = `Latents are numbers from 0 to ${SAE.info.n_latents - 1}.`;
+      };
+      const chips = kept.latents.map((n) => {
+        const about = h("span");
+        SAE.source.latent(n).then((page) => SAE.replace(about, SAE.tokens(page.statistics.top_tokens, 3),
+          h("span.muted", null, ` max ${SAE.number(page.statistics.max)}`)), () => {});
+        return h("span.filter", null, SAE.latentLink(n), about, h("button.close", { type: "button",
+          "aria-label": `leave latent ${n} alone`, onclick: () => {
+            kept.latents = kept.latents.filter((l) => l !== n);
+            drawLatents();
+          } }, "×"));
+      });
+      SAE.replace(latents, chips, add, h("button", { type: "button", onclick: put }, "add"));
+    }
+
+    async function go() {
+      const mine = ++asked;
+      Object.assign(kept, { prompt: prompt.value, strengths: strengths.value });
+      for (const label of settings) kept[label.lastChild.name] = Number(label.lastChild.value);
+      const times = kept.strengths.split(",").map((t) => t.trim()).filter(Boolean).map(Number);
+      if (!kept.latents.length) { state.textContent = "Add a latent to clamp."; return; }
+      if (!times.length || times.some((t) => !Number.isFinite(t)) || times.length > 6) {
+        state.textContent = "Strengths are up to 6 numbers with commas between them.";
+        return;
+      }
+      state.textContent = "";
+      const pages = await Promise.all(kept.latents.map((n) => SAE.source.latent(n)));
+      if (pages.some((page) => page.statistics.dead)) {
+        state.textContent = "A dead latent has no maximum to go by; choose another one.";
+        return;
+      }
+      const runs = [null, ...times].map((time) => ({
+        name: time === null ? "plain" : `${SAE.number(time)} × max`,
+        clamps: time === null ? [] : pages.map((page) => ({
+          latent: page.latent, value: time * page.statistics.max })),
+        box: h("div.output", { dir: "auto" }, h("span.muted", null, "waiting …")),
+      }));
+      SAE.replace(result, runs.map((run) => h("section.card" + (run.clamps.length ? "" : ".plainrun"),
+        null, h("h2", null, run.name), h("p.muted", null, run.clamps.length
+          ? run.clamps.map((c) => `latent ${c.latent} held at ${SAE.number(c.value)}`).join(", ")
+          : "the model as it is"), run.box)));
+      for (const run of runs) {  // one after the other: the server does one at a time
+        if (mine !== asked) return;
+        SAE.replace(run.box, h("span.muted.working", null, "the model writes …"));
+        await write(run, kept);
+      }
+    }
+
+    async function write(run, { prompt: before, n, temperature, seed }) {
+      for (let attempt = 0; ; attempt++) {
+        try {
+          const made = await SAE.source.generate({ prompt: before, clamps: run.clamps, n_tokens: n,
+            temperature, seed });
+          SAE.replace(run.box, h("span.muted", null, SAE.paragraphs(before)),
+            h("span.made", null, SAE.paragraphs(made.text)));
+          return;
+        } catch (error) {
+          if (error.busy && attempt < 20) {
+            await new Promise((done) => setTimeout(done, 1500));
+          } else {
+            SAE.replace(run.box, SAE.problem(error.message));
+            return;
+          }
+        }
+      }
+    }
+
+    SAE.replace(main, title, h("p.muted", null,
+      "A latent is held at a multiple of the highest activation it has in the tables, wherever " +
+      "the SAE reads; 0 takes it away."),
+    h("form.ask", { onsubmit: (e) => { e.preventDefault(); go(); } },
+      h("label.field.block", null, "prompt", prompt),
+      h("div.field.block", null, "latents", latents),
+      h("div.row", null, h("label.field", null, "strengths × max", strengths), settings),
+      h("div.row", null, h("button.strong", { type: "submit" }, "Generate"), state)), result);
+    prompt.addEventListener("keydown", (event) => {
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) go();
+    });
+    drawLatents();
+  };
+
+  /** Text with its line breaks kept and everything else that steers made visible. */
+  SAE.paragraphs = (text) => text.split("\n").flatMap((line, i) =>
+    i ? [h("br"), SAE.visible(line)] : [SAE.visible(line)]);
+})(window.SAE);

@@ -1,0 +1,162 @@
+"""The tables of a feature build as the viewer reads them: opened once, never written."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from pipelines.features.folder import read_run
+from pipelines.features.query import connect, first_line
+from store.errors import InputError, RunError
+
+QUERY_SECONDS = 20.0
+KEPT_DOCUMENTS = 1_000_000  # above this they are looked up in the file
+LABEL_TOKENS = 6  # of a latent's most frequent tokens, in lists
+EXPLANATIONS = "explanations"
+SUMMARY = {
+    "latent": "where it is in the SAE",
+    "density": "share of rows on which it fires",
+    "context_density": "share of contexts in which it fires",
+    "n_fire": "rows on which it fires",
+    "max": "its highest activation",
+    "mean": "its mean activation where it fires",
+    "kurtosis": "of its activations; 3 for a normal distribution",
+    "bimodality": "of its activations; 0.56 if uniform, 1 for two values",
+    "n_tokens": "distinct tokens it fires on",
+    "token_entropy_bits": "of the tokens it fires on; 0: always the same one",
+    "encoder_decoder_cosine": "between its encoder and decoder rows",
+}
+
+
+class Tables:
+    """Tables of one folder.
+
+    A summary of each latent (what lists need) and the documents' titles are held in memory, so that
+    a page reads one place of each other table.
+
+    Raises:
+        RunError: the folder holds no tables, or damaged ones.
+    """
+
+    def __init__(self, features: Path, seconds: float = QUERY_SECONDS) -> None:
+        self.features = features.resolve()
+        self.seconds = seconds
+        self._connection = connect(features)
+        run = read_run(features)
+        assert run is not None  # connect has seen it
+        self.run: dict[str, Any] = run
+        path = self.features / f"{EXPLANATIONS}.parquet"
+        self.has_explanations = path.is_file()
+        try:
+            if self.has_explanations:
+                literal = str(path).replace("'", "''")
+                self._connection.execute(
+                    f"CREATE OR REPLACE VIEW {EXPLANATIONS} AS FROM read_parquet('{literal}')"
+                )
+            self._connection.execute(
+                f"CREATE TABLE summary AS SELECT {', '.join(SUMMARY)}, dead, "
+                f"top_tokens[1:{LABEL_TOKENS}] AS tokens FROM latents ORDER BY latent"
+            )
+            count = self._connection.execute("SELECT count(*) FROM documents").fetchall()[0][0]
+            kept = "TABLE" if count <= KEPT_DOCUMENTS else "VIEW"
+            self._connection.execute(
+                f"CREATE {kept} titles AS SELECT document, source, title, url FROM documents"
+            )
+        except duckdb.Error as error:
+            raise RunError(
+                f"{self.features} is damaged ({first_line(error)}); remove it and build again."
+            ) from error
+        self.n_latents: int = self.ask("SELECT count(*) AS n FROM summary")[0]["n"]
+
+    @property
+    def name(self) -> str:
+        """What tells these tables from others, for people: the end of their path."""
+        return "/".join(self.features.parts[-2:])
+
+    def ask(self, sql: str, *values: object) -> list[dict[str, Any]]:
+        """`ask_named` with values for each `?`."""
+        return self.ask_named(sql, list(values))
+
+    def ask_named(self, sql: str, values: list[object] | dict[str, object]) -> list[dict[str, Any]]:
+        """Rows as dictionaries of what JSON knows; NaN is None. Values for each `$name`.
+
+        Raises:
+            InputError: it took longer than the limit. RunError: a table is damaged.
+        """
+        cursor = self._connection.cursor()
+        try:
+            with limited(cursor, self.seconds):
+                result = cursor.execute(sql, values)
+                names = [column[0] for column in result.description or []]
+                rows = result.fetchall()
+        except duckdb.InterruptException:
+            raise InputError(
+                f"The question took longer than {self.seconds:g} s and was stopped; "
+                "ask for something narrower."
+            ) from None
+        except duckdb.Error as error:
+            raise RunError(
+                f"{self.features} cannot be read ({first_line(error)}); build the tables again."
+            ) from error
+        finally:
+            cursor.close()
+        return [dict(zip(names, map(plain, row), strict=True)) for row in rows]
+
+    def check(self, latent: int) -> None:
+        """Raise `InputError` if there is no such latent."""
+        if not 0 <= latent < self.n_latents:
+            raise InputError(
+                f"There is no latent {latent}; these tables hold 0 to {self.n_latents - 1}."
+            )
+
+    def labels(self, latents: list[int]) -> dict[int, dict[str, Any]]:
+        """density, max, dead and the most frequent tokens of the latents."""
+        rows = self.ask(
+            "SELECT latent, density, max, dead, tokens FROM summary "
+            "WHERE latent IN (SELECT unnest(?::INTEGER[]))",
+            latents,
+        )
+        return {row["latent"]: row for row in rows}
+
+    def titles(self, documents: list[int]) -> dict[int, dict[str, Any]]:
+        """source, title and url of documents by their number."""
+        rows = self.ask(
+            "SELECT document, source, title, url FROM titles "
+            "WHERE document IN (SELECT unnest(?::BIGINT[]))",
+            sorted({d for d in documents if d >= 0}),
+        )
+        return {row.pop("document"): row for row in rows}
+
+
+@contextmanager
+def limited(cursor: duckdb.DuckDBPyConnection, seconds: float) -> Iterator[None]:
+    """Interrupts what the cursor does after `seconds`, with `duckdb.InterruptException`."""
+    timer = threading.Timer(seconds, cursor.interrupt)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def plain(value: Any) -> Any:
+    """A value of DuckDB as JSON knows it, floats to 5 digits."""
+    if isinstance(value, float):
+        if not value:
+            return 0.0
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    if isinstance(value, list | tuple):
+        texts = len(value) > 0 and isinstance(value[0], str)  # lists of DuckDB are of one type
+        return list(value) if texts else [plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return str(value)

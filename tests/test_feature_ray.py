@@ -1,0 +1,135 @@
+"""A feature build shared out among processes: the same bytes for any number of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from pipelines.features.build import build
+from store.errors import RunError
+from tests.commands import session_processes, wait_for
+from tests.feature_cases import (
+    BUILD_CONFIG,
+    assert_same_files,
+    build_refusal,
+    contents,
+    encode_blocks,
+    made_case,
+    save_sae,
+)
+from tests.processes import SERVER
+
+pytestmark = pytest.mark.slow
+Folders = tuple[Path, Path, Path]
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """(store, sae, features): built without Ray."""
+    root = tmp_path_factory.mktemp("features")
+    sae = save_sae(tiny_store, root / "sae")
+    build(tiny_store, sae, root / "features", BUILD_CONFIG)
+    return tiny_store, sae, root / "features"
+
+
+def test_blocks_are_the_same_bytes_in_any_order_by_any_process(tmp_path: Path) -> None:
+    case = made_case()
+    encode_blocks(case, tmp_path / "one", 4)
+    several = [
+        SERVER.Process(target=encode_blocks, args=(case, tmp_path / "several", 4, numbers))
+        for numbers in ([9, 1, 4, 7], [3, 1, 0, 8, 9], [2, 6, 5, 4])  # some are made twice
+    ]
+    for process in several:
+        process.start()
+    for process in several:
+        process.join(120)
+        assert process.exitcode == 0
+    assert contents(tmp_path / "several") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_tables_are_the_same_bytes_for_any_number_of_workers(
+    folders: Folders, tmp_path: Path, workers: int
+) -> None:
+    seen: list[tuple[str, int, int]] = []
+    build(
+        *folders[:2],
+        tmp_path / "out",
+        BUILD_CONFIG,
+        workers=workers,
+        on_progress=lambda *step: seen.append(step),
+    )
+    assert_same_files(tmp_path / "out", folders[2])
+    assert [step for step in seen if step[0] == "encoding"] == [
+        ("encoding", done, 8) for done in range(9)
+    ]
+    assert len([step for step in seen if step[0] == "counting"]) == workers
+    assert not ray.is_initialized()
+
+
+def test_a_worker_that_is_killed_costs_only_its_block(folders: Folders, tmp_path: Path) -> None:
+    killed: list[int] = []
+
+    def kill_a_worker(what: str, done: int, total: int) -> None:
+        if not killed and (what, done) == ("encoding", 1):
+            assert wait_for(at_work, 60)
+            killed.append(at_work()[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    build(*folders[:2], tmp_path / "out", BUILD_CONFIG, workers=2, on_progress=kill_a_worker)
+    assert len(killed) == 1
+    assert_same_files(tmp_path / "out", folders[2])
+
+
+def at_work() -> list[int]:
+    """Workers that this process has started, and that are doing something."""
+    found = session_processes(os.getsid(0)).items()
+    return [n for n, name in found if name.startswith("ray::_call") and os.getpid() in above(n)]
+
+
+def above(process: int) -> list[int]:
+    """A process's parent, its parent, and so on."""
+    try:
+        stat = (Path("/proc") / str(process) / "stat").read_text()
+    except OSError:  # gone
+        return []
+    parent = int(stat.rpartition(")")[2].split()[1])
+    return [parent, *above(parent)] if parent > 1 else []
+
+
+def test_what_a_worker_refuses_is_said_in_its_words(folders: Folders, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def damage(what: str, done: int, total: int) -> None:
+        if (what, done) == ("encoding", 8):
+            bad = out / "firings" / "000005.parquet"
+            content = bytearray(bad.read_bytes())
+            content[1000] ^= 1
+            bad.write_bytes(content)
+
+    with pytest.raises(RunError, match=r"000005\.parquet is .*damaged .*; delete it") as told:
+        build(*folders[:2], out, BUILD_CONFIG, workers=2, on_progress=damage)
+    assert "\n" not in str(told.value)
+    (out / "firings" / "000005.parquet").unlink()
+    build(*folders[:2], out, BUILD_CONFIG)  # and it goes on without Ray
+    assert_same_files(out, folders[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--workers", 999), "--workers 999 is more than the"),
+        (("--workers", 1, "--address", "127.0.0.1:1"), "cluster at 127.0.0.1:1 could not be"),
+        (("--workers", 1, "--address", "head"), "--address head: expected auto, or HOST:PORT"),
+    ],
+)
+def test_what_ray_cannot_give_is_one_sentence(
+    folders: Folders, tmp_path: Path, options: tuple[Any, ...], said: str
+) -> None:
+    assert said in build_refusal(folders[0], folders[1], tmp_path / "out", *options)
+    assert not ray.is_initialized()

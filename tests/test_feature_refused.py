@@ -1,0 +1,181 @@
+"""What a feature build and the readers of its tables refuse, each in one sentence."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from pipelines.features.build import build
+from pipelines.features.cli import main
+from store.errors import RunError
+from store.reader import ActivationStore
+from tests.dictionaries import SITE, random_sae
+from tests.feature_cases import (
+    BUILD_CONFIG,
+    RULE,
+    SAE_LATENTS,
+    build_refusal,
+    read_table,
+    refusal,
+    save_sae,
+)
+
+Folders = tuple[Path, Path, Path]
+OPTIONS = ("--top", 4, "--random", 3, "--window", 9)
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """(store, sae, features)."""
+    root = tmp_path_factory.mktemp("features")
+    sae = save_sae(tiny_store, root / "sae")
+    build(tiny_store, sae, root / "features", BUILD_CONFIG)
+    return tiny_store, sae, root / "features"
+
+
+@pytest.fixture
+def broken(folders: Folders, tmp_path: Path) -> Path:
+    """A copy of the tables, to be damaged."""
+    shutil.copytree(folders[2], tmp_path / "features")
+    return tmp_path / "features"
+
+
+def test_an_sae_that_does_not_fit_is_refused(folders: Folders, tmp_path: Path) -> None:
+    store, out = ActivationStore.open(folders[0]), tmp_path / "out"
+    foreign = random_sae(store, 24, 4, RULE, model="other", model_weights="xxh3:0")
+    foreign.save(tmp_path / "foreign")
+    told = build_refusal(store.place, tmp_path / "foreign", out)
+    assert "was trained on other with other weights" in told
+    random_sae(store, 24, 4, RULE, d_in=31).save(tmp_path / "narrow")
+    told = build_refusal(store.place, tmp_path / "narrow", out)
+    assert "31" in told
+    assert "32" in told
+    random_sae(store, 24, 4, RULE, site="resid_post.0").save(tmp_path / "elsewhere")
+    told = build_refusal(store.place, tmp_path / "elsewhere", out)
+    assert "resid_post.0" in told
+    assert SITE in told
+    sae = folders[1]
+    assert f"was trained on {SITE}" in build_refusal(store.place, sae, out, "--site", "mlp_act.1")
+    assert f"{SITE} has none" in build_refusal(store.place, Path("identity"), out)  # no neurons
+    assert not out.exists()
+
+
+def test_folders_that_are_not_what_was_asked_for_are_refused(
+    folders: Folders, tmp_path: Path
+) -> None:
+    store, sae, features = folders
+    out = tmp_path / "out"
+    assert "store" in build_refusal(tmp_path, sae, out)
+    assert "no trained SAE" in build_refusal(store, tmp_path, out)
+    assert "no trained SAE" in build_refusal(store, features, out)
+    (tmp_path / "foreign").mkdir()
+    file = tmp_path / "foreign" / "thesis.txt"
+    file.write_text("years of work")
+    assert "something else" in build_refusal(store, sae, tmp_path / "foreign")
+    assert "something else" in build_refusal(store, sae, file)
+    assert "Cannot write" in build_refusal(store, sae, file / "features")
+    trained = save_sae(store, tmp_path / "sae")
+    (trained / "run.json").write_text('{"n_latents": 48}\n')  # training writes one, too
+    before = sorted(path.name for path in trained.iterdir())
+    assert "something else" in build_refusal(store, trained, trained)
+    assert "no feature tables" in refusal("show", 0, "--features", trained)
+    assert sorted(path.name for path in trained.iterdir()) == before
+    assert file.read_text() == "years of work"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["foreign", "sae"]
+    assert "no feature tables" in refusal("query", "SELECT 1", "--features", out)
+    assert "no feature tables" in refusal("query", "SELECT 1", "--features", file)
+
+
+def test_missing_and_damaged_tables_are_refused_by_name(folders: Folders, broken: Path) -> None:
+    store, sae, _ = folders
+    (broken / "tokens.parquet").unlink()
+    assert "tokens.parquet is missing" in refusal("show", 1, "--features", broken)
+    assert "tokens.parquet is missing" in refusal("query", "FROM latents", "--features", broken)
+    with pytest.raises(RunError, match=r"tokens\.parquet is missing"):
+        build(store, sae, broken, BUILD_CONFIG)
+    (broken / "tokens.parquet").write_bytes(b"PAR1 and then nothing")
+    assert "tokens.parquet is damaged" in refusal("show", 1, "--features", broken)
+
+
+def test_firings_that_are_gone_or_damaged_are_refused_by_name(broken: Path) -> None:
+    last = broken / "firings" / "000000.parquet"
+    last.write_bytes(b"PAR1 and then nothing")
+    told = refusal("query", "SELECT count(*) FROM firings", "--features", broken)
+    assert "firings" in told
+    shutil.rmtree(broken / "firings")
+    assert "firings" in refusal("query", "SELECT count(*) FROM firings", "--features", broken)
+
+
+def test_damaged_ancestry_is_refused_by_name(folders: Folders, broken: Path) -> None:
+    store, sae, _ = folders
+    for text in ("{", "", "\udcff"):
+        (broken / "run.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+        assert "run.json is damaged" in refusal("show", 1, "--features", broken)
+        assert "run.json is damaged" in build_refusal(store, sae, broken, *OPTIONS)
+    for text in ("[]", "null", "3"):
+        (broken / "run.json").write_text(text)
+        assert "no feature tables" in refusal("show", 1, "--features", broken)
+        assert "something else" in build_refusal(store, sae, broken, *OPTIONS)
+
+
+def test_tables_of_another_format_are_refused(folders: Folders, broken: Path) -> None:
+    run = (broken / "run.json").read_text()
+    assert '"tables": "2"' in run
+    (broken / "run.json").write_text(run.replace('"tables": "2"', '"tables": "1"'))
+    for told in (
+        refusal("show", 1, "--features", broken),
+        refusal("query", "FROM latents", "--features", broken),
+        build_refusal(folders[0], folders[1], broken, *OPTIONS),
+    ):
+        assert "tables of format 1, this version reads 2" in told
+
+
+def test_every_table_says_its_format(folders: Folders) -> None:
+    files = list(folders[2].rglob("*.parquet"))
+    assert len(files) == 6 + 8
+    for file in files:
+        assert pq.read_schema(file).metadata[b"sae_harvest_tables"] == b"2"
+
+
+def test_a_disk_that_refuses_is_named(folders: Folders, tmp_path: Path) -> None:
+    out = tmp_path / "features"
+    out.symlink_to("/proc/1/task")  # a folder that nothing can be written into
+    told = build_refusal(folders[0], folders[1], out)
+    assert str(out) in told
+
+
+@pytest.mark.parametrize("option", [("--seed", 2**63), ("--seed", 10**30)])
+def test_options_out_of_bounds_are_refused_before_anything_is_made(
+    folders: Folders, tmp_path: Path, option: tuple[str, int]
+) -> None:
+    given = ["build", "--store", folders[0], "--sae", folders[1], "--out", tmp_path / "out"]
+    result = CliRunner().invoke(main, [str(word) for word in (*given, *option)])
+    assert result.exit_code in (1, 2), result.exception
+    assert "Error: " in result.stderr
+    assert "seed" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("sql", "said"),
+    [
+        ("SELEC 1", "syntax error"),
+        ("SELECT * FROM nowhere", "nowhere"),
+        ("SELECT nothing FROM latents", "nothing"),
+        ("SELECT error('on purpose')", "on purpose"),
+        ("", "empty"),
+        ("/* a thought */", "empty"),
+    ],
+)
+def test_bad_sql_is_one_sentence(folders: Folders, sql: str, said: str) -> None:
+    assert said in refusal("query", sql, "--features", folders[2])
+
+
+@pytest.mark.parametrize("latent", [SAE_LATENTS, 2**31, 2**63, 10**60])
+def test_an_unknown_latent_is_one_sentence(folders: Folders, latent: int) -> None:
+    assert f"0 to {SAE_LATENTS - 1}" in refusal("show", latent, "--features", folders[2])
+    assert len(read_table(folders[2], "latents")) == SAE_LATENTS
