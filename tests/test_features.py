@@ -357,8 +357,8 @@ from tests.feature_cases import made_case, whole_pass
 out, seen = Path(sys.argv[1]), xxhash.xxh3_128()
 out.mkdir()
 for name, parts in sorted(whole_pass(made_case(), out).tables.items()):
-    for batch in parts.combine_chunks().to_batches():
-        seen.update(name + repr(batch.to_pydict()))
+    rows = parts.to_pylist()
+    seen.update(f"{name}{rows}".encode())
 print(numba.get_num_threads(), seen.hexdigest())
 """
 
