@@ -352,7 +352,7 @@ def test_tables_do_not_depend_on_blocks_or_on_how_latents_are_shared_out(
 HASHED = """
 import sys
 from pathlib import Path
-import numba, pyarrow as pa, xxhash
+import numba, xxhash
 from tests.feature_cases import made_case, whole_pass
 out, seen = Path(sys.argv[1]), xxhash.xxh3_128()
 out.mkdir()
