@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import ray
 
 from pipelines.features.build import build
 from store.errors import RunError
-from tests.commands import session_processes, wait_for
+from tests.commands import session_processes
 from tests.feature_cases import (
     BUILD_CONFIG,
     assert_same_files,
@@ -75,13 +77,17 @@ def test_tables_are_the_same_bytes_for_any_number_of_workers(
 def test_a_worker_that_is_killed_costs_only_its_block(folders: Folders, tmp_path: Path) -> None:
     killed: list[int] = []
 
-    def kill_a_worker(what: str, done: int, total: int) -> None:
-        if not killed and (what, done) == ("encoding", 1):
-            assert wait_for(at_work, 60)
-            killed.append(at_work()[0])
-            os.kill(killed[0], signal.SIGKILL)
+    def kill_a_worker() -> None:
+        while not (found := at_work()):
+            time.sleep(0.01)
+        os.kill(found[0], signal.SIGKILL)
+        killed.append(found[0])
 
-    build(*folders[:2], tmp_path / "out", BUILD_CONFIG, workers=2, on_progress=kill_a_worker)
+    def begin(what: str, done: int, total: int) -> None:
+        if (what, done) == ("encoding", 0):
+            threading.Thread(target=kill_a_worker, daemon=True).start()
+
+    build(*folders[:2], tmp_path / "out", BUILD_CONFIG, workers=2, on_progress=begin)
     assert len(killed) == 1
     assert_same_files(tmp_path / "out", folders[2])
 
