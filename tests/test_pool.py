@@ -22,6 +22,7 @@ from store.layout import Plan
 from store.objects import LocalObjects, Objects
 from tests.commands import wait_for
 from tests.shards import SITES, deadly, local_model, make_inputs, make_plan
+from tests.told import alive, gone, started
 
 COUNT = 6
 
@@ -187,7 +188,7 @@ def test_what_a_killed_worker_had_is_done_by_others(
         records = work(pool, deadly(tmp_path / "a", 2, times=1), plan, make_inputs(COUNT))
         assert records == expected
         assert len([line for line in told if line.startswith("shard ")]) == COUNT
-        (death,) = [line for line in told if " is gone: " in line]
+        (death,) = gone(told)
         assert re.search(r"worker \d on .* \(pid \d+\) is gone: its process was killed", death)
         assert re.search(r"shards? .*\b2\b.* to be done by another", death)
         assert wait_for(lambda: pool.rows_done() == COUNT * plan.shard_rows, 10)
@@ -228,20 +229,3 @@ def test_a_shard_that_kills_its_workers_is_named_and_the_others_are_done(
         monkeypatch.setattr(raypool, "START_SECONDS", 0.1)
         with pytest.raises(RunError, match=r"No worker came up .* Ray has \d+ cores \(\d+ free\)"):
             collect_into(pool, records)
-
-
-def started(told: list[str]) -> list[int]:
-    """Process ids of the workers that have started."""
-    found = (re.search(r"\(pid (\d+)\) started with", line) for line in told)
-    return [int(match[1]) for match in found if match]
-
-
-def gone(told: list[str]) -> list[str]:
-    return [line for line in told if " is gone: " in line]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return (Path("/proc") / str(pid) / "stat").read_text().split()[2] != "Z"
-    except FileNotFoundError:
-        return False

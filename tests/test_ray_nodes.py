@@ -19,10 +19,11 @@ from store.errors import RunError
 from store.objects import LocalObjects
 from tests.commands import commits, digest_of, harvesting, invoke, options, wait_for
 from tests.shards import SITES, local_model, make_inputs, make_plan, slow
+from tests.told import alive, gone, have_done_a_shard, started
 
 pytestmark = pytest.mark.slow
 
-COUNT = 12
+COUNT = 200  # far more than are done before a death is noticed
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
 
 
@@ -50,13 +51,6 @@ def processes_of(raylet: int) -> list[int]:
     return found
 
 
-def alive(pid: int) -> bool:
-    try:
-        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 def test_a_node_that_is_lost_costs_only_its_shards_in_flight(
     tmp_path: Path, model_folder: Path, cluster: Cluster, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -65,26 +59,29 @@ def test_a_node_that_is_lost_costs_only_its_shards_in_flight(
     told: list[str] = []
     records: dict[int, dict[str, Any]] = {}
     objects = slow(tmp_path / "store", 0.5)
-    waiting = make_inputs(COUNT)
+    inputs = make_inputs(COUNT)
+    waiting = list(inputs)
     victims: list[int] = []
     with open_pool(3, model, SITES, "float32", "cpu", cluster.address, told.append) as pool:
         assert pool.widths() == {SITES[0]: 32}
         assert wait_for(lambda: pool.collect() == [] and len(started(told)) == 3, 60)
         raylets = [node.all_processes["raylet"][0].process.pid for node in cluster.worker_nodes]
-        while waiting or pool.in_flight():
-            while waiting and len(pool.in_flight()) < pool.capacity:
+        # New shards come until the death is known, so that it cannot go unnoticed; nobody dies
+        # before every worker has done a shard, so that all of them have some to lose.
+        while pool.in_flight() or not gone(told):
+            while len(pool.in_flight()) < pool.capacity and not gone(told):
                 pool.submit(objects, plan, waiting.pop(0))
-            records |= {record["shard"]: record for record in pool.collect()}
-            pool.rows_done()
-            if len(records) >= 3 and not victims:
+            if not victims and have_done_a_shard(told) == set(started(told)):
                 victims = processes_of(raylets[0])
                 for pid in victims:
                     os.kill(pid, signal.SIGKILL)
+            records |= {record["shard"]: record for record in pool.collect()}
+            pool.rows_done()
     assert len(set(victims) & set(started(told))) == 1
-    (death,) = [line for line in told if " is gone: " in line]
+    (death,) = gone(told)
     assert re.search(r"is gone: .*shards? .* to be done by another", death)
     with open_pool(0, model, SITES, "float32", "cpu", None, told.append) as pool:
-        for shard in make_inputs(COUNT):
+        for shard in inputs[: len(inputs) - len(waiting)]:
             pool.submit(LocalObjects(tmp_path / "other"), plan, shard)
         expected: dict[int, dict[str, Any]] = {}
         while pool.in_flight():
@@ -147,9 +144,3 @@ def test_a_cluster_that_is_not_there_is_refused(
         open_pool(1, local_model(model_folder), SITES, "float32", "cpu", address, print),
     ):
         pass
-
-
-def started(told: list[str]) -> list[int]:
-    """Process ids of the workers that have started."""
-    found = (re.search(r"\(pid (\d+)\) started with", line) for line in told)
-    return [int(match[1]) for match in found if match]
