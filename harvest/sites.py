@@ -60,11 +60,38 @@ class Site:
             )
 
 
+@dataclass(frozen=True)
+class Located:
+    """A site's modules.
+
+    place: where a call of the block has the residual stream, a position or a keyword;
+    parts: paths of the modules within the block, of inner sites only.
+    """
+
+    block: nn.Module
+    place: int | str
+    parts: BlockParts | None
+
+
+def locate(model: PreTrainedModel, sites: Sequence[Site]) -> dict[Site, Located]:
+    """Find sites by running the model over a few tokens (see `harvest.discovery`).
+
+    Raises InputError for a layer out of range or a site that the architecture doesn't offer.
+    """
+    for site in sites:
+        site.check(model.config)
+    blocks, calls = probe(model)
+    inner = {site.layer for site in sites if site.kind in _INNER_KINDS}
+    found = {layer: BlockLab(blocks[layer], calls[layer]).parts() for layer in inner}
+    parts = {s: _required(found[s.layer], s, model) for s in sites if s.kind in _INNER_KINDS}
+    return {s: Located(blocks[s.layer], calls[s.layer].place, parts.get(s)) for s in sites}
+
+
 class SiteTap:
     """Reads several sites of a model in one forward pass that stops after the last of them.
 
     The blocks after it, the final norm and the LM head never run. Building a tap runs the model
-    over a few tokens, to find the sites (see `harvest.discovery`) and their widths. Between calls
+    over a few tokens, to find the sites (see `locate`) and their widths. Between calls
     the model works as ever, and several taps can share it. Use a tap as a context manager, or call
     `close`, to take its hooks off again. Calls of one tap must not overlap.
     """
@@ -88,16 +115,10 @@ class SiteTap:
         self._copied: set[str] = set()
         self._versions: list[tuple[str, Tensor, int]] | None = None
         self._handles: list[Any] = []
-        for site in sites:
-            site.check(model.config)
-        blocks, calls = probe(model)
-        inner = {site.layer for site in sites if site.kind in _INNER_KINDS}
-        found = {layer: BlockLab(blocks[layer], calls[layer]).parts() for layer in inner}
-        parts = {s: _required(found[s.layer], s, model) for s in sites if s.kind in _INNER_KINDS}
+        located = locate(model, sites)
         try:
             for site in sites:
-                place = calls[site.layer].place
-                self._attach(site, blocks[site.layer], place, parts.get(site))
+                self._attach(site, located[site])
             self.widths: dict[str, int] = self._rehearse()
         except BaseException:
             self.close()
@@ -149,11 +170,10 @@ class SiteTap:
         self._versions = None
         return {name: tensor.shape[-1] for name, tensor in captured.items()}
 
-    def _attach(
-        self, site: Site, block: nn.Module, place: int | str, parts: BlockParts | None
-    ) -> None:
+    def _attach(self, site: Site, located: Located) -> None:
         """Put the hooks for one site on the model."""
         name = str(site)
+        block, place, parts = located.block, located.place, located.parts
 
         def given(args: Any, kwargs: Any) -> Tensor:
             return args[place] if isinstance(place, int) else kwargs[place]

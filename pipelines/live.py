@@ -24,7 +24,7 @@ from harvest.documents import Document
 from harvest.encoding import DocumentEncoder
 from harvest.models import load_model, load_tokenizer, tokenizer_fingerprint
 from harvest.sites import Site, SiteTap
-from pipelines.features.folder import read_run
+from pipelines.features.folder import require_run
 from pipelines.features.texts import TokenTexts
 from pipelines.source import model_of
 from store.device import choose_device
@@ -92,12 +92,7 @@ class LiveModel:
             InputError: the model is gone, or has other weights or another tokenizer.
             SaeHarvestError: anything of these cannot be read.
         """
-        run = read_run(features)
-        if run is None:
-            raise RunError(
-                f"{features} holds no feature tables (no run.json there); "
-                "give the folder that `sae-features build --out` wrote."
-            )
+        run = require_run(features)
         device = choose_device(device)
         sae = _same_sae(features, run, device)
         store = _same_store(features, run)

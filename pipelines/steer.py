@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from harvest.discovery import BlockLab, BlockParts, first_tensor, probe
-from harvest.sites import Site, SiteTap
+from harvest.discovery import first_tensor
+from harvest.sites import Located, Site, locate
 from pipelines.live import LiveModel
 from store.errors import InputError
 from train.normalization import restore
@@ -165,12 +165,7 @@ def added(model: PreTrainedModel, site: Site, shift: Shift) -> Iterator[None]:
     With a KV cache the rows are those of new tokens only. Raises InputError if the model does not
     offer the site.
     """
-    with SiteTap(model, [site]):
-        pass  # or it refuses, saying why
-    blocks, calls = probe(model)
-    block, call = blocks[site.layer], calls[site.layer]
-    parts = None if site.kind in ("resid_pre", "resid_post") else BlockLab(block, call).parts()
-    handles = _hooks(site.kind, block, call.place, parts, shift)
+    handles = _hooks(site.kind, locate(model, [site])[site], shift)
     try:
         yield
     finally:
@@ -178,10 +173,9 @@ def added(model: PreTrainedModel, site: Site, shift: Shift) -> Iterator[None]:
             handle.remove()
 
 
-def _hooks(
-    kind: str, block: torch.nn.Module, place: int | str, parts: BlockParts | None, shift: Shift
-) -> list[Any]:
+def _hooks(kind: str, located: Located, shift: Shift) -> list[Any]:
     """The hooks that write at a site, registered."""
+    block, place, parts = located.block, located.place, located.parts
     entered: list[Tensor] = []  # resid_mid only: the residual stream before attention
 
     def before_block(module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -209,7 +203,7 @@ def _hooks(
         return [block.register_forward_pre_hook(before_block, with_kwargs=True)]
     if kind == "resid_post":
         return [block.register_forward_hook(after)]
-    assert parts is not None  # the tap has found them
+    assert parts is not None  # or it was not located
     attention, mlp = block.get_submodule(parts.attention), block.get_submodule(parts.mlp)
     if kind == "mlp_act":
         assert parts.down is not None

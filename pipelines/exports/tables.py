@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from harvest.sites import Site
 from pipelines.exports.selection import pieces
 from pipelines.features import kernels
-from pipelines.features.folder import FIRINGS, check_tables, read_run
+from pipelines.features.folder import FIRINGS, check_tables, require_run
 from pipelines.features.profile import decile_edges
 from pipelines.features.tables import quantiles
 from store.errors import RunError
@@ -77,17 +77,11 @@ class Tables:
     """
 
     def __init__(self, features: Path) -> None:
-        run = read_run(features)
-        if run is None:
-            raise RunError(
-                f"{features} holds no feature tables (no run.json there); "
-                "give the folder that `sae-features build --out` wrote."
-            )
-        check_tables(features)
         self.features = features
-        self.run: dict[str, Any] = run
-        self.n_latents: int = run["n_latents"]
-        self.site = Site.parse(run["site"])
+        self.run = require_run(features)
+        check_tables(features)
+        self.n_latents: int = self.run["n_latents"]
+        self.site = Site.parse(self.run["site"])
 
     def read(self, name: str, latents: range | None = None, **options: Any) -> pa.Table:
         """A table's rows, or those of some latents; `RunError` if it is damaged."""

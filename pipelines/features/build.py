@@ -128,6 +128,8 @@ def build(
         block_rows=block_rows(store.shard_rows, store.context_length, dictionary.pairs_per_row),
         device=device,
     )
+    work = work_of(job)
+    work.store, work.dictionary = store, dictionary  # or they would be opened again
     start = time.perf_counter()
     with writing(out), claimed(out, asked):
         if existing := read_run(out):  # by another process, meanwhile
@@ -196,17 +198,19 @@ def writing(out: Path) -> Iterator[None]:
 def _make(job: Job, pool: Pool, on_progress: Progress) -> dict[str, Any]:
     """Makes everything; what run.json says of it."""
     work, out = work_of(job), Path(job.out)
-    rows.write_rows(work.store, job.site, job.rule, out)
+    n_read = rows.write_rows(work.store, job.site, job.rule, out)
     _encode(job, work, pool, on_progress)
-    n_read = int(np.count_nonzero(work.rows.split & rows.READ))
     kept, n_firings = _profile(job, work, pool, n_read, on_progress)
     share = counted_share(n_firings, n_read)
     others = _compare(job, work, pool, share, on_progress)
     _show(job, work, pool, kept, others, on_progress)
     with tables.TableWriter(out / "documents.parquet") as writer:
         writer.add(tables.documents_table(work.store))
-    counted = counted_rows(0, work.store.n_rows, work.store.context_length, share)
-    cofire_rows = int(np.count_nonzero((work.rows.split & rows.READ > 0) & counted))
+    cofire_rows = 0
+    for block in range(len(work.blocks)):
+        first, last = work.blocks.span(block)
+        counted = counted_rows(first, last, work.store.context_length, share)
+        cofire_rows += int(work.rows.read(np.arange(first, last)[counted]).sum())
     shutil.rmtree(out / rows.FOLDER)
     return {"n_rows": n_read, "n_firings": n_firings, "cofire_rows": cofire_rows}
 

@@ -10,16 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.exports.cli import export_command
+from pipelines.options import features_option
 from pipelines.viewer.cli import serve, site
 from store.console import Commands, output, progress, store_option
-
-features_option = click.option(
-    "--features",
-    type=click.Path(path_type=Path),
-    default=Path("runs/demo/features"),
-    show_default=True,
-    help="Folder of the tables.",
-)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -147,11 +140,12 @@ def build_with_bar(store: str | Path, sae: Path | str, out: Path, config: Any, *
     """`pipelines.features.build.build` under a progress bar."""
     from pipelines.features.build import build as run_build
 
-    with progress("rows") as bar:
-        task = bar.add_task("encoding", total=None, rate="", visible=False)
+    with progress("") as bar:
+        task = bar.add_task("", total=None, rate="", visible=False)
 
         def show_progress(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total, rate="", visible=True)
+            step = f"{what} {'blocks' if what == 'encoding' else 'latents'}"
+            bar.update(task, description=step, completed=done, total=total, visible=True)
 
         return run_build(store, sae, out, config, on_progress=show_progress, **means)
 

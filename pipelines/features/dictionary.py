@@ -10,9 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from harvest.discovery import BlockLab, probe
 from harvest.models import load_model
-from harvest.sites import Site
+from harvest.sites import Site, locate
 from pipelines.features.encode import Encoder
 from pipelines.source import model_of
 from store.errors import InputError, RunError
@@ -108,12 +107,10 @@ def output_weights(store: ActivationStore, site: str) -> Tensor:
     Read off the projection's answers, so that it doesn't matter how a family stores its weights.
     """
     model = load_model(model_of(store), torch.float32, "cpu")
-    blocks, calls = probe(model)
-    layer = Site.parse(site).layer
-    parts = BlockLab(blocks[layer], calls[layer]).parts()
-    assert parts is not None  # or there would be no such site
-    assert parts.down is not None
-    down: nn.Module = blocks[layer].get_submodule(parts.down)
+    located = locate(model, [neurons := Site.parse(site)])[neurons]
+    assert located.parts is not None  # or there would be no such site
+    assert located.parts.down is not None
+    down: nn.Module = located.block.get_submodule(located.parts.down)
     width = store.width(site)
     rows = []
     with torch.no_grad():

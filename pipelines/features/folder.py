@@ -41,6 +41,17 @@ def read_run(features: Path) -> dict[str, Any] | None:
     return run
 
 
+def require_run(features: Path) -> dict[str, Any]:
+    """run.json of finished tables; `RunError` if there are none, or of another version."""
+    run = read_run(features)
+    if run is None:
+        raise RunError(
+            f"{features} holds no feature tables (no {RUN_FILE} there); "
+            "give the folder that `sae-features build --out` wrote."
+        )
+    return run
+
+
 def read_record(path: Path) -> dict[str, Any] | None:
     """A JSON object from a file; None if there is no file. `RunError` if it is damaged."""
     try:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import duckdb
 
-from pipelines.features.folder import FIRINGS, TABLES, check_tables, read_run
+from pipelines.features.folder import FIRINGS, TABLES, check_tables, require_run
 from store.errors import InputError, RunError
 
 
@@ -16,11 +16,7 @@ def connect(features: Path) -> duckdb.DuckDBPyConnection:
     Raises:
         RunError: the folder holds no finished tables, or one of them is missing.
     """
-    if read_run(features) is None:
-        raise RunError(
-            f"{features} holds no feature tables (no run.json there); "
-            "give the folder that `sae-features build --out` wrote."
-        )
+    require_run(features)
     check_tables(features)
     connection = duckdb.connect()
     for name in (*TABLES, FIRINGS):

@@ -40,8 +40,8 @@ class Rows:
         return (self.split[rows] & SCORE) > 0
 
 
-def write_rows(store: ActivationStore, site: str, rule: RowRule, out: Path) -> None:
-    """Write the files anew."""
+def write_rows(store: ActivationStore, site: str, rule: RowRule, out: Path) -> int:
+    """Write the files anew; how many rows the rule reads."""
     (out / FOLDER).mkdir(exist_ok=True)
     files = {
         name: np.lib.format.open_memmap(
@@ -49,6 +49,7 @@ def write_rows(store: ActivationStore, site: str, rule: RowRule, out: Path) -> N
         )
         for name, dtype in COLUMNS.items()
     }
+    n_read = 0
     for shard in range(store.n_shards):
         first, last = store.shard_span(shard)
         length = store.context_length
@@ -56,9 +57,12 @@ def write_rows(store: ActivationStore, site: str, rule: RowRule, out: Path) -> N
         files["token"][first:last] = store.tokens(first // length, last // length).reshape(-1)
         files["document"][first:last] = documents
         files["split"][first:last] = for_scores(hashes) * np.uint8(SCORE)
-        files["split"][first:last] |= store.selected_in_shard(site, rule, shard) * np.uint8(READ)
+        read = store.selected_in_shard(site, rule, shard)
+        files["split"][first:last] |= read * np.uint8(READ)
+        n_read += int(read.sum())
     for file in files.values():
         file.flush()
+    return n_read
 
 
 def for_scores(text_hash: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:

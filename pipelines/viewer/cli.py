@@ -7,16 +7,10 @@ from pathlib import Path
 
 import click
 
+from pipelines.options import features_option
 from store.console import output
 from store.errors import InputError
 
-features_option = click.option(
-    "--features",
-    type=click.Path(path_type=Path),
-    default=Path("runs/demo/features"),
-    show_default=True,
-    help="Folder of the tables.",
-)
 compare_option = click.option(
     "--compare",
     type=click.Path(path_type=Path),

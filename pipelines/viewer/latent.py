@@ -9,16 +9,16 @@ from pipelines.viewer.tables import Tables, plain
 
 MERGED_BINS = 4  # of 16 an octave: what a small drawing can show
 STRATA = ("top", *(f"decile_{d}" for d in range(10, 0, -1)), "random", "hard_negative", "inactive")
+BIN = "bin, low, high, count"
+NEIGHBOUR = "other, decoder_cosine, cofire, jaccard, cosine_rank, cofire_rank"
+CONTEXT = (
+    "stratum, rank, reason, split, activation, row, document, position, "
+    "position - window_start AS place, token_texts, activations"
+)
 STATISTICS = "SELECT * FROM latents WHERE latent = ?"
-HISTOGRAM = "SELECT bin, low, high, count FROM histograms WHERE latent = ? ORDER BY bin"
-NEIGHBOURS = (
-    "SELECT other, decoder_cosine, cofire, jaccard, cosine_rank, cofire_rank "
-    "FROM neighbours WHERE latent = ?"
-)
-CONTEXTS = (
-    "SELECT stratum, rank, reason, split, activation, row, document, position, "
-    "position - window_start AS place, token_texts, activations FROM contexts WHERE latent = ?"
-)
+HISTOGRAM = f"SELECT {BIN} FROM histograms WHERE latent = ? ORDER BY bin"
+NEIGHBOURS = f"SELECT {NEIGHBOUR} FROM neighbours WHERE latent = ?"
+CONTEXTS = f"SELECT {CONTEXT} FROM contexts WHERE latent = ?"
 
 
 def latent_page(tables: Tables, latent: int) -> dict[str, Any]:

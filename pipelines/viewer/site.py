@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.viewer.compare import Comparison
-from pipelines.viewer.latent import assemble
+from pipelines.viewer.latent import BIN, CONTEXT, NEIGHBOUR, assemble
 from pipelines.viewer.overview import overview
 from pipelines.viewer.search import FOUND
 from pipelines.viewer.tables import SUMMARY, Tables
@@ -141,13 +141,9 @@ def _pages(
         statistics = tables.ask("SELECT * FROM latents WHERE latent BETWEEN ? AND ?", first, last)
         parts: list[dict[int, list[dict[str, Any]]]] = []
         for sql in (
-            "SELECT latent, bin, low, high, count FROM histograms "
-            "WHERE latent BETWEEN ? AND ? ORDER BY latent, bin",
-            "SELECT latent, other, decoder_cosine, cofire, jaccard, cosine_rank, cofire_rank "
-            "FROM neighbours WHERE latent BETWEEN ? AND ?",
-            "SELECT latent, stratum, rank, reason, split, activation, row, document, position, "
-            "position - window_start AS place, token_texts, activations "
-            "FROM contexts WHERE latent BETWEEN ? AND ?",
+            f"SELECT latent, {BIN} FROM histograms WHERE latent BETWEEN ? AND ? ORDER BY ALL",
+            f"SELECT latent, {NEIGHBOUR} FROM neighbours WHERE latent BETWEEN ? AND ?",
+            f"SELECT latent, {CONTEXT} FROM contexts WHERE latent BETWEEN ? AND ?",
         ):
             rows: dict[int, list[dict[str, Any]]] = defaultdict(list)
             for row in tables.ask(sql, first, last):
