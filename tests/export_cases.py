@@ -12,8 +12,8 @@ import click
 import numpy as np
 from click.testing import CliRunner, Result
 
-from pipelines.exports.circuit_tracer import BARS
 from pipelines.exports.cli import export_command
+from pipelines.exports.tables import BARS
 from pipelines.features.build import build
 from pipelines.features.profile import DECILES
 from store.console import Commands

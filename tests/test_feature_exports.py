@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.exports.circuit_tracer import BARS
 from pipelines.exports.selection import parse_latents, pieces
+from pipelines.exports.tables import BARS
 from store.errors import InputError
 from tests.export_cases import (
     SHOWN,

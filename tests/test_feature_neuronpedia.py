@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.exports import neuronpedia
-from pipelines.exports.circuit_tracer import BARS
+from pipelines.exports.tables import BARS
 from tests.export_cases import (
     SHOWN,
     as_float32,

@@ -12,20 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pipelines.exports.files import gzipped, json_bytes
-from pipelines.exports.tables import Context, Latent, Tables
+from pipelines.exports.tables import Context, Latent, Tables, fiftieths, heights
 from pipelines.features.profile import DECILES
 from store.errors import InputError
 
-BARS = 50
 INDEX = "index.json.gz"
-
-
-def widths(largest: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Of bars from 0 to the highest activation."""
-    return largest / BARS
 
 
 def write(
@@ -47,7 +40,7 @@ def write(
         file_name = f"layer_{layer}.bin"
         sizes = np.zeros(tables.n_latents, np.int64)
         with (out / file_name).open("wb") as file:
-            for latent in tables.described(some, widths):
+            for latent in tables.described(some, fiftieths):
                 packed = gzipped(json_bytes(feature(latent, name or tables.run["site"])))
                 sizes[latent.number] = file.write(struct.pack("<I", len(packed)) + packed)
                 on_latent()
@@ -59,9 +52,6 @@ def write(
 def feature(latent: Latent, transcoder: str) -> dict[str, Any]:
     """What circuit-tracer's `frontend.feature_models.Model` says of a feature."""
     facts = latent.facts
-    bars = [0] * BARS
-    for bar, n in latent.bars.items():
-        bars[min(bar, BARS) - 1] += n  # rounding may put the highest one beyond the last
     return {
         "transcoder_id": transcoder,
         "index": latent.number,
@@ -71,7 +61,7 @@ def feature(latent: Latent, transcoder: str) -> dict[str, Any]:
         "act_min": 0.0,
         "act_max": latent.highest,
         "quantile_values": [] if facts["dead"] else latent.percentiles,
-        "histogram": bars,
+        "histogram": heights(latent),
         "activation_frequency": facts["density"],
     }
 

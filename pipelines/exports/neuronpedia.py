@@ -15,26 +15,18 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow.compute as pc
 import xxhash
 
 from pipelines.exports.files import write_lines
-from pipelines.exports.tables import Context, Latent, Tables, shortest
+from pipelines.exports.tables import BARS, Context, Latent, Tables, fiftieths, heights, shortest
 from pipelines.features.profile import DECILES
 from store.errors import InputError
 
-BARS = 50
 BATCH = 256  # latents of a file
 BATCHES = 900  # of a kind: the importer lists 1,000 files
 CREATOR = "clkht01d40000jv08hvalcvly"  # the user that a new database of Neuronpedia has
 CREATOR_NAME = "sae-harvest"
-
-
-def widths(largest: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Of bars from 0 to the highest activation."""
-    return largest / BARS
 
 
 def write(
@@ -57,7 +49,7 @@ def write(
         for table, line in source.metadata().items():
             write_lines(folder / f"{table}.jsonl", [line])
         each = max(BATCH, -(-tables.n_latents // BATCHES))
-        described = tables.described(some, widths)
+        described = tables.described(some, fiftieths)
         for number in count():
             records: dict[str, list[dict[str, Any]]] = {}
             for latent in islice(described, each):
@@ -136,9 +128,6 @@ class Source:
         """A row of the table Neuron."""
         facts = latent.facts
         highest = latent.highest
-        heights = [0] * BARS
-        for bar, n in latent.bars.items():
-            heights[min(bar, BARS) - 1] += n  # rounding may put the highest one beyond the last
         middles = [round((bar + 0.5) * highest / BARS, 6) for bar in range(BARS)]
         return self._place | {
             "index": str(latent.number),
@@ -153,7 +142,7 @@ class Source:
             "neg_str": facts["bottom_logit_tokens"] or [],
             "neg_values": shortest(facts["bottom_logits"] or []),
             "frac_nonzero": facts["density"],
-            "freq_hist_data_bar_heights": [] if facts["dead"] else heights,
+            "freq_hist_data_bar_heights": [] if facts["dead"] else heights(latent),
             "freq_hist_data_bar_values": [] if facts["dead"] else middles,
         }
 

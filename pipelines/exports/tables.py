@@ -21,6 +21,7 @@ from pipelines.features.profile import decile_edges
 from pipelines.features.tables import quantiles
 from store.errors import RunError
 
+BARS = 50  # of a histogram, where a format has a fixed number
 AT_ONCE = 128  # latents whose contexts are in memory
 COUNTED = 8192  # latents whose bars are: a pass over the firings each
 PERCENTS = 100
@@ -218,6 +219,19 @@ class Tables:
                 f"{path} is damaged ({str(error).splitlines()[0]}); "
                 f"remove {self.features} and build again."
             ) from error
+
+
+def fiftieths(largest: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Widths of `BARS` bars from 0 to the highest activation."""
+    return largest / BARS
+
+
+def heights(latent: Latent) -> list[int]:
+    """Firings in each of `BARS` bars."""
+    found = [0] * BARS
+    for bar, n in latent.bars.items():
+        found[min(bar, BARS) - 1] += n  # rounding may put the highest one beyond the last
+    return found
 
 
 def tenths(
