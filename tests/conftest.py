@@ -105,6 +105,18 @@ def tiny_store(
     return path
 
 
+@pytest.fixture(scope="session")
+def folders(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """(store, sae, features): tables of a random dictionary with one latent that never fires."""
+    from pipelines.features.build import build
+    from tests.feature_cases import BUILD_CONFIG, save_sae
+
+    root = tmp_path_factory.mktemp("features")
+    sae = save_sae(tiny_store, root / "sae")
+    build(tiny_store, sae, root / "features", BUILD_CONFIG)
+    return tiny_store, sae, root / "features"
+
+
 @pytest.fixture
 def unflushed(monkeypatch: pytest.MonkeyPatch) -> None:
     """No waiting for the disk: for tests that write much and pull no plug."""

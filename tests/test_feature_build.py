@@ -45,15 +45,6 @@ Truth = tuple[ActivationStore, np.ndarray, np.ndarray]
 
 
 @pytest.fixture(scope="module")
-def folders(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """(store, sae, features): tables of a random dictionary with one latent that never fires."""
-    root = tmp_path_factory.mktemp("features")
-    sae = save_sae(tiny_store, root / "sae")
-    build(tiny_store, sae, root / "features", BUILD_CONFIG)
-    return tiny_store, sae, root / "features"
-
-
-@pytest.fixture(scope="module")
 def truth(folders: Folders) -> Truth:
     return truth_of(folders[0], folders[1])
 

@@ -22,21 +22,11 @@ from tests.feature_cases import (
     contents,
     encode_blocks,
     made_case,
-    save_sae,
 )
 from tests.processes import SERVER
 
 pytestmark = pytest.mark.slow
 Folders = tuple[Path, Path, Path]
-
-
-@pytest.fixture(scope="module")
-def folders(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """(store, sae, features): built without Ray."""
-    root = tmp_path_factory.mktemp("features")
-    sae = save_sae(tiny_store, root / "sae")
-    build(tiny_store, sae, root / "features", BUILD_CONFIG)
-    return tiny_store, sae, root / "features"
 
 
 def test_blocks_are_the_same_bytes_in_any_order_by_any_process(tmp_path: Path) -> None:

@@ -28,15 +28,6 @@ Folders = tuple[Path, Path, Path]
 OPTIONS = ("--top", 4, "--random", 3, "--window", 9)
 
 
-@pytest.fixture(scope="module")
-def folders(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """(store, sae, features)."""
-    root = tmp_path_factory.mktemp("features")
-    sae = save_sae(tiny_store, root / "sae")
-    build(tiny_store, sae, root / "features", BUILD_CONFIG)
-    return tiny_store, sae, root / "features"
-
-
 @pytest.fixture
 def broken(folders: Folders, tmp_path: Path) -> Path:
     """A copy of the tables, to be damaged."""

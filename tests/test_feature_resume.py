@@ -42,15 +42,6 @@ BLOCKS = 8
 Folders = tuple[Path, Path, Path]
 
 
-@pytest.fixture(scope="module")
-def folders(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """(store, sae, features)."""
-    root = tmp_path_factory.mktemp("features")
-    sae = save_sae(tiny_store, root / "sae")
-    build(tiny_store, sae, root / "features", BUILD_CONFIG)
-    return tiny_store, sae, root / "features"
-
-
 class Interrupted(BaseException):
     """As KeyboardInterrupt, which pytest takes for itself."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from pipelines.viewer.sql import SQL_ROWS, FencedSQL
@@ -44,18 +42,18 @@ def test_a_select_over_every_table_is_answered(fenced):
         "SELECT * FROM glob('/etc/*')",
         "SELECT * FROM read_parquet('{features}/../other.parquet')",
         "SELECT * FROM read_parquet('http://127.0.0.1/x.parquet')",
-        "SELECT * FROM query('COPY latents TO ''/tmp/stolen.csv''')",
+        "SELECT * FROM query('COPY latents TO ''{stolen}/x.csv''')",
         "SELECT * FROM sqlite_scan('{features}/notes.sqlite', 'notes')",
-        "COPY latents TO '/tmp/stolen.csv'",
+        "COPY latents TO '{stolen}/x.csv'",
         "CREATE TABLE x AS SELECT 1",
-        "ATTACH '/tmp/x.db'",
+        "ATTACH '{stolen}/x.db'",
         "INSTALL httpfs",
         "LOAD httpfs",
         "SET enable_external_access = true",
         "RESET lock_configuration",
         "PRAGMA database_list",
         "SELECT 1; SELECT 2",
-        "SELECT 1; COPY latents TO '/tmp/stolen.csv'",
+        "SELECT 1; COPY latents TO '{stolen}/x.csv'",
         "EXPLAIN ANALYZE SELECT 1",
         "DROP VIEW latents",
         "",
@@ -65,10 +63,10 @@ def test_a_select_over_every_table_is_answered(fenced):
         "SELECT * FROM features",
     ],
 )
-def test_nothing_but_one_select_over_the_tables_is_answered(fenced, features, sql):
+def test_nothing_but_one_select_over_the_tables_is_answered(fenced, features, tmp_path, sql):
     with pytest.raises(InputError):
-        fenced.select(sql.replace("{features}", str(features)))
-    assert not Path("/tmp/stolen.csv").exists()
+        fenced.select(sql.replace("{features}", str(features)).replace("{stolen}", str(tmp_path)))
+    assert list(tmp_path.iterdir()) == []
     assert fenced.select("SELECT count(*) FROM latents")["rows"] == [[N]]
 
 
