@@ -32,10 +32,11 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 # Files side by side, each in one thread: threads of two processes that wait for each other on the
-# same cores take several times as long. numba would start its own beside OpenMP's.
+# same cores take several times as long. numba would start its own beside OpenMP's. Three of them,
+# since many tests wait for processes they have started.
 # In the order of names: the files with the fewest tests take longest, and would come last.
 test: check demo
-	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 bench: $(STAMP) $(PEERS)
 	$(BIN)/python -m bench
