@@ -24,7 +24,7 @@ from harvest.documents import Document
 from harvest.encoding import DocumentEncoder
 from harvest.models import load_model, load_tokenizer, tokenizer_fingerprint
 from harvest.sites import Site, SiteTap
-from pipelines.features.folder import require_run
+from pipelines.features.folder import WITHOUT_SAE, require_run
 from pipelines.features.texts import TokenTexts
 from pipelines.source import model_of
 from store.device import choose_device
@@ -172,9 +172,9 @@ class LiveModel:
 
 def _same_sae(features: Path, run: dict[str, Any], device: str) -> SAE:
     """The SAE of the tables."""
-    if run["sae"] == "identity":
+    if what := WITHOUT_SAE.get(run["sae"]):
         raise InputError(
-            f"{features} holds tables of neurons; live text and steering are for an SAE's latents."
+            f"{features} holds tables of {what}; live text and steering are for an SAE's latents."
         )
     try:
         sae = SAE.load(run["sae"], device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,13 +14,9 @@ import numba
 import torch
 import torch.distributed as dist
 
+from tests.forked import SERVER
+
 CPU = torch.device("cpu")
-# A fresh interpreter would import torch for every process; forking this one, which has threads,
-# is not safe. The server has imported everything and has run nothing.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.processes", "train.trainer", "train.distributed"])
-
-
 GROUPS = count()
 
 

@@ -29,6 +29,7 @@ from tests.commands import (
     wait_for,
 )
 from tests.faulty_disk import CODES, FaultyDisk, faulty, sentence_of
+from tests.forked import forked
 from tests.synthetic import make_plan, make_store
 from tests.test_faults import SHORT, assert_nothing_wrong, assert_whole
 
@@ -116,7 +117,7 @@ def test_a_harvest_killed_again_and_again_gives_the_same_store(
     rng = random.Random(0)
     for _ in range(KILLS):
         aim = commits(path) + rng.randint(1, 18)
-        with harvesting(*arguments) as process:
+        with forked("harvest", *arguments) as process:
             assert wait_for(partial(reached, path, aim), 60)
             time.sleep(rng.uniform(0, 0.03))
             process.kill()
@@ -151,7 +152,7 @@ def test_two_drivers_at_once_make_one_store(
 ) -> None:
     path = tmp_path / "store"
     arguments = options(model_folder, corpus_file, path, **MANY_SHARDS)
-    with harvesting(*arguments) as one, harvesting(*arguments) as two:
+    with forked("harvest", *arguments) as one, forked("harvest", *arguments) as two:
         ends = [
             subprocess.CompletedProcess(driver.args, driver.wait(180), *driver.communicate())
             for driver in (one, two)

@@ -14,8 +14,8 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 
 from harvest.models import load_tokenizer, resolve_model
-from pipelines.features import build as build_module
 from pipelines.features import neighbours as neighbours_module
+from pipelines.features import sources
 from pipelines.features.build import build
 from pipelines.features.cli import main
 from pipelines.features.contexts import STRATA
@@ -255,7 +255,7 @@ def test_a_build_is_the_same_bytes_every_time(folders: Folders, tmp_path: Path) 
 def test_tables_are_the_same_bytes_for_other_blocks(
     folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_contexts: int
 ) -> None:
-    monkeypatch.setattr(build_module, "block_rows", lambda *_: n_contexts * 32)
+    monkeypatch.setattr(sources, "block_rows", lambda *_: n_contexts * 32)
     build(*folders[:2], tmp_path / "out", BUILD_CONFIG)
     here, there = contents(tmp_path / "out"), contents(folders[2])
     assert sum(name.startswith("firings/") for name in here) == 256 / n_contexts

@@ -1,28 +1,23 @@
-"""delphi's caches of latents: written from tables, and read."""
+"""delphi's caches of latents, written from tables."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from harvest.models import resolve_model
 from harvest.sites import Site
-from pipelines.exports import delphi, delphi_tables
-from pipelines.exports.delphi_cache import DelphiCache
+from pipelines.exports import delphi
 from pipelines.exports.hookpoints import hookpoint
-from pipelines.features.firings import Firings
-from pipelines.features.profile import profile
 from store.errors import InputError
 from store.reader import ActivationStore
 from tests.export_cases import built, exported, refusal
-from tests.feature_cases import BUILD_CONFIG, DEAD, SAE_LATENTS, read_table
+from tests.feature_cases import DEAD, SAE_LATENTS, read_table
 
 Triples = dict[tuple[int, int], float]  # activations by row and latent
 
@@ -180,136 +175,3 @@ def test_a_site_is_called_after_the_module_that_puts_it_out(
         return
     with pytest.raises(InputError, match="say with --name"):
         hookpoint(model, Site.parse(site))
-
-
-# ---- the way in
-
-
-def flat(blocks: list[Firings], length: int) -> Triples:
-    found = {}
-    for block in blocks:
-        for latent, (low, high) in enumerate(zip(block.starts[:-1], block.starts[1:], strict=True)):
-            rows = block.row[low:high]
-            assert (np.diff(rows) > 0).all()
-            for row, value in zip(rows.tolist(), block.value[low:high].tolist(), strict=True):
-                found[block.first_row + row, latent] = value
-    return found
-
-
-@pytest.mark.parametrize("n_contexts", [1, 7, 256, 1000])
-def test_a_cache_is_read_in_blocks_of_contexts(
-    features: Path,
-    store: ActivationStore,
-    firings: Triples,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    n_contexts: int,
-) -> None:
-    monkeypatch.setattr(delphi, "SPLIT_FIRINGS", len(firings) // 3)
-    cache = DelphiCache(exported(features, "delphi", tmp_path / "out") / "latents" / "h.1")
-    assert (cache.n_latents, cache.n_rows, cache.context_length) == (48, store.n_rows, 32)
-    assert cache.model_name == store.plan["model"]["name"]
-    np.testing.assert_array_equal(cache.tokens, store.tokens(0, store.n_contexts))
-    blocks = list(cache.blocks(n_contexts))
-    firsts = [block.first_row for block in blocks]
-    assert firsts == list(range(0, store.n_rows, n_contexts * 32))
-    assert flat(blocks, 32) == half(firings)
-
-
-def written(folder: Path, **tensors: Any) -> Path:
-    """A cache of 4 contexts of 3 tokens, two files, and negative activations."""
-    folder.mkdir()
-    tokens = np.arange(12).reshape(4, 3)
-    parts = {
-        "0_1": {
-            "locations": np.array([[0, 0, 1], [0, 2, 0], [3, 1, 1]], np.uint16),
-            "activations": np.array([0.5, -2, 1], np.float16),
-            "tokens": tokens,
-        },
-        "2_4": {
-            "locations": np.array([[1, 0, 0], [1, 0, 2], [2, 2, 1]], np.uint32),
-            "activations": np.array([3, 4, 5], np.float16),
-            "tokens": tokens,
-        },
-    }
-    parts["2_4"] |= tensors
-    for stem, content in parts.items():
-        kept = {name: tensor for name, tensor in content.items() if tensor is not None}
-        save_file(kept, folder / f"{stem}.safetensors")
-    return folder
-
-
-def test_negative_activations_are_no_firings(tmp_path: Path) -> None:
-    cache = DelphiCache(written(tmp_path / "cache"))
-    assert (cache.n_latents, cache.n_rows, cache.model_name) == (5, 12, None)
-    expected = {(0, 1): 0.5, (10, 1): 1, (3, 2): 3, (3, 4): 4, (8, 3): 5}
-    assert flat(list(cache.blocks(2)), 3) == expected
-
-
-def test_a_cache_is_counted_like_a_store(
-    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(delphi_tables, "BLOCK_FIRINGS", 10_000)
-    cache = DelphiCache(exported(features, "delphi", tmp_path / "out") / "latents" / "h.1")
-    blocks = delphi_tables.write_firings(cache, tmp_path / "tables")
-    rows = delphi_tables.write_rows(cache, tmp_path / "tables")
-    assert len(blocks) > 3
-    assert blocks.missing() == []
-    documents = delphi_tables.documents_table(cache)
-    assert documents["document"].to_pylist() == list(range(len(cache.tokens)))
-    assert (np.bincount(rows.document) == 32).all()
-    everything = np.arange(cache.n_rows)
-    assert rows.read(everything).all()
-    scores = rows.scores(everything).reshape(-1, 32)
-    assert (scores == scores[:, :1]).all()
-    assert 0.3 < scores[:, 0].mean() < 0.7
-    found = profile(blocks, rows, 32, BUILD_CONFIG, 0, cache.n_latents)
-    for facts in read_table(features, "latents"):
-        latent = facts["latent"]
-        assert found.n_fire[latent] == facts["n_fire"]
-        assert found.n_contexts[latent] == facts["n_contexts"]
-        assert found.largest[latent] == np.float16(facts["max"])
-        mean = found.power_sums[latent, 0] / max(facts["n_fire"], 1)
-        assert mean == pytest.approx(facts["mean"], rel=1e-3)
-        pairs = found.tokens.filter(pc.equal(found.tokens["latent"], latent))
-        assert pairs["count"].to_pylist()[:10] == facts["top_token_counts"]
-
-
-def test_a_cache_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no cache of delphi's"):
-        DelphiCache(tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds no cache of delphi's"):
-        DelphiCache(tmp_path / "empty")
-    folder = written(tmp_path / "gap")
-    (folder / "2_4.safetensors").rename(folder / "3_5.safetensors")
-    with pytest.raises(InputError, match="lacks the file of latent 2"):
-        DelphiCache(folder)
-    folder = written(tmp_path / "damaged")
-    path = folder / "2_4.safetensors"
-    path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(InputError, match=r"2_4\.safetensors is damaged"):
-        DelphiCache(folder)
-    folder = written(tmp_path / "config")
-    (folder / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"config\.json is damaged"):
-        DelphiCache(folder)
-
-
-def test_a_cache_without_tokens_is_refused(tmp_path: Path) -> None:
-    folder = written(tmp_path / "cache", tokens=None)
-    assert DelphiCache(folder).n_rows == 12  # the other file has them
-    (folder / "0_1.safetensors").unlink()
-    with pytest.raises(InputError, match="holds no tokens"):
-        DelphiCache(folder)
-
-
-def test_an_unsorted_cache_is_refused(tmp_path: Path) -> None:
-    locations = np.array([[2, 2, 1], [1, 0, 2], [1, 0, 0]], np.uint16)
-    cache = DelphiCache(written(tmp_path / "cache", locations=locations))
-    with pytest.raises(InputError, match="is not sorted by context"):
-        list(cache.blocks(2))
-    locations = np.array([[1, 0, 0], [1, 3, 2], [2, 2, 1]], np.uint16)
-    cache = DelphiCache(written(tmp_path / "long", locations=locations))
-    with pytest.raises(InputError, match="says more than its tokens do"):
-        list(cache.blocks(4))

@@ -23,7 +23,7 @@ from tests.feature_cases import (
     encode_blocks,
     made_case,
 )
-from tests.processes import SERVER
+from tests.forked import SERVER
 
 pytestmark = pytest.mark.slow
 Folders = tuple[Path, Path, Path]

@@ -7,9 +7,9 @@ import random
 import shutil
 import signal
 import struct
-import subprocess
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,14 +28,13 @@ from tests.feature_cases import (
     ENTRIES,
     assert_same_files,
     build_refusal,
-    command,
     encode_blocks,
     made_case,
     refusal,
     save_sae,
     sentence,
 )
-from tests.processes import SERVER
+from tests.forked import SERVER, Forked, ended, forked
 
 KILLS = 10
 BLOCKS = 8
@@ -144,16 +143,16 @@ def test_the_command_killed_at_random_moments_and_continued(
 ) -> None:
     whole = tmp_path / "whole"
 
-    def start(out: Path) -> subprocess.Popen[str]:
+    def start(out: Path) -> AbstractContextManager[Forked]:
         given = ("build", "--store", folders[0], "--sae", folders[1], "--out", out, "--window", 9)
-        return subprocess.Popen(command(*given), stderr=subprocess.PIPE, text=True)
+        return forked("sae-features", *given)
 
-    undisturbed = start(whole)
-    assert wait_for((whole / BUILDING_FILE).exists, 120)
-    began = time.monotonic()
-    assert wait_for((whole / "run.json").exists, 120)
-    seconds = time.monotonic() - began
-    assert undisturbed.communicate()[1].count("Traceback") == undisturbed.returncode == 0
+    with start(whole) as undisturbed:
+        assert wait_for((whole / BUILDING_FILE).exists, 120)
+        began = time.monotonic()
+        assert wait_for((whole / "run.json").exists, 120)
+        seconds = time.monotonic() - began
+        assert undisturbed.communicate()[1].count("Traceback") == undisturbed.returncode == 0
 
     rng, seed = random.Random(), random.randrange(10**6)
     rng.seed(seed)
@@ -162,11 +161,11 @@ def test_the_command_killed_at_random_moments_and_continued(
     out, times = tmp_path / "0", dict[str, int]()
     while kills < KILLS:
         before = stamp(out)
-        process = start(out)
-        assert begun(process, out, before)
-        time.sleep(rng.uniform(0, seconds))
-        process.kill()
-        told = process.communicate()[1]
+        with start(out) as process:
+            assert begun(process, out, before)
+            time.sleep(rng.uniform(0, seconds))
+            process.kill()
+            told = process.communicate()[1]
         assert times.items() <= block_times(out).items()  # no block was encoded again
         times = block_times(out)
         ends.append(process.returncode)
@@ -177,14 +176,13 @@ def test_the_command_killed_at_random_moments_and_continued(
             assert_same_files(out, whole)
             number += 1
             out, times = tmp_path / str(number), {}
-    last = start(out)
-    assert last.communicate()[0] is None
-    assert last.returncode == 0
+    with start(out) as last:
+        assert last.wait(120) == 0
     assert_same_files(out, whole)
     assert times.items() <= block_times(out).items()
 
 
-def begun(process: subprocess.Popen[str], out: Path, before: int | None) -> bool:
+def begun(process: Forked, out: Path, before: int | None) -> bool:
     """Waits until a build has begun, or has ended as there was nothing to do."""
     return wait_for(lambda: stamp(out) != before or process.poll() is not None, 120)
 
@@ -248,10 +246,10 @@ def test_a_second_build_into_the_same_folder_is_refused(folders: Folders, tmp_pa
 
     def on_progress(what: str, done: int, total: int) -> None:
         if what == "counting":
-            second = command("build", "--store", store, "--sae", sae, "--out", out, "--window", 9)
-            ended = subprocess.run(second, capture_output=True, text=True, check=False)
-            assert (ended.returncode, ended.stdout) == (1, "")
-            told.append(sentence(ended.stderr))
+            given = ("build", "--store", store, "--sae", sae, "--out", out, "--window", 9)
+            second = ended("sae-features", *given)
+            assert (second.returncode, second.stdout) == (1, "")
+            told.append(sentence(second.stderr))
 
     build(store, sae, out, config, on_progress=on_progress)
     assert told == [f"{out} is being built by another process; wait for it."]

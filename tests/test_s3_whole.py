@@ -22,7 +22,8 @@ from store.errors import StoreError
 from store.objects import open_objects
 from store.reader import ActivationStore
 from store.verify import verify
-from tests.commands import digest_of, harvest, harvesting, invoke, options, refusal, wait_for
+from tests.commands import digest_of, harvest, invoke, options, refusal, wait_for
+from tests.forked import forked
 from tests.s3_server import S3Server, s3_server, without_aws
 
 pytestmark = pytest.mark.slow
@@ -138,7 +139,7 @@ def test_killed_anywhere_and_continued_gives_the_same_store(
     killed = 0
     for _ in range(KILLS):
         before = len(objects.keys("commits/"))
-        with harvesting(*given, env=environment) as process:
+        with forked("harvest", *given, environment=environment) as process:
             wait_for(lambda n=before: len(objects.keys("commits/")) > n, 60)
             time.sleep(rng.random() * 0.1)
             process.send_signal(signal.SIGKILL)

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from store.errors import RunError
+from tests.forked import ended, forked
 from tests.synthetic import make_plan, make_store
 from train import member as members_of_passes
 from train import sweep as sweeps
@@ -183,20 +182,17 @@ def test_a_killed_sweep_ends_with_the_same_bits(
     alone: Path, store_path: Path, tmp_path: Path
 ) -> None:
     file = write(tmp_path / "sweep.yaml", FILE)
-    command = [sys.executable, "-m", "train.cli", "sweep", str(file), "--device", "cpu"]
-    command += ["--store", str(store_path), "--out"]
+    command = ("train-sae", "sweep", file, "--device", "cpu", "--store", store_path, "--out")
     whole, out = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run([*command, str(whole)], cwd=ROOT, check=True, capture_output=True)
+    assert ended(*command, whole).returncode == 0
     for step in (2, 11, 23):
-        process = subprocess.Popen([*command, str(out)], cwd=ROOT, stderr=subprocess.DEVNULL)
         metrics, deadline = out / NAMES[1] / "metrics.jsonl", time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            if metrics.exists() and metrics.read_bytes().count(b"\n") >= step:
-                break
-            time.sleep(0.001)
-        process.kill()
-        process.wait()
-    again = subprocess.run([*command, str(out)], cwd=ROOT, capture_output=True, text=True)
+        with forked(*command, out) as process:
+            while time.monotonic() < deadline and process.poll() is None:
+                if metrics.exists() and metrics.read_bytes().count(b"\n") >= step:
+                    break
+                time.sleep(0.001)
+    again = ended(*command, out)
     assert again.returncode == 0, again.stderr
     assert_same_runs(out, whole, NAMES)
 

@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.forked import ended, forked
 from train.config import TrainConfig
 from train.trainer import train
 
-ROOT = Path(__file__).parents[1]
 SITE, TARGET = "resid_mid.1", "mlp_out.1"
 STEPS, ROWS = 60, 64
 SHARED = {
@@ -115,20 +113,19 @@ def test_a_run_killed_at_random_steps_ends_with_the_same_bits(
     settings = SHARED | CASES[case] | {"store": str(store_path), "site": SITE, "device": "cpu"}
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings))
     out = tmp_path / "sae"
-    command = [sys.executable, "-m", "train.cli", "run", "--config", str(tmp_path / "job.yaml")]
-    command += ["--out", str(out)]
+    command = ("train-sae", "run", "--config", tmp_path / "job.yaml", "--out", out)
     chance = random.Random(case)
     for kill_at in sorted(chance.sample(range(1, STEPS), 3)):
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            metrics = out / "metrics.jsonl"
-            if metrics.exists() and metrics.read_bytes().count(b"\n") >= kill_at:
-                break
-            time.sleep(0.001)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        with forked(*command) as process:
+            deadline = time.monotonic() + 120
+            while time.monotonic() < deadline and process.poll() is None:
+                metrics = out / "metrics.jsonl"
+                if metrics.exists() and metrics.read_bytes().count(b"\n") >= kill_at:
+                    break
+                time.sleep(0.001)
+            process.kill()
+            assert process.wait() == -signal.SIGKILL
+    again = ended(*command)
     assert again.returncode == 0, again.stderr
     assert_same_result(out, finished)
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,17 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
+from harvest.models import load_tokenizer
 from pipelines.features import job as jobs
 from pipelines.features import rows, tables
 from pipelines.features.candidates import TokenRows
 from pipelines.features.config import FeatureConfig
 from pipelines.features.contexts import AT_ONCE, Wanted, wanted_rows
-from pipelines.features.dictionary import IDENTITY, load_dictionary
-from pipelines.features.firings import block_rows
 from pipelines.features.folder import (
     BUILDING_FILE,
+    DELPHI,
     FORMAT,
+    IDENTITY,
     RUN_FILE,
     check_tables,
     read_record,
@@ -42,11 +43,11 @@ from pipelines.features.lens import logit_lens
 from pipelines.features.neighbours import compared_at_once, counted_rows, counted_share
 from pipelines.features.pool import Pool, open_pool
 from pipelines.features.profile import Kept, latents_at_once
-from pipelines.source import model_of
+from pipelines.features.sources import Given, open_source
+from pipelines.features.texts import TokenTexts
 from store.device import choose_device
 from store.errors import RunError
 from store.objects import LocalObjects, make_folder
-from store.reader import ActivationStore
 from train.files import write_json
 
 BLOOM = {"ndv": tables.ROW_GROUP, "fpp": 0.01}
@@ -73,6 +74,7 @@ def build(
     config: FeatureConfig,
     *,
     site: str | None = None,
+    model: str | None = None,
     workers: int = 0,
     address: str | None = None,
     device: str = "auto",
@@ -83,8 +85,9 @@ def build(
     Killed at any moment, the same call continues: with the blocks that have been encoded.
 
     Args:
-        sae_path: `identity` for the neurons of a site.
-        site: of the neurons, if the store has several; an SAE knows its own.
+        sae_path: `identity` for the neurons of a site; `delphi` if `place` is a cache of delphi's.
+        site: of the neurons, if the store has several, or of a cache; an SAE knows its own.
+        model: of a cache that does not name it.
         workers: Ray workers, 0 for none; they all have to see `out` and the store.
         address: of a Ray cluster; None starts a Ray of our own.
 
@@ -92,19 +95,22 @@ def build(
         RunError: the SAE does not fit the store, or `out` holds something else or can't be written.
         SaeHarvestError: the store or the SAE cannot be read.
     """
-    store, device = ActivationStore.open(place), choose_device(device)
-    sae = str(sae_path) if str(sae_path) == IDENTITY else str(Path(sae_path).resolve())
-    dictionary = load_dictionary(store, sae, site, device)
+    sae, device = str(sae_path), choose_device(device)
+    if sae not in (IDENTITY, DELPHI):
+        sae = str(Path(sae).resolve())
+    given = Given(str(place), sae, site, model, device)
+    source = open_source(given)
+    dictionary = source.dictionary
     asked: dict[str, Any] = {
         "tables": FORMAT,
-        "store": store.place,
-        "store_digest": store.digest,
+        "store": source.place,
+        "store_digest": source.digest,
         "sae": sae,
         "sae_digest": dictionary.digest,
         "site": dictionary.site,
-        "model": store.plan["model"]["name"],
+        "model": source.model_name,
         "n_latents": dictionary.n_latents,
-        "context_length": store.context_length,
+        "context_length": source.context_length,
         "rows": dictionary.rule.describe(),
         "config": config.model_dump(mode="json"),
         "code": version("sae-harvest"),
@@ -115,21 +121,11 @@ def build(
         for name in (BUILDING_FILE, LOCK_FILE):  # killed just before
             (out / name).unlink(missing_ok=True)
         return Built(existing, None)
-    job = Job(
-        store=store.place,
-        store_digest=store.digest,
-        sae=sae,
-        sae_digest=dictionary.digest,
-        out=str(out.absolute()),
-        site=dictionary.site,
-        rule=dictionary.rule,
-        config=config,
-        n_latents=dictionary.n_latents,
-        block_rows=block_rows(store.shard_rows, store.context_length, dictionary.pairs_per_row),
-        device=device,
-    )
+    given = replace(given, store=source.place)  # an absolute path
+    job = Job(given, source.digest, dictionary.digest, str(out.absolute()), config)
     work = work_of(job)
-    work.store, work.dictionary = store, dictionary  # or they would be opened again
+    work.source = source  # or it would be opened again
+    work.texts = TokenTexts(load_tokenizer(source.model))  # is there, or nothing is written
     start = time.perf_counter()
     with writing(out), claimed(out, asked):
         if existing := read_run(out):  # by another process, meanwhile
@@ -198,18 +194,18 @@ def writing(out: Path) -> Iterator[None]:
 def _make(job: Job, pool: Pool, on_progress: Progress) -> dict[str, Any]:
     """Makes everything; what run.json says of it."""
     work, out = work_of(job), Path(job.out)
-    n_read = rows.write_rows(work.store, job.site, job.rule, out)
+    n_read = rows.write_rows(work.source.rows(), work.source.n_rows, out)
     _encode(job, work, pool, on_progress)
     kept, n_firings = _profile(job, work, pool, n_read, on_progress)
     share = counted_share(n_firings, n_read)
     others = _compare(job, work, pool, share, on_progress)
     _show(job, work, pool, kept, others, on_progress)
     with tables.TableWriter(out / "documents.parquet") as writer:
-        writer.add(tables.documents_table(work.store))
+        writer.add(work.source.documents())
     cofire_rows = 0
     for block in range(len(work.blocks)):
         first, last = work.blocks.span(block)
-        counted = counted_rows(first, last, work.store.context_length, share)
+        counted = counted_rows(first, last, work.source.context_length, share)
         cofire_rows += int(work.rows.read(np.arange(first, last)[counted]).sum())
     shutil.rmtree(out / rows.FOLDER)
     return {"n_rows": n_read, "n_firings": n_firings, "cofire_rows": cofire_rows}
@@ -230,22 +226,23 @@ def _profile(
 ) -> tuple[list[Kept], int]:
     """latents, histograms and tokens; what examples are made of, and how often anything fires."""
     out, dictionary, texts = work.out, work.dictionary, work.texts
-    model, n_logits = model_of(work.store), job.config.n_logits
-    lens = logit_lens(model, dictionary.writes_to, dictionary.W_dec, n_logits, len(texts))
-    weights = dictionary.weights | {"W_dec": dictionary.W_dec.numpy()}
-    spans = _spans(job.n_latents, latents_at_once(work.blocks, len(texts)), pool)
+    source, n_logits, lens, weights = work.source, job.config.n_logits, None, dictionary.weights
+    if (W_dec := dictionary.W_dec) is not None:
+        lens = logit_lens(source.model, dictionary.writes_to, W_dec, n_logits, len(texts))
+        weights = weights | {"W_dec": W_dec.numpy()}
+    spans = _spans(dictionary.n_latents, latents_at_once(work.blocks, len(texts)), pool)
     kept, n_firings, tokens = [], 0, []
     latents = tables.TableWriter(out / "latents.parquet")
     histograms = tables.TableWriter(out / "histograms.parquet")
     with latents, histograms:
         for found in pool.map(jobs.profile_latents, ((job, *span) for span in spans)):
-            n_contexts = work.store.n_contexts
+            n_contexts = source.n_rows // source.context_length
             latents.add(tables.latents_table(found, n_read, n_contexts, weights, lens, texts))
             histograms.add(tables.histograms_table(found))
             tokens.append(tables.tokens_part(found, job.config))
             kept.append(found.kept)
             n_firings += int(found.n_fire.sum())
-            on_progress("counting", found.first + len(found.n_fire), job.n_latents)
+            on_progress("counting", found.first + len(found.n_fire), dictionary.n_latents)
     # text is not sorted by, and asked for
     with tables.TableWriter(out / "tokens.parquet", bloom_filter_options={"text": BLOOM}) as writer:
         for table in tables.tokens_tables(tokens, texts):
@@ -258,12 +255,13 @@ def _compare(
 ) -> npt.NDArray[np.int64]:
     """neighbours; the nearest few of each latent [n_latents, at most 2 FOLLOWED]."""
     nearest = []
-    spans = _spans(job.n_latents, compared_at_once(job.n_latents), pool)
+    n_latents = work.dictionary.n_latents
+    spans = _spans(n_latents, compared_at_once(n_latents), pool)
     with tables.TableWriter(work.out / "neighbours.parquet") as writer:
         for near in pool.map(jobs.neighbours_of_latents, ((job, share, *s) for s in spans)):
             writer.add(tables.neighbours_table(near, work.dictionary.W_dec))
             nearest.append(np.hstack([near.alike[:, :FOLLOWED], near.along[:, :FOLLOWED]]))
-            on_progress("comparing", near.first + len(near.alike), job.n_latents)
+            on_progress("comparing", near.first + len(near.alike), n_latents)
     return np.concatenate(nearest)
 
 
@@ -277,7 +275,7 @@ def _show(
 ) -> None:
     """contexts."""
     drawn = np.concatenate([np.where(k.random.used, k.random.row, -1) for k in kept])
-    token_rows, n_rows = TokenRows(work.rows, job.config.seed), work.store.n_rows
+    token_rows, n_rows = TokenRows(work.rows, job.config.seed), work.source.n_rows
 
     def pieces() -> Iterator[tuple[Job, Wanted, int, int]]:
         for part in kept:
@@ -300,7 +298,7 @@ def _show(
             written.result()
             written = aside.submit(writer.add, table)
             if len(table):
-                on_progress("showing", table["latent"][-1].as_py() + 1, job.n_latents)
+                on_progress("showing", table["latent"][-1].as_py() + 1, work.dictionary.n_latents)
         written.result()
 
 

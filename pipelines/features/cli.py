@@ -33,8 +33,13 @@ main.add_command(export_command)
 
 @main.command()
 @store_option
-@click.option("--sae", required=True, help="Trained SAE; identity for the neurons themselves.")
-@click.option("--site", help="Of the neurons: mlp_act.8, say, if the store has several sites.")
+@click.option(
+    "--sae",
+    required=True,
+    help="Trained SAE; identity for the neurons themselves; delphi if --store is a cache of it.",
+)
+@click.option("--site", help="Of the neurons, if the store has several, or of the cache: mlp_out.8")
+@click.option("--model", help="Of the cache, if it does not name it.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option(
     "--top",

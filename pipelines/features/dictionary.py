@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from harvest.models import load_model
 from harvest.sites import Site, locate
 from pipelines.features.encode import Encoder
+from pipelines.features.folder import IDENTITY
 from pipelines.source import model_of
 from store.errors import InputError, RunError
 from store.reader import ActivationStore
 from store.rules import RowRule
 from train.sae import SAE
 
-IDENTITY = "identity"  # stands for the neurons where the path of an SAE is asked for
 ACTIVE = 1024  # latents per row that a block has room for where no k is given
 BLOCK = 512  # neurons whose output weights are read at a time
 
@@ -28,18 +28,19 @@ BLOCK = 512  # neurons whose output weights are read at a time
 class Dictionary:
     """Latents, and what is known of them beside their activations.
 
-    site: what it reads; rule: on which rows. encoder: gives rows their latents. pairs_per_row:
-    that fire on a row, about, or at most. digest: identity. W_dec: float32 [n_latents, d], what a
-    latent writes, at the site `writes_to`. weights: W_enc and b_enc, where there is an encoder.
+    site: what it reads; rule: on which rows. encoder: gives rows their latents; None if that has
+    been done. pairs_per_row: that fire on a row, about, or at most. digest: identity. W_dec:
+    float32 [n_latents, d], what a latent writes, at the site `writes_to`; None if not known.
+    weights: W_enc and b_enc, of an SAE.
     """
 
     site: str
     rule: RowRule
-    encoder: Encoder
+    encoder: Encoder | None
     n_latents: int
     pairs_per_row: int
     digest: str
-    W_dec: Tensor
+    W_dec: Tensor | None
     writes_to: str
     weights: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
 

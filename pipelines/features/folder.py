@@ -13,6 +13,8 @@ from store.errors import RunError
 FORMAT = "2"
 TABLES = ("latents", "contexts", "histograms", "neighbours", "tokens", "documents")
 FIRINGS = "firings"  # a folder of files
+IDENTITY, DELPHI = "identity", "delphi"  # stand where the path of an SAE is asked for
+WITHOUT_SAE = {IDENTITY: "neurons", DELPHI: "a cache of delphi's"}
 RUN_FILE, BUILDING_FILE = "run.json", "building.json"
 
 

@@ -12,39 +12,29 @@ import pyarrow as pa
 from harvest.models import load_tokenizer
 from pipelines.features.config import FeatureConfig
 from pipelines.features.contexts import Wanted, contexts
-from pipelines.features.dictionary import Dictionary, load_dictionary
-from pipelines.features.encode import encode
+from pipelines.features.dictionary import Dictionary
 from pipelines.features.firings import Blocks, publish
 from pipelines.features.neighbours import Neighbours, neighbours
 from pipelines.features.profile import Profile, profile
 from pipelines.features.rows import Rows
+from pipelines.features.sources import Given, Source, open_source
 from pipelines.features.texts import TokenTexts
-from pipelines.source import model_of
 from store.errors import RunError
 from store.objects import LocalObjects
-from store.reader import ActivationStore
-from store.rules import RowRule
 
 
 @dataclass(frozen=True)
 class Job:
     """A build, in a form that travels to a worker.
 
-    store, sae, out: places, as absolute paths, or `identity`; store_digest: of the store as it was
-    when the build began; site; rule: which rows are read; block_rows: see `features.firings`.
+    source_digest: of the store as it was when the build began; out: an absolute path.
     """
 
-    store: str
-    store_digest: str
-    sae: str
-    sae_digest: str
+    given: Given
+    source_digest: str
+    dictionary_digest: str
     out: str
-    site: str
-    rule: RowRule
     config: FeatureConfig
-    n_latents: int
-    block_rows: int
-    device: str
 
 
 class Work:
@@ -55,19 +45,20 @@ class Work:
         self.out = Path(job.out)
 
     @cached_property
-    def store(self) -> ActivationStore:
-        return ActivationStore.open(self.job.store, self.job.store_digest)
-
-    @cached_property
-    def dictionary(self) -> Dictionary:
-        found = load_dictionary(self.store, self.job.sae, self.job.site, self.job.device)
-        if found.digest != self.job.sae_digest:
-            raise RunError(f"The SAE in {self.job.sae} has changed; build again.")
+    def source(self) -> Source:
+        found = open_source(self.job.given, self.job.source_digest)
+        if found.dictionary.digest != self.job.dictionary_digest:
+            raise RunError(f"The SAE in {self.job.given.sae} has changed; build again.")
         return found
+
+    @property
+    def dictionary(self) -> Dictionary:
+        return self.source.dictionary
 
     @cached_property
     def blocks(self) -> Blocks:
-        return Blocks(self.out, self.store.n_rows, self.job.block_rows, self.job.n_latents)
+        n_latents = self.dictionary.n_latents
+        return Blocks(self.out, self.source.n_rows, self.source.block_rows, n_latents)
 
     @cached_property
     def rows(self) -> Rows:
@@ -75,7 +66,7 @@ class Work:
 
     @cached_property
     def texts(self) -> TokenTexts:
-        return TokenTexts(load_tokenizer(model_of(self.store)))
+        return TokenTexts(load_tokenizer(self.source.model))
 
 
 @lru_cache(maxsize=1)
@@ -88,11 +79,8 @@ def encode_block(job: Job, block: int) -> int:
     """Encode a block and publish its firings; the number of rows read."""
     work = work_of(job)
     first, last = work.blocks.span(block)
-    x = work.store.read(job.site, first, last)
     selected = work.rows.read(np.arange(first, last))
-    firings = encode(
-        work.dictionary.encoder, job.n_latents, x, selected, first, job.config.batch_rows
-    )
+    firings = work.source.firings(first, last, selected, job.config.batch_rows)
     publish(LocalObjects(work.out), block, firings)
     return int(selected.sum())
 
@@ -100,19 +88,19 @@ def encode_block(job: Job, block: int) -> int:
 def profile_latents(job: Job, first: int, last: int) -> Profile:
     """See `profile`."""
     work = work_of(job)
-    length = work.store.context_length
+    length = work.source.context_length
     return profile(work.blocks, work.rows, length, job.config, first, last)
 
 
 def neighbours_of_latents(job: Job, share: float, first: int, last: int) -> Neighbours:
     """See `neighbours`."""
     work = work_of(job)
-    length, n = work.store.context_length, job.config.n_neighbours
+    length, n = work.source.context_length, job.config.n_neighbours
     return neighbours(work.blocks, length, work.dictionary.W_dec, n, share, first, last)
 
 
 def contexts_of_latents(job: Job, wanted: Wanted, first: int, last: int) -> pa.Table:
     """See `contexts`."""
     work = work_of(job)
-    length, config = work.store.context_length, job.config
+    length, config = work.source.context_length, job.config
     return contexts(work.blocks, work.rows, length, config, work.texts, wanted, first, last)

@@ -55,13 +55,16 @@ def counted_rows(first: int, last: int, context_length: int, share: float) -> np
 def neighbours(
     blocks: Blocks,
     context_length: int,
-    W_dec: torch.Tensor,
+    W_dec: torch.Tensor | None,
     n: int,
     share: float,
     first: int,
     last: int,
 ) -> Neighbours:
-    """The n nearest of the latents [first, last), over all pairs, both ways."""
+    """The n nearest of the latents [first, last), over all pairs, both ways.
+
+    Without W_dec, `alike` has no columns.
+    """
     together = np.zeros((last - first, blocks.n_latents), np.int32)
     fired = np.zeros(blocks.n_latents, np.int64)
     for block in range(len(blocks)):
@@ -75,7 +78,9 @@ def neighbours(
         row_starts, latents = kernels.by_row(firings.starts, firings.row, len(counted))
         some = firings.starts[first : last + 1]
         kernels.count_together(some, firings.row, counted, row_starts, latents, together)
-    alike = decoder_neighbours(W_dec, first, last, n)
+    alike = np.empty((last - first, 0), np.int64)
+    if W_dec is not None:
+        alike = decoder_neighbours(W_dec, first, last, n)
     along = kernels.most_together(first, together, fired, min(n, blocks.n_latents - 1))
     own = np.arange(last - first)[:, None]
     alike_together, along_together = (

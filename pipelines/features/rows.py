@@ -9,18 +9,23 @@ Written for the time of a build: 13 bytes a row.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from store.reader import ActivationStore
-from store.rules import RowRule, heldout_documents
+from store.rules import heldout_documents
 
 FOLDER = "rows"
 SCORE_FRACTION = 0.5
 SCORE, READ = 1, 2  # bits of `split`
 COLUMNS = {"token": np.int32, "document": np.int64, "split": np.uint8}
+
+# token, document, hash of the document's text, whether the rule reads it: of some rows each
+RowsPart = tuple[
+    npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.uint64], npt.NDArray[np.bool_]
+]
 
 
 class Rows:
@@ -40,25 +45,22 @@ class Rows:
         return (self.split[rows] & SCORE) > 0
 
 
-def write_rows(store: ActivationStore, site: str, rule: RowRule, out: Path) -> int:
-    """Write the files anew; how many rows the rule reads."""
+def write_rows(parts: Iterable[RowsPart], n_rows: int, out: Path) -> int:
+    """Write the files anew; how many rows are read. The parts hold all rows, in order."""
     (out / FOLDER).mkdir(exist_ok=True)
     files = {
         name: np.lib.format.open_memmap(
-            out / FOLDER / f"{name}.npy", "w+", np.dtype(dtype), (store.n_rows,)
+            out / FOLDER / f"{name}.npy", "w+", np.dtype(dtype), (n_rows,)
         )
         for name, dtype in COLUMNS.items()
     }
-    n_read = 0
-    for shard in range(store.n_shards):
-        first, last = store.shard_span(shard)
-        length = store.context_length
-        documents, hashes = store.row_documents(shard)
-        files["token"][first:last] = store.tokens(first // length, last // length).reshape(-1)
-        files["document"][first:last] = documents
-        files["split"][first:last] = for_scores(hashes) * np.uint8(SCORE)
-        read = store.selected_in_shard(site, rule, shard)
-        files["split"][first:last] |= read * np.uint8(READ)
+    first, n_read = 0, 0
+    for tokens, documents, hashes, read in parts:
+        here = slice(first, first + len(tokens))
+        files["token"][here] = tokens
+        files["document"][here] = documents
+        files["split"][here] = for_scores(hashes) * np.uint8(SCORE) | read * np.uint8(READ)
+        first += len(tokens)
         n_read += int(read.sum())
     for file in files.values():
         file.flush()

@@ -20,7 +20,6 @@ from pipelines.features.lens import LogitLens
 from pipelines.features.neighbours import Neighbours, cosines
 from pipelines.features.profile import Profile, bin_edge
 from pipelines.features.texts import TokenTexts
-from store.reader import ActivationStore
 
 ROW_GROUP = 2048  # a point query reads one group: about 30 latents' contexts
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
@@ -223,7 +222,7 @@ def histograms_table(found: Profile) -> pa.Table:
     )
 
 
-def neighbours_table(near: Neighbours, W_dec: Tensor) -> pa.Table:
+def neighbours_table(near: Neighbours, W_dec: Tensor | None) -> pa.Table:
     """Each pair once, by latent, then other."""
     parts = []
     for others, both, kind in (
@@ -245,11 +244,12 @@ def neighbours_table(near: Neighbours, W_dec: Tensor) -> pa.Table:
     at = order[firsts]
     latent, other, together = latent[at], other[at], together[at].astype(np.int64)
     either = near.fired[latent] + near.fired[other] - together
+    nothing = pa.nulls(len(latent), pa.float32())
     return pa.table(
         {
             "latent": latent.astype(np.int32),
             "other": other.astype(np.int32),
-            "decoder_cosine": cosines(W_dec, latent, other),
+            "decoder_cosine": nothing if W_dec is None else cosines(W_dec, latent, other),
             "cofire": together,
             "jaccard": together / np.maximum(either, 1),
             "cosine_rank": pa.array(cosine_rank.astype(np.int16), mask=cosine_rank < 0),
@@ -294,14 +294,6 @@ def tokens_tables(parts: list[pa.Table], texts: TokenTexts) -> Iterator[pa.Table
         some = some.sort_by(order).combine_chunks()
         yield some.add_column(1, "text", texts.of(some["token"].to_numpy()))
         first = last
-
-
-def documents_table(store: ActivationStore) -> pa.Table:
-    """Every document of the store once, by number."""
-    parts = [store.documents(shard) for shard in range(store.n_shards)]
-    documents = pa.concat_tables(parts).sort_by("document")
-    # texts stay in the store: a table that is browsed should not hold the corpus
-    return documents.drop_columns([name for name in documents.column_names if name == "text"])
 
 
 def _nullable(x: npt.NDArray[np.float64]) -> pa.Array:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipelines.features.folder import WITHOUT_SAE
 from pipelines.viewer.tables import Tables, plain
 from store.errors import InputError
 from train.sae import SAE
@@ -106,8 +107,8 @@ def nearest_rows(
 def _decoder(tables: Tables) -> torch.Tensor:
     """float32 [n_latents, width]; the SAE must be the one the tables were made with."""
     path = tables.run["sae"]
-    if path == "identity":
-        raise InputError(f"{tables.features} holds tables of neurons; only SAEs are compared.")
+    if what := WITHOUT_SAE.get(path):
+        raise InputError(f"{tables.features} holds tables of {what}; only SAEs are compared.")
     sae = SAE.load(path)
     if sae.digest != tables.run["sae_digest"]:
         raise InputError(

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from pipelines.exports import delphi
-from pipelines.exports.delphi_cache import DelphiCache
+from pipelines.features.delphi_cache import DelphiCache
 from store.reader import ActivationStore
 from tests.export_cases import built, exported
 from tests.feature_cases import read_table
@@ -96,7 +96,8 @@ def test_we_read_the_cache_it_writes(work: Path) -> None:
     assert (cache.n_latents, cache.context_length, cache.model_name) == (70, 6, "a-model")
     np.testing.assert_array_equal(cache.tokens, np.arange(60).reshape(10, 6))
     dense = np.zeros((60, 70), np.float32)
-    for block in cache.blocks(3):
+    for first in range(0, 10, 3):
+        block = cache.firings(first, min(first + 3, 10))
         latent = np.repeat(np.arange(70), np.diff(block.starts))
         dense[block.first_row + block.row, latent] = block.value
     expected = made_latents().reshape(60, 70).numpy()

@@ -1,6 +1,6 @@
-"""Caches that delphi has written, a block of rows at a time.
+"""Caches that delphi has written, some contexts at a time.
 
-    CACHE/0_1023.safetensors, ...    of one hookpoint: see `delphi`, which writes such files
+    CACHE/0_1023.safetensors, ...    of one hookpoint: see `pipelines.exports.delphi`
 
 What a cache holds is enough for all that is counted from firings and tokens. It says nothing of
 documents, and nothing of the SAE's weights.
@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 from safetensors import SafetensorError, safe_open
 
 from pipelines.features.firings import Firings
 from store.errors import InputError
 
 CONFIG = "config.json"
+PIECE = 1 << 24  # bytes of a file in memory, where it is read for its digest
 
 
 @dataclass(frozen=True)
@@ -120,38 +121,43 @@ class DelphiCache:
     def context_length(self) -> int:
         return self.tokens.shape[1]
 
-    def blocks(self, n_contexts: int) -> Iterator[Firings]:
-        """Firings of so many contexts at a time, the last block's of fewer.
+    def digest(self) -> str:
+        """Of the files, whatever the folder is called."""
+        state = xxhash.xxh3_128()
+        for split in self._splits:
+            state.update(split.path.name.encode())
+            with split.path.open("rb") as file:
+                while piece := file.read(PIECE):
+                    state.update(piece)
+        return state.hexdigest()
+
+    def firings(self, first: int, last: int) -> Firings:
+        """What fires in the contexts [first, last).
 
         delphi keeps negative activations as well; here only those above 0 are firings.
 
         Raises:
-            InputError: a file is not sorted by context, as delphi's are.
+            InputError: a file is not sorted by context, as delphi's are, or damaged.
         """
-        below = [0] * len(self._splits)
-        for first in range(0, len(self.tokens), n_contexts):
-            last = min(first + n_contexts, len(self.tokens))
-            parts = []
-            for number, split in enumerate(self._splits):
-                end = split.below(last) if last < len(self.tokens) else split.n_firings
-                locations, value = split.read(below[number], end)
-                inside = (locations[:, 0] >= first) & (locations[:, 0] < last)
-                if not inside.all() or (locations[:, 1] >= self.context_length).any():
-                    raise InputError(
-                        f"{split.path} is not sorted by context, or says more than its tokens do; "
-                        "have delphi write the cache again."
-                    )
-                below[number] = end
-                row = (locations[:, 0] - first) * self.context_length + locations[:, 1]
-                parts.append((locations[:, 2] + split.first, row, value))
-            yield self._firings(first * self.context_length, parts)
-
-    def _firings(self, first_row: int, parts: list[Any]) -> Firings:
+        parts = []
+        for split in self._splits:
+            low = split.below(first) if first > 0 else 0
+            high = split.below(last) if last < len(self.tokens) else split.n_firings
+            locations, value = split.read(low, high)
+            inside = (locations[:, 0] >= first) & (locations[:, 0] < last)
+            if not inside.all() or (locations[:, 1] >= self.context_length).any():
+                raise InputError(
+                    f"{split.path} is not sorted by context, or says more than its tokens do; "
+                    "have delphi write the cache again."
+                )
+            row = (locations[:, 0] - first) * self.context_length + locations[:, 1]
+            parts.append((locations[:, 2] + split.first, row, value))
         latent, row, value = (np.concatenate(column) for column in zip(*parts, strict=True))
         fires = value > 0
         latent, row, value = latent[fires], row[fires], value[fires]
         order = np.lexsort((row, latent))
         starts = np.searchsorted(latent[order], np.arange(self.n_latents + 1))
+        first_row = first * self.context_length
         return Firings(first_row, 0, starts, row[order].astype(np.int32), value[order])
 
     def _config(self) -> dict[str, Any]:
