@@ -10,8 +10,9 @@ import torch
 
 from pipelines.features import kernels
 from pipelines.features.firings import Blocks
+from train.kernels import kernels_for
 
-BLOCK = 1024  # rows of the similarity matrix at a time: [1024, n_latents] is never large
+BLOCK, BATCH = 2048, 8192  # latents, and those they are compared with, at a time
 PAIRS = 4096  # whose cosines are taken at a time, in cache
 COUNTS = 1 << 27  # numbers of the matrix of firing together at a time, int32
 MOST_PAIRS = 1 << 30  # (row, latent, latent) that are counted; above, on evenly spaced contexts
@@ -94,21 +95,54 @@ def decoder_neighbours(
 ) -> npt.NDArray[np.int64]:
     """The latents whose decoder rows point most nearly the same way as those of [first, last).
 
+    A low-precision product names some that are near, the n-th nearest of which bounds how near one
+    has to be; a second one names all that may be, and exact cosines decide.
+
     Args:
         W_dec: [n_latents, d_out] float32.
 
     Returns:
-        [last - first, min(n_neighbours, n_latents - 1)], nearest first.
+        [last - first, min(n_neighbours, n_latents - 1)], nearest first, of equal ones the lower.
     """
     unit = torch.nn.functional.normalize(W_dec, dim=1)
-    n = min(n_neighbours, len(unit) - 1)
+    n = max(0, min(n_neighbours, len(unit) - 1))
+    kernels, zeros = kernels_for(unit.device), torch.zeros(len(unit))
+    low = kernels.low_precision(unit)
+    count = min(low.candidates(n + 1), len(unit))  # a row is near itself
+
+    def nearest(own: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and numbers [own, n] of the nearest among some others [own, any], -1: none."""
+        cosines = kernels.preactivations(unit[own], unit, zeros, others)
+        cosines.masked_fill_((others == own[:, None]) | (others < 0), -torch.inf)
+        cosines, order = cosines.sort(dim=1, descending=True, stable=True)
+        return cosines[:, :n], others.gather(1, order)[:, :n].long()
+
     found = torch.empty(last - first, n, dtype=torch.int64)
-    for low in range(first, last, BLOCK):
-        high = min(low + BLOCK, last)
-        similarity = unit[low:high] @ unit.T  # [block, n_latents]
-        similarity[torch.arange(high - low), torch.arange(low, high)] = -torch.inf
-        found[low - first : high - first] = similarity.topk(n, dim=1).indices
+    for begin in range(first, last if n else first, BLOCK):
+        own = torch.arange(begin, min(begin + BLOCK, last))
+        bound = nearest(own, kernels.choose(unit[own], low, zeros, count))[0][:, -1]
+        mine, pairs = low.rows(own), []
+        for start in range(0, len(unit), BATCH):  # the product is symmetric
+            batch = unit[start : start + BATCH]
+            near = kernels.choose_above(batch, mine, zeros[: len(own)], bound)  # [batch, any]
+            other, place = (near >= 0).nonzero(as_tuple=True)
+            pairs.append(torch.stack([near[other, place].long(), start + other]))
+        found[begin - first :][: len(own)] = nearest(own, _listed(torch.cat(pairs, 1), len(own)))[1]
     return found.numpy()
+
+
+def _listed(pairs: torch.Tensor, n: int) -> torch.Tensor:
+    """Pairs (place, number) [2, pairs] as the numbers of each place int32 [n, any], -1: none.
+
+    In the order in which they come.
+    """
+    order = pairs[0].argsort(stable=True)
+    place, number = pairs[0, order], pairs[1, order]
+    counts = torch.bincount(place, minlength=n)
+    inside = torch.arange(len(place)) - (counts.cumsum(0) - counts)[place]
+    out = torch.full((n, int(counts.max())), -1, dtype=torch.int32)
+    out[place, inside] = number.int()
+    return out
 
 
 def cosines(
