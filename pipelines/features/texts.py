@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 INCOMPLETE = "\ufffd"  # what decoding half a character gives
 ANCHOR = "a"  # tokens are decoded after this one: some decoders drop the first one's space
@@ -45,16 +44,15 @@ class TokenTexts:
 
     def windows(self, ids: npt.NDArray[np.int32]) -> pa.Array:
         """One text per token id of windows [some, window], flat."""
-        known, incomplete = self._columns
-        flat = known.take(pa.array(ids.reshape(-1)))
-        split = np.flatnonzero(incomplete[ids].any(axis=1))  # windows with parts of characters
-        if len(split) == 0:
-            return flat
-        places = (split[:, None] * ids.shape[1] + np.arange(ids.shape[1])).reshape(-1)
-        mended = pa.array([text for line in ids[split] for text in self.window(line)], pa.string())
-        mask = np.zeros(ids.size, np.bool_)
-        mask[places] = True
-        return pc.replace_with_mask(flat, mask, mended)
+        texts, incomplete = self._columns
+        parts = incomplete[ids]  # of characters; one alone stays as it is
+        split = np.flatnonzero((parts[:, 1:] & parts[:, :-1]).any(axis=1))
+        if len(split):
+            mended = [text for line in ids[split] for text in self.window(line)]
+            ids = ids.copy()
+            ids[split] = len(texts) + np.arange(len(mended)).reshape(len(split), -1)
+            texts = pa.concat_arrays([texts, pa.array(mended, pa.string())])
+        return texts.take(pa.array(ids.reshape(-1)))
 
     @cached_property
     def _columns(self) -> tuple[pa.Array, npt.NDArray[np.bool_]]:

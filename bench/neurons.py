@@ -1,0 +1,74 @@
+"""As many neurons as GPT-2 XL has, of a model with random weights: memory of their tables.
+
+python -m bench.neurons STORE FOLDER      the tables of every layer: memory as JSON, by layer
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.inputs import gpt2_model, write_long_news
+from bench.measurement import Measurement
+from harvest.config import HarvestConfig
+from harvest.corpus import CorpusSpec
+from harvest.run import Means, run
+from pipelines.features.build import build
+from pipelines.features.config import FeatureConfig
+from store.console import output
+from store.reader import ActivationStore
+
+LAYERS, NEURONS, ROWS = 48, 6_400, 4_096
+
+
+def measure(folder: Path) -> list[Measurement]:
+    """neurons_memory: the peak after all layers over the peak after the first."""
+    model = gpt2_model(folder / "narrow", n_layer=LAYERS, n_embd=64, n_head=4, n_inner=NEURONS)
+    corpus, store = folder / "neurons.jsonl", folder / "neurons"
+    write_long_news(corpus, ROWS)
+    config = HarvestConfig(
+        model=str(model),
+        corpus=CorpusSpec(name=str(corpus)),
+        sites=tuple(f"mlp_act.{layer}" for layer in range(LAYERS)),
+        tokens=ROWS,
+    )
+    run(config, store, Means(workers=0))
+    command = [sys.executable, "-m", "bench.neurons", store, folder / "tables"]
+    arguments = [str(part) for part in command]
+    printed = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+    shutil.rmtree(store)
+    layers: list[dict[str, Any]] = json.loads(printed.splitlines()[-1])
+    for name in ("neurons", "firings", "seconds"):
+        output().print(f"{name}: {sum(layer[name] for layer in layers):,.0f}")
+    return [
+        Measurement(
+            "neurons_memory", layers[-1]["peak"] / 1e6, layers[0]["peak"] / 1e6, "MB", 1.05, 1.10,
+            higher_is_better=False,
+        )
+    ]  # fmt: skip
+
+
+def tables_of_all(place: str, folder: str) -> list[dict[str, Any]]:
+    """Builds the tables of each site, one after the other, and leaves none."""
+    found = []
+    for site in ActivationStore.open(place).sites:
+        built = build(place, "identity", Path(folder), FeatureConfig(), site=site)
+        shutil.rmtree(folder)
+        found.append(
+            {
+                "neurons": built.run["n_latents"],
+                "firings": built.run["n_firings"],
+                "seconds": built.seconds,
+                "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            }
+        )
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(tables_of_all(*sys.argv[1:])))
