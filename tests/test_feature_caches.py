@@ -16,12 +16,15 @@ from pipelines.features import sources
 from pipelines.features.cli import main
 from pipelines.features.delphi_cache import DelphiCache
 from pipelines.features.firings import Firings
+from pipelines.features.job import Job, encode_block
+from pipelines.features.rows import write_rows
 from pipelines.live import LiveModel
 from pipelines.viewer import compare, tables
 from store.errors import InputError
 from store.reader import ActivationStore
 from tests.export_cases import exported
-from tests.feature_cases import SAE_LATENTS, assert_same_files, read_table, sentence
+from tests.feature_cases import BUILD_CONFIG, SAE_LATENTS, read_table, sentence
+from tests.forked import SERVER
 
 Triples = dict[tuple[int, int], float]  # activations by row and latent
 
@@ -182,12 +185,20 @@ def compared(features: Path) -> None:
     compare.Comparison(tables.Tables(features), tables.Tables(features))
 
 
-def test_workers_count_a_cache_alike(cache_folder: Path, tmp_path: Path) -> None:
-    for workers in (0, 1):
-        options = ("--site", "resid_post.1", "--window", 9, "--workers", workers)
-        result = counted(cache_folder, tmp_path / str(workers), *options)
-        assert result.exit_code == 0, (result.output, result.exception)
-    assert_same_files(tmp_path / "0", tmp_path / "1")
+def test_another_process_reads_a_cache_alike(cache_folder: Path, tmp_path: Path) -> None:
+    assert counted(cache_folder, tmp_path / "here", "--site", "resid_post.1").exit_code == 0
+    given = sources.Given(str(cache_folder), "delphi", "resid_post.1", None, "cpu")
+    digest = DelphiCache(cache_folder).digest()
+    made = Job(given, digest, digest, str(tmp_path / "there"), BUILD_CONFIG)
+    source = sources.open_source(given)
+    (tmp_path / "there").mkdir()
+    assert write_rows(source.rows(), source.n_rows, tmp_path / "there") == source.n_rows
+    process = SERVER.Process(target=encode_block, args=(made, 0))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    firings = "firings/000000.parquet"
+    assert (tmp_path / "there" / firings).read_bytes() == (tmp_path / "here" / firings).read_bytes()
 
 
 def test_what_a_cache_does_not_say_is_asked_for(

@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.features import profile as profile_module
 from pipelines.features import tables
 from pipelines.features.config import FeatureConfig
 from pipelines.features.encode import stacked
@@ -281,15 +280,6 @@ def test_tables_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
         assert used == threads
         made.append(digest)
     assert made[0] == made[1]
-
-
-def test_compaction_of_token_counts_changes_nothing(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rarely = whole_pass(case, tmp_path / "rarely", n_contexts=1).tables
-    monkeypatch.setattr(profile_module, "COMPACT_PAIRS", 10)
-    often = whole_pass(case, tmp_path / "often", n_contexts=1).tables
-    assert all(often[name].equals(table) for name, table in rarely.items())
 
 
 def test_rows_on_which_nothing_fires_are_counted_as_read(case: Case, tmp_path: Path) -> None:

@@ -64,38 +64,6 @@ def add_moments(
                 last_context = context
 
 
-@njit(parallel=True, cache=True)
-def count_tokens(
-    starts: npt.NDArray[np.int64],
-    row: npt.NDArray[np.int32],
-    value: npt.NDArray[np.float32],
-    tokens: npt.NDArray[np.int32],
-    token: npt.NDArray[np.int32],
-    count: npt.NDArray[np.int64],
-    total: npt.NDArray[np.float64],
-) -> npt.NDArray[np.int64]:
-    """Per latent, the distinct tokens it fired on, with count and sum of activations.
-
-    token, count and total [firings] receive them at the front of each latent's segment; the
-    number of distinct tokens per latent is returned.
-    """
-    n_distinct = np.zeros(len(starts) - 1, np.int64)
-    for i in prange(len(starts) - 1):
-        low, high = starts[i], starts[i + 1]
-        ids = tokens[row[low:high]]
-        order = np.argsort(ids)
-        at = low - 1
-        for q in range(high - low):
-            t = ids[order[q]]
-            if q == 0 or t != token[at]:
-                at += 1
-                token[at], count[at], total[at] = t, 0, 0.0
-            count[at] += 1
-            total[at] += value[low + order[q]]
-        n_distinct[i] = at + 1 - low
-    return n_distinct
-
-
 @njit(cache=True)
 def mix(x: np.uint64) -> np.uint64:
     """A 64-bit finaliser (the constants of splitmix64): every input bit reaches every output."""

@@ -14,8 +14,8 @@ from train.kernels import kernels_for
 
 BLOCK, BATCH = 2048, 8192  # latents, and those they are compared with, at a time
 PAIRS = 4096  # whose cosines are taken at a time, in cache
-COUNTS = 1 << 27  # numbers of the matrix of firing together at a time, int32
-MOST_PAIRS = 1 << 30  # (row, latent, latent) that are counted; above, on evenly spaced contexts
+COUNTS = 1 << 28  # numbers of the matrix of firing together at a time, int32
+MOST_PAIRS = 1 << 29  # (row, latent, latent) that are counted; above, on evenly spaced contexts
 
 
 @dataclass(eq=False)

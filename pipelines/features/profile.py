@@ -15,10 +15,10 @@ from pipelines.features import kernels
 from pipelines.features.config import FeatureConfig
 from pipelines.features.firings import Blocks, Firings
 from pipelines.features.rows import Rows
+from pipelines.features.token_counts import TokenCounts
 
-COMPACT_PAIRS = 4_000_000  # (latent, token) counts kept before equal ones are added up
 LATENTS = 8192  # at a time; 4 kB of statistics each
-PAIRS = 1 << 25  # (latent, token), at most so many in all
+PAIRS = 1 << 22  # (latent, token), at most so many in all
 POSITION_PARTS = 16
 DECILES = 10
 OTHER = 0x5DEECE66D  # so that deciles and `random` are drawn independently
@@ -116,7 +116,7 @@ def profile(
         tokens=pa.table({}),
         kept=kept,
     )
-    parts: list[pa.Table] = []
+    counts = TokenCounts.none(n)
     for block, firings in blocks.all(first, last):
         inside = slice(*blocks.span(block))
         documents = rows.document[inside]
@@ -141,15 +141,20 @@ def profile(
             *kept.top.arrays(),
         )
         _draw(firings, documents, np.empty((n, 0)), config.seed, kept.random)
-        parts.append(_tokens(firings, rows.token[inside]))
-        if sum(map(len, parts)) > COMPACT_PAIRS:
-            parts = [_compact(parts)]
-    order = [("latent", "ascending"), ("count", "descending"), ("token", "ascending")]
-    found.tokens = _compact(parts).sort_by(order)
-    latent, token = (found.tokens[name].to_numpy() for name in ("latent", "token"))
-    place = np.arange(len(latent)) - np.searchsorted(latent, latent)
-    often = place < TRIED_TOKENS
-    kept.tokens[latent[often] - first, place[often]] = token[often]
+        counts = counts.plus(firings, rows.token[inside])
+    counts = counts.commonest_first()
+    place = np.repeat(np.arange(n), np.diff(counts.starts))
+    rank = np.arange(len(place)) - counts.starts[place]
+    often = rank < TRIED_TOKENS
+    kept.tokens[place[often], rank[often]] = counts.token[often]
+    found.tokens = pa.table(
+        {
+            "latent": (first + place).astype(np.int32),
+            "token": counts.token,
+            "count": counts.count,
+            "total": counts.total,
+        }
+    )
     if config.n_decile:
         edges = decile_edges(found.histogram)
         for block, firings in blocks.all(first, last):
@@ -197,34 +202,3 @@ def _draw(
         seed,
         *lists.arrays(),
     )
-
-
-def _tokens(firings: Firings, tokens: npt.NDArray[np.int32]) -> pa.Table:
-    """latent, token, count, total of a block; each pair once, by latent, then token."""
-    token = np.empty(len(firings.row), np.int32)
-    count = np.empty(len(firings.row), np.int64)
-    total = np.empty(len(firings.row), np.float64)
-    distinct = kernels.count_tokens(
-        firings.starts, firings.row, firings.value, tokens, token, count, total
-    )
-    ends = np.cumsum(distinct)
-    inside = np.arange(distinct.sum()) - np.repeat(ends - distinct, distinct)
-    at = np.repeat(firings.starts[:-1], distinct) + inside
-    latents = np.arange(len(distinct), dtype=np.int32) + np.int32(firings.first_latent)
-    return pa.table(
-        {
-            "latent": np.repeat(latents, distinct),
-            "token": token[at],
-            "count": count[at],
-            "total": total[at],
-        }
-    )
-
-
-def _compact(parts: list[pa.Table]) -> pa.Table:
-    """Equal pairs added up, in the order of the parts, so that compacting early changes no sum."""
-    joined = pa.concat_tables(parts).combine_chunks()
-    grouped = joined.group_by(["latent", "token"], use_threads=False).aggregate(
-        [("count", "sum"), ("total", "sum")]
-    )
-    return grouped.rename_columns({"count_sum": "count", "total_sum": "total"})

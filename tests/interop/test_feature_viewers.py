@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow  # imports those packages
 
 @pytest.fixture(scope="module")
 def features(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    python_of("viewers")  # skips, before anything is made
     return built(tiny_store, tmp_path_factory.mktemp("features"))
 
 
