@@ -19,6 +19,7 @@ from pipelines.features.profile import DECILES
 from store.console import Commands
 from tests.feature_cases import BUILD_CONFIG, read_table, save_sae, sentence
 
+Triples = dict[tuple[int, int], float]  # activations by row and latent
 SHOWN = ("top", *(f"decile_{tenth}" for tenth in range(DECILES, 0, -1)))
 
 
@@ -34,6 +35,16 @@ def built(store: Path, root: Path) -> Path:
     """Tables of a random dictionary with one latent that never fires."""
     build(store, save_sae(store, root / "sae"), root / "features", BUILD_CONFIG)
     return root / "features"
+
+
+def triples_of(features: Path) -> Triples:
+    """All firings of tables."""
+    return {(f["row"], f["latent"]): f["value"] for f in read_table(features, "firings/*")}
+
+
+def half(firings: Triples) -> Triples:
+    """Activations as delphi rounds them."""
+    return {key: float(np.float16(value)) for key, value in firings.items()}
 
 
 def run(features: Path | list[Path], form: str, out: Path, *options: object) -> Result:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -229,7 +228,6 @@ BUILD_CONFIG = FeatureConfig(
 RULE = RowRule(max_norm_medians=1.2, heldout_fraction=0.3)  # leaves out about a tenth of the rows
 SAE_LATENTS, DEAD = 48, 7
 ENTRIES = {f"{name}.parquet" for name in TABLES} | {"firings", "run.json"}
-PROGRAM = "from pipelines.features.cli import main; main()"
 
 
 def save_sae(store: Path, folder: Path, seed: int = 0, **fields: Any) -> Path:
@@ -239,11 +237,6 @@ def save_sae(store: Path, folder: Path, seed: int = 0, **fields: Any) -> Path:
     sae.b_enc[DEAD] = -1e6
     sae.save(folder)
     return folder
-
-
-def command(*arguments: object) -> list[str]:
-    """`sae-features` in a process of its own, of this very code."""
-    return [sys.executable, "-c", PROGRAM, *map(str, arguments)]
 
 
 def contents(features: Path) -> dict[str, bytes]:

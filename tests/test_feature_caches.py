@@ -22,11 +22,9 @@ from pipelines.live import LiveModel
 from pipelines.viewer import compare, tables
 from store.errors import InputError
 from store.reader import ActivationStore
-from tests.export_cases import exported
+from tests.export_cases import Triples, exported, half, triples_of
 from tests.feature_cases import BUILD_CONFIG, SAE_LATENTS, read_table, sentence
 from tests.forked import SERVER
-
-Triples = dict[tuple[int, int], float]  # activations by row and latent
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +39,7 @@ def store(tiny_store: Path) -> ActivationStore:
 
 @pytest.fixture(scope="module")
 def firings(features: Path) -> Triples:
-    return {(f["row"], f["latent"]): f["value"] for f in read_table(features, "firings/*")}
-
-
-def half(firings: Triples) -> Triples:
-    return {key: float(np.float16(value)) for key, value in firings.items()}
+    return triples_of(features)
 
 
 def flat(blocks: list[Firings], length: int) -> Triples:

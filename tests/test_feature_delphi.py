@@ -16,10 +16,8 @@ from pipelines.exports import delphi
 from pipelines.exports.hookpoints import hookpoint
 from store.errors import InputError
 from store.reader import ActivationStore
-from tests.export_cases import built, exported, refusal
-from tests.feature_cases import DEAD, SAE_LATENTS, read_table
-
-Triples = dict[tuple[int, int], float]  # activations by row and latent
+from tests.export_cases import Triples, built, exported, half, refusal, triples_of
+from tests.feature_cases import DEAD, SAE_LATENTS
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +32,7 @@ def store(tiny_store: Path) -> ActivationStore:
 
 @pytest.fixture(scope="module")
 def firings(features: Path) -> Triples:
-    return {(f["row"], f["latent"]): f["value"] for f in read_table(features, "firings/*")}
+    return triples_of(features)
 
 
 def split_files(folder: Path) -> dict[tuple[int, int], dict[str, np.ndarray]]:
@@ -58,10 +56,6 @@ def triples(folder: Path, length: int) -> Triples:
             assert latent + first <= last
             found[context * length + position, latent + first] = value
     return found
-
-
-def half(firings: Triples) -> Triples:
-    return {key: float(np.float16(value)) for key, value in firings.items()}
 
 
 def test_all_firings_and_tokens_are_in_the_cache(

@@ -27,7 +27,6 @@ from train.sweep import common_step, passes, sweep
 from train.sweepfile import read_sweep_file
 from train.trainer import train
 
-ROOT = Path(__file__).parents[1]
 STEPS, ROWS = 30, 64
 BASE = TrainConfig(
     n_latents=48,

@@ -27,7 +27,6 @@ from train.initial import geometric_median, prepare
 from train.sae import SAE
 from train.trainer import train
 
-ROOT = Path(__file__).parents[1]
 STEPS = 200
 # few enough rows until death that AuxK takes part
 CONFIG = TrainConfig(

@@ -137,7 +137,7 @@ class DelphiCache:
         delphi keeps negative activations as well; here only those above 0 are firings.
 
         Raises:
-            InputError: a file is not sorted by context, as delphi's are, or damaged.
+            InputError: a file is not sorted by context, as delphi's are.
         """
         parts = []
         for split in self._splits:

@@ -158,16 +158,16 @@ class CacheSource:
         name = given.model or cache.model_name
         if name is None:
             raise InputError(f"{given.store} does not name its model; give --model.")
-        self.model_name = name
+        self.model_name, site = name, str(Site.parse(given.site))
         self.dictionary = Dictionary(
-            site=str(Site.parse(given.site)),
+            site=site,
             rule=RowRule(split="all", max_norm_medians=None),
             encoder=None,
             n_latents=cache.n_latents,
             pairs_per_row=-(-cache.n_firings // max(1, cache.n_rows)),
             digest=self.digest,
             W_dec=None,
-            writes_to=str(Site.parse(given.site)),
+            writes_to=site,
         )
 
     @cached_property
