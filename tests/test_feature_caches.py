@@ -167,6 +167,7 @@ def test_tables_of_a_cache_are_those_of_its_store(
     documents = read_table(out, "documents")
     assert [d["document"] for d in documents] == list(range(store.n_contexts))
     split = {c["context"]: c["split"] for c in contexts}
+    assert all(split[c["context"]] == c["split"] for c in contexts)
     assert 0.3 < np.mean([s == "score" for s in split.values()]) < 0.7
     said = str(np.unique([d["source"] for d in documents])[0])
     assert said == "h.1"

@@ -44,20 +44,23 @@ def test_blocks_are_the_same_bytes_in_any_order_by_any_process(tmp_path: Path) -
     assert contents(tmp_path / "several") == contents(tmp_path / "one")
 
 
-def test_tables_are_the_same_bytes_from_two_workers(folders: Folders, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_tables_are_the_same_bytes_for_any_number_of_workers(
+    folders: Folders, tmp_path: Path, workers: int
+) -> None:
     seen: list[tuple[str, int, int]] = []
     build(
         *folders[:2],
         tmp_path / "out",
         BUILD_CONFIG,
-        workers=2,
+        workers=workers,
         on_progress=lambda *step: seen.append(step),
     )
     assert_same_files(tmp_path / "out", folders[2])
     assert [step for step in seen if step[0] == "encoding"] == [
         ("encoding", done, 8) for done in range(9)
     ]
-    assert len([step for step in seen if step[0] == "counting"]) == 2
+    assert len([step for step in seen if step[0] == "counting"]) == workers
     assert not ray.is_initialized()
 
 
