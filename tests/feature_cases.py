@@ -20,7 +20,7 @@ from pipelines.features.candidates import TokenRows
 from pipelines.features.cli import main
 from pipelines.features.config import FeatureConfig
 from pipelines.features.contexts import contexts, wanted_rows
-from pipelines.features.encode import encode
+from pipelines.features.encode import batches, encode
 from pipelines.features.firings import Blocks, publish
 from pipelines.features.folder import TABLES
 from pipelines.features.neighbours import Neighbours, neighbours
@@ -137,15 +137,21 @@ def encode_blocks(
     n_contexts: int = 4,
     numbers: Iterable[int] | None = None,
     batch_rows: int = 50,
+    chunk_rows: int = 70,
 ) -> Blocks:
     """Encode blocks of so many contexts: those with these numbers, in this order, or all."""
     blocks = Blocks(out, case.n_rows, n_contexts * case.length, case.n_latents)
     for block in range(len(blocks)) if numbers is None else numbers:
         first, last = blocks.span(block)
-        x = np.arange(first, last, dtype=np.float32)[:, None]
-        firings = encode(case, case.n_latents, x, case.read[first:last], first, batch_rows)
+        given = batches(_numbers, case.read[first:last], first, chunk_rows, batch_rows)
+        firings = encode(case, case.n_latents, first, given)
         publish(LocalObjects(out), block, firings)
     return blocks
+
+
+def _numbers(first: int, last: int) -> np.ndarray:
+    """What `Case.encode` takes."""
+    return np.arange(first, last, dtype=np.float32)[:, None]
 
 
 class Texts:
@@ -211,7 +217,7 @@ def whole_pass(
     made = {
         "latents": latents,
         "histograms": [tables.histograms_table(p) for p in profiles],
-        "neighbours": [tables.neighbours_table(x, W_dec) for x in near],
+        "neighbours": [tables.neighbours_table(x) for x in near],
         "tokens": list(tables.tokens_tables(parts, texts)),
         "contexts": shown,
     }

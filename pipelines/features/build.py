@@ -40,7 +40,7 @@ from pipelines.features.folder import (
 )
 from pipelines.features.job import Job, Work, work_of
 from pipelines.features.lens import logit_lens
-from pipelines.features.neighbours import compared_at_once, counted_rows, counted_share
+from pipelines.features.neighbours import counted_rows, counted_share
 from pipelines.features.pool import Pool, open_pool
 from pipelines.features.profile import Kept, latents_at_once
 from pipelines.features.sources import Given, open_source
@@ -256,10 +256,10 @@ def _compare(
     """neighbours; the nearest few of each latent [n_latents, at most 2 FOLLOWED]."""
     nearest = []
     n_latents = work.dictionary.n_latents
-    spans = _spans(n_latents, compared_at_once(n_latents), pool)
+    spans = _spans(n_latents, n_latents, pool)
     with tables.TableWriter(work.out / "neighbours.parquet") as writer:
         for near in pool.map(jobs.neighbours_of_latents, ((job, share, *s) for s in spans)):
-            writer.add(tables.neighbours_table(near, work.dictionary.W_dec))
+            writer.add(tables.neighbours_table(near))
             nearest.append(np.hstack([near.alike[:, :FOLLOWED], near.along[:, :FOLLOWED]]))
             on_progress("comparing", near.first + len(near.alike), n_latents)
     return np.concatenate(nearest)

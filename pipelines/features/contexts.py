@@ -186,22 +186,17 @@ def _windows(
 ) -> npt.NDArray[np.float32]:
     """Activations in each window, float32 [wanted, window]."""
     windows = np.zeros((len(wanted), window), np.float32)
-    block = begin // blocks.block_rows
-    order = np.argsort(block, kind="stable")
-    edges = np.searchsorted(block[order], np.arange(len(blocks) + 1))
-    for number in range(len(blocks)):
-        here = order[edges[number] : edges[number + 1]]
-        if len(here):
-            firings = blocks.read(number, first, last)
-            kernels.cut_windows(
-                firings.starts,
-                firings.row,
-                firings.value,
-                wanted.latent[here] - first,
-                begin[here] - firings.first_row,
-                here,
-                windows,
-            )
+    for inside, firings in blocks.all(first, last):
+        here = np.flatnonzero((begin >= inside.start) & (begin < inside.stop))
+        kernels.cut_windows(
+            firings.starts,
+            firings.row,
+            firings.value,
+            wanted.latent[here] - first,
+            begin[here] - firings.first_row,
+            here,
+            windows,
+        )
     return windows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -9,8 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from harvest.ahead import Ahead
 from pipelines.features.firings import Firings
 from train.kernels.gradient_jit import pairs_by_latent
+
+# rows within a block, int32 [batch], and their activations, float32 [batch, d_in]
+Batch = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
 
 
 class Encoder(Protocol):
@@ -20,30 +25,63 @@ class Encoder(Protocol):
         """Indices and values [batch, any]; what is not above 0 does not fire."""
 
 
-def encode(
-    encoder: Encoder,
-    n_latents: int,
-    x: npt.NDArray[np.floating],
+def batches(
+    read: Callable[[int, int], npt.NDArray[np.floating]],
     selected: npt.NDArray[np.bool_],
     first_row: int,
+    chunk_rows: int,
     batch_rows: int,
-) -> Firings:
-    """What fires in a block.
+) -> Iterator[Batch]:
+    """The rows of a block that count, so many at a time.
 
     Args:
-        x: the block's activations [rows, d_in]; selected: which of them count [rows].
-        first_row: the first one's number in the store.
-        batch_rows: encoded at a time.
+        read: activations of the rows [a, b) of the store.
+        selected: which rows count [rows]; first_row: the first one's number in the store.
+        chunk_rows: that the store reads at once.
     """
-    rows = np.flatnonzero(selected).astype(np.int32)
-    batches = []
-    for low in range(0, len(rows), batch_rows):
-        batch = torch.from_numpy(x[rows[low : low + batch_rows]]).float()
-        found, activations = encoder.encode(batch)
-        batches.append((found.cpu().numpy(), activations.cpu().numpy()))
-    indices, values = stacked(batches)
+    parts: list[Batch] = []
+    waiting, last = 0, first_row + len(selected)
+    for chunk in range(first_row - first_row % chunk_rows, last, chunk_rows):
+        low, high = max(chunk, first_row), min(chunk + chunk_rows, last)
+        inside = np.flatnonzero(selected[low - first_row : high - first_row]).astype(np.int32)
+        x = read(low, high) if len(inside) else np.empty(0)
+        for start in range(0, len(inside), batch_rows):
+            rows = inside[start : start + batch_rows]
+            if waiting + len(rows) > batch_rows:
+                yield _joined(parts)
+                parts, waiting = [], 0
+            some = x if len(rows) == len(x) else x[rows]
+            parts.append((rows + np.int32(low - first_row), some.astype(np.float32)))
+            waiting += len(rows)
+    if parts:
+        yield _joined(parts)
+
+
+def _joined(parts: list[Batch]) -> Batch:
+    if len(parts) == 1:
+        return parts[0]
+    rows, x = zip(*parts, strict=True)
+    return np.concatenate(rows), np.concatenate(x)
+
+
+def encode(encoder: Encoder, n_latents: int, first_row: int, given: Iterator[Batch]) -> Firings:
+    """What fires in a block, whose rows are read and prepared while others are encoded.
+
+    Args:
+        first_row: of the block.
+    """
+    rows, found = [np.empty(0, np.int32)], []
+    ahead = Ahead(given)
+    try:
+        while (batch := ahead.take()) is not None:
+            indices, values = encoder.encode(torch.from_numpy(batch[1]))
+            rows.append(batch[0])
+            found.append((indices.cpu().numpy(), values.cpu().numpy()))
+    finally:
+        ahead.close()
+    indices, values = stacked(found)
     starts, places = pairs_by_latent(np.where(values > 0, indices, -1), n_latents)
-    row = rows[places // indices.shape[1]]
+    row = np.concatenate(rows)[places // indices.shape[1]]
     return Firings(first_row, 0, starts, row, values.reshape(-1)[places])
 
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.features import kernels
 from pipelines.features.folder import with_version
 from store.errors import RunError
 from store.objects import LocalObjects
@@ -28,15 +29,18 @@ from store.objects import LocalObjects
 FOLDER = "firings"
 ROW_GROUP = 1 << 16  # pairs that a read of a few latents decodes at least
 BLOCK_NUMBERS = 1 << 24  # of activations that a block may have, if all of them fire
+AT_ONCE = 1 << 23  # firings of some latents in memory, of several blocks; 8 bytes each
+MOST_ROWS = 1 << 30  # of those blocks
 COLUMNS = ("latent", "row", "value")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Firings:
-    """What fires in a block, sorted by latent, then row.
+    """What fires in a block, or in several, sorted by latent, then row.
 
-    first_row: of the block; first_latent: that `starts` begins with; starts: int64 [latents + 1],
-    where each latent's pairs begin; row: int32 [pairs], within the block; value: float32 [pairs].
+    first_row: of the first block; first_latent: that `starts` begins with; starts: int64
+    [latents + 1], where each latent's pairs begin; row: int32 [pairs], from first_row on; value:
+    float32 [pairs].
     """
 
     first_row: int
@@ -152,10 +156,35 @@ class Blocks:
         row = (table["row"].to_numpy()[inside] - first_row).astype(np.int32)
         return Firings(first_row, first, starts, row, table["value"].to_numpy()[inside])
 
-    def all(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, Firings]]:
-        """Every block in order, with its firings of the latents [first, last)."""
+    def all(self, first: int = 0, last: int | None = None) -> Iterator[tuple[slice, Firings]]:
+        """Firings of the latents [first, last), of as many blocks at a time as fit into memory.
+
+        In order, with the rows that they are of.
+        """
+        parts: list[Firings] = []
+        begin, pairs = 0, 0
         for block in range(len(self)):
-            yield block, self.read(block, first, last)
+            part, end = self.read(block, first, last), self.span(block)[1]
+            pairs += len(part.row)
+            if parts and (pairs > AT_ONCE or end - begin > MOST_ROWS):
+                yield slice(begin, part.first_row), _joined(parts)
+                parts, begin, pairs = [], part.first_row, len(part.row)
+            parts.append(part)
+        if parts:
+            yield slice(begin, self.n_rows), _joined(parts)
+
+
+def _joined(parts: list[Firings]) -> Firings:
+    """Those of consecutive blocks, of the same latents."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = np.sum([part.starts for part in parts], axis=0)
+    row, value = np.empty(starts[-1], np.int32), np.empty(starts[-1], np.float32)
+    ends, begin = starts[:-1].copy(), parts[0].first_row
+    for part in parts:
+        given = part.starts, part.row, part.value, part.first_row - begin
+        kernels.append_firings(*given, ends, row, value)
+    return Firings(begin, parts[0].first_latent, starts, row, value)
 
 
 def _groups(metadata: pq.FileMetaData, first: int, last: int) -> list[int]:

@@ -188,76 +188,114 @@ def draw(
             insert(at, leaves, score, r, value[p], d, priority, rows, values, documents)
 
 
-@njit(parallel=True, cache=True)
-def count_together(
-    starts: npt.NDArray[np.int64],
-    row: npt.NDArray[np.int32],
-    counted: npt.NDArray[np.bool_],
-    row_starts: npt.NDArray[np.int64],
-    latents: npt.NDArray[np.int32],
-    together: npt.NDArray[np.int32],
-) -> None:
-    """Count the rows on which a latent and every other one fire, in place.
-
-    starts [some latents + 1] and row: firings of some latents; counted: which rows of the block
-    count; row_starts [rows + 1] and latents: all latents that fire on each row of the block;
-    together [some latents, n_latents].
-    """
-    for i in prange(len(starts) - 1):
-        for p in range(starts[i], starts[i + 1]):
-            r = row[p]
-            if counted[r]:
-                for q in range(row_starts[r], row_starts[r + 1]):
-                    together[i, latents[q]] += 1
-
-
 @njit(cache=True)
-def by_row(
-    starts: npt.NDArray[np.int64], row: npt.NDArray[np.int32], n_rows: int
+def transposed(
+    starts: npt.NDArray[np.int64], number: npt.NDArray[np.int32], n: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-    """Firings sorted by latent as firings sorted by row: starts [n_rows + 1], latents [pairs]."""
-    row_starts = np.zeros(n_rows + 1, np.int64)
-    for p in range(len(row)):
-        row_starts[row[p] + 1] += 1
-    for r in range(n_rows):
-        row_starts[r + 1] += row_starts[r]
-    cursor = row_starts[:-1].copy()
-    latents = np.empty(len(row), np.int32)
+    """Lists of numbers below n, one after the other, as the lists that each number stands in.
+
+    Firings sorted by latent become firings sorted by row, and back.
+
+    Args:
+        starts: where each list begins [lists + 1]; number: what they hold [pairs].
+
+    Returns:
+        starts [n + 1] and lists, rising, [pairs].
+    """
+    new_starts = np.zeros(n + 1, np.int64)
+    for p in range(len(number)):
+        new_starts[number[p] + 1] += 1
+    for i in range(n):
+        new_starts[i + 1] += new_starts[i]
+    cursor = new_starts[:-1].copy()
+    lists = np.empty(len(number), np.int32)
     for i in range(len(starts) - 1):
         for p in range(starts[i], starts[i + 1]):
-            latents[cursor[row[p]]] = i
-            cursor[row[p]] += 1
-    return row_starts, latents
+            lists[cursor[number[p]]] = i
+            cursor[number[p]] += 1
+    return new_starts, lists
 
 
 @njit(parallel=True, cache=True)
 def most_together(
     first: int,
-    together: npt.NDArray[np.int32],
-    fired: npt.NDArray[np.int64],
+    starts: npt.NDArray[np.int64],
+    rows: npt.NDArray[np.int32],
+    row_starts: npt.NDArray[np.int64],
+    latents: npt.NDArray[np.int32],
+    asked: npt.NDArray[np.int64],
     n: int,
-) -> npt.NDArray[np.int64]:
-    """The latents with the highest Jaccard index [some latents, n]; -1 where fewer ever fire along.
+    parts: int,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The latents with the highest Jaccard index, of some latents from number `first` on.
 
-    together [some latents, n_latents] counts the rows of both, fired [n_latents] those of one, on
-    the same rows; the first of the some latents is number `first`. Of equal ones the lower latent.
+    Of equal ones the lower latent. One latent's counts at a time, which stay in cache.
+
+    Args:
+        starts, rows: on which rows each latent fires [n_latents + 1], [pairs].
+        row_starts, latents: the same by row, [rows + 1], [pairs].
+        asked: others, int64 [some latents, any].
+        n: of the nearest. parts: in which the latents are taken, for threads.
+
+    Returns:
+        nearest [some latents, n], -1 where fewer ever fire along; rows of both, for `asked`, and
+        for the nearest, in the same shapes.
     """
-    best = np.full((len(together), n), -1, np.int64)
-    for i in prange(len(together)):
+    some = len(asked)
+    best = np.full((some, n), -1, np.int64)
+    asked_together = np.zeros(asked.shape, np.int64)
+    best_together = np.zeros((some, n), np.int64)
+    for part in prange(parts):
+        together = np.zeros(len(starts) - 1, np.int32)
         index = np.zeros(n)
-        for j in range(together.shape[1]):
-            both = together[i, j]
-            if both == 0 or j == first + i:
-                continue
-            jaccard = both / (fired[first + i] + fired[j] - both)
-            if jaccard <= index[n - 1]:
-                continue
-            at = n - 1
-            while at > 0 and index[at - 1] < jaccard:
-                index[at], best[i, at] = index[at - 1], best[i, at - 1]
-                at -= 1
-            index[at], best[i, at] = jaccard, j
-    return best
+        for i in range(part * some // parts, (part + 1) * some // parts):
+            own = first + i
+            for p in range(starts[own], starts[own + 1]):
+                for q in range(row_starts[rows[p]], row_starts[rows[p] + 1]):
+                    together[latents[q]] += 1
+            fired = together[own]
+            for j in range(asked.shape[1]):
+                asked_together[i, j] = together[asked[i, j]]
+            index[:] = 0
+            least = 0.0
+            for j in range(len(together)):
+                both = together[j]
+                together[j] = 0
+                if both <= least or j == own:  # the index is at most both / fired
+                    continue
+                jaccard = both / (fired + (starts[j + 1] - starts[j]) - both)
+                if jaccard <= index[n - 1]:
+                    continue
+                at = n - 1
+                while at > 0 and index[at - 1] < jaccard:
+                    index[at], best[i, at] = index[at - 1], best[i, at - 1]
+                    best_together[i, at] = best_together[i, at - 1]
+                    at -= 1
+                index[at], best[i, at], best_together[i, at] = jaccard, j, both
+                least = index[n - 1] * fired * (1 - 1e-9)
+    return best, asked_together, best_together
+
+
+@njit(parallel=True, cache=True)
+def append_firings(
+    starts: npt.NDArray[np.int64],
+    row: npt.NDArray[np.int32],
+    value: npt.NDArray[np.float32],
+    further: int,
+    ends: npt.NDArray[np.int64],
+    rows: npt.NDArray[np.int32],
+    values: npt.NDArray[np.float32],
+) -> None:
+    """Put each latent's firings at its end in larger lists, which moves on, in place.
+
+    further: what is added to the row numbers.
+    """
+    for i in prange(len(ends)):
+        at = ends[i]
+        for p in range(starts[i], starts[i + 1]):
+            rows[at], values[at] = row[p] + further, value[p]
+            at += 1
+        ends[i] = at
 
 
 @njit(parallel=True, cache=True)

@@ -7,43 +7,40 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from numba import get_num_threads
 
 from pipelines.features import kernels
 from pipelines.features.firings import Blocks
 from train.kernels import kernels_for
 
 BLOCK, BATCH = 2048, 8192  # latents, and those they are compared with, at a time
-PAIRS = 4096  # whose cosines are taken at a time, in cache
-COUNTS = 1 << 28  # numbers of the matrix of firing together at a time, int32
 MOST_PAIRS = 1 << 29  # (row, latent, latent) that are counted; above, on evenly spaced contexts
+MOST_FIRINGS = 1 << 25  # that they are counted from, 8 bytes of memory each; above, likewise
 
 
 @dataclass(eq=False)
 class Neighbours:
     """Latents like each of [first, first + n), arrays [n, neighbours]; -1 where there are fewer.
 
-    alike: with the highest decoder cosine; along: with the highest Jaccard index. alike_together,
-    along_together: rows on which both fire, of those counted. fired: int64 [n_latents], on how many
-    of those each latent fires.
+    alike: with the highest decoder cosine; along: with the highest Jaccard index. ..._cosine: of
+    decoder rows, NaN if not known; ..._together: rows on which both fire, of those counted. fired:
+    int64 [n_latents], on how many of those each latent fires.
     """
 
     first: int
     alike: npt.NDArray[np.int64]
     along: npt.NDArray[np.int64]
+    alike_cosine: npt.NDArray[np.float32]
+    along_cosine: npt.NDArray[np.float32]
     alike_together: npt.NDArray[np.int64]
     along_together: npt.NDArray[np.int64]
     fired: npt.NDArray[np.int64]
 
 
-def compared_at_once(n_latents: int) -> int:
-    """How many latents' neighbours can be counted together."""
-    return max(1, COUNTS // n_latents)
-
-
 def counted_share(n_pairs: int, n_rows: int) -> float:
     """Share of the contexts on which firing together is counted: all, while that takes not long."""
     pairs_of_pairs = n_pairs**2 / max(n_rows, 1)
-    return min(1.0, MOST_PAIRS / max(pairs_of_pairs, 1.0))
+    return min(1.0, MOST_PAIRS / max(pairs_of_pairs, 1.0), MOST_FIRINGS / max(n_pairs, 1))
 
 
 def counted_rows(first: int, last: int, context_length: int, share: float) -> npt.NDArray[np.bool_]:
@@ -66,28 +63,37 @@ def neighbours(
 
     Without W_dec, `alike` has no columns.
     """
-    together = np.zeros((last - first, blocks.n_latents), np.int32)
-    fired = np.zeros(blocks.n_latents, np.int64)
-    for block in range(len(blocks)):
-        span = blocks.span(block)
-        counted = counted_rows(*span, context_length, share)
-        if not counted.any():
-            continue
-        firings = blocks.read(block)
-        before = np.concatenate([[0], np.cumsum(counted[firings.row])])
-        fired += before[firings.starts[1:]] - before[firings.starts[:-1]]
-        row_starts, latents = kernels.by_row(firings.starts, firings.row, len(counted))
-        some = firings.starts[first : last + 1]
-        kernels.count_together(some, firings.row, counted, row_starts, latents, together)
+    by_row = counted_firings(blocks, context_length, share)
+    by_latent = kernels.transposed(*by_row, blocks.n_latents)
     alike = np.empty((last - first, 0), np.int64)
     if W_dec is not None:
         alike = decoder_neighbours(W_dec, first, last, n)
-    along = kernels.most_together(first, together, fired, min(n, blocks.n_latents - 1))
-    own = np.arange(last - first)[:, None]
-    alike_together, along_together = (
-        together[own, others].astype(np.int64) for others in (alike, along)
-    )
-    return Neighbours(first, alike, along, alike_together, along_together, fired)
+    n_along, parts = min(n, blocks.n_latents - 1), 4 * get_num_threads()
+    along, *together = kernels.most_together(first, *by_latent, *by_row, alike, n_along, parts)
+    cosine = (_cosines(W_dec, first, others) for others in (alike, along))
+    return Neighbours(first, alike, along, *cosine, *together, np.diff(by_latent[0]))
+
+
+def counted_firings(
+    blocks: Blocks, context_length: int, share: float
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    """Latents that fire on each counted row: starts [rows + 1], latents [pairs].
+
+    Only rows on which any fires, numbered anew.
+    """
+    lengths, latents = [np.zeros(1, np.int64)], [np.empty(0, np.int32)]
+    for block in range(len(blocks)):
+        counted = counted_rows(*blocks.span(block), context_length, share)
+        if not counted.any():
+            continue
+        firings = blocks.read(block)
+        inside = counted[firings.row]
+        starts = np.concatenate([[0], np.cumsum(inside)])[firings.starts]
+        row_starts, found = kernels.transposed(starts, firings.row[inside], len(counted))
+        fires = np.diff(row_starts)
+        lengths.append(fires[fires > 0])
+        latents.append(found)
+    return np.cumsum(np.concatenate(lengths)), np.concatenate(latents)
 
 
 def decoder_neighbours(
@@ -145,17 +151,13 @@ def _listed(pairs: torch.Tensor, n: int) -> torch.Tensor:
     return out
 
 
-def cosines(
-    W_dec: torch.Tensor, latent: npt.NDArray[np.integer], other: npt.NDArray[np.integer]
+def _cosines(
+    W_dec: torch.Tensor | None, first: int, others: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
-    """Of decoder rows, for pairs [pairs]."""
+    """Of the decoder rows from `first` on with those of others [some, any]; NaN if not known."""
+    if W_dec is None or not others.size:
+        return np.full(others.shape, np.nan, np.float32)
     unit = torch.nn.functional.normalize(W_dec, dim=1)
-    found = [
-        (unit[a] * unit[b]).sum(dim=1)
-        for a, b in zip(
-            torch.from_numpy(latent).long().split(PAIRS),
-            torch.from_numpy(other).long().split(PAIRS),
-            strict=True,
-        )
-    ]
-    return torch.cat(found).numpy() if found else np.empty(0, np.float32)
+    own, zeros = unit[first : first + len(others)], torch.zeros(len(unit))
+    numbers = torch.from_numpy(others).int()
+    return kernels_for(unit.device).preactivations(own, unit, zeros, numbers).numpy()

@@ -96,7 +96,7 @@ def latents_at_once(blocks: Blocks, n_tokens: int) -> int:
 def profile(
     blocks: Blocks, rows: Rows, context_length: int, config: FeatureConfig, first: int, last: int
 ) -> Profile:
-    """Reads the firings of the latents [first, last) twice: to count, and to draw by decile."""
+    """Goes through the firings of the latents [first, last) twice: counts, and draws by decile."""
     n, length = last - first, context_length
     kept = Kept(
         first,
@@ -117,8 +117,7 @@ def profile(
         kept=kept,
     )
     counts = TokenCounts.none(n)
-    for block, firings in blocks.all(first, last):
-        inside = slice(*blocks.span(block))
+    for inside, firings in blocks.all(first, last):
         documents = rows.document[inside]
         kernels.add_moments(
             firings.starts,
@@ -157,8 +156,9 @@ def profile(
     )
     if config.n_decile:
         edges = decile_edges(found.histogram)
-        for block, firings in blocks.all(first, last):
-            documents = rows.document[slice(*blocks.span(block))]
+        all_at_once = [(inside, firings)] if firings.first_row == 0 else None
+        for inside, firings in all_at_once or blocks.all(first, last):
+            documents = rows.document[inside]
             _draw(firings, documents, edges, config.seed ^ OTHER, kept.deciles)
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from harvest.models import ResolvedModel, load_tokenizer, resolve_model
 from harvest.sites import Site
 from pipelines.features.delphi_cache import DelphiCache
 from pipelines.features.dictionary import Dictionary, load_dictionary
-from pipelines.features.encode import encode
+from pipelines.features.encode import batches, encode
 from pipelines.features.firings import Firings, block_rows
 from pipelines.features.folder import DELPHI
 from pipelines.features.rows import RowsPart
@@ -126,10 +126,11 @@ class StoreSource:
     def firings(
         self, first: int, last: int, selected: npt.NDArray[np.bool_], batch_rows: int
     ) -> Firings:
-        assert self.dictionary.encoder is not None
-        x = self.store.read(self.dictionary.site, first, last)
-        n_latents = self.dictionary.n_latents
-        return encode(self.dictionary.encoder, n_latents, x, selected, first, batch_rows)
+        store, dictionary = self.store, self.dictionary
+        assert dictionary.encoder is not None
+        read, chunk_rows = partial(store.read, dictionary.site), store.chunk_rows(dictionary.site)
+        given = batches(read, selected, first, chunk_rows, batch_rows)
+        return encode(dictionary.encoder, dictionary.n_latents, first, given)
 
     def documents(self) -> pa.Table:
         parts = [self.store.documents(shard) for shard in range(self.store.n_shards)]

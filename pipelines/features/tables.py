@@ -11,13 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch import Tensor
 
 from pipelines.features.config import FeatureConfig
 from pipelines.features.contexts import lists
 from pipelines.features.folder import with_version
 from pipelines.features.lens import LogitLens
-from pipelines.features.neighbours import Neighbours, cosines
+from pipelines.features.neighbours import Neighbours
 from pipelines.features.profile import Profile, bin_edge
 from pipelines.features.texts import TokenTexts
 
@@ -222,18 +221,21 @@ def histograms_table(found: Profile) -> pa.Table:
     )
 
 
-def neighbours_table(near: Neighbours, W_dec: Tensor | None) -> pa.Table:
+def neighbours_table(near: Neighbours) -> pa.Table:
     """Each pair once, by latent, then other."""
     parts = []
-    for others, both, kind in (
-        (near.alike, near.alike_together, 0),
-        (near.along, near.along_together, 1),
+    for kind, (others, cosine, both) in enumerate(
+        (
+            (near.alike, near.alike_cosine, near.alike_together),
+            (near.along, near.along_cosine, near.along_together),
+        )
     ):
         which, rank = np.nonzero(others >= 0)
         ranks = [np.full(len(which), -1), np.full(len(which), -1)]
         ranks[kind] = rank
-        parts.append((which + near.first, others[which, rank], both[which, rank], *ranks))
-    latent, other, together, cosine_rank, cofire_rank = (
+        found = (numbers[which, rank] for numbers in (others, cosine, both))
+        parts.append((which + near.first, *found, *ranks))
+    latent, other, cosine, together, cosine_rank, cofire_rank = (
         np.concatenate(column) for column in zip(*parts, strict=True)
     )
     order = np.lexsort((other, latent))
@@ -242,14 +244,13 @@ def neighbours_table(near: Neighbours, W_dec: Tensor | None) -> pa.Table:
     cosine_rank = np.maximum.reduceat(cosine_rank[order], firsts) if len(firsts) else cosine_rank
     cofire_rank = np.maximum.reduceat(cofire_rank[order], firsts) if len(firsts) else cofire_rank
     at = order[firsts]
-    latent, other, together = latent[at], other[at], together[at].astype(np.int64)
+    latent, other, cosine, together = latent[at], other[at], cosine[at], together[at]
     either = near.fired[latent] + near.fired[other] - together
-    nothing = pa.nulls(len(latent), pa.float32())
     return pa.table(
         {
             "latent": latent.astype(np.int32),
             "other": other.astype(np.int32),
-            "decoder_cosine": nothing if W_dec is None else cosines(W_dec, latent, other),
+            "decoder_cosine": _nullable(cosine),
             "cofire": together,
             "jaccard": together / np.maximum(either, 1),
             "cosine_rank": pa.array(cosine_rank.astype(np.int16), mask=cosine_rank < 0),
@@ -296,5 +297,5 @@ def tokens_tables(parts: list[pa.Table], texts: TokenTexts) -> Iterator[pa.Table
         first = last
 
 
-def _nullable(x: npt.NDArray[np.float64]) -> pa.Array:
+def _nullable(x: npt.NDArray[np.floating]) -> pa.Array:
     return pa.array(x, mask=np.isnan(x))
