@@ -10,6 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from harvest.corpus import CorpusSpec
 from harvest.run import Means, run
 from pipelines.features.build import build
 from pipelines.features.config import FeatureConfig
+from pipelines.features.encode import batches
 from store.console import output
 from store.reader import ActivationStore
 from store.rules import RowRule
@@ -125,16 +127,16 @@ def random_sae(store: ActivationStore) -> SAE:
 
 
 def encode_all(store: ActivationStore, sae: SAE, batch_rows: int, last: int) -> None:
-    """Encodes the rows [0, last) that the rule reads, shard by shard, and keeps nothing."""
+    """Encodes the rows of the shards before row `last` that the rule reads, and keeps nothing."""
     site = store.sites[0]
+    read, chunk_rows = partial(store.read, site), store.chunk_rows(site)
     for shard in range(store.n_shards):
-        first, end = store.shard_span(shard)
+        first, _ = store.shard_span(shard)
         if first >= last:
             return
-        selected = np.flatnonzero(store.selected_in_shard(site, RULE, shard))
-        x = store.read(site, first, end)
-        for low in range(0, len(selected), batch_rows):
-            sae.encode(torch.from_numpy(x[selected[low : low + batch_rows]]).float())
+        selected = store.selected_in_shard(site, RULE, shard)
+        for _, x in batches(read, selected, first, chunk_rows, batch_rows):
+            sae.encode(torch.from_numpy(x))
 
 
 def once(place: str, sae_path: str, out: str) -> dict[str, Any]:

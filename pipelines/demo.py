@@ -19,6 +19,7 @@ from pipelines.features.cli import build_with_bar
 from pipelines.features.config import FeatureConfig
 from pipelines.features.query import connect
 from pipelines.features.show import highlight
+from pipelines.features.texts import pieces
 from store.errors import RunError
 from store.objects import make_folder
 from store.reader import ActivationStore
@@ -184,8 +185,8 @@ def brief(features: Path, latent: int) -> Group:
     title.append(f"  fires on {density:.2%} of tokens: ", style="not bold not underline dim")
     title.append(" ".join(repr(t) for t in tokens), style="not bold not underline")
     lines = [title]
-    for texts, activations, position, start, source in connection.execute(
-        "SELECT c.token_texts, c.activations, c.position, c.window_start, d.source "
+    for text, ends, activations, position, start, source in connection.execute(
+        "SELECT c.text, c.token_ends, c.activations, c.position, c.window_start, d.source "
         "FROM contexts c LEFT JOIN documents d USING (document) "
         "WHERE c.latent = ? AND c.stratum = 'top' ORDER BY c.rank LIMIT ?",
         [latent, N_SHOWN_CONTEXTS],
@@ -194,7 +195,7 @@ def brief(features: Path, latent: int) -> Group:
         near = slice(max(0, peak - 24), peak + 9)
         line = Text("  ")
         line.append_text(
-            highlight(texts[near], activations[near], maximum, peak - (near.start or 0))
+            highlight(pieces(text, ends)[near], activations[near], maximum, peak - near.start)
         )
         lines.append(line.append(f"  {source}", style="dim italic"))
     return Group(*lines)

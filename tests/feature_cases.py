@@ -160,7 +160,11 @@ class Texts:
     def of(self, ids: np.ndarray) -> pa.Array:
         return pa.array([f" t{i}" for i in ids.reshape(-1).tolist()], pa.string())
 
-    windows = of
+    def windows(self, ids: np.ndarray) -> tuple[pa.Array, np.ndarray]:
+        texts = [[f" t{i}" for i in line] for line in ids.tolist()]
+        lengths = np.array([[len(text) for text in line] for line in texts], np.int32)
+        joined = pa.array(["".join(line) for line in texts], pa.string())
+        return joined, lengths.reshape(ids.shape).cumsum(axis=1, dtype=np.int32)
 
 
 @dataclass
@@ -270,6 +274,12 @@ def read_table(folder: Path, name: str) -> list[dict[str, Any]]:
     result = duckdb.connect().execute(f"FROM '{folder}/{name}.parquet'")
     names = [column[0] for column in result.description]
     return [dict(zip(names, row, strict=True)) for row in result.fetchall()]
+
+
+def tokens_of(context: dict[str, Any]) -> list[str]:
+    """The texts of a context's tokens."""
+    ends = context["token_ends"]
+    return [context["text"][a:b] for a, b in pairwise([0, *ends])]
 
 
 def refusal(*arguments: object) -> str:

@@ -93,7 +93,7 @@ def write_tables(
     )
     pq.write_table(firing, folder / "firings" / "000000.parquet")
     run = {
-        "tables": "2",
+        "tables": "3",
         "store": "/nowhere/store",
         "store_digest": f"{seed:032x}",
         "sae": "/nowhere/sae",
@@ -125,7 +125,7 @@ def write_sae(folder: Path, n_latents: int, width: int = 16, seed: int = 0) -> S
 
 
 def _write(folder: Path, name: str, table: pa.Table) -> None:
-    table = table.replace_schema_metadata({b"sae_harvest_tables": b"2"})
+    table = table.replace_schema_metadata({b"sae_harvest_tables": b"3"})
     pq.write_table(table, folder / f"{name}.parquet", row_group_size=ROW_GROUP)
 
 
@@ -271,7 +271,7 @@ def _write_contexts(
     writer = None
     for first in range(0, len(live), 256):
         table = _contexts(rng, live[first : first + 256], peak, window, n_documents, hostile)
-        table = table.replace_schema_metadata({b"sae_harvest_tables": b"2"})
+        table = table.replace_schema_metadata({b"sae_harvest_tables": b"3"})
         writer = writer or pq.ParquetWriter(folder / "contexts.parquet", table.schema)
         writer.write_table(table, row_group_size=ROW_GROUP)
     assert writer is not None
@@ -310,6 +310,7 @@ def _contexts(
     context = rng.integers(0, 1000, n)
     position = WINDOW_START + at
     offsets = pa.array(np.arange(n + 1, dtype=np.int32) * window)
+    lengths = [[len(text) for text in line] for line in texts]
 
     def lists(flat: np.ndarray, kind: pa.DataType) -> pa.ListArray:
         return pa.ListArray.from_arrays(offsets, pa.array(flat.reshape(-1), kind))
@@ -330,7 +331,7 @@ def _contexts(
             "position": pa.array(position, pa.int32()),
             "window_start": pa.array(np.full(n, WINDOW_START), pa.int32()),
             "token_ids": lists(ids, pa.int32()),
-            "token_texts": lists(texts, pa.string()),
+            "token_ends": lists(np.cumsum(lengths, axis=1), pa.int32()),
             "activations": lists(activations, pa.float32()),
             "text": pa.array(["".join(line) for line in texts.tolist()]),
         }

@@ -37,6 +37,7 @@ from tests.feature_cases import (
     contents,
     read_table,
     save_sae,
+    tokens_of,
 )
 from train.sae import SAE
 
@@ -99,7 +100,7 @@ def test_counts_are_those_of_encoding_every_row_the_rule_reads(
         assert row["dead"] == (row["latent"] == DEAD)
         assert len(row["top_logit_tokens"]) == len(row["bottom_logits"]) == BUILD_CONFIG.n_logits
     run = json.loads((folders[2] / "run.json").read_text())
-    assert run["tables"] == "2"
+    assert run["tables"] == "3"
     assert run["n_rows"] == run["cofire_rows"] == read.sum()
     assert run["n_firings"] == (dense > 0).sum()
     assert run["store_digest"] == store.digest
@@ -134,7 +135,10 @@ def test_contexts_say_what_the_store_and_the_sae_say(folders: Folders, truth: Tr
         assert row["activations"] == dense[here, row["latent"]][:window].tolist()
         assert row["activation"] == dense[row["row"], row["latent"]]
         assert row["text"] == tokenizer.decode(row["token_ids"])
-        assert "".join(row["token_texts"]) == row["text"]
+        assert row["token_ends"][-1] == len(row["text"])
+        for piece, token in zip(tokens_of(row), row["token_ids"], strict=True):
+            alone = tokenizer.decode([token])
+            assert piece == alone or "\ufffd" in alone
         silent = row["stratum"] in ("inactive", "hard_negative")
         assert (sum(row["activations"]) == 0) == (row["activation"] == 0) == silent
         assert read[row["row"]]
@@ -316,12 +320,12 @@ def test_show_prints_contexts_with_their_activations_as_heat(folders: Folders) -
     text = shown(features, 3, no_color=False)
     plain = run("show", 3, "--features", features).stdout.replace("\n", "")
     for row in contexts[: BUILD_CONFIG.n_top]:
-        joined = "".join(row["token_texts"]).replace("\n", "↵")
+        joined = "".join(tokens_of(row)).replace("\n", "↵")
         assert joined.split()[0] in plain
         assert f"{row['activation']:.2f}" in plain
-        peak = row["token_texts"][row["position"] - row["window_start"]]
+        peak = tokens_of(row)[row["position"] - row["window_start"]]
         assert f"m{peak}\x1b[0m" in text
-    hottest = contexts[0]["token_texts"][contexts[0]["position"] - contexts[0]["window_start"]]
+    hottest = tokens_of(contexts[0])[contexts[0]["position"] - contexts[0]["window_start"]]
     assert f"\x1b[1;30;48;2;245;124;0m{hottest}\x1b[0m" in text  # the strongest heat, bold
     assert "never fired" in shown(features, DEAD)
 

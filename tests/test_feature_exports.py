@@ -27,7 +27,7 @@ from tests.export_cases import (
     refusal,
     run,
 )
-from tests.feature_cases import DEAD, SAE_LATENTS, read_table, sentence
+from tests.feature_cases import DEAD, SAE_LATENTS, read_table, sentence, tokens_of
 from tests.made_tables import HOSTILE, HOSTILE_LATENT, write_tables
 
 FORMATS = ("neuronpedia", "delphi", "openai", "circuit-tracer")
@@ -143,7 +143,7 @@ def test_circuit_tracer_gets_contexts_by_stratum_and_knows_repeated_ones(
         for stratum, group in zip(strata, groups, strict=True):
             assert len(group["examples"]) == len(contexts[stratum])
             for example, context in zip(group["examples"], contexts[stratum], strict=True):
-                assert example["tokens"] == context["token_texts"]
+                assert example["tokens"] == tokens_of(context)
                 assert as_float32(example["tokens_acts_list"]) == context["activations"]
                 peak = example["tokens_acts_list"][example["train_token_ind"]]
                 assert as_float32([peak]) == [context["activation"]]
@@ -200,7 +200,7 @@ def test_sequences_are_contexts(features: Path, tmp_path: Path) -> None:
         assert len(atom[stratum]) == len(contexts[stratum]) > 0
         for said, context in zip(atom[stratum], contexts[stratum], strict=True):
             assert said["doc_id"] == context["document"]
-            assert said["tokens"] == context["token_texts"]
+            assert said["tokens"] == tokens_of(context)
             assert said["token_ints"] == context["token_ids"]
             assert as_float32(said["acts"]) == context["activations"]
             assert said["act"] == said["acts"][said["idx"]]
@@ -245,7 +245,7 @@ def test_neuron_records_hold_contexts_by_quantile(features: Path, tmp_path: Path
     assert record["quantile_boundaries"] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
     for _, records, stratum in parts:
         expected = contexts.get(stratum, [])
-        assert [r["tokens"] for r in records] == [c["token_texts"] for c in expected]
+        assert [r["tokens"] for r in records] == [tokens_of(c) for c in expected]
         activations = [as_float32(r["activations"]) for r in records]
         assert activations == [c["activations"] for c in expected]
 

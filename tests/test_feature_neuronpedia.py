@@ -24,7 +24,7 @@ from tests.export_cases import (
     firings_of,
     lines,
 )
-from tests.feature_cases import DEAD, SAE_LATENTS, read_table
+from tests.feature_cases import DEAD, SAE_LATENTS, read_table, tokens_of
 from tests.made_tables import write_tables
 
 LATENTS = range(SAE_LATENTS)
@@ -220,7 +220,7 @@ def test_neuronpedia_gets_top_activations_and_intervals(
         said = [record for record in found if record["index"] == str(latent)]
         assert len(said) == len(expected)
         for record, (stratum, context) in zip(said, expected, strict=True):
-            assert record["tokens"] == context["token_texts"]
+            assert record["tokens"] == tokens_of(context)
             assert as_float32(record["values"]) == context["activations"]
             assert as_float32([record["maxValue"]]) == [max(context["activations"])]
             assert as_float32([record["minValue"]]) == [min(context["activations"])]

@@ -115,21 +115,21 @@ def test_damaged_ancestry_is_refused_by_name(folders: Folders, broken: Path) -> 
 
 def test_tables_of_another_format_are_refused(folders: Folders, broken: Path) -> None:
     run = (broken / "run.json").read_text()
-    assert '"tables": "2"' in run
-    (broken / "run.json").write_text(run.replace('"tables": "2"', '"tables": "1"'))
+    assert '"tables": "3"' in run
+    (broken / "run.json").write_text(run.replace('"tables": "3"', '"tables": "1"'))
     for told in (
         refusal("show", 1, "--features", broken),
         refusal("query", "FROM latents", "--features", broken),
         build_refusal(folders[0], folders[1], broken, *OPTIONS),
     ):
-        assert "tables of format 1, this version reads 2" in told
+        assert "tables of format 1, this version reads 3" in told
 
 
 def test_every_table_says_its_format(folders: Folders) -> None:
     files = list(folders[2].rglob("*.parquet"))
     assert len(files) == 6 + 8
     for file in files:
-        assert pq.read_schema(file).metadata[b"sae_harvest_tables"] == b"2"
+        assert pq.read_schema(file).metadata[b"sae_harvest_tables"] == b"3"
 
 
 def test_a_disk_that_refuses_is_named(folders: Folders, tmp_path: Path) -> None:

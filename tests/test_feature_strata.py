@@ -25,6 +25,7 @@ from tests.feature_cases import (
     Pass,
     made_case,
     sparse_case,
+    tokens_of,
     whole_pass,
     write_rows,
 )
@@ -265,8 +266,8 @@ def test_windows_stay_in_their_context_and_hold_only_rows_that_were_read(
         assert (row["activation"] > 0) == (row["stratum"] in FIRING)
         assert (row["reason"] is None) == (row["stratum"] != "hard_negative")
         assert row["token_ids"] == case.tokens[here].tolist()
-        assert row["token_texts"] == [f" t{t}" for t in case.tokens[here]]
-        assert row["text"] == "".join(row["token_texts"])
+        assert tokens_of(row) == [f" t{t}" for t in case.tokens[here]]
+        assert row["text"] == "".join(tokens_of(row))
         assert row["document"] == case.documents[row["row"]]
         assert row["split"] == ("score" if case.scores[row["row"]] else "explain")
     if 1 < width < LENGTH:

@@ -83,9 +83,13 @@ def test_many_windows_at_once_are_those_of_each_alone(byte_level, byte_fallback)
         ids = ids_of(tokenizer, TEXT)
         some = np.stack([rng.choice(ids, 7) for _ in range(200)])  # characters cut everywhere
         some[0], some[1] = ids[:7], ids_of(tokenizer, "the the the the the the the the")[:7]
-        assert texts.windows(some).to_pylist() == [t for line in some for t in texts.window(line)]
+        joined, ends = texts.windows(some)
+        each = [texts.window(line) for line in some]
+        assert joined.to_pylist() == ["".join(line) for line in each]
+        assert ends.tolist() == [np.cumsum([len(t) for t in line]).tolist() for line in each]
         assert texts.of(ids).to_pylist() == [texts.table[i] for i in ids.tolist()]
-        assert texts.windows(some[:0]).to_pylist() == texts.of(ids[:0]).to_pylist() == []
+        assert texts.windows(some[:0])[0].to_pylist() == texts.of(ids[:0]).to_pylist() == []
+        assert texts.window(ids[:0]) == []
 
 
 def test_spaces_survive_a_decoder_that_drops_the_first(byte_fallback):

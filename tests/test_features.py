@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.features import firings as firings_module
 from pipelines.features import tables
 from pipelines.features.config import FeatureConfig
 from pipelines.features.encode import stacked
@@ -65,20 +66,55 @@ def test_firings_are_those_of_the_dense_matrix(case: Case, tmp_path: Path) -> No
     for block in range(6):
         table = pq.read_table(tmp_path / "firings" / f"{block:06d}.parquet")
         assert [str(t) for t in table.schema.types] == ["int32", "int64", "float"]
-        assert table.schema.metadata[b"sae_harvest_tables"] == b"2"
+        assert table.schema.metadata[b"sae_harvest_tables"] == b"3"
         latent, row, value = (table[c].to_numpy() for c in ("latent", "row", "value"))
         assert (np.diff(latent.astype(np.int64) * case.n_rows + row) > 0).all()  # sorted, once
         assert set((row // LENGTH).tolist()) <= set(range(7 * block, 7 * block + 7))
         seen[row, latent] = value
     assert (seen == dense).all()
-    for first, last in ((0, 13), (3, 5), (11, 13), (12, 13)):  # some latents of a block
-        for block, firings in blocks.all(first, last):
-            begin, end = blocks.span(block)
-            for i in range(first, last):
-                mine = slice(*firings.starts[i - first : i - first + 2])
-                here = dense[begin:end, i]
-                assert firings.row[mine].tolist() == np.flatnonzero(here).tolist()
-                assert firings.value[mine].tolist() == here[here > 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("at_once", "most_rows", "groups"), [(1, 10**6, 6), (500, 10**6, 2), (10**6, 230, 3)]
+)
+@pytest.mark.parametrize(("first", "last"), [(0, 13), (3, 5), (11, 13), (12, 13)])
+def test_firings_of_some_latents_come_several_blocks_at_a_time(
+    case: Case,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    at_once: int,
+    most_rows: int,
+    groups: int,
+    first: int,
+    last: int,
+) -> None:
+    monkeypatch.setattr(firings_module, "AT_ONCE", at_once)
+    monkeypatch.setattr(firings_module, "MOST_ROWS", most_rows)
+    dense, blocks = case.dense, encode_blocks(case, tmp_path, 7)
+    found = list(blocks.all(first, last))
+    assert [inside.start for inside, _ in found[1:]] == [inside.stop for inside, _ in found[:-1]]
+    assert (found[0][0].start, found[-1][0].stop) == (0, case.n_rows)
+    for inside, firings in found:
+        assert (firings.first_row, firings.first_latent) == (inside.start, first)
+        several = inside.stop - inside.start > blocks.block_rows
+        assert not several or len(firings.row) <= at_once
+        assert not several or inside.stop - inside.start <= most_rows
+        for i in range(first, last):
+            mine = slice(*firings.starts[i - first : i - first + 2])
+            here = dense[inside, i]
+            assert firings.row[mine].tolist() == np.flatnonzero(here).tolist()
+            assert firings.value[mine].tolist() == here[here > 0].tolist()
+    if last - first == N_LATENTS:
+        assert len(found) == groups
+
+
+def test_tables_do_not_depend_on_how_many_blocks_are_taken_at_a_time(
+    case: Case, tmp_path: Path, found: Pass, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for at_once in (1, 300):
+        monkeypatch.setattr(firings_module, "AT_ONCE", at_once)
+        again = whole_pass(case, tmp_path / str(at_once), pieces=2)
+        assert all(again.tables[name].equals(table) for name, table in found.tables.items())
 
 
 def test_batches_of_other_widths_are_encoded_alike(case: Case, tmp_path: Path) -> None:
@@ -180,8 +216,9 @@ def test_quantiles_are_right_to_one_bin(case: Case, found: Pass) -> None:
             assert row[f"q{q}"] <= a.max()
     a = np.exp(np.random.default_rng(3).standard_normal((5, 500))).astype(np.float32)
     histogram = np.stack([np.histogram(x, bin_edge(np.arange(BINS + 1)))[0] for x in a])
-    for share in (0.01, 0.5, 0.9, 0.99, 1.0):
-        found_q = tables.quantiles(histogram, share, a.max(axis=1))
+    shares = (0.01, 0.5, 0.9, 0.99, 1.0)
+    every = tables.quantiles(histogram, shares, a.max(axis=1))
+    for share, found_q in zip(shares, every, strict=True):
         exact = np.quantile(a, share, axis=1, method="inverted_cdf")
         np.testing.assert_allclose(np.log2(found_q), np.log2(exact), atol=1 / 16)
 

@@ -19,6 +19,7 @@ from pipelines.viewer.search import search
 from pipelines.viewer.sql import FencedSQL
 from pipelines.viewer.tables import Tables
 from store.errors import InputError, RunError
+from tests.feature_cases import tokens_of
 from tests.made_tables import (
     HOSTILE,
     HOSTILE_LATENT,
@@ -68,7 +69,7 @@ def test_a_page_shows_every_context_of_its_latent_strongest_stratum_first(featur
         assert dense == pytest.approx(truth["activations"], rel=1e-4)
         ends = np.cumsum(context["lengths"])
         pieces = [context["text"][e - n : e] for e, n in zip(ends, context["lengths"], strict=True)]
-        assert pieces == truth["token_texts"]
+        assert pieces == tokens_of(truth)
 
 
 def test_a_page_names_its_documents_neighbours_and_histogram(features, tables):
@@ -97,8 +98,8 @@ def test_bins_are_merged_four_by_four_and_keep_their_counts():
 
 
 def test_lengths_of_tokens_count_characters_not_bytes():
-    context = {"token_texts": ["é", "👩‍👩‍👧", "", "a\x00"], "activations": [0.0, 1.5, 0.0, 2.0]}
-    assert compact(context) == {
+    context = {"text": "é👩‍👩‍👧a\x00", "token_ends": [1, 6, 6, 8]}
+    assert compact(context | {"activations": [0.0, 1.5, 0.0, 2.0]}) == {
         "text": "é👩‍👩‍👧a\x00",
         "lengths": [1, 5, 0, 2],
         "heat": [[1, 1.5], [3, 2.0]],
@@ -249,8 +250,8 @@ def test_a_text_is_found_in_contexts_and_at_their_peak(features, tables):
         text, question = c["text"].lower(), "the guitar"
         if c["activation"] > 0 and question in text:
             at = c["position"] - c["window_start"]
-            start = len("".join(c["token_texts"][:at]))
-            stop = start + len(c["token_texts"][at])
+            start = len("".join(tokens_of(c)[:at]))
+            stop = start + len(tokens_of(c)[at])
             places = [i for i in range(len(text)) if text.startswith(question, i)]
             hit = any(i < stop and i + len(question) > start for i in places)
             expected.setdefault(c["latent"], []).append(hit)

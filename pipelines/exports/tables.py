@@ -19,6 +19,7 @@ from pipelines.features import kernels
 from pipelines.features.folder import FIRINGS, check_tables, require_run
 from pipelines.features.profile import decile_edges
 from pipelines.features.tables import quantiles
+from pipelines.features.texts import pieces as texts_of_tokens
 from store.errors import RunError
 
 BARS = 50  # of a histogram, where a format has a fixed number
@@ -28,7 +29,7 @@ PERCENTS = 100
 EXPLANATIONS = "explanations"
 CONTEXT_COLUMNS = (
     "latent", "stratum", "activation", "row", "document", "position", "window_start",
-    "token_ids", "token_texts", "activations",
+    "token_ids", "token_ends", "activations", "text",
 )  # fmt: skip
 
 Widths = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]
@@ -130,7 +131,7 @@ class Tables:
         largest = np.array([row["max"] or 0.0 for row in facts])
         histogram = self._histogram(latents)
         deciles = tenths(histogram, largest)
-        parts = [quantiles(histogram, p / PERCENTS, largest) for p in range(1, PERCENTS)]
+        parts = quantiles(histogram, [p / PERCENTS for p in range(1, PERCENTS)], largest)
         percentiles = np.stack([*parts, largest], axis=1)
         contexts, alike = self._contexts(latents), self._alike(latents)
         for place, latent in enumerate(latents):
@@ -149,7 +150,8 @@ class Tables:
         found: dict[int, dict[str, list[Context]]] = {}
         lengths = pc.list_value_length(table["activations"]).to_numpy()
         ends = np.cumsum(lengths).tolist()
-        ids, texts = (pc.list_flatten(table[c]).to_pylist() for c in ("token_ids", "token_texts"))
+        ids = pc.list_flatten(table["token_ids"]).to_pylist()
+        texts, token_ends = table["text"].to_pylist(), table["token_ends"].to_pylist()
         activations = shortest(pc.list_flatten(table["activations"]))
         peaks = shortest(table["activation"])
         rest = [table[name].to_pylist() for name in CONTEXT_COLUMNS[:2] + CONTEXT_COLUMNS[3:7]]
@@ -165,7 +167,7 @@ class Tables:
                     document,
                     position - first,
                     ids[window],
-                    texts[window],
+                    texts_of_tokens(texts[n], token_ends[n]),
                     activations[window],
                 )
             )

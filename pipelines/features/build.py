@@ -11,7 +11,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -20,11 +19,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from harvest.models import load_tokenizer
 from pipelines.features import job as jobs
 from pipelines.features import rows, tables
+from pipelines.features.aside import aside
 from pipelines.features.candidates import TokenRows
 from pipelines.features.config import FeatureConfig
 from pipelines.features.contexts import AT_ONCE, Wanted, wanted_rows
@@ -42,7 +43,7 @@ from pipelines.features.job import Job, Work, work_of
 from pipelines.features.lens import logit_lens
 from pipelines.features.neighbours import counted_rows, counted_share
 from pipelines.features.pool import Pool, open_pool
-from pipelines.features.profile import Kept, latents_at_once
+from pipelines.features.profile import Kept, Profile, latents_at_once
 from pipelines.features.sources import Given, open_source
 from pipelines.features.texts import TokenTexts
 from store.device import choose_device
@@ -231,18 +232,22 @@ def _profile(
         lens = logit_lens(source.model, dictionary.writes_to, W_dec, n_logits, len(texts))
         weights = weights | {"W_dec": W_dec.numpy()}
     spans = _spans(dictionary.n_latents, latents_at_once(work.blocks, len(texts)), pool)
-    kept, n_firings, tokens = [], 0, []
+    kept, n_firings, tokens = [], 0, list[pa.Table]()
+    n_contexts = source.n_rows // source.context_length
     latents = tables.TableWriter(out / "latents.parquet")
     histograms = tables.TableWriter(out / "histograms.parquet")
-    with latents, histograms:
+
+    def write(found: Profile) -> None:
+        latents.add(tables.latents_table(found, n_read, n_contexts, weights, lens, texts))
+        histograms.add(tables.histograms_table(found))
+        tokens.append(tables.tokens_part(found, job.config))
+        on_progress("counting", found.first + len(found.n_fire), dictionary.n_latents)
+
+    with latents, histograms, aside() as call:
         for found in pool.map(jobs.profile_latents, ((job, *span) for span in spans)):
-            n_contexts = source.n_rows // source.context_length
-            latents.add(tables.latents_table(found, n_read, n_contexts, weights, lens, texts))
-            histograms.add(tables.histograms_table(found))
-            tokens.append(tables.tokens_part(found, job.config))
+            call(write, found)
             kept.append(found.kept)
             n_firings += int(found.n_fire.sum())
-            on_progress("counting", found.first + len(found.n_fire), dictionary.n_latents)
     # text is not sorted by, and asked for
     with tables.TableWriter(out / "tokens.parquet", bloom_filter_options={"text": BLOOM}) as writer:
         for table in tables.tokens_tables(tokens, texts):
@@ -288,18 +293,13 @@ def _show(
                 yield job, wanted, first, last
 
     shown = pool.map(jobs.contexts_of_latents, pieces())
+    path = work.out / "contexts.parquet"
     # compressing one part takes as long as making the next one
-    with (
-        tables.TableWriter(work.out / "contexts.parquet") as writer,
-        ThreadPoolExecutor(1) as aside,
-    ):
-        written = aside.submit(lambda: None)
+    with tables.TableWriter(path, **tables.CONTEXTS_ENCODING) as writer, aside() as call:
         for table in shown:
-            written.result()
-            written = aside.submit(writer.add, table)
+            call(writer.add, table)
             if len(table):
                 on_progress("showing", table["latent"][-1].as_py() + 1, work.dictionary.n_latents)
-        written.result()
 
 
 def _spans(n: int, most: int, pool: Pool) -> list[tuple[int, int]]:

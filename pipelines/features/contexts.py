@@ -17,7 +17,7 @@ from pipelines.features.rows import Rows
 from pipelines.features.texts import TokenTexts
 
 WINDOW_BEFORE = 0.7  # share of the window before the row: a causal model has seen only that
-AT_ONCE = 1024  # latents whose windows are in memory
+AT_ONCE = 2048  # latents whose windows are in memory
 FIRING = ("top", *(f"decile_{tenth}" for tenth in range(1, DECILES + 1)), "random")
 STRATA = (*FIRING, "inactive", "hard_negative")
 INACTIVE, HARD = len(FIRING), len(FIRING) + 1
@@ -212,7 +212,7 @@ def _table(
     ids = rows.token[begin[:, None] + np.arange(window)]  # [shown, window]
     position = shown.row % context_length
     inside = shown.row - begin
-    pieces = texts.windows(ids)
+    text, ends = texts.windows(ids)
     return pa.table(
         {
             "latent": shown.latent.astype(np.int32),
@@ -229,18 +229,11 @@ def _table(
             "position": position.astype(np.int32),
             "window_start": (begin % context_length).astype(np.int32),
             "token_ids": lists(pa.array(ids.reshape(-1)), ids.shape),
-            "token_texts": lists(pieces, ids.shape),
+            "token_ends": lists(pa.array(ends.reshape(-1)), ids.shape),
             "activations": lists(pa.array(activations.reshape(-1)), activations.shape),
-            "text": joined(pieces, window),
+            "text": text,
         }
     )
-
-
-def joined(flat: pa.StringArray, width: int) -> pa.StringArray:
-    """Every so many texts as one, in the memory in which they stand one after the other."""
-    _, offsets, content = flat.buffers()
-    ends = np.frombuffer(offsets, np.int32)[flat.offset : flat.offset + len(flat) + 1 : width]
-    return pa.StringArray.from_buffers(len(flat) // width, pa.py_buffer(ends.copy()), content)
 
 
 def lists(flat: pa.Array, shape: tuple[int, ...]) -> pa.ListArray:

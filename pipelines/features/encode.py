@@ -74,9 +74,9 @@ def encode(encoder: Encoder, n_latents: int, first_row: int, given: Iterator[Bat
     ahead = Ahead(given)
     try:
         while (batch := ahead.take()) is not None:
-            indices, values = encoder.encode(torch.from_numpy(batch[1]))
+            fired = encoder.encode(torch.from_numpy(batch[1]))
             rows.append(batch[0])
-            found.append((indices.cpu().numpy(), values.cpu().numpy()))
+            found.append((fired[0].cpu().numpy(), fired[1].cpu().numpy()))
     finally:
         ahead.close()
     indices, values = stacked(found)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ ROW_GROUP = 1 << 16  # pairs that a read of a few latents decodes at least
 BLOCK_NUMBERS = 1 << 24  # of activations that a block may have, if all of them fire
 AT_ONCE = 1 << 23  # firings of some latents in memory, of several blocks; 8 bytes each
 MOST_ROWS = 1 << 30  # of those blocks
+READS = 2  # under way at once
 COLUMNS = ("latent", "row", "value")
 
 
@@ -163,8 +165,8 @@ class Blocks:
         """
         parts: list[Firings] = []
         begin, pairs = 0, 0
-        for block in range(len(self)):
-            part, end = self.read(block, first, last), self.span(block)[1]
+        for block, part in enumerate(self._side_by_side(first, last)):
+            end = self.span(block)[1]
             pairs += len(part.row)
             if parts and (pairs > AT_ONCE or end - begin > MOST_ROWS):
                 yield slice(begin, part.first_row), _joined(parts)
@@ -172,6 +174,13 @@ class Blocks:
             parts.append(part)
         if parts:
             yield slice(begin, self.n_rows), _joined(parts)
+
+    def _side_by_side(self, first: int, last: int | None) -> Iterator[Firings]:
+        """Of all blocks, a few read at a time."""
+        with ThreadPoolExecutor(READS) as pool:
+            for block in range(0, len(self), READS):
+                some = range(block, min(block + READS, len(self)))
+                yield from pool.map(lambda b: self.read(b, first, last), some)
 
 
 def _joined(parts: list[Firings]) -> Firings:

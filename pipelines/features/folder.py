@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from store.errors import RunError
 
-FORMAT = "2"
+FORMAT = "3"
 TABLES = ("latents", "contexts", "histograms", "neighbours", "tokens", "documents")
 FIRINGS = "firings"  # a folder of files
 IDENTITY, DELPHI = "identity", "delphi"  # stand where the path of an SAE is asked for

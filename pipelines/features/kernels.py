@@ -27,7 +27,7 @@ def histogram_bin(value: float) -> int:
     return min(max(position, 0), BINS - 1)
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, nogil=True, cache=True)
 def add_moments(
     starts: npt.NDArray[np.int64],
     row: npt.NDArray[np.int32],
@@ -103,7 +103,7 @@ def insert(
     priority[i, at], rows[i, at], values[i, at], documents[i, at] = score, r, a, document
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, nogil=True, cache=True)
 def keep_top(
     starts: npt.NDArray[np.int64],
     row: npt.NDArray[np.int32],
@@ -145,7 +145,7 @@ def keep_top(
             )
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, nogil=True, cache=True)
 def draw(
     starts: npt.NDArray[np.int64],
     row: npt.NDArray[np.int32],
@@ -216,7 +216,7 @@ def transposed(
     return new_starts, lists
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, nogil=True, cache=True)
 def most_together(
     first: int,
     starts: npt.NDArray[np.int64],
@@ -276,7 +276,7 @@ def most_together(
     return best, asked_together, best_together
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, nogil=True, cache=True)
 def append_firings(
     starts: npt.NDArray[np.int64],
     row: npt.NDArray[np.int32],
@@ -298,7 +298,7 @@ def append_firings(
         ends[i] = at
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, nogil=True, cache=True)
 def cut_windows(
     starts: npt.NDArray[np.int64],
     row: npt.NDArray[np.int32],
@@ -346,7 +346,7 @@ def draw_by_token(
             priority[t, at], rows[t, at] = score, r
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, nogil=True, cache=True)
 def draw_rows(
     latents: npt.NDArray[np.int64], n_rows: int, n: int, seed: int
 ) -> npt.NDArray[np.int64]:

@@ -69,9 +69,19 @@ def neighbours(
     if W_dec is not None:
         alike = decoder_neighbours(W_dec, first, last, n)
     n_along, parts = min(n, blocks.n_latents - 1), 4 * get_num_threads()
-    along, *together = kernels.most_together(first, *by_latent, *by_row, alike, n_along, parts)
-    cosine = (_cosines(W_dec, first, others) for others in (alike, along))
-    return Neighbours(first, alike, along, *cosine, *together, np.diff(by_latent[0]))
+    along, alike_together, along_together = kernels.most_together(
+        first, *by_latent, *by_row, alike, n_along, parts
+    )
+    return Neighbours(
+        first,
+        alike,
+        along,
+        _cosines(W_dec, first, alike),
+        _cosines(W_dec, first, along),
+        alike_together,
+        along_together,
+        np.diff(by_latent[0]),
+    )
 
 
 def counted_firings(

@@ -171,14 +171,18 @@ def bin_edge(number: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 def decile_edges(histogram: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """The nine edges between tenths of each latent's firings [n, 9], at edges of bins.
 
-    Each is the edge with the number of firings below it that comes nearest.
+    Each is the edge with the number of firings below it that comes nearest; of equal ones, the
+    lowest.
     """
     below = np.zeros((len(histogram), kernels.BINS + 1), np.int64)
     histogram.cumsum(axis=1, out=below[:, 1:])
-    edges = np.empty((len(histogram), DECILES - 1))
+    all_latents, edges = np.arange(len(histogram)), np.empty((len(histogram), DECILES - 1))
     for tenth in range(1, DECILES):
-        wanted = tenth * below[:, -1:] / DECILES
-        edges[:, tenth - 1] = bin_edge(np.abs(below - wanted).argmin(axis=1))
+        wanted = tenth * below[:, -1] / DECILES
+        high = (below < wanted[:, None]).sum(axis=1)
+        fewer, more = below[all_latents, np.maximum(high - 1, 0)], below[all_latents, high]
+        low = (below < fewer[:, None]).sum(axis=1)
+        edges[:, tenth - 1] = bin_edge(np.where(wanted - fewer <= more - wanted, low, high))
     return edges
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.features.query import connect
+from pipelines.features.texts import pieces
 from store.errors import InputError
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -41,7 +42,7 @@ def render_latent(features: Path, latent: int, n_contexts: int) -> RenderableTyp
     parts.append(_statistics(connection, facts))
     for stratum in ("top", "random"):
         found = connection.execute(
-            "SELECT c.activation, c.position, c.window_start, c.token_texts, c.activations, "
+            "SELECT c.activation, c.position, c.window_start, c.text, c.token_ends, c.activations, "
             "d.source, d.title FROM contexts c LEFT JOIN documents d USING (document) "
             "WHERE c.latent = ? AND c.stratum = ? ORDER BY c.rank LIMIT ?",
             [latent, stratum, n_contexts if stratum == "top" else max(1, n_contexts // 3)],
@@ -125,7 +126,8 @@ def _context(
     activation: float,
     position: int,
     window_start: int,
-    texts: list[str],
+    text: str,
+    ends: list[int],
     activations: list[float],
     source: str | None,
     title: str | None,
@@ -133,7 +135,7 @@ def _context(
     maximum: float,
 ) -> Text:
     line = Text.assemble((f"{activation:7.2f}  ", "bold"))
-    line.append_text(highlight(texts, activations, maximum, position - window_start))
+    line.append_text(highlight(pieces(text, ends), activations, maximum, position - window_start))
     where = visible(" · ".join(part for part in (source, title) if part))
     return line.append(f"  {where}", style="dim italic") if where else line
 

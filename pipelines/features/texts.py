@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -42,40 +43,60 @@ class TokenTexts:
         """Texts of token ids [some], each alone."""
         return self._columns[0].take(pa.array(ids))
 
-    def windows(self, ids: npt.NDArray[np.int32]) -> pa.Array:
-        """One text per token id of windows [some, window], flat."""
-        texts, incomplete = self._columns
-        parts = incomplete[ids]  # of characters; one alone stays as it is
-        split = np.flatnonzero((parts[:, 1:] & parts[:, :-1]).any(axis=1))
-        if len(split):
-            mended = [text for line in ids[split] for text in self.window(line)]
-            ids = ids.copy()
-            ids[split] = len(texts) + np.arange(len(mended)).reshape(len(split), -1)
-            texts = pa.concat_arrays([texts, pa.array(mended, pa.string())])
-        return texts.take(pa.array(ids.reshape(-1)))
-
-    @cached_property
-    def _columns(self) -> tuple[pa.Array, npt.NDArray[np.bool_]]:
-        """Texts of all ids, and which of them are incomplete."""
-        incomplete = np.array([INCOMPLETE in text for text in self.table])
-        return pa.array(self.table, pa.string()), incomplete
-
     def window(self, ids: npt.NDArray[np.int32]) -> list[str]:
         """One text per token id [window]."""
-        texts = [self.table[i] for i in ids.tolist()]
-        start = 0
-        while start < len(texts):
-            stop = start
-            while stop < len(texts) and INCOMPLETE in texts[stop]:
-                stop += 1
-            if stop > start + 1:
-                texts[start:stop] = self._run(ids[start:stop])
-            start = stop + 1
-        return texts
+        if not len(ids):
+            return []
+        texts, ends = self.windows(ids[None])
+        return pieces(texts[0].as_py(), ends[0].tolist())
 
-    def _run(self, ids: npt.NDArray[np.int32]) -> list[str]:
+    def windows(self, ids: npt.NDArray[np.int32]) -> tuple[pa.Array, npt.NDArray[np.int32]]:
+        """Texts of windows of token ids [some, window].
+
+        Returns:
+            the texts [some]; where in its window each token's text ends, in characters, int32
+            [some, window].
+        """
+        texts, lengths, incomplete = self._columns
+        parts = incomplete[ids]  # of characters; one alone stays as it is
+        if (parts[:, 1:] & parts[:, :-1]).any():
+            ids, mended = self._mended(ids, parts)
+            texts = pa.concat_arrays([texts, pa.array(mended, pa.string())])
+            lengths = np.append(lengths, _lengths(mended))
+        return _joined(texts.take(pa.array(ids.reshape(-1))), ids.shape[1]), lengths[ids].cumsum(
+            axis=1, dtype=np.int32
+        )
+
+    @cached_property
+    def _columns(self) -> tuple[pa.Array, npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+        """Texts of all ids, their lengths, and which of them are incomplete."""
+        incomplete = np.array([INCOMPLETE in text for text in self.table])
+        return pa.array(self.table, pa.string()), _lengths(self.table), incomplete
+
+    def _mended(
+        self, ids: npt.NDArray[np.int32], parts: npt.NDArray[np.bool_]
+    ) -> tuple[npt.NDArray[np.int32], list[str]]:
+        """Token ids with new ones for runs of tokens that are incomplete alone; texts of those."""
+        some, window = ids.shape
+        edges = np.zeros((some, window + 1), np.int8)
+        edges[:, :-1] = parts
+        changes = np.flatnonzero(np.diff(edges.reshape(-1), prepend=0))
+        starts, stops = changes[::2], changes[1::2]  # in rows of window + 1
+        several = stops - starts > 1
+        flat, mended, new = ids.reshape(-1).copy(), list[str](), dict[tuple[int, ...], int]()
+        for start, stop in zip(starts[several].tolist(), stops[several].tolist(), strict=True):
+            first = start - start // (window + 1)
+            here = slice(first, first + stop - start)
+            run = tuple(flat[here].tolist())
+            if run not in new:
+                new[run] = len(self.table) + len(mended)
+                mended += self._run(run)
+            flat[here] = np.arange(new[run], new[run] + len(run))
+        return flat.reshape(ids.shape), mended
+
+    def _run(self, ids: tuple[int, ...]) -> list[str]:
         """Texts of tokens that are all incomplete alone: each says what it completes."""
-        prefixes = [[*self._anchor, *ids[: n + 1].tolist()] for n in range(len(ids))]
+        prefixes = [[*self._anchor, *ids[: n + 1]] for n in range(len(ids))]
         texts, said = [], ""
         for n, decoded in enumerate(self._decode_all(prefixes), start=1):
             whole = decoded[self._skipped :]
@@ -87,3 +108,19 @@ class TokenTexts:
 
     def _decode_all(self, ids: list[list[int]]) -> list[str]:
         return self._tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
+
+
+def pieces(text: str, ends: list[int]) -> list[str]:
+    """A window's text cut where its tokens' texts end."""
+    return [text[start:end] for start, end in pairwise([0, *ends])]
+
+
+def _joined(flat: pa.Array, width: int) -> pa.Array:
+    """Every so many texts as one, in the memory in which they stand one after the other."""
+    _, offsets, content = flat.buffers()
+    ends = np.frombuffer(offsets, np.int32)[flat.offset : flat.offset + len(flat) + 1 : width]
+    return pa.StringArray.from_buffers(len(flat) // width, pa.py_buffer(ends.copy()), content)
+
+
+def _lengths(texts: list[str]) -> npt.NDArray[np.int32]:
+    return np.array([len(text) for text in texts], np.int32)

@@ -53,7 +53,7 @@ class TokenCounts:
         return TokenCounts(self.starts, self.token[order], self.count[order], self.total[order])
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, nogil=True, cache=True)
 def _count(
     starts: npt.NDArray[np.int64],
     row: npt.NDArray[np.int32],
@@ -92,7 +92,7 @@ def _count(
     return sizes
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, nogil=True, cache=True)
 def _add(
     starts: npt.NDArray[np.int64],
     token: npt.NDArray[np.int32],
@@ -143,7 +143,7 @@ def _add(
     return new_starts, new_token, new_count, new_total
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, nogil=True, cache=True)
 def _by_count(starts: npt.NDArray[np.int64], count: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Places of each latent's pairs by count falling; of equal ones in their order."""
     order = np.empty(len(count), np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 from pipelines.viewer.tables import Tables, plain
@@ -13,7 +14,7 @@ BIN = "bin, low, high, count"
 NEIGHBOUR = "other, decoder_cosine, cofire, jaccard, cosine_rank, cofire_rank"
 CONTEXT = (
     "stratum, rank, reason, split, activation, row, document, position, "
-    "position - window_start AS place, token_texts, activations"
+    "position - window_start AS place, text, token_ends, activations"
 )
 STATISTICS = "SELECT * FROM latents WHERE latent = ?"
 HISTOGRAM = f"SELECT {BIN} FROM histograms WHERE latent = ? ORDER BY bin"
@@ -67,14 +68,13 @@ def assemble(
 
 
 def compact(context: dict[str, Any]) -> dict[str, Any]:
-    """A context with its text once, the tokens' lengths, and the activations that are not 0.
+    """A context with the lengths of its tokens, and the activations that are not 0.
 
     lengths: characters (code points) of each token; heat: [place, activation] pairs.
     """
-    texts, activations = context.pop("token_texts"), context.pop("activations")
+    ends, activations = context.pop("token_ends"), context.pop("activations")
     return context | {
-        "text": "".join(texts),
-        "lengths": [len(text) for text in texts],
+        "lengths": [end - start for start, end in pairwise([0, *ends])],
         "heat": [[at, plain(a)] for at, a in enumerate(activations) if a],
     }
 

@@ -20,8 +20,8 @@ TOKENS = """
 PEAK = """
     WITH found AS (
         SELECT *, position - window_start AS place, length($q) - 1 AS around,
-            length(array_to_string(token_texts[1:position - window_start], '')) AS before,
-            length(token_texts[position - window_start + 1]) AS long
+            coalesce(token_ends[position - window_start], 0) AS before,
+            token_ends[position - window_start + 1] - before AS long
         FROM contexts WHERE activation > 0 AND contains(lower(text), $q) {only}
     ), marked AS (
         SELECT *, contains(lower(substr(text, greatest(before - around, 0) + 1,
@@ -39,8 +39,8 @@ TEXT_LATENTS = (
 TEXT_CONTEXTS = (
     PEAK
     + """
-    SELECT latent, on_peak, stratum, rank, activation, row, document, position, place, token_texts,
-        activations
+    SELECT latent, on_peak, stratum, rank, activation, row, document, position, place, text,
+        token_ends, activations
     FROM marked QUALIFY row_number() OVER (
         PARTITION BY latent ORDER BY on_peak DESC, activation DESC, stratum, rank) = 1
 """

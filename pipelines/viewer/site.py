@@ -50,8 +50,8 @@ BY_TOKEN = f"""
 BY_WORD = """
     WITH firing AS (
         SELECT latent, lower(text) AS text, position - window_start AS place,
-            lower(array_to_string(token_texts[1:place], '')) AS before,
-            lower(token_texts[place + 1]) AS peak
+            lower(contexts.text[1:coalesce(token_ends[place], 0)]) AS before,
+            lower(contexts.text[coalesce(token_ends[place], 0) + 1:token_ends[place + 1]]) AS peak
         FROM contexts WHERE activation > 0 AND latent BETWEEN ? AND ?
     ), worded AS (
         SELECT latent,

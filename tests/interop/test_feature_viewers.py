@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.export_cases import as_float32, built, contexts_of, exported
-from tests.feature_cases import DEAD, SAE_LATENTS, read_table
+from tests.feature_cases import DEAD, SAE_LATENTS, read_table, tokens_of
 from tests.interop.exchange import SCRIPTS, python_of
 
 pytestmark = pytest.mark.slow  # imports those packages
@@ -42,7 +42,7 @@ def test_neuron_explainer_loads_our_records(features: Path, work: Path) -> None:
         assert as_float32([said["max_activation"], said["of_train"]]) == [facts["max"]] * 2
         assert said["mean"] == pytest.approx(facts["mean"] * facts["density"])
     top = contexts_of(features, 5)["top"][0]
-    assert found["5"]["tokens"] == top["token_texts"]
+    assert found["5"]["tokens"] == tokens_of(top)
 
 
 def test_circuit_tracer_takes_our_features(features: Path, work: Path) -> None:

@@ -1,0 +1,26 @@
+"""Work that another thread does meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def aside() -> Iterator[Callable[..., None]]:
+    """What makes calls in another thread: one at a time, in order, waiting for the one before.
+
+    What a call raises is raised by the next one, or at the end.
+    """
+    with ThreadPoolExecutor(1, "aside") as thread:
+        last = thread.submit(lambda: None)
+
+        def call(work: Callable[..., None], *arguments: Any) -> None:
+            nonlocal last
+            last.result()
+            last = thread.submit(work, *arguments)
+
+        yield call
+        last.result()
