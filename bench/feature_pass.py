@@ -26,6 +26,7 @@ from pipelines.features.build import build
 from pipelines.features.config import FeatureConfig
 from pipelines.features.encode import batches
 from store.console import output
+from store.memory import keep_memory
 from store.reader import ActivationStore
 from store.rules import RowRule
 from train.config import SAEConfig
@@ -140,7 +141,8 @@ def encode_all(store: ActivationStore, sae: SAE, batch_rows: int, last: int) -> 
 
 
 def once(place: str, sae_path: str, out: str) -> dict[str, Any]:
-    """Encoding alone, then the build."""
+    """Encoding alone, then the build, in a process that keeps its memory, as the command's does."""
+    keep_memory()
     store, sae, config = ActivationStore.open(place), SAE.load(sae_path), FeatureConfig()
     encode_all(store, sae, config.batch_rows, 1)  # loads compiled code
     encoding = seconds(lambda: encode_all(store, sae, config.batch_rows, store.n_rows))

@@ -24,7 +24,7 @@ from harvest.discovery import probe
 from harvest.models import load_model, resolve_model
 from harvest.sites import Site
 from harvest.worker import ShardWorker
-from store.cluster import KEEP_MEMORY
+from store.memory import KEEP_MEMORY
 from store.objects import open_objects
 from store.writer import read_plan
 

@@ -15,20 +15,12 @@ import ray
 from ray.exceptions import ActorUnavailableError, NodeDiedError, OutOfMemoryError, RayError
 
 from store.errors import RunError
+from store.memory import KEEP_MEMORY
 from store.paths import cache_dir
 
 OBJECT_STORE_BYTES = 256 << 20  # shards travel as token ids, not as activations
 
 CONNECT_SECONDS = 10.0
-
-# glibc gives every tensor of a megabyte or more back to the system when it is freed, and in a Ray
-# worker takes it anew, page by page, for the next operator: a sixth of the time of a forward
-# pass on a processor. With these a worker keeps what it has had once.
-KEEP_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-    "MALLOC_ARENA_MAX": "1",
-}
 
 
 def connect(address: str | None, without: str) -> None:

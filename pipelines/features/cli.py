@@ -142,8 +142,11 @@ def build(
 
 
 def build_with_bar(store: str | Path, sae: Path | str, out: Path, config: Any, **means: Any) -> Any:
-    """`pipelines.features.build.build` under a progress bar."""
+    """`pipelines.features.build.build` under a progress bar, in a process that keeps its memory."""
     from pipelines.features.build import build as run_build
+    from store.memory import keep_memory
+
+    keep_memory()
 
     with progress("") as bar:
         task = bar.add_task("", total=None, rate="", visible=False)

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from harvest.models import ResolvedModel, load_model
-from pipelines.features.products import largest_products
+from pipelines.features.products import extreme_products
 
 WRITES_TO_RESIDUAL = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
@@ -48,11 +48,10 @@ def logit_lens(
         return None
     n = min(n, len(unembed))
     rows = W_dec * _final_norm_scale(network)
-    found = []
-    for sign in (1, -1):
-        tokens, logits = largest_products(sign * rows, unembed, n)
-        found += [tokens.int().numpy(), (sign * logits).numpy()]
-    return LogitLens(*found)
+    (top, top_logits), (bottom, bottom_logits) = extreme_products(rows, unembed, n)
+    return LogitLens(
+        top.int().numpy(), top_logits.numpy(), bottom.int().numpy(), bottom_logits.numpy()
+    )
 
 
 def _final_norm_scale(network: PreTrainedModel) -> torch.Tensor:

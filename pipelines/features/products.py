@@ -1,38 +1,46 @@
-"""The largest of many dot products, found as an SAE finds its latents."""
+"""The largest and smallest of many dot products, found as an SAE finds its latents."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from train.kernels import kernels_for
+from train.kernels.cpu import CpuKernels
 
 BATCH = 4096
 SPARE = 2  # times as many are looked at exactly as wanted
 
 
-def largest_products(x: Tensor, weight: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The n rows of `weight` with the largest dot product with each row of `x`.
+def extreme_products(
+    x: Tensor, weight: Tensor, n: int
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The n rows of `weight` with the largest dot product with each row of `x`, and the smallest.
 
     A low-precision product names the candidates, exact float32 products decide. What all rows have
     in common is taken out first, or low precision would see nothing else.
 
     Args:
-        x: float32 [some, d]. weight: float32 [many, d], many >= n.
+        x: float32 [some, d]. weight: float32 [many, d], many >= n. Both on the processor.
 
     Returns:
-        indices int64 [some, n] and products float32 [some, n] in decreasing order, each less the
-        mean product over all of `weight`.
+        of the largest, then of the smallest: indices int64 [some, n] and products float32 [some, n]
+        from the end inwards, each less the mean product over all of `weight`.
     """
-    kernels = kernels_for(weight.device)
+    kernels = CpuKernels()
     weight = weight - weight.mean(dim=0)
     common = x.mean(dim=0)
     low, bias = kernels.low_precision(weight), weight @ common
     count = min(low.candidates(SPARE * n), len(weight))
-    indices, products = [], []
+    found: list[list[tuple[Tensor, Tensor]]] = [[], []]
     for batch in (x - common).split(BATCH):
-        chosen = kernels.choose(batch, low, bias, count)
-        found, product = kernels.exact(batch, weight, bias, chosen, n, relu=False)
-        indices.append(found.long())
-        products.append(product)
+        ends = kernels.choose_both_ends(batch, low, bias, count)
+        for sign, chosen, parts in zip((1, -1), ends, found, strict=True):
+            given = sign * batch, weight, sign * bias, chosen
+            indices, products = kernels.exact(*given, n, relu=False)
+            parts.append((indices.long(), sign * products))
+    return _joined(found[0]), _joined(found[1])
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    indices, products = zip(*parts, strict=True)
     return torch.cat(indices), torch.cat(products)

@@ -40,6 +40,12 @@ class CpuKernels:
     def choose(self, centred: Tensor, low: Int8 | Float32, bias: Tensor, count: int) -> Tensor:
         return cpu_choice.largest(low.factors(centred), bias, count)
 
+    def choose_both_ends(
+        self, centred: Tensor, low: Int8 | Float32, bias: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """As `choose`: the latents with the largest pre-activations, and those with the smallest."""
+        return cpu_choice.both_ends(low.factors(centred), bias, count)
+
     def choose_above(
         self, centred: Tensor, low: Int8 | Float32, bias: Tensor, floor: Tensor
     ) -> Tensor:

@@ -35,33 +35,46 @@ Result = TypeVar("Result")
 
 def largest(factors: Factors, bias: Tensor, count: int) -> Tensor:
     """The latents with the `count` largest scores of each row: int32 [batch, count], increasing."""
+    return _extreme(factors, bias, count, (1,))[0]
+
+
+def both_ends(factors: Factors, bias: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The latents with the `count` largest scores of each row, and those with the smallest.
+
+    int32 [batch, count] each, increasing.
+    """
+    top, bottom = _extreme(factors, bias, count, (1, -1))
+    return top, bottom
+
+
+def _extreme(factors: Factors, bias: Tensor, count: int, signs: tuple[int, ...]) -> list[Tensor]:
+    """The latents with the largest scores times each sign."""
     # a latent that is not finite is always chosen: its exact value shows it
-    offset = bias.where((bias + factors.spread).isfinite(), torch.inf).numpy()
-    scale = factors.scale.numpy()
-    out = np.empty((len(factors.rows), count), np.int32)
+    finite = (bias + factors.spread).isfinite()
+    offsets = [(sign * bias).where(finite, torch.inf).numpy() for sign in signs]
+    scales = [(sign * factors.scale).numpy() for sign in signs]
+    out = [np.empty((len(factors.rows), count), np.int32) for _ in signs]
 
     def choose(rows: slice) -> None:
         some, room = rows.stop - rows.start, room_for(count)
-        keys, places = np.empty((some, room), np.int32), np.empty((some, room), np.int32)
-        found, floors = np.zeros(some, np.int64), np.full(some, LEAST, np.int32)
         row_scale = factors.row_scale[rows].numpy()
-        for latents, scores in _tiles(factors, rows):
-            merge_largest(
-                scores,
-                row_scale,
-                scale[latents],
-                offset[latents],
-                latents.start,
-                count,
-                keys,
-                places,
-                found,
-                floors,
+        lists = [
+            (
+                *np.empty((2, some, room), np.int32),
+                np.zeros(some, np.int64),
+                np.full(some, LEAST, np.int32),
             )
-        finish_largest(keys, places, found, floors, out[rows])
+            for _ in signs
+        ]
+        for latents, scores in _tiles(factors, rows):
+            for scale, offset, mine in zip(scales, offsets, lists, strict=True):
+                some_latents = scale[latents], offset[latents], latents.start
+                merge_largest(scores, row_scale, *some_latents, count, *mine)
+        for mine, chosen in zip(lists, out, strict=True):
+            finish_largest(*mine, chosen[rows])
 
-    _for_rows(len(out), choose)
-    return torch.from_numpy(out)
+    _for_rows(len(factors.rows), choose)
+    return [torch.from_numpy(chosen) for chosen in out]
 
 
 def above(factors: Factors, least: Tensor) -> Tensor:
