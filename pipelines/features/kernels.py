@@ -17,6 +17,7 @@ from numba import njit, prange  # noqa: E402
 
 BINS_PER_OCTAVE = 16
 LOWEST_OCTAVE, OCTAVES = -12, 24
+SOME = 64  # counts that are looked at together
 BINS = OCTAVES * BINS_PER_OCTAVE  # bin 0 begins at 2**-12, the last one ends at 2**12
 
 
@@ -257,22 +258,29 @@ def most_together(
             for j in range(asked.shape[1]):
                 asked_together[i, j] = together[asked[i, j]]
             index[:] = 0
-            least = 0.0
-            for j in range(len(together)):
-                both = together[j]
-                together[j] = 0
-                if both <= least or j == own:  # the index is at most both / fired
+            least = 0  # the index is at most both / fired
+            for start in range(0, len(together), SOME):
+                some_together = together[start : start + SOME]
+                most = np.int32(0)
+                for j in range(len(some_together)):
+                    most = max(most, some_together[j])
+                if most <= least:
                     continue
-                jaccard = both / (fired + (starts[j + 1] - starts[j]) - both)
-                if jaccard <= index[n - 1]:
-                    continue
-                at = n - 1
-                while at > 0 and index[at - 1] < jaccard:
-                    index[at], best[i, at] = index[at - 1], best[i, at - 1]
-                    best_together[i, at] = best_together[i, at - 1]
-                    at -= 1
-                index[at], best[i, at], best_together[i, at] = jaccard, j, both
-                least = index[n - 1] * fired * (1 - 1e-9)
+                for j in range(start, start + len(some_together)):
+                    both = together[j]
+                    if both <= least or j == own:
+                        continue
+                    jaccard = both / (fired + (starts[j + 1] - starts[j]) - both)
+                    if jaccard <= index[n - 1]:
+                        continue
+                    at = n - 1
+                    while at > 0 and index[at - 1] < jaccard:
+                        index[at], best[i, at] = index[at - 1], best[i, at - 1]
+                        best_together[i, at] = best_together[i, at - 1]
+                        at -= 1
+                    index[at], best[i, at], best_together[i, at] = jaccard, j, both
+                    least = int(index[n - 1] * fired * (1 - 1e-9))
+            together[:] = 0
     return best, asked_together, best_together
 
 

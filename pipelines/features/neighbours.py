@@ -11,9 +11,11 @@ from numba import get_num_threads
 
 from pipelines.features import kernels
 from pipelines.features.firings import Blocks
-from train.kernels import kernels_for
+from train.kernels import cpu_choice
+from train.kernels.cpu import CpuKernels
 
 BLOCK, BATCH = 2048, 8192  # latents, and those they are compared with, at a time
+SPARE = 2  # times as many are looked at exactly as wanted
 MOST_PAIRS = 1 << 29  # (row, latent, latent) that are counted; above, on evenly spaced contexts
 MOST_FIRINGS = 1 << 25  # that they are counted from, 8 bytes of memory each; above, likewise
 
@@ -111,8 +113,9 @@ def decoder_neighbours(
 ) -> npt.NDArray[np.int64]:
     """The latents whose decoder rows point most nearly the same way as those of [first, last).
 
-    A low-precision product names some that are near, the n-th nearest of which bounds how near one
-    has to be; a second one names all that may be, and exact cosines decide.
+    A low-precision product names some that are near. Where exact cosines don't show that these are
+    the nearest, the n-th of them bounds how near one has to be, a second product names all that may
+    be, and exact cosines decide.
 
     Args:
         W_dec: [n_latents, d_out] float32.
@@ -122,28 +125,37 @@ def decoder_neighbours(
     """
     unit = torch.nn.functional.normalize(W_dec, dim=1)
     n = max(0, min(n_neighbours, len(unit) - 1))
-    kernels, zeros = kernels_for(unit.device), torch.zeros(len(unit))
+    kernels, zeros = CpuKernels(), torch.zeros(len(unit))
     low = kernels.low_precision(unit)
-    count = min(low.candidates(n + 1), len(unit))  # a row is near itself
+    count = min(low.candidates(SPARE * (n + 1)), len(unit))  # a row is near itself
 
-    def nearest(own: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and numbers [own, n] of the nearest among some others [own, any], -1: none."""
+    def ranked(own: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and numbers of some others [own, any], -1: none, by cosine falling."""
         cosines = kernels.preactivations(unit[own], unit, zeros, others)
         cosines.masked_fill_((others == own[:, None]) | (others < 0), -torch.inf)
         cosines, order = cosines.sort(dim=1, descending=True, stable=True)
-        return cosines[:, :n], others.gather(1, order)[:, :n].long()
+        return cosines, others.gather(1, order).long()
 
     found = torch.empty(last - first, n, dtype=torch.int64)
     for begin in range(first, last if n else first, BLOCK):
         own = torch.arange(begin, min(begin + BLOCK, last))
-        bound = nearest(own, kernels.choose(unit[own], low, zeros, count))[0][:, -1]
-        mine, pairs = low.rows(own), []
+        factors = low.factors(unit[own])
+        cosines, numbers = ranked(own, cpu_choice.largest(factors, zeros, count))
+        found[own - first] = numbers[:, :n]
+        # the least that was chosen, beside itself: in low precision, no other one is above it
+        least = torch.where(cosines[:, -1].isinf(), cosines[:, -2], cosines[:, -1])
+        most = least + 2 * factors.doubt * factors.spread.max()
+        unsure = own[~(cosines[:, n - 1] > most)]
+        if count == len(unit) or not len(unsure):
+            continue
+        bound, mine, pairs = cosines[unsure - begin, n - 1], low.rows(unsure), []
         for start in range(0, len(unit), BATCH):  # the product is symmetric
             batch = unit[start : start + BATCH]
-            near = kernels.choose_above(batch, mine, zeros[: len(own)], bound)  # [batch, any]
+            near = kernels.choose_above(batch, mine, zeros[: len(unsure)], bound)  # [batch, any]
             other, place = (near >= 0).nonzero(as_tuple=True)
             pairs.append(torch.stack([near[other, place].long(), start + other]))
-        found[begin - first :][: len(own)] = nearest(own, _listed(torch.cat(pairs, 1), len(own)))[1]
+        others = _listed(torch.cat(pairs, 1), len(unsure))
+        found[unsure - first] = ranked(unsure, others)[1][:, :n]
     return found.numpy()
 
 
@@ -170,4 +182,4 @@ def _cosines(
     unit = torch.nn.functional.normalize(W_dec, dim=1)
     own, zeros = unit[first : first + len(others)], torch.zeros(len(unit))
     numbers = torch.from_numpy(others).int()
-    return kernels_for(unit.device).preactivations(own, unit, zeros, numbers).numpy()
+    return CpuKernels().preactivations(own, unit, zeros, numbers).numpy()

@@ -59,8 +59,11 @@ class TokenTexts:
         """
         texts, lengths, incomplete = self._columns
         parts = incomplete[ids]  # of characters; one alone stays as it is
-        if (parts[:, 1:] & parts[:, :-1]).any():
-            ids, mended = self._mended(ids, parts)
+        split = np.flatnonzero((parts[:, 1:] & parts[:, :-1]).any(axis=1))
+        if len(split):
+            new, mended = self._mended(ids[split], parts[split])
+            ids = ids.copy()
+            ids[split] = new
             texts = pa.concat_arrays([texts, pa.array(mended, pa.string())])
             lengths = np.append(lengths, _lengths(mended))
         return _joined(texts.take(pa.array(ids.reshape(-1))), ids.shape[1]), lengths[ids].cumsum(

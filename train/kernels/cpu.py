@@ -43,7 +43,7 @@ class CpuKernels:
     def choose_both_ends(
         self, centred: Tensor, low: Int8 | Float32, bias: Tensor, count: int
     ) -> tuple[Tensor, Tensor]:
-        """As `choose`: the latents with the largest pre-activations, and those with the smallest."""
+        """As `choose`: the latents with the largest pre-activations, and with the smallest."""
         return cpu_choice.both_ends(low.factors(centred), bias, count)
 
     def choose_above(
