@@ -141,7 +141,8 @@ def encode_all(store: ActivationStore, sae: SAE, batch_rows: int, last: int) -> 
 
 
 def once(place: str, sae_path: str, out: str) -> dict[str, Any]:
-    """Encoding alone, before and after the build, in a process that keeps its memory, as the command's does."""
+    """Encoding alone, before and after the build; in a process that keeps its memory, as the
+    command's does."""
     keep_memory()
     store, sae, config = ActivationStore.open(place), SAE.load(sae_path), FeatureConfig()
     encode_all(store, sae, config.batch_rows, 1)  # loads compiled code

@@ -52,6 +52,7 @@ from store.objects import LocalObjects, make_folder
 from train.files import write_json
 
 BLOOM = {"ndv": tables.ROW_GROUP, "fpp": 0.01}
+BLOCKS = 4  # encoded in one piece of work, at most
 FOLLOWED = 2  # neighbours of either kind whose rows are looked at for hard negatives
 MOVED = ("store", "sae", "code")  # may differ between a build and its continuation
 LOCK_FILE = ".lock"
@@ -197,9 +198,11 @@ def _make(job: Job, pool: Pool, on_progress: Progress) -> dict[str, Any]:
     work, out = work_of(job), Path(job.out)
     n_read = rows.write_rows(work.source.rows(), work.source.n_rows, out)
     _encode(job, work, pool, on_progress)
-    kept, n_firings = _profile(job, work, pool, n_read, on_progress)
+    kept, n_firings, tokens = _profile(job, work, pool, n_read, on_progress)
     share = counted_share(n_firings, n_read)
-    others = _compare(job, work, pool, share, on_progress)
+    with aside() as call:
+        call(_write_tokens, work, tokens)
+        others = _compare(job, work, pool, share, on_progress)
     _show(job, work, pool, kept, others, on_progress)
     with tables.TableWriter(out / "documents.parquet") as writer:
         writer.add(work.source.documents())
@@ -217,15 +220,21 @@ def _encode(job: Job, work: Work, pool: Pool, on_progress: Progress) -> None:
     missing = work.blocks.missing()
     done = len(work.blocks) - len(missing)
     on_progress("encoding", done, len(work.blocks))
-    for _ in pool.map(jobs.encode_block, ((job, block) for block in missing)):
-        done += 1
+    each = max(1, min(BLOCKS, len(missing) // (2 * pool.workers)))
+    pieces = [missing[first : first + each] for first in range(0, len(missing), each)]
+    for encoded in pool.map(jobs.encode_blocks, ((job, piece) for piece in pieces)):
+        done += encoded
         on_progress("encoding", done, len(work.blocks))
 
 
 def _profile(
     job: Job, work: Work, pool: Pool, n_read: int, on_progress: Progress
-) -> tuple[list[Kept], int]:
-    """latents, histograms and tokens; what examples are made of, and how often anything fires."""
+) -> tuple[list[Kept], int, list[pa.Table]]:
+    """latents and histograms.
+
+    Returns:
+        what examples are made of; how often anything fires; parts of the table of tokens.
+    """
     out, dictionary, texts = work.out, work.dictionary, work.texts
     source, n_logits, lens, weights = work.source, job.config.n_logits, None, dictionary.weights
     if (W_dec := dictionary.W_dec) is not None:
@@ -248,11 +257,15 @@ def _profile(
             call(write, found)
             kept.append(found.kept)
             n_firings += int(found.n_fire.sum())
+    return kept, n_firings, tokens
+
+
+def _write_tokens(work: Work, parts: list[pa.Table]) -> None:
     # text is not sorted by, and asked for
-    with tables.TableWriter(out / "tokens.parquet", bloom_filter_options={"text": BLOOM}) as writer:
-        for table in tables.tokens_tables(tokens, texts):
+    bloom = {"text": BLOOM}
+    with tables.TableWriter(work.out / "tokens.parquet", bloom_filter_options=bloom) as writer:
+        for table in tables.tokens_tables(parts, work.texts):
             writer.add(table)
-    return kept, n_firings
 
 
 def _compare(

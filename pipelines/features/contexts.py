@@ -86,13 +86,15 @@ def contexts(
     """The table's part of the latents [first, last), which `wanted` is of."""
     window = min(config.window_tokens, context_length)
     begin = _begin(wanted.row, context_length, window)
-    activations = _windows(blocks, wanted, begin, window, first, last)
-    silent = ~activations.any(axis=1) & rows.read(wanted.row)
-    fit = np.flatnonzero((wanted.stratum < INACTIVE) | silent)
+    firing = wanted.stratum < INACTIVE
+    activations, fires = _windows(blocks, wanted, firing, begin, window, first, last)
+    fit = np.flatnonzero(firing | (~fires & rows.read(wanted.row)))
     places = fit[_chosen(wanted.take(fit), config)]
     shown = wanted.take(places)
-    shown.rank = _runs(shown.stratum, shown.latent)
-    return _table(shown, begin[places], activations[places], rows, texts, context_length)
+    shown.rank = _before(shown.latent * len(STRATA) + shown.stratum)
+    found = np.zeros((len(places), window), np.float32)
+    found[firing[places]] = activations[(np.cumsum(firing) - 1)[places[firing[places]]]]
+    return _table(shown, begin[places], found, rows, texts, context_length)
 
 
 def _of_lists(kept: Kept, first: int, last: int) -> Wanted:
@@ -131,41 +133,26 @@ def _chosen(fit: Wanted, config: FeatureConfig) -> npt.NDArray[np.int64]:
 
     Of hard negatives a token's and a neighbour's take turns.
     """
-    order = np.lexsort((fit.rank, fit.reason, fit.row, fit.stratum, fit.latent))
-    repeated = np.ones(len(order), np.bool_)
-    repeated[:1] = False
-    for key in (fit.latent, fit.stratum, fit.row):
-        repeated[1:] &= key[order][1:] == key[order][:-1]
-    order = np.sort(order[~repeated])
-    order = order[np.lexsort((fit.rank[order], fit.reason[order]))]
+    if not len(fit):
+        return np.empty(0, np.int64)
+    lists, reasons = fit.latent * len(STRATA) + fit.stratum, len(REASONS)
+    ranks = int(fit.rank.max()) + 1
+    preferred, same = fit.reason * ranks + fit.rank, lists * (int(fit.row.max()) + 1) + fit.row
+    order = np.lexsort((preferred, same))
+    order = order[np.diff(same[order], prepend=-1) > 0]
+    order = order[np.argsort(lists[order] * (reasons * ranks) + preferred[order])]
     # turns: the n-th of each reason before the next of any
-    nth = _runs(fit.reason[order], fit.stratum[order], fit.latent[order])
-    order = order[np.lexsort((fit.reason[order], nth, fit.stratum[order], fit.latent[order]))]
-    place = _runs(fit.stratum[order], fit.latent[order])
-    limit = np.array(
-        [
-            config.n_top,
-            *[config.n_decile] * DECILES,
-            config.n_random,
-            config.n_inactive,
-            config.n_hard,
-        ]
-    )
-    return order[place < limit[fit.stratum[order]]]
+    turn = _before(lists[order] * reasons + fit.reason[order]) * reasons + fit.reason[order]
+    order = order[np.argsort(lists[order] * (int(turn.max()) + 1) + turn)]
+    limits = [config.n_top, *[config.n_decile] * DECILES]
+    limits += [config.n_random, config.n_inactive, config.n_hard]
+    return order[_before(lists[order]) < np.array(limits)[fit.stratum[order]]]
 
 
-def _runs(*keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """How many equal keys come before each one."""
-    order = np.lexsort(keys)
-    same = np.ones(len(order), np.bool_)
-    for key in keys:
-        same[1:] &= key[order][1:] == key[order][:-1]
-    same[:1] = False
-    starts = np.flatnonzero(~same)
-    lengths = np.diff(np.append(starts, len(order)))
-    count = np.empty(len(order), np.int64)
-    count[order] = np.arange(len(order)) - np.repeat(starts, lengths)
-    return count
+def _before(key: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How many equal ones stand before each one; equal ones stand together."""
+    starts = np.flatnonzero(np.diff(key, prepend=-1))
+    return np.arange(len(key)) - np.repeat(starts, np.diff(np.append(starts, len(key))))
 
 
 def _begin(row: npt.NDArray[np.int64], context_length: int, window: int) -> npt.NDArray[np.int64]:
@@ -179,25 +166,27 @@ def _begin(row: npt.NDArray[np.int64], context_length: int, window: int) -> npt.
 def _windows(
     blocks: Blocks,
     wanted: Wanted,
+    firing: npt.NDArray[np.bool_],
     begin: npt.NDArray[np.int64],
     window: int,
     first: int,
     last: int,
-) -> npt.NDArray[np.float32]:
-    """Activations in each window, float32 [wanted, window]."""
-    windows = np.zeros((len(wanted), window), np.float32)
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Activations in the windows of the `firing` ones, float32 [firing, window].
+
+    Of the others, whether the latent fires anywhere in their windows, [wanted].
+    """
+    windows, fires = np.zeros((int(firing.sum()), window), np.float32), firing.copy()
+    at = np.cumsum(firing) - 1
     for inside, firings in blocks.all(first, last):
-        here = np.flatnonzero((begin >= inside.start) & (begin < inside.stop))
-        kernels.cut_windows(
-            firings.starts,
-            firings.row,
-            firings.value,
-            wanted.latent[here] - first,
-            begin[here] - firings.first_row,
-            here,
-            windows,
-        )
-    return windows
+        here = (begin >= inside.start) & (begin < inside.stop)
+        some, starts, row = np.flatnonzero(here & firing), firings.starts, firings.row
+        where = wanted.latent[some] - first, begin[some] - firings.first_row
+        kernels.cut_windows(starts, row, firings.value, *where, at[some], window, windows)
+        some = np.flatnonzero(here & ~firing)
+        where = wanted.latent[some] - first, begin[some] - firings.first_row
+        fires[some] = kernels.fires_within(starts, row, *where, window)
+    return windows, fires
 
 
 def _table(

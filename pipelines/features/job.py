@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from harvest.models import load_tokenizer
+from pipelines.features.aside import aside
 from pipelines.features.config import FeatureConfig
 from pipelines.features.contexts import Wanted, contexts
 from pipelines.features.dictionary import Dictionary
@@ -75,14 +76,16 @@ def work_of(job: Job) -> Work:
     return Work(job)
 
 
-def encode_block(job: Job, block: int) -> int:
-    """Encode a block and publish its firings; the number of rows read."""
+def encode_blocks(job: Job, blocks: list[int]) -> int:
+    """Encode blocks, and publish the firings of each while the next one is encoded; how many."""
     work = work_of(job)
-    first, last = work.blocks.span(block)
-    selected = work.rows.read(np.arange(first, last))
-    firings = work.source.firings(first, last, selected, job.config.batch_rows)
-    publish(LocalObjects(work.out), block, firings)
-    return int(selected.sum())
+    with aside() as call:
+        for block in blocks:
+            first, last = work.blocks.span(block)
+            selected = work.rows.read(np.arange(first, last))
+            firings = work.source.firings(first, last, selected, job.config.batch_rows)
+            call(publish, LocalObjects(work.out), block, firings)
+    return len(blocks)
 
 
 def profile_latents(job: Job, first: int, last: int) -> Profile:

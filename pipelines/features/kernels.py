@@ -189,7 +189,7 @@ def draw(
             insert(at, leaves, score, r, value[p], d, priority, rows, values, documents)
 
 
-@njit(cache=True)
+@njit(nogil=True, cache=True)
 def transposed(
     starts: npt.NDArray[np.int64], number: npt.NDArray[np.int32], n: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
@@ -314,19 +314,37 @@ def cut_windows(
     latent: npt.NDArray[np.int64],
     begin: npt.NDArray[np.int64],
     at: npt.NDArray[np.int64],
+    window: int,
     windows: npt.NDArray[np.float32],
 ) -> None:
     """Activations of latent[j] on the rows from begin[j] on into windows[at[j]], in place.
 
-    latent counts from the first one in `starts`, begin within the block; windows [any, window]
+    latent counts from the first one in `starts`, begin from the first row; windows [any, window]
     are 0 before.
     """
     for j in prange(len(latent)):
         low, high = starts[latent[j]], starts[latent[j] + 1]
         q = low + np.searchsorted(row[low:high], begin[j])
-        while q < high and row[q] < begin[j] + windows.shape[1]:
+        while q < high and row[q] < begin[j] + window:
             windows[at[j], row[q] - begin[j]] = value[q]
             q += 1
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def fires_within(
+    starts: npt.NDArray[np.int64],
+    row: npt.NDArray[np.int32],
+    latent: npt.NDArray[np.int64],
+    begin: npt.NDArray[np.int64],
+    window: int,
+) -> npt.NDArray[np.bool_]:
+    """Whether latent[j] fires on any of the rows from begin[j] on; numbers as of `cut_windows`."""
+    fires = np.zeros(len(latent), np.bool_)
+    for j in prange(len(latent)):
+        low, high = starts[latent[j]], starts[latent[j] + 1]
+        q = low + np.searchsorted(row[low:high], begin[j])
+        fires[j] = q < high and row[q] < begin[j] + window
+    return fires
 
 
 @njit(cache=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from numba import get_num_threads
 
 from pipelines.features import kernels
-from pipelines.features.firings import Blocks
+from pipelines.features.firings import READS, Blocks
 from train.kernels import cpu_choice
 from train.kernels.cpu import CpuKernels
 
@@ -93,19 +94,22 @@ def counted_firings(
 
     Only rows on which any fires, numbered anew.
     """
-    lengths, latents = [np.zeros(1, np.int64)], [np.empty(0, np.int32)]
-    for block in range(len(blocks)):
+
+    def count(block: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
         counted = counted_rows(*blocks.span(block), context_length, share)
         if not counted.any():
-            continue
+            return np.empty(0, np.int64), np.empty(0, np.int32)
         firings = blocks.read(block)
         inside = counted[firings.row]
         starts = np.concatenate([[0], np.cumsum(inside)])[firings.starts]
         row_starts, found = kernels.transposed(starts, firings.row[inside], len(counted))
         fires = np.diff(row_starts)
-        lengths.append(fires[fires > 0])
-        latents.append(found)
-    return np.cumsum(np.concatenate(lengths)), np.concatenate(latents)
+        return fires[fires > 0], found
+
+    with ThreadPoolExecutor(READS) as pool:
+        lengths, latents = zip(*pool.map(count, range(len(blocks))), strict=True)
+    starts = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+    return starts, np.concatenate(latents)
 
 
 def decoder_neighbours(
