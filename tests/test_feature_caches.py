@@ -16,7 +16,7 @@ from pipelines.features import sources
 from pipelines.features.cli import main
 from pipelines.features.delphi_cache import DelphiCache
 from pipelines.features.firings import Firings
-from pipelines.features.job import Job, encode_block
+from pipelines.features.job import Job, encode_blocks
 from pipelines.features.rows import write_rows
 from pipelines.live import LiveModel
 from pipelines.viewer import compare, tables
@@ -188,7 +188,7 @@ def test_another_process_reads_a_cache_alike(cache_folder: Path, tmp_path: Path)
     source = sources.open_source(given)
     (tmp_path / "there").mkdir()
     assert write_rows(source.rows(), source.n_rows, tmp_path / "there") == source.n_rows
-    process = SERVER.Process(target=encode_block, args=(made, 0))
+    process = SERVER.Process(target=encode_blocks, args=(made, [0]))
     process.start()
     process.join(120)
     assert process.exitcode == 0

@@ -220,7 +220,7 @@ def _encode(job: Job, work: Work, pool: Pool, on_progress: Progress) -> None:
     missing = work.blocks.missing()
     done = len(work.blocks) - len(missing)
     on_progress("encoding", done, len(work.blocks))
-    each = max(1, min(BLOCKS, len(missing) // (2 * pool.workers)))
+    each = max(1, min(BLOCKS, len(missing) // (8 * pool.workers)))
     pieces = [missing[first : first + each] for first in range(0, len(missing), each)]
     for encoded in pool.map(jobs.encode_blocks, ((job, piece) for piece in pieces)):
         done += encoded

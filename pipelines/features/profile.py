@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from pipelines.features import kernels
 from pipelines.features.config import FeatureConfig
@@ -69,8 +68,7 @@ class Profile:
     """Statistics of the latents [first, first + n), arrays [n, ...].
 
     power_sums: sums of a, a², a³, a⁴ over firings; positions: firings by part of the context;
-    tokens: latent, token, count, total (sum of activations), sorted by latent, then count falling,
-    then token.
+    tokens: of each latent by count falling, then token.
     """
 
     first: int
@@ -80,7 +78,7 @@ class Profile:
     largest: npt.NDArray[np.float32]
     histogram: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
-    tokens: pa.Table
+    tokens: TokenCounts
     kept: Kept
 
 
@@ -113,7 +111,7 @@ def profile(
         largest=np.zeros(n, np.float32),
         histogram=np.zeros((n, kernels.BINS), np.int64),
         positions=np.zeros((n, min(POSITION_PARTS, length)), np.int64),
-        tokens=pa.table({}),
+        tokens=TokenCounts.none(n),
         kept=kept,
     )
     counts = TokenCounts.none(n)
@@ -141,19 +139,11 @@ def profile(
         )
         _draw(firings, documents, np.empty((n, 0)), config.seed, kept.random)
         counts = counts.plus(firings, rows.token[inside])
-    counts = counts.commonest_first()
-    place = np.repeat(np.arange(n), np.diff(counts.starts))
-    rank = np.arange(len(place)) - counts.starts[place]
-    often = rank < TRIED_TOKENS
-    kept.tokens[place[often], rank[often]] = counts.token[often]
-    found.tokens = pa.table(
-        {
-            "latent": (first + place).astype(np.int32),
-            "token": counts.token,
-            "count": counts.count,
-            "total": counts.total,
-        }
-    )
+    found.tokens = counts.commonest_first()
+    starts = found.tokens.starts
+    for rank in range(TRIED_TOKENS):
+        several = np.diff(starts) > rank
+        kept.tokens[several, rank] = found.tokens.token[starts[:-1][several] + rank]
     if config.n_decile:
         edges = decile_edges(found.histogram)
         all_at_once = [(inside, firings)] if firings.first_row == 0 else None

@@ -165,14 +165,11 @@ def _lens_columns(lens: LogitLens | None, texts: TokenTexts, inside: slice) -> d
 def _token_columns(found: Profile, texts: TokenTexts) -> dict[str, Any]:
     """Of all tokens that each latent fires on."""
     n = len(found.n_fire)
-    latent, token, count, total = (
-        found.tokens[c].to_numpy() for c in ("latent", "token", "count", "total")
-    )
-    latent = latent - found.first
-    share = count / np.maximum(found.n_fire, 1)[latent]
-    starts = np.searchsorted(latent, np.arange(n + 1))
+    starts, token, count = found.tokens.starts, found.tokens.token, found.tokens.count
+    latent = np.repeat(np.arange(n), np.diff(starts))
+    share = count / found.n_fire[latent]
     often = _first_of_each(starts, NAMED_TOKENS)
-    mean = total / count
+    mean = found.tokens.total / count
     seen = np.minimum(SEEN, np.maximum.reduceat(np.append(count, 0), starts[:-1]))[latent]
     enough = np.flatnonzero(count >= seen) if len(count) else np.empty(0, np.int64)
     by_mean = enough[np.lexsort((token[enough], -mean[enough], latent[enough]))]
@@ -271,19 +268,17 @@ def neighbours_table(near: Neighbours) -> pa.Table:
 
 def tokens_part(found: Profile, config: FeatureConfig) -> pa.Table:
     """token, latent, count, mean, share: the most frequent tokens of each latent of a profile."""
-    latent = found.tokens["latent"].to_numpy()
-    n = len(found.n_fire)
-    starts = np.searchsorted(latent, np.arange(found.first, found.first + n + 1))
-    some = found.tokens.take(pa.array(_first_of_each(starts, config.n_tokens).places))
-    count = some["count"].to_numpy()
-    fired = found.n_fire[some["latent"].to_numpy() - found.first]
+    starts, tokens = found.tokens.starts, found.tokens
+    places = _first_of_each(starts, config.n_tokens).places
+    latent = np.searchsorted(starts, places, side="right") - 1
+    count = tokens.count[places]
     return pa.table(
         {
-            "token": some["token"],
-            "latent": some["latent"],
+            "token": tokens.token[places],
+            "latent": (found.first + latent).astype(np.int32),
             "count": count,
-            "mean": (some["total"].to_numpy() / count).astype(np.float32),
-            "share": (count / fired).astype(np.float32),
+            "mean": (tokens.total[places] / count).astype(np.float32),
+            "share": (count / found.n_fire[latent]).astype(np.float32),
         }
     )
 
