@@ -47,7 +47,7 @@ MODULES = (
     plan,
     sae_step,
 )
-NEED_STORE = (storing, verifying, feature_pass, quantizing)
+NEED_STORE = (storing, verifying, quantizing)
 
 
 def main(names: list[str]) -> None:

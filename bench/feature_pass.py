@@ -6,7 +6,6 @@ python -m bench.feature_pass STORE SAE OUT      builds once: seconds, rows, peak
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from bench.inputs import gpt2_model, write_long_news
-from bench.measurement import Measurement, seconds
+from bench.measurement import Measurement, peak_bytes, seconds
 from harvest.config import HarvestConfig
 from harvest.corpus import CorpusSpec
 from harvest.run import Means, run
@@ -156,7 +155,7 @@ def once(place: str, sae_path: str, out: str) -> dict[str, Any]:
         "encoding": (before + encoding()) / 2,  # a machine's speed changes over minutes
         "seconds": built.seconds,
         "rows": built.run["n_rows"],
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak": peak_bytes(),
     }
 
 

@@ -6,7 +6,6 @@ python -m bench.neurons STORE FOLDER      the tables of every layer: memory as J
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.inputs import gpt2_model, write_long_news
-from bench.measurement import Measurement
+from bench.measurement import Measurement, peak_bytes
 from harvest.config import HarvestConfig
 from harvest.corpus import CorpusSpec
 from harvest.run import Means, run
@@ -64,7 +63,7 @@ def tables_of_all(place: str, folder: str) -> list[dict[str, Any]]:
                 "neurons": built.run["n_latents"],
                 "firings": built.run["n_firings"],
                 "seconds": built.seconds,
-                "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "peak": peak_bytes(),
             }
         )
     return found
