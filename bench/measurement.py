@@ -56,10 +56,17 @@ def alternate(
     return median(a for a, _ in pairs), median(b for _, b in pairs)
 
 
-def peak_bytes() -> int:
-    """Highest resident memory of this process; getrusage's may be that of the one it came from."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
+def peak_bytes(pid: int | str = "self") -> int:
+    """Most memory a process has had so far; 0 if it has ended.
+
+    getrusage's may be that of the process that started it.
+    """
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    lines = dict(line.split(":", 1) for line in status.splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024 if "VmHWM" in lines else 0
 
 
 def seconds(call: Callable[[], object], times: int = 1) -> float:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from bench.inputs import gpt2_model, write_long_news
-from bench.measurement import Measurement
+from bench.measurement import Measurement, peak_bytes
 from harvest.worker import ShardWorker
 from store.console import output
 
@@ -28,14 +28,14 @@ def measure(folder: Path) -> list[Measurement]:
         output().print("memory_driver and memory_worker are left out: they need Linux's /proc.")
         return []
     model = gpt2_model(folder / "narrow", **MODEL)
-    driver, worker = zip(*(_peaks(folder, model, n) for n in (SMALL, LARGE)), strict=True)
+    driver, worker = zip(*(peak_bytess(folder, model, n) for n in (SMALL, LARGE)), strict=True)
     return [
         Measurement(name, large / 1e6, small / 1e6, "MB", GOAL, FLOOR, higher_is_better=False)
         for name, (small, large) in {"memory_driver": driver, "memory_worker": worker}.items()
     ]
 
 
-def _peaks(folder: Path, model: Path, tokens: int) -> tuple[int, int]:
+def peak_bytess(folder: Path, model: Path, tokens: int) -> tuple[int, int]:
     """Most bytes in memory of the driver and of the worker while they harvest a whole corpus."""
     corpus, store = folder / "corpus.jsonl", folder / "long"
     write_long_news(corpus, tokens)
@@ -46,24 +46,14 @@ def _peaks(folder: Path, model: Path, tokens: int) -> tuple[int, int]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     driver = worker = 0
     while process.poll() is None:
-        driver = max(driver, _peak(process.pid))
-        worker = max([worker, *map(_peak, _workers(process.pid))])
+        driver = max(driver, peak_bytes(process.pid))
+        worker = max([worker, *map(peak_bytes, _workers(process.pid))])
         time.sleep(SAMPLE_SECONDS)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
     shutil.rmtree(store)
     corpus.unlink()
     return driver, worker
-
-
-def _peak(pid: int) -> int:
-    """Most bytes a process has had in memory so far; 0 if it has ended."""
-    try:
-        status = (PROC / str(pid) / "status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    lines = dict(line.split(":", 1) for line in status.splitlines())
-    return int(lines["VmHWM"].split()[0]) * 1024 if "VmHWM" in lines else 0
 
 
 def _workers(driver: int) -> list[int]:
