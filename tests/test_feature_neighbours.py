@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from pipelines.features.firings import Blocks, Firings, publish
 from pipelines.features.neighbours import (
     MOST_PAIRS,
     counted_rows,
     counted_share,
     decoder_neighbours,
+    neighbours,
 )
+from store.objects import LocalObjects
 from tests.feature_cases import (
     CONFIG,
     LENGTH,
@@ -56,6 +60,32 @@ def test_neighbours_are_the_nearest_over_all_pairs(tmp_path: Path, n: int, share
         assert (row["cosine_rank"], row["cofire_rank"]) == (cosine_rank, cofire_rank)
         cosine = unit[row["latent"]] @ unit[row["other"]]
         assert row["decoder_cosine"] == pytest.approx(cosine, abs=1e-6)
+
+
+@pytest.mark.parametrize("n_latents", [300, 70_000])
+def test_latents_of_uneven_density_are_counted_exactly(tmp_path: Path, n_latents: int) -> None:
+    rng, n_rows = np.random.default_rng(0), 100 * LENGTH
+    weight = 1 / np.arange(1, n_latents + 1)
+    fires = [
+        np.unique(rng.choice(n_latents, rng.integers(1, 40), p=weight / weight.sum()))
+        for _ in range(n_rows)
+    ]
+    row = np.repeat(np.arange(n_rows), [len(latents) for latents in fires]).astype(np.int32)
+    order = np.argsort(latent := np.concatenate(fires), kind="stable")
+    starts = np.searchsorted(latent[order], np.arange(n_latents + 1))
+    firings = Firings(0, 0, starts, row[order], np.ones(len(row), np.float32))
+    publish(LocalObjects(tmp_path), 0, firings)
+    blocks = Blocks(tmp_path, n_rows, n_rows, n_latents)
+    found = neighbours(blocks, LENGTH, None, 5, 1.0, 20, 220)
+    fired = Counter(latent.tolist())
+    for own in range(20, 220):
+        both = Counter(j for latents in fires if own in latents for j in latents.tolist())
+        index = {j: n / (fired[own] + fired[j] - n) for j, n in both.items() if j != own}
+        along = sorted(index, key=lambda j: (-index[j], j))[:5]
+        assert found.along[own - 20, : len(along)].tolist() == along
+        assert (found.along[own - 20, len(along) :] == -1).all()
+        together = [both[j] for j in along]
+        assert found.along_together[own - 20, : len(along)].tolist() == together
 
 
 def test_of_latents_that_fire_together_alike_the_lower_are_nearest(tmp_path: Path) -> None:

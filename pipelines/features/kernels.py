@@ -17,7 +17,6 @@ from numba import njit, prange  # noqa: E402
 
 BINS_PER_OCTAVE = 16
 LOWEST_OCTAVE, OCTAVES = -12, 24
-SOME = 64  # counts that are looked at together
 BINS = OCTAVES * BINS_PER_OCTAVE  # bin 0 begins at 2**-12, the last one ends at 2**12
 
 
@@ -172,9 +171,9 @@ def draw(
     for i in prange(len(starts) - 1):
         for p in range(starts[i], starts[i + 1]):
             r = first_row + row[p]
-            part = 0
-            while part < parts - 1 and value[p] >= edges[i, part]:
-                part += 1
+            part = 0  # without branches, which would often be guessed wrong
+            for edge in edges[i]:
+                part += value[p] >= edge
             at = i * parts + part
             score = np.float64(hashed(seed, first_latent + i, r) >> np.uint64(11))
             n = kept[at]
@@ -187,101 +186,6 @@ def draw(
                 kept[at] = n + 1
             d = document[row[p]]
             insert(at, leaves, score, r, value[p], d, priority, rows, values, documents)
-
-
-@njit(nogil=True, cache=True)
-def transposed(
-    starts: npt.NDArray[np.int64], number: npt.NDArray[np.int32], n: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-    """Lists of numbers below n, one after the other, as the lists that each number stands in.
-
-    Firings sorted by latent become firings sorted by row, and back.
-
-    Args:
-        starts: where each list begins [lists + 1]; number: what they hold [pairs].
-
-    Returns:
-        starts [n + 1] and lists, rising, [pairs].
-    """
-    new_starts = np.zeros(n + 1, np.int64)
-    for p in range(len(number)):
-        new_starts[number[p] + 1] += 1
-    for i in range(n):
-        new_starts[i + 1] += new_starts[i]
-    cursor = new_starts[:-1].copy()
-    lists = np.empty(len(number), np.int32)
-    for i in range(len(starts) - 1):
-        for p in range(starts[i], starts[i + 1]):
-            lists[cursor[number[p]]] = i
-            cursor[number[p]] += 1
-    return new_starts, lists
-
-
-@njit(parallel=True, nogil=True, cache=True)
-def most_together(
-    first: int,
-    starts: npt.NDArray[np.int64],
-    rows: npt.NDArray[np.int32],
-    row_starts: npt.NDArray[np.int64],
-    latents: npt.NDArray[np.int32],
-    asked: npt.NDArray[np.int64],
-    n: int,
-    parts: int,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The latents with the highest Jaccard index, of some latents from number `first` on.
-
-    Of equal ones the lower latent. One latent's counts at a time, which stay in cache.
-
-    Args:
-        starts, rows: on which rows each latent fires [n_latents + 1], [pairs].
-        row_starts, latents: the same by row, [rows + 1], [pairs].
-        asked: others, int64 [some latents, any].
-        n: of the nearest. parts: in which the latents are taken, for threads.
-
-    Returns:
-        nearest [some latents, n], -1 where fewer ever fire along; rows of both, for `asked`, and
-        for the nearest, in the same shapes.
-    """
-    some = len(asked)
-    best = np.full((some, n), -1, np.int64)
-    asked_together = np.zeros(asked.shape, np.int64)
-    best_together = np.zeros((some, n), np.int64)
-    for part in prange(parts):
-        together = np.zeros(len(starts) - 1, np.int32)
-        index = np.zeros(n)
-        for i in range(part * some // parts, (part + 1) * some // parts):
-            own = first + i
-            for p in range(starts[own], starts[own + 1]):
-                for q in range(row_starts[rows[p]], row_starts[rows[p] + 1]):
-                    together[latents[q]] += 1
-            fired = together[own]
-            for j in range(asked.shape[1]):
-                asked_together[i, j] = together[asked[i, j]]
-            index[:] = 0
-            least = 0  # the index is at most both / fired
-            for start in range(0, len(together), SOME):
-                some_together = together[start : start + SOME]
-                most = np.int32(0)
-                for j in range(len(some_together)):
-                    most = max(most, some_together[j])
-                if most <= least:
-                    continue
-                for j in range(start, start + len(some_together)):
-                    both = together[j]
-                    if both <= least or j == own:
-                        continue
-                    jaccard = both / (fired + (starts[j + 1] - starts[j]) - both)
-                    if jaccard <= index[n - 1]:
-                        continue
-                    at = n - 1
-                    while at > 0 and index[at - 1] < jaccard:
-                        index[at], best[i, at] = index[at - 1], best[i, at - 1]
-                        best_together[i, at] = best_together[i, at - 1]
-                        at -= 1
-                    index[at], best[i, at], best_together[i, at] = jaccard, j, both
-                    least = int(index[n - 1] * fired * (1 - 1e-9))
-            together[:] = 0
-    return best, asked_together, best_together
 
 
 @njit(parallel=True, nogil=True, cache=True)

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from numba import get_num_threads
 
-from pipelines.features import kernels
 from pipelines.features.firings import READS, Blocks
+from pipelines.features.together import most_together, transposed
 from train.kernels import cpu_choice
 from train.kernels.cpu import CpuKernels
 
@@ -67,13 +67,15 @@ def neighbours(
     Without W_dec, `alike` has no columns.
     """
     by_row = counted_firings(blocks, context_length, share)
-    by_latent = kernels.transposed(*by_row, blocks.n_latents)
+    by_latent = transposed(*by_row, blocks.n_latents)
     alike = np.empty((last - first, 0), np.int64)
     if W_dec is not None:
         alike = decoder_neighbours(W_dec, first, last, n)
     n_along, parts = min(n, blocks.n_latents - 1), 4 * get_num_threads()
-    along, alike_together, along_together = kernels.most_together(
-        first, *by_latent, *by_row, alike, n_along, parts
+    starts, latents = by_row
+    small = latents.astype(np.uint16 if blocks.n_latents <= 1 << 16 else np.int32)
+    along, alike_together, along_together = most_together(
+        first, *by_latent, starts, small, alike, n_along, parts
     )
     return Neighbours(
         first,
@@ -102,7 +104,7 @@ def counted_firings(
         firings = blocks.read(block)
         inside = counted[firings.row]
         starts = np.concatenate([[0], np.cumsum(inside)])[firings.starts]
-        row_starts, found = kernels.transposed(starts, firings.row[inside], len(counted))
+        row_starts, found = transposed(starts, firings.row[inside], len(counted))
         fires = np.diff(row_starts)
         return fires[fires > 0], found
 

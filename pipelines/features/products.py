@@ -32,7 +32,8 @@ def extreme_products(
     low, bias = kernels.low_precision(weight), weight @ common
     count = min(low.candidates(SPARE * n), len(weight))
     found: list[list[tuple[Tensor, Tensor]]] = [[], []]
-    for batch in (x - common).split(BATCH):
+    for some in x.split(BATCH):
+        batch = some - common
         ends = kernels.choose_both_ends(batch, low, bias, count)
         for sign, chosen, parts in zip((1, -1), ends, found, strict=True):
             given = sign * batch, weight, sign * bias, chosen

@@ -30,7 +30,7 @@ CONTEXTS_ENCODING: dict[str, Any] = {  # the smallest, and the fastest to write
     "use_dictionary": ["latent", "stratum", "rank", "reason", "split"],
     "column_encoding": {
         "token_ids.list.element": "BYTE_STREAM_SPLIT",
-        "token_ends.list.element": "DELTA_BINARY_PACKED",
+        "token_ends.list.element": "BYTE_STREAM_SPLIT",
     },
 }
 
@@ -164,25 +164,21 @@ def _lens_columns(lens: LogitLens | None, texts: TokenTexts, inside: slice) -> d
 
 def _token_columns(found: Profile, texts: TokenTexts) -> dict[str, Any]:
     """Of all tokens that each latent fires on."""
-    n = len(found.n_fire)
-    starts, token, count = found.tokens.starts, found.tokens.token, found.tokens.count
-    latent = np.repeat(np.arange(n), np.diff(starts))
-    share = count / found.n_fire[latent]
+    tokens, starts = found.tokens, found.tokens.starts
     often = _first_of_each(starts, NAMED_TOKENS)
-    mean = found.tokens.total / count
-    seen = np.minimum(SEEN, np.maximum.reduceat(np.append(count, 0), starts[:-1]))[latent]
-    enough = np.flatnonzero(count >= seen) if len(count) else np.empty(0, np.int64)
-    by_mean = enough[np.lexsort((token[enough], -mean[enough], latent[enough]))]
-    strong_starts = np.searchsorted(latent[by_mean], np.arange(n + 1))
-    strong = _first_of_each(strong_starts, NAMED_TOKENS)
-    strongest = by_mean[strong.places]
+    strong_starts, strongest = tokens.strongest(NAMED_TOKENS, SEEN)
+    means = (tokens.total[strongest] / tokens.count[strongest]).astype(np.float32)
+
+    def strong(flat: pa.Array) -> pa.ListArray:
+        return pa.ListArray.from_arrays(pa.array(strong_starts, pa.int32()), flat)
+
     return {
         "n_tokens": np.diff(starts).astype(np.int32),
-        "token_entropy_bits": np.bincount(latent, share * np.log2(1 / share), n),
-        "top_tokens": often.of(texts.of(token[often.places])),
-        "top_token_counts": often.of(pa.array(count[often.places])),
-        "strongest_tokens": strong.of(texts.of(token[strongest])),
-        "strongest_token_means": strong.of(pa.array(mean[strongest].astype(np.float32))),
+        "token_entropy_bits": tokens.entropy_bits(),
+        "top_tokens": often.of(texts.of(tokens.token[often.places])),
+        "top_token_counts": often.of(pa.array(tokens.count[often.places])),
+        "strongest_tokens": strong(texts.of(tokens.token[strongest])),
+        "strongest_token_means": strong(pa.array(means)),
     }
 
 

@@ -12,11 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.features.firings import Firings
+from pipelines.features.prefetch import prefetch
 from store.paths import use_numba_cache
 
 use_numba_cache()
 
 from numba import get_num_threads, njit, prange  # noqa: E402
+
+AHEAD = 16  # rows whose tokens are asked for before they are needed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,10 +50,47 @@ class TokenCounts:
         mine = self.starts, self.token, self.count, self.total
         return TokenCounts(*_add(*mine, firings.starts[:-1], sizes, *found))
 
+    def entropy_bits(self) -> npt.NDArray[np.float64]:
+        """Of the distribution of each latent's firings over tokens [latents]."""
+        return _entropy(self.starts, self.count)
+
+    def strongest(self, n: int, seen: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Places of the tokens with the highest means, by mean falling, then token.
+
+        Of those with so many firings; of a latent that has none, of its most frequent ones.
+
+        Returns:
+            where each latent's begin [latents + 1], at most n of each; places [all].
+        """
+        places = _strongest(self.starts, self.token, self.count, self.total, n, seen)
+        kept = places >= 0
+        return np.concatenate([[0], kept.sum(axis=1).cumsum()]), places[kept]
+
     def commonest_first(self) -> TokenCounts:
         """By count falling, then token."""
         order = _by_count(self.starts, self.count)
         return TokenCounts(self.starts, self.token[order], self.count[order], self.total[order])
+
+
+@njit(nogil=True, cache=True)
+def _sort(numbers: npt.NDArray[np.int32], scratch: npt.NDArray[np.int32], most: int) -> None:
+    """Sort numbers below `most`, in place: by their last byte, then by the one before, and so on.
+
+    Without comparisons: a processor guesses how those come out, and is wrong half of the time.
+    """
+    shift = 0
+    while most - 1 >> shift:
+        begins = np.zeros(257, np.int64)
+        for number in numbers:
+            begins[(number >> shift & 255) + 1] += 1
+        for byte in range(256):
+            begins[byte + 1] += begins[byte]
+        for number in numbers:
+            byte = number >> shift & 255
+            scratch[begins[byte]] = number
+            begins[byte] += 1
+        numbers[:] = scratch[: len(numbers)]
+        shift += 8
 
 
 @njit(parallel=True, nogil=True, cache=True)
@@ -73,10 +113,12 @@ def _count(
     sizes = np.zeros(latents, np.int64)
     for part in prange(parts):
         counts, totals = np.zeros(n_tokens, np.int64), np.zeros(n_tokens)
-        seen = np.empty(n_tokens, np.int32)
+        seen, scratch = np.empty((2, n_tokens), np.int32)
         for i in range(part * latents // parts, (part + 1) * latents // parts):
             distinct = 0
             for p in range(starts[i], starts[i + 1]):
+                if p + AHEAD < len(row):
+                    prefetch(tokens, row[p + AHEAD])
                 t = tokens[row[p]]
                 if counts[t] == 0:
                     seen[distinct] = t
@@ -84,7 +126,8 @@ def _count(
                 counts[t] += 1
                 totals[t] += value[p]
             at = starts[i]
-            for t in np.sort(seen[:distinct]):
+            _sort(seen[:distinct], scratch, n_tokens)
+            for t in seen[:distinct]:
                 token[at], count[at], total[at] = t, counts[t], totals[t]
                 counts[t], totals[t] = 0, 0.0
                 at += 1
@@ -151,3 +194,47 @@ def _by_count(starts: npt.NDArray[np.int64], count: npt.NDArray[np.int64]) -> np
         low, high = starts[i], starts[i + 1]
         order[low:high] = low + np.argsort(-count[low:high], kind="mergesort")
     return order
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _entropy(
+    starts: npt.NDArray[np.int64], count: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    bits = np.zeros(len(starts) - 1)
+    for i in prange(len(bits)):
+        total = count[starts[i] : starts[i + 1]].sum()
+        for p in range(starts[i], starts[i + 1]):
+            share = count[p] / total
+            bits[i] -= share * np.log2(share)
+    return bits
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _strongest(
+    starts: npt.NDArray[np.int64],
+    token: npt.NDArray[np.int32],
+    count: npt.NDArray[np.int64],
+    total: npt.NDArray[np.float64],
+    n: int,
+    seen: int,
+) -> npt.NDArray[np.int64]:
+    """As `TokenCounts.strongest`; places [latents, n], -1 where there are fewer."""
+    places = np.full((len(starts) - 1, n), -1, np.int64)
+    for i in prange(len(places)):
+        most = 0
+        for p in range(starts[i], starts[i + 1]):
+            most = max(most, count[p])
+        for p in range(starts[i], starts[i + 1]):
+            if count[p] < min(seen, most):
+                continue
+            mean, at = total[p] / count[p], n
+            while at > 0:
+                q = places[i, at - 1]
+                if q >= 0 and (total[q] / count[q], -token[q]) >= (mean, -token[p]):
+                    break
+                if at < n:
+                    places[i, at] = q
+                at -= 1
+            if at < n:
+                places[i, at] = p
+    return places
