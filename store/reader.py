@@ -53,6 +53,9 @@ class ActivationStore:
         self._plan = plan
         self._seal = seal
         self._commits: dict[int, dict[str, Any]] = {}
+        # of this store, and gone with it
+        self._table = lru_cache(maxsize=8)(self._read_table)
+        self._quantization = lru_cache(maxsize=64)(self._read_quantization)
 
     @classmethod
     def open(cls, place: str | Path, digest: str | None = None) -> ActivationStore:
@@ -280,8 +283,7 @@ class ActivationStore:
         low, high = np.searchsorted(rows, [start, start + len(out)])
         out[rows[low:high] - start] = values[low:high]
 
-    @lru_cache(maxsize=64)  # noqa: B019  (a store lives as long as its process)
-    def _quantization(self, site: str, shard: int) -> tuple[npt.NDArray[Any], ...]:
+    def _read_quantization(self, site: str, shard: int) -> tuple[npt.NDArray[Any], ...]:
         """Scale and offset [2, width] of a shard, and its exact rows: numbers, values."""
         path = f"quantization/{site}"
         key = layout.chunk_key(path, shard)
@@ -290,8 +292,7 @@ class ActivationStore:
         exact = self._table(layout.exact_key(site, shard), shard)
         return affine, exact["row"].to_numpy(), exact_values(exact, self.width(site))
 
-    @lru_cache(maxsize=8)  # noqa: B019  (as above)
-    def _table(self, key: str, shard: int) -> pa.Table:
+    def _read_table(self, key: str, shard: int) -> pa.Table:
         data = read_object(self._objects, key, self.commit(shard)["objects"][key], _REMEDY)
         return pq.read_table(io.BytesIO(data))
 

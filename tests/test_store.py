@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import NoReturn
 
@@ -301,3 +303,13 @@ class TestLocalObjects:
     def test_a_place_of_another_kind_is_refused(self) -> None:
         with pytest.raises(InputError, match="not at gs://"):
             open_objects("gs://bucket/store")
+
+
+def test_what_a_store_has_read_goes_with_it(tiny_store: Path) -> None:
+    store = ActivationStore.open(tiny_store)
+    tables = [store.documents(0), store.contexts(0)]
+    gone = [weakref.ref(held) for held in (store, *tables)]
+    assert store.documents(0) is tables[0]  # read once
+    del store, tables
+    gc.collect()
+    assert [held() for held in gone] == [None] * 3

@@ -129,14 +129,17 @@ def build(
     work.source = source  # or it would be opened again
     work.texts = TokenTexts(load_tokenizer(source.model))  # is there, or nothing is written
     start = time.perf_counter()
-    with writing(out), claimed(out, asked):
-        if existing := read_run(out):  # by another process, meanwhile
-            _require_same(out, existing, asked)
-            return Built(existing, None)
-        with open_pool(workers, address, device == "cuda") as pool:
-            run = asked | _make(job, pool, on_progress)
-        _remove_leftovers(out)  # of workers that were killed
-        write_json(out / RUN_FILE, run)
+    try:
+        with writing(out), claimed(out, asked):
+            if existing := read_run(out):  # by another process, meanwhile
+                _require_same(out, existing, asked)
+                return Built(existing, None)
+            with open_pool(workers, address, device == "cuda") as pool:
+                run = asked | _make(job, pool, on_progress)
+            _remove_leftovers(out)  # of workers that were killed
+            write_json(out / RUN_FILE, run)
+    finally:
+        work_of.cache_clear()  # what it holds is large, and was for this build
     return Built(run, time.perf_counter() - start)
 
 
