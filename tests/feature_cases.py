@@ -144,8 +144,8 @@ def encode_blocks(
     for block in range(len(blocks)) if numbers is None else numbers:
         first, last = blocks.span(block)
         given = batches(_numbers, case.read[first:last], first, chunk_rows, batch_rows)
-        firings = encode(case, case.n_latents, first, given)
-        publish(LocalObjects(out), block, firings)
+        (firings,) = encode(case, case.n_latents, iter([(first, given)]))
+        publish(LocalObjects(out), block, firings())
     return blocks
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -64,21 +65,45 @@ def _joined(parts: list[Batch]) -> Batch:
     return np.concatenate(rows), np.concatenate(x)
 
 
-def encode(encoder: Encoder, n_latents: int, first_row: int, given: Iterator[Batch]) -> Firings:
-    """What fires in a block, whose rows are read and prepared while others are encoded.
+def encode(
+    encoder: Encoder, n_latents: int, blocks: Iterator[tuple[int, Iterator[Batch]]]
+) -> Generator[Callable[[], Firings], None, None]:
+    """What fires in each block, whose rows are read and prepared while others are encoded.
 
     Args:
-        first_row: of the block.
+        blocks: first row of each, and its rows.
+
+    Yields:
+        what sorts a block's firings: it can be left to another thread.
     """
-    rows, found = [np.empty(0, np.int32)], []
-    ahead = Ahead(given)
+
+    def batches_and_ends() -> Iterator[tuple[int, Batch | None]]:
+        for first_row, given in blocks:
+            yield from ((first_row, batch) for batch in given)
+            yield first_row, None
+
+    ahead = Ahead(batches_and_ends())
+    rows, found = [np.empty(0, np.int32)], list[Batch]()
     try:
-        while (batch := ahead.take()) is not None:
-            fired = encoder.encode(torch.from_numpy(batch[1]))
-            rows.append(batch[0])
-            found.append((fired[0].cpu().numpy(), fired[1].cpu().numpy()))
+        while (item := ahead.take()) is not None:
+            first_row, batch = item
+            if batch is not None:
+                fired = encoder.encode(torch.from_numpy(batch[1]))
+                rows.append(batch[0])
+                found.append((fired[0].cpu().numpy(), fired[1].cpu().numpy()))
+                continue
+            yield partial(_by_latent, first_row, n_latents, rows, found)
+            rows, found = [np.empty(0, np.int32)], []
     finally:
         ahead.close()
+
+
+def _by_latent(
+    first_row: int,
+    n_latents: int,
+    rows: list[npt.NDArray[np.int32]],
+    found: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]],
+) -> Firings:
     indices, values = stacked(found)
     starts, places = pairs_by_latent(np.where(values > 0, indices, -1), n_latents)
     row = np.concatenate(rows)[places // indices.shape[1]]

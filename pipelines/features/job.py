@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from harvest.models import load_tokenizer
@@ -14,7 +17,7 @@ from pipelines.features.aside import aside
 from pipelines.features.config import FeatureConfig
 from pipelines.features.contexts import Wanted, contexts
 from pipelines.features.dictionary import Dictionary
-from pipelines.features.firings import Blocks, publish
+from pipelines.features.firings import Blocks, Firings, publish
 from pipelines.features.neighbours import Neighbours, neighbours
 from pipelines.features.profile import Profile, profile
 from pipelines.features.rows import Rows
@@ -79,12 +82,18 @@ def work_of(job: Job) -> Work:
 def encode_blocks(job: Job, blocks: list[int]) -> int:
     """Encode blocks, and publish the firings of each while the next one is encoded; how many."""
     work = work_of(job)
-    with aside() as call:
-        for block in blocks:
-            first, last = work.blocks.span(block)
-            selected = work.rows.read(np.arange(first, last))
-            firings = work.source.firings(first, last, selected, job.config.batch_rows)
-            call(publish, LocalObjects(work.out), block, firings)
+    spans = [work.blocks.span(block) for block in blocks]
+
+    def selected(first: int, last: int) -> npt.NDArray[np.bool_]:
+        return work.rows.read(np.arange(first, last))
+
+    def write(block: int, firings: Callable[[], Firings]) -> None:
+        publish(LocalObjects(work.out), block, firings())
+
+    found = work.source.firings(spans, selected, job.config.batch_rows)
+    with closing(found), aside() as call:
+        for block, firings in zip(blocks, found, strict=True):
+            call(write, block, firings)
     return len(blocks)
 
 

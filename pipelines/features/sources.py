@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,6 +29,10 @@ from store.rules import RowRule
 
 BLOCK_FIRINGS = 1 << 22  # of a block of a cache, about
 CONTEXTS = 4096  # of a cache, whose rows are told of at a time
+
+Span = tuple[int, int]  # first and last-plus-one row of a block
+Selected = Callable[[int, int], npt.NDArray[np.bool_]]  # which of some rows count
+Found = Generator[Callable[[], Firings], None, None]
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,8 @@ class Source(Protocol):
         """All rows, some at a time."""
         ...
 
-    def firings(
-        self, first: int, last: int, selected: npt.NDArray[np.bool_], batch_rows: int
-    ) -> Firings:
-        """What fires on the rows [first, last), a block; `selected`: those that count [rows]."""
+    def firings(self, spans: list[Span], selected: Selected, batch_rows: int) -> Found:
+        """What gives the firings of each block: it may be called in another thread."""
         ...
 
     def documents(self) -> pa.Table:
@@ -123,14 +125,15 @@ class StoreSource:
             rule, site = self.dictionary.rule, self.dictionary.site
             yield tokens, documents, hashes, self.store.selected_in_shard(site, rule, shard)
 
-    def firings(
-        self, first: int, last: int, selected: npt.NDArray[np.bool_], batch_rows: int
-    ) -> Firings:
+    def firings(self, spans: list[Span], selected: Selected, batch_rows: int) -> Found:
         store, dictionary = self.store, self.dictionary
         assert dictionary.encoder is not None
         read, chunk_rows = partial(store.read, dictionary.site), store.chunk_rows(dictionary.site)
-        given = batches(read, selected, first, chunk_rows, batch_rows)
-        return encode(dictionary.encoder, dictionary.n_latents, first, given)
+        blocks = (
+            (first, batches(read, selected(first, last), first, chunk_rows, batch_rows))
+            for first, last in spans
+        )
+        return encode(dictionary.encoder, dictionary.n_latents, blocks)
 
     def documents(self) -> pa.Table:
         parts = [self.store.documents(shard) for shard in range(self.store.n_shards)]
@@ -195,10 +198,11 @@ class CacheSource:
                 np.ones(tokens.size, np.bool_),
             )
 
-    def firings(
-        self, first: int, last: int, selected: npt.NDArray[np.bool_], batch_rows: int
-    ) -> Firings:
-        return self._cache.firings(first // self.context_length, last // self.context_length)
+    def firings(self, spans: list[Span], selected: Selected, batch_rows: int) -> Found:
+        length = self.context_length
+        return (
+            partial(self._cache.firings, first // length, last // length) for first, last in spans
+        )
 
     def documents(self) -> pa.Table:
         n = len(self._cache.tokens)
