@@ -9,7 +9,6 @@ rates just before and just after, so that neighbours slow prediction and step al
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from bench.measurement import Measurement, seconds
+from bench.measurement import Measurement, peak_bytes, seconds
 from store.console import output
 from train.config import TrainConfig
 from train.costs import memory, shape_of
@@ -93,10 +92,10 @@ def one(n_latents: int, k: int, d_in: int, batch_rows: int) -> dict[str, Any]:
     """Trains one shape for a few steps; what was predicted and what was measured."""
     learner, x = _begin(SMALL_LATENTS, k, d_in, SMALL_ROWS)
     learner.advance(x)  # compiled code is loaded
-    idle = _peak()
+    idle = peak_bytes()
     learner, x = _begin(n_latents, k, d_in, batch_rows)
     learner.advance(x)
-    peak = _peak() - idle
+    peak = peak_bytes() - idle
     device = torch.device("cpu")
     before = measure_rates(device)
     steps = [seconds(lambda: learner.advance(x)) for _ in range(STEPS)]
@@ -130,11 +129,6 @@ def _mean(first: Rates, second: Rates) -> Rates:
         selection=both(first.selection, second.selection),
         moved=moved,
     )
-
-
-def _peak() -> int:
-    """Most bytes this process has had in memory."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main(arguments: list[str]) -> None:
