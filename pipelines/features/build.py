@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -199,8 +200,10 @@ def writing(out: Path) -> Iterator[None]:
 def _make(job: Job, pool: Pool, on_progress: Progress) -> dict[str, Any]:
     """Makes everything; what run.json says of it."""
     work, out = work_of(job), Path(job.out)
-    n_read = rows.write_rows(work.source.rows(), work.source.n_rows, out)
-    _encode(job, work, pool, on_progress)
+    with ThreadPoolExecutor(1, "rows") as thread:
+        writing_rows = thread.submit(rows.write_rows, work.source.rows(), work.source.n_rows, out)
+        _encode(job, work, pool, on_progress)
+    n_read = writing_rows.result()
     kept, n_firings, tokens = _profile(job, work, pool, n_read, on_progress)
     share = counted_share(n_firings, n_read)
     with aside() as call:

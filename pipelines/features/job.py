@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from harvest.models import load_tokenizer
@@ -84,13 +82,10 @@ def encode_blocks(job: Job, blocks: list[int]) -> int:
     work = work_of(job)
     spans = [work.blocks.span(block) for block in blocks]
 
-    def selected(first: int, last: int) -> npt.NDArray[np.bool_]:
-        return work.rows.read(np.arange(first, last))
-
     def write(block: int, firings: Callable[[], Firings]) -> None:
         publish(LocalObjects(work.out), block, firings())
 
-    found = work.source.firings(spans, selected, job.config.batch_rows)
+    found = work.source.firings(spans, job.config.batch_rows)
     with closing(found), aside() as call:
         for block, firings in zip(blocks, found, strict=True):
             call(write, block, firings)

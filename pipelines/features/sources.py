@@ -31,7 +31,6 @@ BLOCK_FIRINGS = 1 << 22  # of a block of a cache, about
 CONTEXTS = 4096  # of a cache, whose rows are told of at a time
 
 Span = tuple[int, int]  # first and last-plus-one row of a block
-Selected = Callable[[int, int], npt.NDArray[np.bool_]]  # which of some rows count
 Found = Generator[Callable[[], Firings], None, None]
 
 
@@ -74,7 +73,7 @@ class Source(Protocol):
         """All rows, some at a time."""
         ...
 
-    def firings(self, spans: list[Span], selected: Selected, batch_rows: int) -> Found:
+    def firings(self, spans: list[Span], batch_rows: int) -> Found:
         """What gives the firings of each block: it may be called in another thread."""
         ...
 
@@ -125,15 +124,21 @@ class StoreSource:
             rule, site = self.dictionary.rule, self.dictionary.site
             yield tokens, documents, hashes, self.store.selected_in_shard(site, rule, shard)
 
-    def firings(self, spans: list[Span], selected: Selected, batch_rows: int) -> Found:
+    def firings(self, spans: list[Span], batch_rows: int) -> Found:
         store, dictionary = self.store, self.dictionary
         assert dictionary.encoder is not None
         read, chunk_rows = partial(store.read, dictionary.site), store.chunk_rows(dictionary.site)
         blocks = (
-            (first, batches(read, selected(first, last), first, chunk_rows, batch_rows))
+            (first, batches(read, self._selected(first, last), first, chunk_rows, batch_rows))
             for first, last in spans
         )
         return encode(dictionary.encoder, dictionary.n_latents, blocks)
+
+    def _selected(self, first: int, last: int) -> npt.NDArray[np.bool_]:
+        """Which rows of a block the rule reads."""
+        shard, begin = divmod(first, self.store.shard_rows)
+        rule, site = self.dictionary.rule, self.dictionary.site
+        return self.store.selected_in_shard(site, rule, shard)[begin : begin + last - first]
 
     def documents(self) -> pa.Table:
         parts = [self.store.documents(shard) for shard in range(self.store.n_shards)]
@@ -198,7 +203,7 @@ class CacheSource:
                 np.ones(tokens.size, np.bool_),
             )
 
-    def firings(self, spans: list[Span], selected: Selected, batch_rows: int) -> Found:
+    def firings(self, spans: list[Span], batch_rows: int) -> Found:
         length = self.context_length
         return (
             partial(self._cache.firings, first // length, last // length) for first, last in spans
