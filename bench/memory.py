@@ -28,14 +28,14 @@ def measure(folder: Path) -> list[Measurement]:
         output().print("memory_driver and memory_worker are left out: they need Linux's /proc.")
         return []
     model = gpt2_model(folder / "narrow", **MODEL)
-    driver, worker = zip(*(peak_bytess(folder, model, n) for n in (SMALL, LARGE)), strict=True)
+    driver, worker = zip(*(_peaks(folder, model, n) for n in (SMALL, LARGE)), strict=True)
     return [
         Measurement(name, large / 1e6, small / 1e6, "MB", GOAL, FLOOR, higher_is_better=False)
         for name, (small, large) in {"memory_driver": driver, "memory_worker": worker}.items()
     ]
 
 
-def peak_bytess(folder: Path, model: Path, tokens: int) -> tuple[int, int]:
+def _peaks(folder: Path, model: Path, tokens: int) -> tuple[int, int]:
     """Most bytes in memory of the driver and of the worker while they harvest a whole corpus."""
     corpus, store = folder / "corpus.jsonl", folder / "long"
     write_long_news(corpus, tokens)

@@ -168,17 +168,13 @@ def _token_columns(found: Profile, texts: TokenTexts) -> dict[str, Any]:
     often = _first_of_each(starts, NAMED_TOKENS)
     strong_starts, strongest = tokens.strongest(NAMED_TOKENS, SEEN)
     means = (tokens.total[strongest] / tokens.count[strongest]).astype(np.float32)
-
-    def strong(flat: pa.Array) -> pa.ListArray:
-        return pa.ListArray.from_arrays(pa.array(strong_starts, pa.int32()), flat)
-
     return {
         "n_tokens": np.diff(starts).astype(np.int32),
         "token_entropy_bits": tokens.entropy_bits(),
         "top_tokens": often.of(texts.of(tokens.token[often.places])),
         "top_token_counts": often.of(pa.array(tokens.count[often.places])),
-        "strongest_tokens": strong(texts.of(tokens.token[strongest])),
-        "strongest_token_means": strong(pa.array(means)),
+        "strongest_tokens": _runs(strong_starts, texts.of(tokens.token[strongest])),
+        "strongest_token_means": _runs(strong_starts, pa.array(means)),
     }
 
 
@@ -190,11 +186,16 @@ class _first_of_each:
         ends = np.cumsum(lengths)
         inside = np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
         self.places = np.repeat(starts[:-1], lengths) + inside
-        self._offsets = pa.array(np.concatenate([[0], ends]), pa.int32())
+        self._starts = np.concatenate([[0], ends])
 
     def of(self, flat: pa.Array) -> pa.ListArray:
         """Values at the places, as one list per run."""
-        return pa.ListArray.from_arrays(self._offsets, flat)
+        return _runs(self._starts, flat)
+
+
+def _runs(starts: npt.NDArray[np.int64], flat: pa.Array) -> pa.ListArray:
+    """Values of runs that begin at `starts` [n + 1], as one list per run."""
+    return pa.ListArray.from_arrays(pa.array(starts, pa.int32()), flat)
 
 
 def quantiles(

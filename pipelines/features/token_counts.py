@@ -196,12 +196,13 @@ def _by_count(starts: npt.NDArray[np.int64], count: npt.NDArray[np.int64]) -> np
     return order
 
 
-@njit(parallel=True, nogil=True, cache=True)
+# not parallel: called beside parallel loops, which numba allows only with OpenMP
+@njit(nogil=True, cache=True)
 def _entropy(
     starts: npt.NDArray[np.int64], count: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float64]:
     bits = np.zeros(len(starts) - 1)
-    for i in prange(len(bits)):
+    for i in range(len(bits)):
         total = count[starts[i] : starts[i + 1]].sum()
         for p in range(starts[i], starts[i + 1]):
             share = count[p] / total
@@ -209,7 +210,7 @@ def _entropy(
     return bits
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def _strongest(
     starts: npt.NDArray[np.int64],
     token: npt.NDArray[np.int32],
@@ -220,7 +221,7 @@ def _strongest(
 ) -> npt.NDArray[np.int64]:
     """As `TokenCounts.strongest`; places [latents, n], -1 where there are fewer."""
     places = np.full((len(starts) - 1, n), -1, np.int64)
-    for i in prange(len(places)):
+    for i in range(len(places)):
         most = 0
         for p in range(starts[i], starts[i + 1]):
             most = max(most, count[p])
