@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from train.kernels import AdamNumbers, Gradients, Pairs, cpu_choice
+from train.kernels.by_rows import by_rows
 from train.kernels.cpu_low import Float32, Int8
 from train.kernels.exact_jit import decode_rows, exact_pairs, exact_rows
 from train.kernels.gradient_jit import (
@@ -56,22 +57,22 @@ class CpuKernels:
     ) -> tuple[Tensor, Tensor]:
         indices = torch.empty(len(centred), k, dtype=torch.int32)
         values = torch.empty(len(centred), k)
-        exact_rows(
-            centred.numpy(),
-            weight.numpy(),
-            bias.numpy(),
-            candidates.numpy(),
-            relu,
-            indices.numpy(),
-            values.numpy(),
-        )
+        x, given, weights = centred.numpy(), candidates.numpy(), (weight.numpy(), bias.numpy())
+        out = indices.numpy(), values.numpy()
+
+        def exact(rows: slice) -> None:
+            exact_rows(x[rows], *weights, given[rows], relu, *(array[rows] for array in out))
+
+        by_rows(len(centred), exact)
         return indices, values
 
     def preactivations(
         self, centred: Tensor, weight: Tensor, bias: Tensor, indices: Tensor
     ) -> Tensor:
         values = torch.empty(indices.shape)
-        exact_pairs(centred.numpy(), weight.numpy(), bias.numpy(), indices.numpy(), values.numpy())
+        x, given, weights = centred.numpy(), indices.numpy(), (weight.numpy(), bias.numpy())
+        out = values.numpy()
+        by_rows(len(x), lambda rows: exact_pairs(x[rows], *weights, given[rows], out[rows]))
         return values
 
     def decode(self, indices: Tensor, values: Tensor, weight: Tensor, out: Tensor) -> None:

@@ -1,22 +1,18 @@
 """Choosing latents on the processor: each thread makes tiles of scores and scans them itself.
 
-A tile is small enough to stay in the thread's cache. Threads of our own: products and scans
-alternate too often for torch's and numba's, which would spin and wait for each other.
+A tile is small enough to stay in the thread's cache.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from threading import Barrier
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from train.kernels.by_rows import by_rows
 from train.kernels.cpu_low import Factors
 from train.kernels.selection_jit import (
     LEAST,
@@ -26,11 +22,8 @@ from train.kernels.selection_jit import (
     room_for,
 )
 
-LEAST_ROWS, MOST_ROWS = 64, 512  # of a tile; with few, each product prepares all weights again
-LATENTS = 1024
+LATENTS = 1024  # of a tile
 LEAST_ROOM = 64  # latents above their floor that a row has room for at first
-
-Result = TypeVar("Result")
 
 
 def largest(factors: Factors, bias: Tensor, count: int) -> Tensor:
@@ -73,7 +66,7 @@ def _extreme(factors: Factors, bias: Tensor, count: int, signs: tuple[int, ...])
         for mine, chosen in zip(lists, out, strict=True):
             finish_largest(*mine, chosen[rows])
 
-    _for_rows(len(factors.rows), choose)
+    by_rows(len(factors.rows), choose)
     return [torch.from_numpy(chosen) for chosen in out]
 
 
@@ -96,7 +89,7 @@ def above(factors: Factors, least: Tensor) -> Tensor:
             found = needed
         return out[:, : found.max(initial=1)]
 
-    parts = _for_rows(len(factors.rows), choose)
+    parts = by_rows(len(factors.rows), choose)
     width = max((part.shape[1] for part in parts), default=1)
     out = np.full((len(factors.rows), width), -1, np.int32)
     first = 0
@@ -112,25 +105,3 @@ def _tiles(factors: Factors, rows: slice) -> Iterator[tuple[slice, Any]]:
     for first in range(0, len(factors.latents), LATENTS):
         latents = slice(first, first + LATENTS)
         yield latents, factors.product(rows, latents, scratch).numpy()
-
-
-def _for_rows(batch: int, work: Callable[[slice], Result]) -> list[Result]:
-    """What `work` returns for consecutive slices of the rows, done by all threads."""
-    threads = torch.get_num_threads()
-    step = min(MOST_ROWS, max(LEAST_ROWS, -(-batch // threads)))
-    parts = [slice(first, min(first + step, batch)) for first in range(0, batch, step)]
-    if threads == 1 or len(parts) == 1:
-        return list(map(work, parts))
-    return list(_threads(threads, os.getpid()).map(work, parts))
-
-
-@cache
-def _threads(count: int, process: int) -> ThreadPoolExecutor:
-    """Threads in which torch uses one thread; of this process, since a fork doesn't keep them."""
-    pool = ThreadPoolExecutor(count, "choose", torch.set_num_threads, (1,))
-    started = Barrier(count + 1)
-    for _ in range(count):
-        pool.submit(started.wait)
-    started.wait()
-    torch.set_num_threads(count)  # for threads that start later; those of the pool keep theirs
-    return pool

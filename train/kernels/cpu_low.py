@@ -7,12 +7,20 @@ same bits however it is cut up.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from train.kernels.by_rows import by_rows
 from train.kernels.low import DEVIATIONS, candidates
-from train.kernels.quantize_jit import blocks_of, padded_width, quantize_rows, random_signs
+from train.kernels.quantize_jit import (
+    blocks_of,
+    padded_width,
+    quantize_rows,
+    quantize_weights,
+    random_signs,
+)
 
 
 @dataclass(frozen=True)
@@ -56,18 +64,21 @@ class Int8:
         count, d_in = rows.shape
         codes = torch.empty(count, padded_width(d_in), dtype=torch.int8)
         low = cls(d_in, codes, torch.empty(count), torch.empty(count))
-        low.refresh(rows)
+        source, signs, blocks, *out = low._arrays(rows)
+
+        def quantize(some: slice) -> None:
+            quantize_rows(source[some], signs, blocks, *(array[some] for array in out))
+
+        by_rows(count, quantize)
         return low
 
     def refresh(self, rows: Tensor) -> None:
-        quantize_rows(
-            rows.numpy(),
-            random_signs(self._d_in),
-            blocks_of(self._d_in),
-            self._codes.numpy(),
-            self._scale.numpy(),
-            self._norms.numpy(),
-        )
+        quantize_weights(*self._arrays(rows))
+
+    def _arrays(self, rows: Tensor) -> Any:
+        """As `quantize_rows` takes them."""
+        given = rows.numpy(), random_signs(self._d_in), blocks_of(self._d_in)
+        return *given, self._codes.numpy(), self._scale.numpy(), self._norms.numpy()
 
     def rows(self, latents: Tensor) -> Int8:
         return Int8(self._d_in, self._codes[latents], self._scale[latents], self._norms[latents])

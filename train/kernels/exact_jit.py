@@ -42,7 +42,7 @@ def _dots(x: Any, weight: Any, bias: Any, latents: Any, out: Any) -> None:
         out[j] = out[j] + bias[latents[j]] if latents[j] >= 0 else -np.inf
 
 
-@njit(parallel=True, **FAST)
+@njit(**FAST)
 def exact_pairs(centred: Any, weight: Any, bias: Any, indices: Any, values: Any) -> None:
     """Exact float32 pre-activations of pairs, -inf where the index is -1.
 
@@ -50,11 +50,11 @@ def exact_pairs(centred: Any, weight: Any, bias: Any, indices: Any, values: Any)
         centred: float32 [rows, d_in]. weight: float32 [n_latents, d_in]. bias: float32 [n_latents].
         indices: int32 [rows, w]. values: float32 [rows, w], written.
     """
-    for row in prange(indices.shape[0]):
+    for row in range(indices.shape[0]):
         _dots(centred[row], weight, bias, indices[row], values[row])
 
 
-@njit(parallel=True, **FAST)
+@njit(**FAST)
 def exact_rows(
     centred: Any, weight: Any, bias: Any, candidates: Any, relu: bool, indices: Any, values: Any
 ) -> None:
@@ -67,7 +67,7 @@ def exact_rows(
     """
     rows, count = candidates.shape
     k = indices.shape[1]
-    for row in prange(rows):
+    for row in range(rows):
         exact = np.empty(count, np.float32)
         _dots(centred[row], weight, bias, candidates[row], exact)
         falling = np.empty(count, np.float32)

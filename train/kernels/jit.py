@@ -10,4 +10,9 @@ from numba import njit, prange  # noqa: E402 - the cache folder must be set befo
 __all__ = ["FAST", "njit", "prange"]
 
 # sums in any order, fixed when compiling; NaN and infinities keep their meaning
-FAST = {"cache": True, "fastmath": {"reassoc", "contract", "nsz", "arcp"}, "error_model": "numpy"}
+FAST = {
+    "cache": True,
+    "nogil": True,
+    "fastmath": {"reassoc", "contract", "nsz", "arcp"},
+    "error_model": "numpy",
+}

@@ -123,7 +123,7 @@ def room_for(count: int) -> int:
     return 2 * count + BLOCK
 
 
-@njit(nogil=True, **FAST)
+@njit(**FAST)
 def merge_largest(
     scores: Any, factors: Any, scale: Any, offset: Any, before: int, count: int,
     keys: Any, places: Any, found: Any, floors: Any,
@@ -160,7 +160,7 @@ def merge_largest(
         found[row], floors[row] = size, floor
 
 
-@njit(nogil=True, **FAST)
+@njit(**FAST)
 def finish_largest(keys: Any, places: Any, found: Any, floors: Any, out: Any) -> None:
     """The `count` largest of each row as int32 [rows, count] `out`, in order of index.
 
@@ -203,7 +203,7 @@ def _list_above(
     return found
 
 
-@njit(nogil=True, **FAST)
+@njit(**FAST)
 def append_above(
     scores: Any, factors: Any, scale: Any, least: Any, doubt: Any, spread: Any,
     before: int, places: Any, found: Any, needed: Any,
