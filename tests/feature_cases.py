@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import duckdb
@@ -144,8 +145,7 @@ def encode_blocks(
     for block in range(len(blocks)) if numbers is None else numbers:
         first, last = blocks.span(block)
         given = batches(_numbers, case.read[first:last], first, chunk_rows, batch_rows)
-        (firings,) = encode(case, case.n_latents, iter([(first, given)]))
-        publish(LocalObjects(out), block, firings())
+        publish(LocalObjects(out), block, encode(case, case.n_latents, first, given, Event()))
     return blocks
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
+import numba
 import pytest
 import torch
 
 from store.errors import RunError
+from tests.forked import SERVER
 from tests.test_objectives import config_of, k_of, make_sae, rows
 from train.config import SAEConfig
 from train.sae import SAE
@@ -62,6 +66,32 @@ def test_encode_and_decode_are_the_formulas(sae):
     x_hat = (expected @ sae.W_dec.double() + sae.b_dec.double()) * scale
     got = sae.decode(indices, values)
     torch.testing.assert_close(got.double(), x_hat, rtol=1e-4, atol=1e-4)
+
+
+def encode_at_once():
+    numba.config.THREADING_LAYER = "workqueue"  # which ends a process with two callers
+    for activation in ACTIVATIONS:
+        config = config_of(activation=activation, **k_of(activation))
+        alone, shared = make_sae(config), make_sae(config)
+        x = [rows(300), rows(200), rows(100)]
+        expected = [alone.encode(some) for some in x]
+        together = Barrier(len(x))
+
+        def encode(some, shared=shared, together=together):
+            torch.set_num_threads(1)
+            together.wait()  # and finds it without its codes
+            return shared.encode(some)
+
+        with ThreadPoolExecutor(len(x)) as pool:
+            for found, wanted in zip(pool.map(encode, x), expected, strict=True):
+                assert all(map(torch.equal, found, wanted))
+
+
+def test_several_threads_may_encode_at_once():
+    process = SERVER.Process(target=encode_at_once)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
 
 
 def test_rows_without_active_latents_decode_to_the_offset(sae):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from pipelines.features import sources
 from pipelines.features.cli import main
 from pipelines.features.delphi_cache import DelphiCache
 from pipelines.features.firings import Firings
-from pipelines.features.job import Job, encode_blocks
+from pipelines.features.job import Job, encode_block
 from pipelines.features.rows import write_rows
 from pipelines.live import LiveModel
 from pipelines.viewer import compare, tables
@@ -180,6 +181,10 @@ def compared(features: Path) -> None:
     compare.Comparison(tables.Tables(features), tables.Tables(features))
 
 
+def encode_first(job: Job) -> None:
+    encode_block(Event(), job, 0)
+
+
 def test_another_process_reads_a_cache_alike(cache_folder: Path, tmp_path: Path) -> None:
     assert counted(cache_folder, tmp_path / "here", "--site", "resid_post.1").exit_code == 0
     given = sources.Given(str(cache_folder), "delphi", "resid_post.1", None, "cpu")
@@ -188,7 +193,7 @@ def test_another_process_reads_a_cache_alike(cache_folder: Path, tmp_path: Path)
     source = sources.open_source(given)
     (tmp_path / "there").mkdir()
     assert write_rows(source.rows(), source.n_rows, tmp_path / "there") == source.n_rows
-    process = SERVER.Process(target=encode_blocks, args=(made, [0]))
+    process = SERVER.Process(target=encode_first, args=(made,))
     process.start()
     process.join(120)
     assert process.exitcode == 0

@@ -40,7 +40,7 @@ from pipelines.features.folder import (
     read_record,
     read_run,
 )
-from pipelines.features.job import Job, Work, work_of
+from pipelines.features.job import Job, Work, held
 from pipelines.features.lens import logit_lens
 from pipelines.features.neighbours import counted_rows, counted_share
 from pipelines.features.pool import Pool, open_pool
@@ -53,7 +53,6 @@ from store.objects import LocalObjects, make_folder
 from train.files import write_json
 
 BLOOM = {"ndv": tables.ROW_GROUP, "fpp": 0.01}
-BLOCKS = 4  # encoded in one piece of work, at most
 FOLLOWED = 2  # neighbours of either kind whose rows are looked at for hard negatives
 MOVED = ("store", "sae", "code")  # may differ between a build and its continuation
 LOCK_FILE = ".lock"
@@ -126,21 +125,17 @@ def build(
         return Built(existing, None)
     given = replace(given, store=source.place)  # an absolute path
     job = Job(given, source.digest, dictionary.digest, str(out.absolute()), config)
-    work = work_of(job)
-    work.source = source  # or it would be opened again
+    work = Work(job, source)
     work.texts = TokenTexts(load_tokenizer(source.model))  # is there, or nothing is written
     start = time.perf_counter()
-    try:
-        with writing(out), claimed(out, asked):
-            if existing := read_run(out):  # by another process, meanwhile
-                _require_same(out, existing, asked)
-                return Built(existing, None)
-            with open_pool(workers, address, device == "cuda") as pool:
-                run = asked | _make(job, pool, on_progress)
-            _remove_leftovers(out)  # of workers that were killed
-            write_json(out / RUN_FILE, run)
-    finally:
-        work_of.cache_clear()  # what it holds is large, and was for this build
+    with held(work), writing(out), claimed(out, asked):
+        if existing := read_run(out):  # by another process, meanwhile
+            _require_same(out, existing, asked)
+            return Built(existing, None)
+        with open_pool(workers, address, device == "cuda") as pool:
+            run = asked | _make(work, pool, on_progress)
+        _remove_leftovers(out)  # of workers that were killed
+        write_json(out / RUN_FILE, run)
     return Built(run, time.perf_counter() - start)
 
 
@@ -197,19 +192,19 @@ def writing(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _make(job: Job, pool: Pool, on_progress: Progress) -> dict[str, Any]:
+def _make(work: Work, pool: Pool, on_progress: Progress) -> dict[str, Any]:
     """Makes everything; what run.json says of it."""
-    work, out = work_of(job), Path(job.out)
+    out = work.out
     with ThreadPoolExecutor(1, "rows") as thread:
         writing_rows = thread.submit(rows.write_rows, work.source.rows(), work.source.n_rows, out)
-        _encode(job, work, pool, on_progress)
+        _encode(work, pool, on_progress)
     n_read = writing_rows.result()
-    kept, n_firings, tokens = _profile(job, work, pool, n_read, on_progress)
+    kept, n_firings, tokens = _profile(work, pool, n_read, on_progress)
     share = counted_share(n_firings, n_read)
     with aside() as call:
         call(_write_tokens, work, tokens)
-        others = _compare(job, work, pool, share, on_progress)
-    _show(job, work, pool, kept, others, on_progress)
+        others = _compare(work, pool, share, on_progress)
+    _show(work, pool, kept, others, on_progress)
     with tables.TableWriter(out / "documents.parquet") as writer:
         writer.add(work.source.documents())
     cofire_rows = 0
@@ -221,30 +216,28 @@ def _make(job: Job, pool: Pool, on_progress: Progress) -> dict[str, Any]:
     return {"n_rows": n_read, "n_firings": n_firings, "cofire_rows": cofire_rows}
 
 
-def _encode(job: Job, work: Work, pool: Pool, on_progress: Progress) -> None:
+def _encode(work: Work, pool: Pool, on_progress: Progress) -> None:
     """The blocks that are not there yet."""
     missing = work.blocks.missing()
     done = len(work.blocks) - len(missing)
     on_progress("encoding", done, len(work.blocks))
-    each = max(1, min(BLOCKS, len(missing) // (8 * pool.workers)))
-    pieces = [missing[first : first + each] for first in range(0, len(missing), each)]
-    for encoded in pool.map(jobs.encode_blocks, ((job, piece) for piece in pieces)):
-        done += encoded
+    for _ in pool.spread(jobs.encode_block, ((work.job, block) for block in missing)):
+        done += 1
         on_progress("encoding", done, len(work.blocks))
 
 
 def _profile(
-    job: Job, work: Work, pool: Pool, n_read: int, on_progress: Progress
+    work: Work, pool: Pool, n_read: int, on_progress: Progress
 ) -> tuple[list[Kept], int, list[pa.Table]]:
     """latents and histograms.
 
     Returns:
         what examples are made of; how often anything fires; parts of the table of tokens.
     """
-    out, dictionary, texts = work.out, work.dictionary, work.texts
-    source, n_logits, lens, weights = work.source, job.config.n_logits, None, dictionary.weights
+    out, config, source, texts = work.out, work.job.config, work.source, work.texts
+    dictionary, lens, weights = work.dictionary, None, work.dictionary.weights
     if (W_dec := dictionary.W_dec) is not None:
-        lens = logit_lens(source.model, dictionary.writes_to, W_dec, n_logits, len(texts))
+        lens = logit_lens(source.model, dictionary.writes_to, W_dec, config.n_logits, len(texts))
         weights = weights | {"W_dec": W_dec.numpy()}
     spans = _spans(dictionary.n_latents, latents_at_once(work.blocks, len(texts)), pool)
     kept, n_firings, tokens = [], 0, list[pa.Table]()
@@ -255,11 +248,11 @@ def _profile(
     def write(found: Profile) -> None:
         latents.add(tables.latents_table(found, n_read, n_contexts, weights, lens, texts))
         histograms.add(tables.histograms_table(found))
-        tokens.append(tables.tokens_part(found, job.config))
+        tokens.append(tables.tokens_part(found, config))
         on_progress("counting", found.first + len(found.n_fire), dictionary.n_latents)
 
     with latents, histograms, aside() as call:
-        for found in pool.map(jobs.profile_latents, ((job, *span) for span in spans)):
+        for found in pool.map(jobs.profile_latents, ((work.job, *span) for span in spans)):
             call(write, found)
             kept.append(found.kept)
             n_firings += int(found.n_fire.sum())
@@ -274,15 +267,13 @@ def _write_tokens(work: Work, parts: list[pa.Table]) -> None:
             writer.add(table)
 
 
-def _compare(
-    job: Job, work: Work, pool: Pool, share: float, on_progress: Progress
-) -> npt.NDArray[np.int64]:
+def _compare(work: Work, pool: Pool, share: float, on_progress: Progress) -> npt.NDArray[np.int64]:
     """neighbours; the nearest few of each latent [n_latents, at most 2 FOLLOWED]."""
     nearest = []
     n_latents = work.dictionary.n_latents
     spans = _spans(n_latents, n_latents, pool)
     with tables.TableWriter(work.out / "neighbours.parquet") as writer:
-        for near in pool.map(jobs.neighbours_of_latents, ((job, share, *s) for s in spans)):
+        for near in pool.map(jobs.neighbours_of_latents, ((work.job, share, *s) for s in spans)):
             writer.add(tables.neighbours_table(near))
             nearest.append(np.hstack([near.alike[:, :FOLLOWED], near.along[:, :FOLLOWED]]))
             on_progress("comparing", near.first + len(near.alike), n_latents)
@@ -290,7 +281,6 @@ def _compare(
 
 
 def _show(
-    job: Job,
     work: Work,
     pool: Pool,
     kept: list[Kept],
@@ -298,8 +288,9 @@ def _show(
     on_progress: Progress,
 ) -> None:
     """contexts."""
+    job, n_rows = work.job, work.source.n_rows
     drawn = np.concatenate([np.where(k.random.used, k.random.row, -1) for k in kept])
-    token_rows, n_rows = TokenRows(work.rows, job.config.seed), work.source.n_rows
+    token_rows = TokenRows(work.rows, job.config.seed)
 
     def pieces() -> Iterator[tuple[Job, Wanted, int, int]]:
         for part in kept:

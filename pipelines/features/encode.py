@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from threading import Event, Lock
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +12,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from harvest.ahead import Ahead
 from pipelines.features.firings import Firings
 from train.kernels.gradient_jit import pairs_by_latent
 
@@ -65,49 +65,37 @@ def _joined(parts: list[Batch]) -> Batch:
     return np.concatenate(rows), np.concatenate(x)
 
 
+class OneAtATime:
+    """An encoder for several threads, where it has to be left to one of them at a time."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder, self._lock = encoder, Lock()
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with self._lock:
+            return self._encoder.encode(x)
+
+
 def encode(
-    encoder: Encoder, n_latents: int, blocks: Iterator[tuple[int, Iterator[Batch]]]
-) -> Generator[Callable[[], Firings], None, None]:
-    """What fires in each block, whose rows are read and prepared while others are encoded.
+    encoder: Encoder, n_latents: int, first_row: int, given: Iterator[Batch], stopped: Event
+) -> Firings:
+    """What fires in a block.
 
     Args:
-        blocks: first row of each, and its rows.
-
-    Yields:
-        what sorts a block's firings: it can be left to another thread.
+        first_row: of the block; given: its rows.
+        stopped: set when nobody waits for it any more.
     """
-
-    def batches_and_ends() -> Iterator[tuple[int, Batch | None]]:
-        for first_row, given in blocks:
-            yield from ((first_row, batch) for batch in given)
-            yield first_row, None
-
-    ahead = Ahead(batches_and_ends())
     rows, found = [np.empty(0, np.int32)], list[Batch]()
-    try:
-        while (item := ahead.take()) is not None:
-            first_row, batch = item
-            if batch is not None:
-                fired = encoder.encode(torch.from_numpy(batch[1]))
-                rows.append(batch[0])
-                found.append((fired[0].cpu().numpy(), fired[1].cpu().numpy()))
-                continue
-            yield partial(_by_latent, first_row, n_latents, rows, found)
-            rows, found = [np.empty(0, np.int32)], []
-    finally:
-        ahead.close()
-
-
-def _by_latent(
-    first_row: int,
-    n_latents: int,
-    rows: list[npt.NDArray[np.int32]],
-    found: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]],
-) -> Firings:
-    indices, values = stacked(found)
-    starts, places = pairs_by_latent(np.where(values > 0, indices, -1), n_latents)
-    row = np.concatenate(rows)[places // indices.shape[1]]
-    return Firings(first_row, 0, starts, row, values.reshape(-1)[places])
+    for some_rows, x in given:
+        if stopped.is_set():
+            raise CancelledError
+        indices, values = encoder.encode(torch.from_numpy(x))
+        rows.append(some_rows)
+        found.append((indices.cpu().numpy(), values.cpu().numpy()))
+    all_indices, all_values = stacked(found)
+    starts, places = pairs_by_latent(np.where(all_values > 0, all_indices, -1), n_latents)
+    row = np.concatenate(rows)[places // all_indices.shape[1]]
+    return Firings(first_row, 0, starts, row, all_values.reshape(-1)[places])
 
 
 def stacked(

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
+from threading import Event, Lock
 
 import pyarrow as pa
 
 from harvest.models import load_tokenizer
-from pipelines.features.aside import aside
 from pipelines.features.config import FeatureConfig
 from pipelines.features.contexts import Wanted, contexts
-from pipelines.features.dictionary import Dictionary
-from pipelines.features.firings import Blocks, Firings, publish
+from pipelines.features.firings import Blocks, publish
 from pipelines.features.neighbours import Neighbours, neighbours
 from pipelines.features.profile import Profile, profile
 from pipelines.features.rows import Rows
@@ -40,27 +39,13 @@ class Job:
 
 
 class Work:
-    """What the pieces of work share, opened when first needed."""
+    """What the pieces of work of a job share."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.out = Path(job.out)
-
-    @cached_property
-    def source(self) -> Source:
-        found = open_source(self.job.given, self.job.source_digest)
-        if found.dictionary.digest != self.job.dictionary_digest:
-            raise RunError(f"The SAE in {self.job.given.sae} has changed; build again.")
-        return found
-
-    @property
-    def dictionary(self) -> Dictionary:
-        return self.source.dictionary
-
-    @cached_property
-    def blocks(self) -> Blocks:
+    def __init__(self, job: Job, source: Source) -> None:
+        self.job, self.source = job, source
+        self.out, self.dictionary = Path(job.out), source.dictionary
         n_latents = self.dictionary.n_latents
-        return Blocks(self.out, self.source.n_rows, self.source.block_rows, n_latents)
+        self.blocks = Blocks(self.out, source.n_rows, source.block_rows, n_latents)
 
     @cached_property
     def rows(self) -> Rows:
@@ -71,25 +56,39 @@ class Work:
         return TokenTexts(load_tokenizer(self.source.model))
 
 
-@lru_cache(maxsize=1)
+_opening, _held = Lock(), list[Work]()  # one at most: it is large
+
+
 def work_of(job: Job) -> Work:
-    """The one of this process."""
-    return Work(job)
+    """The one of this process, opened when first needed.
+
+    Raises:
+        RunError: the store or the SAE are no longer those of the job.
+    """
+    with _opening:
+        if not _held or _held[0].job != job:
+            source = open_source(job.given, job.source_digest)
+            if source.dictionary.digest != job.dictionary_digest:
+                raise RunError(f"The SAE in {job.given.sae} has changed; build again.")
+            _held[:] = [Work(job, source)]
+        return _held[0]
 
 
-def encode_blocks(job: Job, blocks: list[int]) -> int:
-    """Encode blocks, and publish the firings of each while the next one is encoded; how many."""
+@contextmanager
+def held(work: Work) -> Iterator[None]:
+    """Within, this is the work of its job in this process."""
+    _held[:] = [work]
+    try:
+        yield
+    finally:
+        _held.clear()
+
+
+def encode_block(stopped: Event, job: Job, block: int) -> None:
+    """Encode a block and publish its firings."""
     work = work_of(job)
-    spans = [work.blocks.span(block) for block in blocks]
-
-    def write(block: int, firings: Callable[[], Firings]) -> None:
-        publish(LocalObjects(work.out), block, firings())
-
-    found = work.source.firings(spans, job.config.batch_rows)
-    with closing(found), aside() as call:
-        for block, firings in zip(blocks, found, strict=True):
-            call(write, block, firings)
-    return len(blocks)
+    found = work.source.firings(*work.blocks.span(block), job.config.batch_rows, stopped)
+    publish(LocalObjects(work.out), block, found)
 
 
 def profile_latents(job: Job, first: int, last: int) -> Profile:

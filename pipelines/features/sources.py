@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from threading import Event
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ from harvest.models import ResolvedModel, load_tokenizer, resolve_model
 from harvest.sites import Site
 from pipelines.features.delphi_cache import DelphiCache
 from pipelines.features.dictionary import Dictionary, load_dictionary
-from pipelines.features.encode import batches, encode
+from pipelines.features.encode import OneAtATime, batches, encode
 from pipelines.features.firings import Firings, block_rows
 from pipelines.features.folder import DELPHI
 from pipelines.features.rows import RowsPart
@@ -29,9 +30,6 @@ from store.rules import RowRule
 
 BLOCK_FIRINGS = 1 << 22  # of a block of a cache, about
 CONTEXTS = 4096  # of a cache, whose rows are told of at a time
-
-Span = tuple[int, int]  # first and last-plus-one row of a block
-Found = Generator[Callable[[], Firings], None, None]
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,11 @@ class Source(Protocol):
         """All rows, some at a time."""
         ...
 
-    def firings(self, spans: list[Span], batch_rows: int) -> Found:
-        """What gives the firings of each block: it may be called in another thread."""
+    def firings(self, first: int, last: int, batch_rows: int, stopped: Event) -> Firings:
+        """Of the rows [first, last), whole contexts; several threads may ask.
+
+        stopped: set when nobody waits for them any more.
+        """
         ...
 
     def documents(self) -> pa.Table:
@@ -110,6 +111,11 @@ class StoreSource:
         self.n_rows, self.context_length = self.store.n_rows, self.store.context_length
         pairs = self.dictionary.pairs_per_row
         self.block_rows = block_rows(self.store.shard_rows, self.context_length, pairs)
+        self._chunk_rows = self.store.chunk_rows(self.dictionary.site)
+        encoder = self.dictionary.encoder
+        assert encoder is not None
+        # a GPU is busy with one, while other threads read and sort
+        self._encoder = encoder if given.device == "cpu" else OneAtATime(encoder)
 
     @cached_property
     def model(self) -> ResolvedModel:
@@ -124,15 +130,10 @@ class StoreSource:
             rule, site = self.dictionary.rule, self.dictionary.site
             yield tokens, documents, hashes, self.store.selected_in_shard(site, rule, shard)
 
-    def firings(self, spans: list[Span], batch_rows: int) -> Found:
-        store, dictionary = self.store, self.dictionary
-        assert dictionary.encoder is not None
-        read, chunk_rows = partial(store.read, dictionary.site), store.chunk_rows(dictionary.site)
-        blocks = (
-            (first, batches(read, self._selected(first, last), first, chunk_rows, batch_rows))
-            for first, last in spans
-        )
-        return encode(dictionary.encoder, dictionary.n_latents, blocks)
+    def firings(self, first: int, last: int, batch_rows: int, stopped: Event) -> Firings:
+        read, chunk_rows = partial(self.store.read, self.dictionary.site), self._chunk_rows
+        given = batches(read, self._selected(first, last), first, chunk_rows, batch_rows)
+        return encode(self._encoder, self.dictionary.n_latents, first, given, stopped)
 
     def _selected(self, first: int, last: int) -> npt.NDArray[np.bool_]:
         """Which rows of a block the rule reads."""
@@ -203,11 +204,8 @@ class CacheSource:
                 np.ones(tokens.size, np.bool_),
             )
 
-    def firings(self, spans: list[Span], batch_rows: int) -> Found:
-        length = self.context_length
-        return (
-            partial(self._cache.firings, first // length, last // length) for first, last in spans
-        )
+    def firings(self, first: int, last: int, batch_rows: int, stopped: Event) -> Firings:
+        return self._cache.firings(first // self.context_length, last // self.context_length)
 
     def documents(self) -> pa.Table:
         n = len(self._cache.tokens)

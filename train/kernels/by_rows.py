@@ -33,13 +33,18 @@ def by_rows(batch: int, work: Callable[[slice], Result]) -> list[Result]:
 
 def torch_threads(count: int, each: int, name: str) -> ThreadPoolExecutor:
     """So many threads, in each of which torch uses so many; others go on as they did."""
-    usual = torch.get_num_threads()
-    pool = ThreadPoolExecutor(count, name, torch.set_num_threads, (each,))
-    started = Barrier(count + 1)
+    usual, started = torch.get_num_threads(), Barrier(count + 1)
+
+    def begin() -> None:
+        torch.set_num_threads(each)  # also what threads to come begin with
+        torch.get_num_threads()  # a thread that has never asked would forget the setting
+        started.wait()
+
+    pool = ThreadPoolExecutor(count, name)
     for _ in range(count):
-        pool.submit(started.wait)
+        pool.submit(begin)
     started.wait()
-    torch.set_num_threads(usual)  # or threads that start later would have `each`
+    torch.set_num_threads(usual)
     return pool
 
 
