@@ -1,5 +1,8 @@
 """A feature build, tables and all, against encoding the same rows; its memory; delphi's cache.
 
+Encoding alone is reading the rows and `SAE.encode` of one batch after another, each with all
+threads. The build encodes several batches at once, which leaves less waiting.
+
 python -m bench.feature_pass STORE SAE OUT      builds once: seconds, rows, peak memory as JSON
 """
 

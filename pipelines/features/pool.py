@@ -54,6 +54,7 @@ class Here:
                 yield from pool.map(lambda a: work(stopped, *a), arguments)
             finally:
                 stopped.set()
+                torch.set_num_threads(threads)  # they may have started threads themselves
 
 
 class OnRay:

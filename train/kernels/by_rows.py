@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from threading import Barrier, get_ident
+from threading import Barrier, Lock, get_ident
 from typing import TypeVar
 
 import torch
@@ -18,6 +18,8 @@ import torch
 LEAST_ROWS, MOST_ROWS = 64, 512  # of a slice; with few, a product prepares all weights again
 
 Result = TypeVar("Result")
+
+_starting = Lock()
 
 
 def by_rows(batch: int, work: Callable[[slice], Result]) -> list[Result]:
@@ -32,19 +34,20 @@ def by_rows(batch: int, work: Callable[[slice], Result]) -> list[Result]:
 
 
 def torch_threads(count: int, each: int, name: str) -> ThreadPoolExecutor:
-    """So many threads, in each of which torch uses so many; others go on as they did."""
+    """So many threads, in each of which torch uses so many, whatever it does in the caller's."""
     usual, started = torch.get_num_threads(), Barrier(count + 1)
 
     def begin() -> None:
-        torch.set_num_threads(each)  # also what threads to come begin with
-        torch.get_num_threads()  # a thread that has never asked would forget the setting
+        torch.set_num_threads(each)  # also what all threads to come begin with
+        torch.get_num_threads()  # or this thread would take up what is set when it first asks
         started.wait()
 
     pool = ThreadPoolExecutor(count, name)
-    for _ in range(count):
-        pool.submit(begin)
-    started.wait()
-    torch.set_num_threads(usual)
+    with _starting:
+        for _ in range(count):
+            pool.submit(begin)
+        started.wait()
+        torch.set_num_threads(usual)
     return pool
 
 
