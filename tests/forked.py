@@ -94,8 +94,10 @@ def forked(*command: object, environment: dict[str, str] | None = None) -> Itera
             process.wait()
 
 
-def ended(*command: object) -> subprocess.CompletedProcess[str]:
+def ended(
+    *command: object, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """A command that has run to its end."""
-    with forked(*command) as process:
+    with forked(*command, environment=environment) as process:
         said = process.communicate(240)
         return subprocess.CompletedProcess(process.args, process.wait(), *said)

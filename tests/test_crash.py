@@ -60,7 +60,9 @@ def killed_driver(
     tmp_path_factory: pytest.TempPathFactory, model_folder: Path, corpus_file: Path
 ) -> KilledDriver:
     path = tmp_path_factory.mktemp("killed") / "store"
-    with harvesting(*options(model_folder, corpus_file, path, workers=2, **MANY_SHARDS)) as driver:
+    with forked(
+        "harvest", *options(model_folder, corpus_file, path, workers=2, **MANY_SHARDS)
+    ) as driver:
         assert wait_for(lambda: commits(path) >= 3, 120)
         assert len(ray_workers(driver.pid)) == 2
         driver.kill()
@@ -93,7 +95,7 @@ def test_killed_workers_are_replaced_while_the_driver_goes_on(
     done = commits(path)
     assert done < MANY
     arguments = options(model_folder, corpus_file, path, workers=2, **MANY_SHARDS)
-    with harvesting(*arguments) as process:
+    with forked("harvest", *arguments) as process:
         assert wait_for(lambda: commits(path) >= done + 3, 120)
         for worker in ray_workers(process.pid):
             os.kill(worker, signal.SIGKILL)

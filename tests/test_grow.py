@@ -15,7 +15,8 @@ import zarr
 
 from store.errors import RunError
 from store.reader import ActivationStore
-from tests.commands import commits, digest_of, harvesting, invoke, options, refusal, wait_for
+from tests.commands import commits, digest_of, invoke, options, refusal, wait_for
+from tests.forked import forked
 from tests.synthetic import make_plan, make_store
 from tests.test_crash import reached
 from tests.test_faults import assert_nothing_wrong, assert_whole
@@ -86,7 +87,7 @@ def test_a_harvest_killed_while_it_makes_a_store_longer_leaves_the_store(
     arguments = options(model_folder, corpus_file, small, tokens=8192)
     rng = random.Random(1)
     for _ in range(2):
-        with harvesting(*arguments) as process:
+        with forked("harvest", *arguments) as process:
             assert wait_for(partial(reached, small, commits(small) + 1), 60)
             time.sleep(rng.uniform(0, 0.01))
             process.kill()

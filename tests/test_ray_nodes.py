@@ -17,7 +17,8 @@ from harvest.log import log_path
 from harvest.pool import open_pool
 from store.errors import RunError
 from store.objects import LocalObjects
-from tests.commands import commits, digest_of, harvesting, invoke, options, wait_for
+from tests.commands import commits, digest_of, invoke, options, wait_for
+from tests.forked import forked
 from tests.shards import SITES, local_model, make_inputs, make_plan, slow
 from tests.told import alive, gone, have_done_a_shard, started
 
@@ -103,7 +104,7 @@ def test_a_harvest_that_loses_a_node_ends_with_the_digest_of_an_undisturbed_one(
     place = tmp_path / "store"
     given = options(model_folder, corpus_file, place, tokens=14_016, shard_rows=64)
     elsewhere = ("--workers", 3, "--address", cluster.address)
-    with harvesting(*given, *elsewhere) as process:
+    with forked("harvest", *given, *elsewhere) as process:
         assert wait_for(lambda: commits(place) >= 20, 120)
         assert commits(place) < 200
         for pid in processes_of(node.all_processes["raylet"][0].process.pid):

@@ -18,8 +18,9 @@ from store.objects import LocalObjects
 from store.reader import ActivationStore
 from store.records import encode_record
 from store.verify import verify
-from tests.commands import digest_of, harvesting, invoke, options, refusal, wait_for
+from tests.commands import digest_of, invoke, options, refusal, wait_for
 from tests.faulty_disk import FaultyDisk, Killed, faulty
+from tests.forked import forked
 from tests.test_faults import assert_whole
 from tests.test_grow import inodes
 
@@ -209,7 +210,7 @@ def test_a_repair_killed_midway_is_done_again(tmp_path: Path, sealed: Path, dige
         flip(sealed / OBJECTS[number % 3].format(number))
         delete(sealed / OBJECTS[3 + number % 3].format(number))
     gone = sealed / OBJECTS[0].format(0)
-    with harvesting(*REPAIR, "--store", sealed) as process:
+    with forked("harvest", *REPAIR, "--store", sealed) as process:
         assert wait_for(lambda: not gone.exists() or process.poll() is not None, 120)
         time.sleep(0.02)
         process.kill()

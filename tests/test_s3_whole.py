@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +21,8 @@ from store.errors import StoreError
 from store.objects import open_objects
 from store.reader import ActivationStore
 from store.verify import verify
-from tests.commands import digest_of, harvest, invoke, options, refusal, wait_for
-from tests.forked import forked
+from tests.commands import digest_of, invoke, options, refusal, wait_for
+from tests.forked import ended, forked
 from tests.s3_server import S3Server, s3_server, without_aws
 
 pytestmark = pytest.mark.slow
@@ -69,10 +68,7 @@ def harvest_into(model_folder: Path, corpus_file: Path) -> Callable[..., list[st
 
 def run(command: str, *arguments: object, env: dict[str, str]) -> str:
     """Standard output of an installed command; it must succeed."""
-    program = Path(sys.executable).with_name(command)
-    result = subprocess.run(
-        [program, *map(str, arguments)], env=env, capture_output=True, text=True, timeout=240
-    )
+    result = ended(command, *arguments, environment=env)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -86,7 +82,7 @@ def test_harvest_train_and_tables_from_a_bucket(
 ) -> None:
     place = f"s3://{server.bucket}/whole/store"
     given = harvest_into(place, workers=1)
-    assert digest_of(harvest(*given, env=environment)) == local_digest
+    assert digest_of(ended("harvest", *given, environment=environment)) == local_digest
     assert "all as committed" in run("harvest", "verify", "--store", place, env=environment)
     assert f"{SHARDS} shards committed, all sealed" in run(
         "harvest", "status", "--store", place, env=environment
@@ -146,7 +142,7 @@ def test_killed_anywhere_and_continued_gives_the_same_store(
             process.wait()
         killed += len(objects.keys("seals/")) == 0
     assert killed
-    assert digest_of(harvest(*given, env=environment)) == local_digest
+    assert digest_of(ended("harvest", *given, environment=environment)) == local_digest
     report = verify(objects, lambda done, total: None)
     assert (report.digest, report.damage) == (local_digest, [])
 
@@ -166,13 +162,15 @@ def test_damage_in_a_bucket_is_named_refused_and_mended(
     data[1000] ^= 1
     obstore.put(bucket, f"damaged/{key}", bytes(data))
     obstore.delete(bucket, "damaged/tokens/c.9.0")
-    told = harvest("verify", "--store", place, env=environment)
+    told = ended("harvest", "verify", "--store", place, environment=environment)
     assert "2 damaged objects" in refusal_of_verify(told)
     assert key in told.stderr
     assert "tokens/c.9.0 is missing" in told.stderr
     with pytest.raises(StoreError, match=r"c\.7\.0"):
         ActivationStore.open(place).read("resid_post.1", 0, 2560)
-    mended = harvest("verify", "--store", place, "--repair", "--workers", 0, env=environment)
+    mended = ended(
+        "harvest", "verify", "--store", place, "--repair", "--workers", 0, environment=environment
+    )
     assert mended.returncode == 0, mended.stderr
     assert local_digest in mended.stdout
 
@@ -204,7 +202,7 @@ def test_a_missing_bucket_and_a_dead_server_are_one_sentence(
     environment: dict[str, str], harvest_into: Callable[..., list[str]]
 ) -> None:
     given = harvest_into("s3://nosuchbucket/x")
-    assert "nosuchbucket" in refusal(harvest(*given, env=environment))
+    assert "nosuchbucket" in refusal(ended("harvest", *given, environment=environment))
     dead = environment | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
     given = harvest_into("s3://harvest/x")
-    assert "cannot be reached" in refusal(harvest(*given, env=dead))
+    assert "cannot be reached" in refusal(ended("harvest", *given, environment=dead))

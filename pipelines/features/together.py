@@ -76,9 +76,10 @@ def most_together(
     asked_together = np.zeros(asked.shape, np.int64)
     best_together = np.zeros((some, n), np.int64)
     line, n_latents = LINE // latents.itemsize, len(starts) - 1
-    fewest = np.empty(-(-n_latents // SOME), np.int64)  # firings of a latent, of those together
-    for block in range(len(fewest)):
-        fewest[block] = np.diff(starts[block * SOME : (block + 1) * SOME + 1]).min()
+    fewest = np.full(-(-n_latents // SOME), len(rows))  # firings of a latent, of those together
+    for latent in range(n_latents):
+        fired = starts[latent + 1] - starts[latent]
+        fewest[latent // SOME] = min(fewest[latent // SOME], fired)
     for part in prange(parts):
         together = np.zeros(n_latents, np.int32)
         index = np.zeros(n)
@@ -92,14 +93,14 @@ def most_together(
                     prefetch(latents, soon + line)
                 for q in range(row_starts[rows[p]], row_starts[rows[p] + 1]):
                     together[latents[q]] += 1
-            fired = together[own]
+            own_fired = together[own]
             for j in range(asked.shape[1]):
                 asked_together[i, j] = together[asked[i, j]]
             index[:] = 0
             for block in range(len(fewest)):
                 # both / (fired + other - both) has to be above the last one
                 last = index[n - 1]
-                bound = last * max(float(fired), (fired + fewest[block]) / (1 + last))
+                bound = last * max(float(own_fired), (own_fired + fewest[block]) / (1 + last))
                 least = int(bound * (1 - 1e-9))
                 start = block * SOME
                 some_together = together[start : start + SOME]
@@ -112,7 +113,7 @@ def most_together(
                     both = together[j]
                     if both <= least or j == own:
                         continue
-                    jaccard = both / (fired + (starts[j + 1] - starts[j]) - both)
+                    jaccard = both / (own_fired + (starts[j + 1] - starts[j]) - both)
                     if jaccard <= index[n - 1]:
                         continue
                     at = n - 1

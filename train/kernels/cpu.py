@@ -161,7 +161,8 @@ class CpuKernels:
 
 
 def _array(tensor: Tensor | None, rows: slice) -> Any:
-    return None if tensor is None else tensor[rows].numpy()
+    """Some rows; [0, 0] for None."""
+    return np.empty((0, 0), np.float32) if tensor is None else tensor[rows].numpy()
 
 
 def _balanced(starts: Any) -> Any:

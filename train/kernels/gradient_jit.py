@@ -94,7 +94,7 @@ def latent_gradients(
     Args:
         starts, places: from `pairs_by_latent`.
         bounds: int64 [parts + 1], latents [bounds[p], bounds[p + 1]) go to part p.
-        values, gain, extra: float32 [batch, w]; gain and extra may be None: 1 and 0.
+        values: float32 [batch, w]; gain, extra: likewise, or [0, 0] for 1 and 0.
         error: float32 [batch, d_out], gradient of the loss by the reconstruction.
         centred: float32 [batch, d_in], the encoder's input.
         weight_dec: float32 [n_latents, d_out], unit rows.
@@ -103,9 +103,11 @@ def latent_gradients(
         grad_enc: float32 [n_latents, d_in]; grad_dec: float32 [n_latents, d_out].
         grad_bias: float32 [n_latents].
         squares: float32 [n_latents], squared norm of the latent's enc and dec together.
-        slopes: float32 [batch, w], s of each pair is written there, or None.
+        slopes: float32 [batch, w], s of each pair is written there, or [0, 0].
     """
     width, d_in, d_out = values.shape[1], centred.shape[1], weight_dec.shape[1]
+    # not None, which would be compiled once more for each of them
+    scaled, shifted, told = gain.size > 0, extra.size > 0, slopes.size > 0
     for part in prange(bounds.shape[0] - 1):
         new_dec = np.empty(d_out, np.float32)
         new_enc = np.empty(d_in, np.float32)
@@ -133,11 +135,11 @@ def latent_gradients(
                 for j in range(4):
                     there = pair + j < last
                     row, slot = rows[j], slots[j]
-                    if slopes is not None and there:
+                    if told and there:
                         slopes[row, slot] = terms[j]
-                    if gain is not None:
+                    if scaled:
                         terms[j] *= gain[row, slot]
-                    if extra is not None:
+                    if shifted:
                         terms[j] += extra[row, slot]
                     if not there:
                         terms[j] = 0
