@@ -36,13 +36,13 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 # Files side by side, each in one thread: threads of two processes that wait for each other on the
-# same cores take several times as long. numba would start its own beside OpenMP's. Three of them,
+# same cores take several times as long. numba would start its own beside OpenMP's. Four of them,
 # since many tests wait for processes they have started; in the order of names, or the files with
 # the fewest tests, which take longest, would come last.
 # The type checker takes one core, which the demo leaves idle now and then.
 test: $(STAMP)
 	$(MAKE) --no-print-directory -j 2 check demo
-	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 bench: $(STAMP) $(PEERS)
 	$(BIN)/python -m bench
