@@ -205,7 +205,8 @@ def test_an_interrupted_build_keeps_its_blocks_and_continues(
     out = tmp_path / "features"
     interrupted(folders, out, what, done)
     times = block_times(out)
-    assert len(times) == (done if what == "encoding" else BLOCKS)
+    # another thread may have made one more meanwhile
+    assert done <= len(times) < BLOCKS if what == "encoding" else len(times) == BLOCKS
     assert not (out / "run.json").exists()
     assert "no feature tables" in refusal("query", "SELECT 1", "--features", out)
     seen: list[tuple[str, int, int]] = []
