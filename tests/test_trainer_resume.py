@@ -18,7 +18,7 @@ from train.config import TrainConfig
 from train.trainer import train
 
 SITE, TARGET = "resid_mid.1", "mlp_out.1"
-STEPS, ROWS = 60, 64
+STEPS, ROWS = 90, 64
 SHARED = {
     "n_latents": 96,
     "tokens": STEPS * ROWS,
@@ -137,7 +137,7 @@ def test_a_run_killed_at_random_steps_ends_with_the_same_bits(
 def test_a_run_stopped_after_any_step_ends_with_the_same_bits(
     finished: Path, case: str, store_path: Path, tmp_path: Path
 ) -> None:
-    out, stops = tmp_path / "sae", {1, 2, 8, 21, 59}
+    out, stops = tmp_path / "sae", {1, 2, 8, 21, 59, STEPS - 1}
 
     def stop(phase: str, done: int, total: int, rate: str) -> None:
         if phase == "training" and done in stops:
