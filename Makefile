@@ -96,5 +96,8 @@ interop: $(STAMP) $(PEERS)
 	    circuit-tracer==0.5.0
 	touch $@
 
+# Only what the targets above have made. runs/ is kept whole, the demo's folder too: README says how
+# to use it, so it may hold runs and notes of the user's own.
 clean:
-	rm -rf $(VENV) .venv-peers runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-peers sae_harvest.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@echo "runs/ is kept; to do the demo anew, remove runs/demo first."
