@@ -91,12 +91,12 @@ def session_processes(session: int) -> dict[int, str]:
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            fields = (folder / "stat").read_bytes().rpartition(b")")[2].split()
+            if int(fields[3]) == session and fields[0] != b"Z":
+                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
+                found[int(folder.name)] = command.decode(errors="replace")
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            found[int(folder.name)] = command
     return found
 
 
