@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from store.errors import DamagedError
+from store.finite import require_finite
 from store.reader import ActivationStore, Scratch
 from store.rules import RowRule
 
@@ -84,28 +84,5 @@ class SelectedRows:
         into.rows[targets] = np.arange(start, start + len(targets))
         for site, out in zip(self._sites, into.x, strict=True):
             x = self._store.read(site, start, start + len(targets), scratch)
-            if not _all_finite(x):
-                self._refuse(site, start, x, targets != spare)
+            require_finite(x, self._store.place, site, start, targets != spare)
             out[targets] = x
-
-    def _refuse(
-        self, site: str, start: int, x: npt.NDArray[Any], wanted: npt.NDArray[np.bool_]
-    ) -> None:
-        bad = np.flatnonzero(wanted & ~np.isfinite(x).all(1))
-        if len(bad):
-            raise DamagedError(
-                f"{self._store.place} holds values of {site} that are not finite, in row "
-                f"{start + bad[0]}; run `harvest verify`."
-            )
-
-
-def _all_finite(x: npt.NDArray[Any]) -> bool:
-    """Whether there is neither infinity nor NaN; much faster than asking each number.
-
-    Read as an integer, a number that is not finite is one of the largest of its sign.
-    """
-    size = x.dtype.itemsize
-    infinity = int(np.array(np.inf, x.dtype).view(f"u{size}"))
-    sign = 1 << (8 * size - 1)
-    positive, negative = x.view(f"i{size}").max(), x.view(f"u{size}").max()
-    return int(positive) < infinity and int(negative) < infinity + sign
