@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.progress import Progress
 from rich.table import Column, Table
 
 from harvest.cli_stores import export, merge
-from store.console import Commands, output, progress, store_option
+from store.console import (
+    SAME_COMMAND,
+    Commands,
+    Progress,
+    output,
+    store_option,
+    when_interrupted,
+)
 
 DEFAULT_TOKENS = 1_048_576
 DEFAULT_CORPUS = "news"
@@ -240,26 +245,28 @@ def make_means(workers: int, device: str, address: str | None) -> Any:
 
 
 def harvest_with_bar(config: Any, store: str | Path, means: Any, only: range | None = None) -> Any:
-    """`harvest.run.run` under a progress bar."""
+    """`harvest.run.run` with its progress shown."""
     from harvest.run import run as harvest
 
-    with progress("tokens") as bar:
-        return harvest(config, store, means, only, shown_on(bar, "harvesting"))
+    with when_interrupted(lambda: kept(store)), Progress("tokens") as progress:
+        return harvest(config, store, means, only, progress.counting("harvesting", tokens_rate))
 
 
-def shown_on(bar: Progress, description: str) -> Callable[[int, int], None]:
-    """A report of rows done and to do that moves a bar."""
-    task = bar.add_task("preparing", total=None, rate="")
-    start = 0.0
+def tokens_rate(speed: float) -> str:
+    return f"{speed:,.0f} tokens/s"
 
-    def show(done: int, todo: int) -> None:
-        nonlocal start
-        start = start or time.perf_counter()
-        seconds = time.perf_counter() - start
-        rate = f"{done / seconds:,.0f} tokens/s" if seconds > 1 else ""
-        bar.update(task, description=description, completed=done, total=todo, rate=rate)
 
-    return show
+def kept(store: str | Path) -> str:
+    """What an interrupted harvest leaves, and how to go on."""
+    from store.errors import SaeHarvestError
+    from store.objects import open_objects
+    from store.writer import committed_shards
+
+    try:
+        n = len(committed_shards(open_objects(store)))
+    except SaeHarvestError as error:  # a bucket that is out of reach now
+        return f"What was committed is kept ({error}) The same command continues."
+    return f"{n} shard{'s' * (n != 1)} committed in {store}; the same command continues."
 
 
 @main.command()
@@ -301,14 +308,8 @@ def verify(store: str, repair: bool, workers: int, address: str | None, device: 
     if repair:
         report = repair_with_bar(store, make_means(workers, device, address))
     else:
-        with progress("bytes") as bar:
-            task = bar.add_task("verifying", total=None, rate="")
-            start = time.perf_counter()
-
-            def show(done: int, total: int) -> None:
-                rate = f"{done / 1e9 / (time.perf_counter() - start):,.2f} GB/s"
-                bar.update(task, completed=done, total=total, rate=rate)
-
+        with Progress("bytes") as progress:
+            show = progress.counting("verifying", lambda speed: f"{speed / 1e9:,.2f} GB/s")
             report = check(open_objects(store), show)
     for item in report.damage:
         click.echo(item.sentence, err=True)
@@ -331,11 +332,11 @@ def verify(store: str, repair: bool, workers: int, address: str | None, device: 
 
 
 def repair_with_bar(store: str, means: Any) -> Any:
-    """`harvest.run.repair` under a progress bar; tells what was done; the report afterwards."""
+    """`harvest.run.repair` with its progress; tells what was done; the report afterwards."""
     from harvest.run import repair as mend
 
-    with progress("tokens") as bar:
-        before, after = mend(store, means, shown_on(bar, "repairing"))
+    with when_interrupted(SAME_COMMAND), Progress("tokens") as progress:
+        before, after = mend(store, means, progress.counting("repairing", tokens_rate))
     for item in before.damage:
         click.echo(item.sentence, err=True)
     shards = sorted({item.shard for item in before.damage if item.shard is not None})

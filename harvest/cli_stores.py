@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import click
 
-from store.console import output, progress, store_option
+from store.console import SAME_COMMAND, Progress, output, store_option, when_interrupted
 
 
 @click.command()
@@ -36,13 +36,9 @@ def merge(into: str, sources: tuple[str, ...]) -> None:
             f"A harvest is writing into {into} ({status.host}, pid {status.pid}); merge when it "
             "has ended."
         )
-    with progress("bytes") as bar:
-        task = bar.add_task("merging", total=None, rate="")
-        merged = join(
-            target,
-            [open_objects(source) for source in sources],
-            lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with when_interrupted(SAME_COMMAND), Progress("bytes") as progress:
+        places = [open_objects(source) for source in sources]
+        merged = join(target, places, progress.counting("merging"))
     words = f"{into}: {len(merged.copied)} shards copied"
     if merged.already:
         words += f", {len(merged.already)} there already"
@@ -94,11 +90,8 @@ def export(
             "without_outliers": without_outliers,
         }
     )
-    with progress("rows") as bar:
-        task = bar.add_task("exporting", total=None, rate="")
-        done = write(
-            store, out, config, lambda n, total: bar.update(task, completed=n, total=total)
-        )
+    with when_interrupted(SAME_COMMAND), Progress("rows") as progress:
+        done = write(store, out, config, progress.counting("exporting"))
     output().print(
         f"{out}: {done.rows:,} rows in {done.files} files, {done.n_bytes:,} bytes with the "
         "documents.",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from store.console import output
+from store.console import SAME_COMMAND, output, when_interrupted
 from train.cli import stopped, stopped_code_option
 from train.job import Job, JobCommands
 from train.yamlfile import read_value
@@ -48,7 +48,8 @@ def demo(out: Path, workers: int) -> None:
     """
     from pipelines.demo import run_demo
 
-    run_demo(out, workers, output())
+    with when_interrupted(SAME_COMMAND):
+        run_demo(out, workers, output())
 
 
 @main.command(cls=Job)

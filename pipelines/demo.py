@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pipelines.features.config import FeatureConfig
 from pipelines.features.query import connect
 from pipelines.features.show import highlight
 from pipelines.features.texts import pieces
+from store.console import Progress, Terminated
 from store.errors import RunError
 from store.objects import make_folder
 from store.reader import ActivationStore
@@ -55,13 +57,15 @@ def run_demo(root: Path, workers: int, console: Console) -> None:
     console.rule("2/4  train: a TopK sparse autoencoder")
     trained = train_with_bar(TRAIN, store, sae, SITE, "auto")
     if not trained.finished:
-        raise RunError(f"Training stopped after step {trained.steps}; run the demo again.")
+        raise KeyboardInterrupt if trained.signal == signal.SIGINT else Terminated
     console.rule("3/4  features: tables of every latent")
     built = build_with_bar(store, sae, features, FEATURES)
     digest = built.run["sae_digest"]
     console.rule("4/4  downstream loss: the SAE in the model's place")
     if figures.get("downstream", digest) is None:
-        measured = downstream_loss(store, sae, N_DOWNSTREAM_CONTEXTS)
+        with Progress("contexts") as progress:
+            count = progress.counting("measuring")
+            measured = downstream_loss(store, sae, N_DOWNSTREAM_CONTEXTS, count)
         figures.set("downstream", digest, **measured.to_json())
     console.print()
     console.print(figures_table(store, features, trained.evaluation, figures, harvested.digest))

@@ -1,13 +1,18 @@
-"""What the four command lines share: error reporting and the progress bar.
+"""What the four command lines share: error reporting and progress.
 
 Progress goes to standard error, results to standard output, so that a command can be piped.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from types import FrameType
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 import click
@@ -15,13 +20,30 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as Bars
 
 from store.errors import SaeHarvestError
+
+# Libraries read these when they are imported. Their bars and remarks would be drawn over our own
+# progress, or fill a log. Processes that a command starts inherit them.
+QUIET_LIBRARIES = {
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+for _name, _value in QUIET_LIBRARIES.items():
+    os.environ.setdefault(_name, _value)
+
+LINE_SECONDS = 60.0  # between lines of progress where there is no terminal to draw a bar on
+
+SAME_COMMAND = "What was finished is kept; the same command continues."
 
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130
@@ -50,11 +72,11 @@ class Commands(click.Group):
         before = signal.signal(signal.SIGTERM, _terminate)
         try:
             return super().invoke(ctx)
-        except Terminated:
-            click.echo("Terminated.", err=True)
+        except Terminated as error:
+            click.echo(ending("Terminated.", error), err=True)
             sys.exit(EXIT_TERMINATED)
-        except KeyboardInterrupt:
-            click.echo("Interrupted.", err=True)
+        except KeyboardInterrupt as error:
+            click.echo(ending("Interrupted.", error), err=True)
             sys.exit(EXIT_INTERRUPTED)
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -84,19 +106,110 @@ def output() -> Console:
     return Console(highlight=False, markup=False, emoji=False)
 
 
-def progress(unit: str) -> Progress:
-    """A progress bar on standard error: done, total, `rate` field, elapsed and remaining time.
+@contextmanager
+def when_interrupted(kept: str | Callable[[], str]) -> Iterator[None]:
+    """Say at the end of an interrupted or terminated command what is kept and how to go on.
 
-    Tasks are added with `add_task(description, total=…, rate="")`; update `rate` with a short
-    text such as "5,120 tokens/s". Without a terminal nothing moves: the bar is printed once.
+    Of several such blocks, one inside another, the innermost speaks.
+
+    Args:
+        kept: one or two sentences, or a function that returns them then.
     """
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if not hasattr(error, "__notes__"):
+            error.add_note(kept if isinstance(kept, str) else kept())
+        raise
+
+
+def ending(word: str, error: KeyboardInterrupt) -> str:
+    """The line with which an interrupted command ends."""
+    return " ".join([word, *getattr(error, "__notes__", ())])
+
+
+class Progress:
+    """Progress of a command on standard error: a bar on a terminal, else a line a minute.
+
+    The lines come from a thread of their own, so that they also appear while the command is in a
+    phase that reports nothing, such as loading a model. Use it as a context manager.
+    """
+
+    def __init__(self, unit: str = "") -> None:
+        """`unit`: of the numbers reported, "tokens" say."""
+        self._unit = unit
+        self._console = Console(stderr=True)
+        self._bar = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._bar.add_task("preparing", total=None, rate="")
+        self.latest: tuple[str, int, int | None, str] = ("preparing", 0, None, "")
+        self._began = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._lines, name="progress", daemon=True)
+
+    def __enter__(self) -> Progress:
+        if self._console.is_terminal:
+            self._bar.start()
+        else:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        if self._console.is_terminal:
+            self._bar.stop()
+        else:
+            self._thread.join()
+
+    def __call__(self, phase: str, done: int, total: int | None, rate: str = "") -> None:
+        """Report what is done in a phase; call it as often as you like.
+
+        Args:
+            rate: a short text such as "5,120 tokens/s".
+        """
+        self.latest = phase, done, total, rate
+        if self._console.is_terminal:
+            self._bar.update(self._task, description=phase, completed=done, total=total, rate=rate)
+
+    def counting(
+        self, phase: str, rate: Callable[[float], str] = lambda speed: ""
+    ) -> Callable[[int, int], None]:
+        """A report of what is done and to do in one phase.
+
+        Args:
+            rate: words the speed, in units per second since the first report.
+        """
+        first: list[tuple[float, int]] = []
+
+        def report(done: int, total: int) -> None:
+            now = time.monotonic()
+            if not first:
+                first.append((now, done))
+            seconds = now - first[0][0]
+            self(phase, done, total, rate((done - first[0][1]) / seconds) if seconds > 1 else "")
+
+        return report
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    def _lines(self) -> None:
+        while not self._ended.wait(LINE_SECONDS):
+            phase, done, total, rate = self.latest
+            words = f"{phase} {done:,} of {total:,} {self._unit}".rstrip() if total else phase
+            minutes = f"{(time.monotonic() - self._began) / 60:,.0f} min so far"
+            click.echo(", ".join(filter(None, (words, rate, minutes))), err=True)

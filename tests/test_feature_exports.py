@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipelines.exports.export import export
 from pipelines.exports.selection import parse_latents, pieces
 from pipelines.exports.tables import BARS
 from store.errors import InputError
@@ -316,6 +317,14 @@ def test_damaged_tables_are_named(features: Path, tmp_path: Path, form: str) -> 
 
 
 def test_progress_counts_latents(features: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    export(
+        [features],
+        tmp_path / "counted",
+        "openai",
+        latents="3,5-9",
+        on_progress=lambda done, total: told.append((done, total)),
+    )
+    assert told == [(done, 6) for done in range(7)]
     result = run(features, "openai", tmp_path / "out", "--latents", "3,5-9")
-    assert "6/6 latents" in result.stderr
     assert result.stdout == f"{tmp_path / 'out'}: 6 latents for openai.\n"

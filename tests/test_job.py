@@ -133,7 +133,7 @@ def test_sigterm_while_evaluating_ends_at_once_and_the_job_goes_on(
         patch.setattr(trainer, "evaluate_all", stop)
         result = invoke("run", "--config", job, "--stopped-code", "3")
     assert result.exit_code == 3
-    assert last_line(result) == "Stopped; the same command continues."
+    assert last_line(result) == "Stopped. The same command continues."
     assert invoke("status", job.parent / "out").exit_code == 3
     assert invoke("run", "--config", job).exit_code == 0
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.table import Column, Table
 
-from store.console import EXIT_FAILURE, EXIT_INTERRUPTED, output, progress, store_option
+from store.console import EXIT_FAILURE, EXIT_INTERRUPTED, Progress, output, store_option
 from train.cli_formats import add_format_commands
 from train.cli_plan import plan
 from train.cli_scaling import scaling
@@ -25,8 +24,6 @@ from train.options import (
     options_for,
     run_settings,
 )
-
-LINE_SECONDS = 60  # between lines of progress where there is no terminal to draw a bar on
 
 folder = click.Path(path_type=Path, file_okay=False)
 
@@ -190,15 +187,9 @@ def evaluation(sae_folder: Path, store: str, rows: int, device: str, out: Path |
     from train.sae import SAE
 
     sae = SAE.load(sae_folder, choose_device(device))
-    with progress("rows") as bar:
-        task = bar.add_task("evaluating", total=None, rate="")
-        result = evaluate(
-            sae,
-            ActivationStore.open(store),
-            sae.config.rule,
-            rows,
-            lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with Progress("rows") as progress:
+        opened = ActivationStore.open(store)
+        result = evaluate(sae, opened, sae.config.rule, rows, progress.counting("evaluating"))
     if out is not None:
         write_json(out, result)
     output().print(summary({str(sae_folder): result}))
@@ -210,21 +201,6 @@ def stopped(what: str, number: int | None, code: int) -> None:
     sys.exit(EXIT_INTERRUPTED if number == signal.SIGINT else code)
 
 
-class Shown:
-    """Progress on a bar; where there is no terminal, as a line now and then for the log."""
-
-    def __init__(self, bar: Any) -> None:
-        self._bar = bar
-        self._task = bar.add_task("preparing", total=None, rate="")
-        self._next_line = time.monotonic() + LINE_SECONDS
-
-    def __call__(self, phase: str, done: int, total: int, rate: str) -> None:
-        self._bar.update(self._task, description=phase, completed=done, total=total, rate=rate)
-        if not self._bar.console.is_terminal and time.monotonic() >= self._next_line:
-            self._next_line = time.monotonic() + LINE_SECONDS
-            click.echo(f"{phase} {done:,} of {total:,}  {rate}".rstrip(), err=True)
-
-
 def train_with_bar(
     config: Any,
     store: str | Path,
@@ -233,30 +209,31 @@ def train_with_bar(
     device: str,
     cluster: dict[str, Any] | None = None,
 ) -> Any:
-    """`train.trainer.train` under a progress bar; with `cluster`, `train.cluster`'s."""
-    with progress("") as bar:
+    """`train.trainer.train` with its progress shown; with `cluster`, `train.cluster`'s."""
+    with Progress() as progress:
         if cluster is None:
             from train.trainer import train
 
-            return train(config, store, out, site, device, Shown(bar))
+            return train(config, store, out, site, device, progress)
         from train.cluster import train_on_workers
 
-        report = Shown(bar)
-        return train_on_workers(config, store, out, site, device, report=report, **cluster)
+        return train_on_workers(config, store, out, site, device, report=progress, **cluster)
 
 
 def sweep_with_bar(found: Any, out: Path) -> Any:
-    """`train.sweep.sweep` under a progress bar."""
+    """`train.sweep.sweep` with its progress shown."""
     from train.sweep import sweep as train_all
 
     places = found.places
-    with progress("") as bar:
-
-        def say(text: str) -> None:
-            bar.console.print(text, soft_wrap=True, highlight=False, markup=False)
-
+    with Progress() as progress:
         return train_all(
-            found.members, places.store, out, places.site, places.device, Shown(bar), say
+            found.members,
+            places.store,
+            out,
+            places.site,
+            places.device,
+            progress,
+            progress.say,
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from store.console import Commands, Terminated
+from store.console import Commands, Terminated, ending, when_interrupted
 from store.errors import SaeHarvestError
 
 EXIT_UNFINISHED = 3
@@ -67,9 +67,10 @@ class Job(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
-        except Terminated:  # while preparing or evaluating; training itself stops between steps
-            click.echo("Stopped; the same command continues.", err=True)
+            with when_interrupted("The same command continues."):
+                return super().invoke(ctx)
+        except Terminated as error:  # in preparation or evaluation; training stops between steps
+            click.echo(ending("Stopped.", error), err=True)
             ctx.exit(ctx.params["stopped_code"])
 
 

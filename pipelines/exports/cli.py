@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from store.console import output, progress
+from store.console import Progress, output, when_interrupted
 
 FORMATS = ("neuronpedia", "delphi", "openai", "circuit-tracer")
 
@@ -47,12 +47,8 @@ def export_command(
     """
     from pipelines.exports.export import export
 
-    with progress("blocks" if format_name == "delphi" else "latents") as bar:
-        task = bar.add_task("writing", total=None, rate="", visible=False)
-
-        def show_progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, visible=True)
-
+    unit = "blocks" if format_name == "delphi" else "latents"
+    with when_interrupted("Nothing was written."), Progress(unit) as progress:
         n_latents = export(
             features,
             out,
@@ -60,6 +56,6 @@ def export_command(
             latents=latents,
             name=name,
             store=store,
-            on_progress=show_progress,
+            on_progress=progress.counting("writing"),
         )
     output().print(f"{out}: {n_latents:,} latents for {format_name}.", soft_wrap=True)

@@ -12,7 +12,14 @@ from rich.text import Text
 from pipelines.exports.cli import export_command
 from pipelines.options import features_option
 from pipelines.viewer.cli import serve, site
-from store.console import Commands, output, progress, store_option
+from store.console import (
+    SAME_COMMAND,
+    Commands,
+    Progress,
+    output,
+    store_option,
+    when_interrupted,
+)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -142,20 +149,17 @@ def build(
 
 
 def build_with_bar(store: str | Path, sae: Path | str, out: Path, config: Any, **means: Any) -> Any:
-    """`pipelines.features.build.build` under a progress bar, in a process that keeps its memory."""
+    """`pipelines.features.build.build` with its progress, in a process that keeps its memory."""
     from pipelines.features.build import build as run_build
     from store.memory import keep_memory
 
     keep_memory()
+    with when_interrupted(SAME_COMMAND), Progress() as progress:
 
-    with progress("") as bar:
-        task = bar.add_task("", total=None, rate="", visible=False)
+        def show(what: str, done: int, total: int) -> None:
+            progress(f"{what} {'blocks' if what == 'encoding' else 'latents'}", done, total)
 
-        def show_progress(what: str, done: int, total: int) -> None:
-            step = f"{what} {'blocks' if what == 'encoding' else 'latents'}"
-            bar.update(task, description=step, completed=done, total=total, visible=True)
-
-        return run_build(store, sae, out, config, on_progress=show_progress, **means)
+        return run_build(store, sae, out, config, on_progress=show, **means)
 
 
 @main.command()

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from pipelines.options import features_option
-from store.console import output
+from store.console import Progress, output, when_interrupted
 from store.errors import InputError
 
 compare_option = click.option(
@@ -72,7 +72,9 @@ def site(features: Path, compare: Path | None, out: Path) -> None:
     """
     from pipelines.viewer.site import write_site
 
-    size = write_site(features, compare, out)
+    half = f"{out} is not whole: remove it and run the same command again."
+    with when_interrupted(half), Progress("latents") as progress:
+        size = write_site(features, compare, out, progress)
     output().print(
         f"{out}: open {out / 'index.html'} in a browser ({size.n_files:,} files, "
         f"{size.n_bytes / 1e6:,.0f} MB).",

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,9 @@ BY_WORD = """
 """
 
 
+OnProgress = Callable[[str, int, int], None]  # phase, latents done, latents to do
+
+
 @dataclass(frozen=True)
 class Size:
     """What was written."""
@@ -74,8 +77,16 @@ class Size:
     n_bytes: int
 
 
-def write_site(features: Path, compare: Path | None, out: Path) -> Size:
+def write_site(
+    features: Path,
+    compare: Path | None,
+    out: Path,
+    on_progress: OnProgress = lambda phase, done, total: None,
+) -> Size:
     """Export the pages of one SAE, or of two, into a new folder.
+
+    Args:
+        on_progress: called with the phase, latents done and latents to do.
 
     Raises:
         RunError: a folder holds no tables, or `out` holds something.
@@ -97,7 +108,7 @@ def write_site(features: Path, compare: Path | None, out: Path) -> Size:
         for name, one in (("a", tables), ("b", other)):
             if one is not None:
                 nearest = comparison if one is tables else None
-                _write_tables(one, out / "data", name, about, nearest)
+                _write_tables(one, out / "data", name, about, nearest, on_progress)
         if comparison is not None:
             _write(out / "data", "compare", comparison.columns())
     except OSError as error:
@@ -112,6 +123,7 @@ def _write_tables(
     name: str,
     about: dict[str, Any] | None,
     comparison: Comparison | None,
+    on_progress: OnProgress,
 ) -> None:
     start = overview(tables) | {
         "compare": about,
@@ -125,11 +137,14 @@ def _write_tables(
     _write(data, f"{name}/summary", columns)
     for number, pages in _pages(tables, comparison):
         _write(data, f"{name}/latents/{number}", pages)
+        on_progress(
+            "writing pages", min((number + 1) * PER_FILE, tables.n_latents), tables.n_latents
+        )
     by_token: dict[str, list[Any]] = defaultdict(list)
     for row in tables.ask(BY_TOKEN):
         by_token[row.pop("key")].append(list(row.values()))
     _write_shares(data, f"{name}/tokens", by_token)
-    _write_shares(data, f"{name}/words", _words(tables))
+    _write_shares(data, f"{name}/words", _words(tables, on_progress))
 
 
 def _pages(
@@ -165,10 +180,11 @@ def _pages(
             yield number, {latent: pages[latent] for latent in inside}
 
 
-def _words(tables: Tables) -> dict[str, list[list[int]]]:
+def _words(tables: Tables, on_progress: OnProgress) -> dict[str, list[list[int]]]:
     """[latent, contexts, contexts whose peak it is] of the `FOUND` best latents of each word."""
     words: dict[str, list[list[int]]] = defaultdict(list)
     for first in range(0, tables.n_latents, READ_AT_ONCE):
+        on_progress("counting words", first, tables.n_latents)
         for row in tables.ask(BY_WORD, first, first + READ_AT_ONCE - 1):
             words[row["word"]].append([row["latent"], row["n"], row["n_peak"]])
         for found in words.values():
