@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
@@ -46,6 +46,7 @@ LINE_SECONDS = 60.0  # between lines of progress where there is no terminal to d
 SAME_COMMAND = "What was finished is kept; the same command continues."
 
 EXIT_FAILURE = 1
+EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
@@ -62,6 +63,9 @@ class Commands(click.Group):
 
     Usage errors keep click's exit code 2, an interrupted command exits with 130, a terminated one
     with 143, both in order. Anything else is a bug and keeps its traceback.
+
+    An argument whose bytes are not text is a usage error of every command: paths end up in JSON, in
+    SQL and on screens, which take text only.
     """
 
     def exit_code(self, error: SaeHarvestError) -> int:
@@ -81,9 +85,18 @@ class Commands(click.Group):
         finally:
             signal.signal(signal.SIGTERM, before)
 
-    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> NoReturn:
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:
+            if not _is_text(word):
+                click.echo(
+                    f"Error: The argument {word!a} has bytes that are not UTF-8; "
+                    "rename what it names, or type it in UTF-8.",
+                    err=True,
+                )
+                sys.exit(EXIT_USAGE)
         try:
-            super().main(*args, **kwargs)
+            super().main(words, *rest, **kwargs)
         except SaeHarvestError as error:
             click.echo(f"Error: {error}", err=True)
             sys.exit(self.exit_code(error))
@@ -91,6 +104,15 @@ class Commands(click.Group):
             sys.stderr.close()
             sys.exit(EXIT_FAILURE)
         raise AssertionError("click always exits")
+
+
+def _is_text(word: str) -> bool:
+    """False where the system handed over bytes that are not UTF-8 (Python's lone surrogates)."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Terminated(KeyboardInterrupt):
