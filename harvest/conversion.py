@@ -12,8 +12,8 @@ of one; a damaged one is made again.
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from store.errors import InputError
 from store.objects import file_hash
+from store.parsing import parse_json, safe_name
 from store.paths import cache_dir
 
 RECORD = "complete.json"
@@ -55,12 +56,17 @@ def converted(gguf: Path) -> Path:
 
 
 def _make(gguf: Path, folder: Path) -> None:
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    # not by mkdtemp, whose folders only their maker can read: a cache may be shared
+    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    aside.mkdir()
     try:
         _convert(gguf, aside)
         files = sorted(path for path in aside.iterdir())
         record = {p.name: {"bytes": p.stat().st_size, "xxh3": file_hash(p)} for p in files}
         (aside / RECORD).write_text(json.dumps(record, indent=1))
+        mode = (aside / RECORD).stat().st_mode & 0o777
+        for path in files:  # safetensors lets nobody but the owner read
+            path.chmod(mode)
         if folder.exists():  # damaged, or begun by hand
             shutil.rmtree(folder)
         aside.rename(folder)
@@ -102,9 +108,9 @@ def _convert(gguf: Path, folder: Path) -> None:
 def _is_intact(folder: Path) -> bool:
     """Whether every file that the folder's record names is there, with the bytes it had."""
     try:
-        record = json.loads((folder / RECORD).read_text())
+        record = parse_json((folder / RECORD).read_bytes())
         return all(
-            (folder / name).stat().st_size == entry["bytes"]
+            (folder / safe_name(name)).stat().st_size == entry["bytes"]
             and file_hash(folder / name) == entry["xxh3"]
             for name, entry in record.items()
         )

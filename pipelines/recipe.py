@@ -26,6 +26,7 @@ from harvest.config import HarvestConfig
 from harvest.models import load_config, resolve_model
 from harvest.run import Means
 from harvest.sites import SITE_KINDS
+from store.atomic import replacing
 from store.errors import InputError, RunError
 from store.objects import make_folder
 from train.cli import sweep_with_bar
@@ -154,7 +155,8 @@ def run_recipe(
             shutil.rmtree(out / f"layer.{layer}")
         for sweep, evaluations in zip(sweeps, found, strict=True):
             suite += _rows(sweep, evaluations)
-        pq.write_table(pa.Table.from_pylist(suite), out / SUITE_FILE)
+        with replacing(out / SUITE_FILE) as temporary:
+            pq.write_table(pa.Table.from_pylist(suite), temporary)
     return None
 
 

@@ -208,7 +208,7 @@ class LocalObjects:
         temporary = temporary.with_name(temporary.name + TEMPORARY_SUFFIX)
         try:
             make_folder(final.parent)
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
                 with contextlib.suppress(OSError):  # some network file systems have no locks
                     fcntl.flock(descriptor, fcntl.LOCK_EX)  # until it has its name

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +13,31 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from store.atomic import replacing, write_text
 from store.errors import RunError
-from store.objects import sync_folder
-
-
-def _replace(temporary: Path, path: Path) -> None:
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes the file under a temporary name, syncs it, renames it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _replace(temporary, path)
+from store.parsing import first_line
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of indented JSON."""
+    """Writes indented JSON. Raises RunError if it cannot be written."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes a safetensors file under a temporary name, syncs it, renames it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-    _replace(temporary, path)
+    """Writes a safetensors file. Raises RunError if it cannot be written."""
+    content = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        try:
+            save_file(content, temporary)
+        except SafetensorError as error:  # of the disk: "I/O error: … (os error 28)"
+            raise os_error(error) from error
+
+
+def os_error(error: SafetensorError) -> OSError:
+    """The error of the system that safetensors reports in its text."""
+    number = re.search(r"os error (\d+)", str(error))
+    code = int(number[1]) if number else errno.EIO
+    return OSError(code, os.strerror(code) if number else first_line(error))
 
 
 def read_json(path: Path, what: str, remedy: str) -> Any:

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from store.atomic import write_text
 from store.errors import RunError
-from train.files import write_text
 
 TAIL_BYTES = 1 << 16  # more than a line of metrics has
 

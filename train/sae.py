@@ -19,9 +19,10 @@ import xxhash
 from pydantic import ValidationError
 from torch import Tensor
 
+from store.atomic import new_folder, write_text
 from store.errors import InputError, RunError
 from train.config import ROW_NORMALIZATIONS, SAEConfig
-from train.files import read_json, read_tensors, write_tensors, write_text
+from train.files import read_json, read_tensors, write_tensors
 from train.kernels import Low, kernels_for
 from train.normalization import normalise, restore
 
@@ -220,7 +221,7 @@ class SAE:
     def save(self, path: str | Path) -> None:
         """Writes `sae.safetensors`, then `config.json`, into the folder (made if missing)."""
         folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
+        new_folder(folder)
         write_tensors(folder / TENSORS_FILE, self.tensors())
         write_text(folder / CONFIG_FILE, self.config.model_dump_json(indent=2) + "\n")
 

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from store.atomic import new_folder, replacing
 from store.errors import InputError
 from train.files import write_json
 from train.scaling_envelope import Envelope, envelope
@@ -230,6 +231,7 @@ SCHEMA = pa.schema(
 
 def write(scaling: Scaling, out: Path) -> None:
     """Writes the table and the fits into the folder, made if missing."""
-    out.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table(scaling), out / TABLE_FILE)
+    new_folder(out)
+    with replacing(out / TABLE_FILE) as temporary:
+        pq.write_table(table(scaling), temporary)
     write_json(out / FITS_FILE, fits(scaling))

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
+from store.atomic import replacing
 from train.scaling import Scaling
 from train.scaling_envelope import curve_flops
 from train.scaling_fit import LEVEL, Fit
@@ -52,7 +53,8 @@ def _save(path: Path, draw: Any, scaling: Scaling) -> Path:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
         draw(figure, scaling)
-        figure.savefig(path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format=path.suffix[1:])
     return path
 
 

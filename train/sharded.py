@@ -9,9 +9,9 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from store.atomic import new_folder, write_text
 from store.errors import RunError
 from train.config import SAEConfig
-from train.files import write_text
 from train.group import Group
 from train.normalization import restore
 from train.sae import CONFIG_FILE, REMEDY, SAE, TENSORS_FILE
@@ -27,7 +27,7 @@ def whole_config(sae: SAE, n_latents: int) -> SAEConfig:
 
 def save_part(folder: Path, sae: SAE, n_latents: int, group: Group) -> None:
     """`SAE.save` by all processes of the group, each its part; the bytes are those of one."""
-    group.together(lambda: folder.mkdir(parents=True, exist_ok=True))
+    group.together(lambda: new_folder(folder))
     write_slices(folder / TENSORS_FILE, sae.tensors(), n_latents, group)
     config = whole_config(sae, n_latents)
 

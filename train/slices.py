@@ -22,8 +22,8 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from store.atomic import publish, temporary_name
 from store.errors import RunError
-from store.objects import sync_folder
 from train.group import Group
 
 BLOCK_BYTES = 64 << 20  # written at a time, by way of the processor's memory
@@ -61,7 +61,7 @@ def write_slices(path: Path, tensors: dict[str, Tensor], n_latents: int, group: 
     Raises:
         RunError, OSError: it could not be written, here or by another process.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_name(path)
     header, places = _layout(tensors, n_latents)
     size = len(header) + sum(prod(p.shape) * p.dtype.itemsize for p in places.values())
     first, last = group.latents(n_latents)
@@ -85,8 +85,7 @@ def write_slices(path: Path, tensors: dict[str, Tensor], n_latents: int, group: 
 
     def end() -> None:
         if is_first:
-            temporary.replace(path)
-            sync_folder(path.parent)
+            publish(temporary, path)
 
     for work in (begin, write, end):
         group.together(work)

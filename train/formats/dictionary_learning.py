@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from store.atomic import new_folder
 from train.config import ROW_NORMALIZATIONS
 from train.files import write_json
 from train.formats.folding import absorb, in_model_units
@@ -59,7 +60,7 @@ def write(sae: SAE, path: Path) -> None:
         raise refusal(
             PACKAGE, f"does not normalise rows, got {config.normalization}", "export it as saelens"
         )
-    path.mkdir(exist_ok=True)
+    new_folder(path)
     tensors = {name: tensor.cpu() for name, tensor in in_model_units(sae).items()}
     write_pt(path / TENSORS_FILE, _state(sae, tensors))
     layer = config.site.rpartition(".")[2]

@@ -6,7 +6,6 @@ unpickler (weights_only) knows tensors and plain values only and refuses the res
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,19 +14,19 @@ from typing import Any
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
+from store.atomic import replacing
 from store.errors import InputError, RunError, SaeHarvestError
-from store.objects import sync_folder
 
 
 def write_pt(path: Path, value: dict[str, Any]) -> None:
-    """Writes the file under a temporary name, syncs it, renames it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        torch.save(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
+    """Writes the file. Raises RunError if it cannot be written."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:  # its writer complains of the end of a file that is cut
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 def read_pt(path: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from store.atomic import new_folder
 from train.files import read_tensors, write_json, write_tensors
 from train.formats.folding import absorb, in_model_units, rescaled
 from train.formats.reading import (
@@ -117,7 +118,7 @@ def write(sae: SAE, path: Path) -> None:
         fields |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
     if config.is_transcoder:
         fields["d_out"] = config.d_out
-    path.mkdir(exist_ok=True)
+    new_folder(path)
     write_tensors(path / TENSORS_FILE, state)
     write_json(path / CONFIG_FILE, fields)
 

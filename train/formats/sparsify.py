@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from store.atomic import new_folder
 from train.config import ROW_NORMALIZATIONS
 from train.files import read_tensors, write_json, write_tensors
 from train.formats.folding import in_model_units, unit_rows
@@ -37,7 +38,7 @@ def write(sae: SAE, path: Path) -> None:
     """Writes the folder; see `train.formats.Format`."""
     _check(sae)
     config, tensors = sae.config, in_model_units(sae)
-    path.mkdir(exist_ok=True)
+    new_folder(path)
     write_tensors(
         path / TENSORS_FILE,
         {

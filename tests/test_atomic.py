@@ -1,0 +1,64 @@
+"""Files are whole or absent, and have the mode that the user's umask says."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from store.atomic import replacing, write_text
+from store.errors import RunError
+from store.objects import LocalObjects
+from train.files import write_json, write_tensors
+from train.formats.pickles import write_pt
+
+
+@pytest.fixture(params=[0o022, 0o002, 0o077])
+def mode(request: pytest.FixtureRequest) -> Iterator[int]:
+    """The mode that new files have under the umask that is set meanwhile."""
+    before = os.umask(request.param)
+    yield 0o666 & ~request.param
+    os.umask(before)
+
+
+def test_the_umask_decides_the_mode_of_every_file(tmp_path: Path, mode: int) -> None:
+    write_text(tmp_path / "text", "a")
+    write_json(tmp_path / "json", {})
+    write_tensors(tmp_path / "sae.safetensors", {"a": torch.zeros(3)})
+    write_pt(tmp_path / "ae.pt", {"a": torch.zeros(3)})
+    objects = LocalObjects(tmp_path)
+    objects.publish("published", [b"a"])
+    objects.replace("replaced", [b"a"])
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(modes, mode)
+    assert len(modes) == 6
+
+
+def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_text(path, "old")
+
+    def fail() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half of the n")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(RunError, match=r"Cannot write .*file .*No space left") as refused:
+        fail()
+    assert isinstance(refused.value.__cause__, OSError)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing" / "file", tmp_path / ("x" * 300)):
+        with pytest.raises(RunError, match=r"\ACannot write [^\n]*\.\Z"):
+            write_text(path, "a")
+    write_text(tmp_path / "file", "a")
+    with pytest.raises(RunError, match=r"\ACannot write [^\n]*\.\Z"):
+        write_json(tmp_path / "file" / "below", {})
