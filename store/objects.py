@@ -2,7 +2,8 @@
 
 A *place* is a folder, or `s3://bucket/prefix` (see `store.s3`). A reader sees an object either
 complete or not at all. On a local disk an object is written under a temporary name, flushed, and
-linked to its final name, which fails if that name is taken.
+given its final name, which fails if that name is taken (see `store.naming`). No key leads out of
+its place: names with `..` are refused, and so is writing into a folder that is a link to another.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Protocol
@@ -21,6 +23,8 @@ import numpy as np
 import xxhash
 
 from store.errors import InputError, NotAStoreError, StoreError
+from store.naming import NoExclusiveNamesError, give_name
+from store.parsing import safe_name
 
 Buffer = bytes | bytearray | memoryview
 
@@ -128,18 +132,20 @@ class LocalObjects:
         self.place = str(self._root)
 
     def publish(self, key: str, pieces: Sequence[Buffer]) -> bool:
-        final = self._root / key
+        final = self._inside(key)
         if self.size(key) is not None:
             self._settle(key, final.parent)
             return False
         return self._write(key, final, pieces, overwrite=False)
 
     def replace(self, key: str, pieces: Sequence[Buffer]) -> None:
-        self._write(key, self._root / key, pieces, overwrite=True)
+        self._write(key, self._inside(key), pieces, overwrite=True)
 
     def read(self, key: str) -> bytes:
+        path = self._path(key)
         try:
-            return (self._root / key).read_bytes()
+            _require_file(path.stat())
+            return path.read_bytes()
         except NotADirectoryError as error:
             raise FileNotFoundError(key) from error
         except FileNotFoundError:
@@ -150,11 +156,15 @@ class LocalObjects:
     def read_range(
         self, key: str, start: int, length: int, into: memoryview | None = None
     ) -> Buffer:
-        # new memory is not cleared first, as a bytearray would be
-        buffer = np.empty(length, np.uint8).data if into is None else into[:length]
+        path = self._path(key)
         try:
-            descriptor = os.open(self._root / key, os.O_RDONLY)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe is not waited for
             try:
+                found = os.fstat(descriptor)
+                _require_file(found)
+                length = max(0, min(length, found.st_size - start))
+                # new memory is not cleared first, as a bytearray would be
+                buffer = np.empty(length, np.uint8).data if into is None else into[:length]
                 filled = _read_all(descriptor, buffer, start)
             finally:
                 os.close(descriptor)
@@ -166,7 +176,7 @@ class LocalObjects:
 
     def size(self, key: str) -> int | None:
         try:
-            return (self._root / key).stat().st_size
+            return self._path(key).stat().st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -182,7 +192,7 @@ class LocalObjects:
         return next((key for key in self._files("") if not _is_temporary(key)), None)
 
     def remove(self, key: str) -> None:
-        path = self._root / key
+        path = self._inside(key)
         try:
             path.unlink(missing_ok=True)
             if path.parent.exists():
@@ -203,6 +213,24 @@ class LocalObjects:
         folder = next(p for p in (self._root, *self._root.parents) if p.exists())
         return shutil.disk_usage(folder).free
 
+    def _path(self, key: str) -> Path:
+        """The file of an object; `StoreError` for a key that leads out of the place."""
+        try:
+            return self._root / safe_name(key)
+        except ValueError as error:
+            raise StoreError(f"{self.place} holds no such object: {error}.") from None
+
+    def _inside(self, key: str) -> Path:
+        """The file of an object to change; `StoreError` if its folder lies elsewhere by a link."""
+        path = self._path(key)
+        root, folder = os.path.realpath(self._root), os.path.realpath(path.parent)
+        if os.path.commonpath([root, folder]) != root:
+            raise StoreError(
+                f"{path.parent} is a link to {folder}, outside of {self.place}; nothing is written "
+                "or removed there. Put a folder in its place, or link the whole place."
+            )
+        return path
+
     def _write(self, key: str, final: Path, pieces: Sequence[Buffer], overwrite: bool) -> bool:
         temporary = final.parent / f".{final.name}.{os.getpid()}-{secrets.token_hex(4)}"
         temporary = temporary.with_name(temporary.name + TEMPORARY_SUFFIX)
@@ -214,13 +242,21 @@ class LocalObjects:
                     fcntl.flock(descriptor, fcntl.LOCK_EX)  # until it has its name
                 _write_all(descriptor, pieces)
                 os.fsync(descriptor)
-                created = _give_name(temporary, final, overwrite)
+                if overwrite:
+                    temporary.replace(final)
+                created = overwrite or give_name(temporary, final)
             finally:
                 os.close(descriptor)
             sync_folder(final.parent)
             return created
         except NotADirectoryError as error:
             raise NotAStoreError(f"{self.place} is a file; --store takes a folder.") from error
+        except NoExclusiveNamesError as error:
+            raise StoreError(
+                f"The file system of {self.place} has neither hard links nor a rename that leaves "
+                "an existing file alone, so that two writers could overwrite each other; choose a "
+                "place on another file system."
+            ) from error
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise StoreError(
@@ -302,6 +338,12 @@ def file_hash(path: Path) -> str:
         return hash_stream(file)[1]
 
 
+def _require_file(found: os.stat_result) -> None:
+    """`OSError` for what is no file: a pipe or a device may never end, a folder has no bytes."""
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "It is not a file")
+
+
 def _is_temporary(key: str) -> bool:
     return key.rpartition("/")[2].startswith(".") and key.endswith(TEMPORARY_SUFFIX)
 
@@ -314,18 +356,6 @@ def _is_locked(temporary: Path) -> bool:
     except OSError:  # at work, finished meanwhile, or on a file system that cannot tell
         return True
     return False
-
-
-def _give_name(temporary: Path, final: Path, overwrite: bool) -> bool:
-    """Whether the file got its final name; False if that is taken and not to be overwritten."""
-    if overwrite:
-        temporary.replace(final)
-        return True
-    try:
-        os.link(temporary, final)
-    except FileExistsError:
-        return False
-    return True
 
 
 def _write_all(descriptor: int, pieces: Sequence[Buffer]) -> None:

@@ -22,6 +22,7 @@ from store.bucket import (
 )
 from store.errors import InputError, StoreError
 from store.objects import Buffer, total_bytes
+from store.parsing import safe_name
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, PutMode
@@ -71,9 +72,9 @@ class S3Objects:
 
     def read(self, key: str) -> bytes:
         with self._reading(key):
-            found = self._bucket.client().get(self._prefix + key)
+            found = self._bucket.client().get(self._path(key))
             if (size := found.meta["size"]) > SMALL_BYTES:
-                found = self._bucket.client(size).get(self._prefix + key)
+                found = self._bucket.client(size).get(self._path(key))
             return bytes(found.bytes())
 
     def read_range(
@@ -82,7 +83,7 @@ class S3Objects:
         # obstore answers in memory of its own
         if length > 0:
             with self._reading(key):
-                return self._bucket.read_range(self._prefix + key, start, length)
+                return self._bucket.read_range(self._path(key), start, length)
         if self.size(key) is None:
             raise FileNotFoundError(key)
         return b""  # S3 knows no empty range
@@ -90,7 +91,7 @@ class S3Objects:
     def size(self, key: str) -> int | None:
         try:
             with self._reading(key):
-                return self._bucket.client().head(self._prefix + key)["size"]
+                return self._bucket.client().head(self._path(key))["size"]
         except FileNotFoundError:
             return None
 
@@ -108,7 +109,7 @@ class S3Objects:
 
     def remove(self, key: str) -> None:
         with self._bucket.explained(f"remove {key} from {self.place}"):
-            self._bucket.client().delete(self._prefix + key)
+            self._bucket.client().delete(self._path(key))
 
     def prune(self) -> None:
         """Nothing: a bucket has no folders."""
@@ -118,6 +119,13 @@ class S3Objects:
 
     def free_bytes(self) -> int | None:
         return None
+
+    def _path(self, key: str) -> str:
+        """Where an object is in the bucket; `StoreError` for a key that leads out of the place."""
+        try:
+            return self._prefix + safe_name(key)
+        except ValueError as error:
+            raise StoreError(f"{self.place} holds no such object: {error}.") from None
 
     def _reading(self, key: str) -> AbstractContextManager[None]:
         return self._bucket.explained(f"read {key} of {self.place}", FileNotFoundError(key))
@@ -130,7 +138,7 @@ class S3Objects:
         def put() -> bool:
             try:
                 self._bucket.client(size).put(
-                    self._prefix + key, iter(views), mode=mode, use_multipart=False
+                    self._path(key), iter(views), mode=mode, use_multipart=False
                 )
             except AlreadyExistsError as error:
                 if passes(error):  # 409: another write of the key is under way

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import store.naming
 import store.objects
 
-# Every call by which `store.objects` changes a disk; `replace` and `mkdir` are methods of a Path.
+# Every call by which `store.objects` and `store.naming` change a disk; `replace` and `mkdir` are
+# methods of a Path.
 WRITING = ("open", "writev", "fsync", "link", "replace", "mkdir", "close")
 CODES = (errno.EIO, errno.ENOSPC)
 
@@ -87,6 +89,7 @@ def faulty(disk: FaultyDisk) -> Iterator[FaultyDisk]:
 
     with (
         patch.object(store.objects, "os", disk),
+        patch.object(store.naming, "os", disk),
         patch.object(Path, "replace", method("replace")),
         patch.object(Path, "mkdir", method("mkdir")),
         patch.object(Path, "unlink", method("unlink")),
