@@ -29,6 +29,7 @@ from harvest.sites import SITE_KINDS
 from store.atomic import replacing
 from store.errors import InputError, RunError
 from store.objects import make_folder
+from store.paths import exact_file
 from train.cli import sweep_with_bar
 from train.files import read_json, write_json
 from train.folder import finished_evaluation
@@ -155,8 +156,8 @@ def run_recipe(
             shutil.rmtree(out / f"layer.{layer}")
         for sweep, evaluations in zip(sweeps, found, strict=True):
             suite += _rows(sweep, evaluations)
-        with replacing(out / SUITE_FILE) as temporary:
-            pq.write_table(pa.Table.from_pylist(suite), temporary)
+        with replacing(out / SUITE_FILE) as temporary, exact_file(temporary, "wb") as sink:
+            pq.write_table(pa.Table.from_pylist(suite), sink)
     return None
 
 
@@ -247,7 +248,7 @@ def _set(content: dict[str, Any], path: list[str], value: Any) -> None:
 def suite_table(out: Path) -> Table:
     """What `suite.parquet` holds, for the terminal."""
     table = Table("site", "latents", "k", "FVU", "L0", "never fired", box=None)
-    for row in pq.read_table(out / SUITE_FILE).to_pylist():
+    for row in pq.read_table(exact_file(out / SUITE_FILE)).to_pylist():
         table.add_row(
             row["site"],
             f"{row['n_latents']:,}",

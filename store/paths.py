@@ -1,9 +1,17 @@
-"""Where this project keeps what it can make again: converted models, compiled kernels."""
+"""Paths: the cache folder, and files opened by their exact name.
+
+The cache folder is where this project keeps what it can make again: converted models, compiled
+kernels.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 def cache_dir() -> Path:
@@ -24,3 +32,17 @@ def use_numba_cache() -> None:
     Beside the source, its default, may be read-only.
     """
     os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir() / "numba"))
+
+
+def exact_file(path: Path, mode: str = "rb") -> pa.NativeFile:
+    """A file for pyarrow, which would take `s3:/a`, `file:/a` or `~/a` for places elsewhere.
+
+    Args:
+        mode: `rb` reads, `wb` writes it anew.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    import pyarrow as pa  # not needed by those who only ask for the cache folder
+
+    return pa.OSFile(os.fsencode(path), mode)

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from pipelines.exports.cli import export_command
 from pipelines.exports.tables import BARS
 from pipelines.features.build import build
-from pipelines.features.profile import DECILES
+from pipelines.features.folder import DECILES
 from store.console import Commands
 from tests.feature_cases import BUILD_CONFIG, read_table, save_sae, sentence
 

@@ -92,6 +92,12 @@ def write_tables(
         }
     )
     pq.write_table(firing, folder / "firings" / "000000.parquet")
+    (folder / "run.json").write_text(run_json(n_latents, n_rows, seed, **ancestry))
+    return folder
+
+
+def run_json(n_latents: int, n_rows: int = 200_000, seed: int = 0, **ancestry: str) -> str:
+    """run.json of tables; ancestry: what it says of store and SAE, where it matters."""
     run = {
         "tables": "3",
         "store": "/nowhere/store",
@@ -101,14 +107,14 @@ def write_tables(
         "site": "resid_post.1",
         "model": "made-up",
         "n_latents": n_latents,
+        "context_length": CONTEXT_LENGTH,
         "rows": "all documents",
         "config": {"seed": seed},
         "code": "0.1.0",
         "n_rows": n_rows,
         "cofire_rows": n_rows,
     }
-    (folder / "run.json").write_text(json.dumps(run | ancestry, indent=2) + "\n")
-    return folder
+    return json.dumps(run | ancestry, indent=2) + "\n"
 
 
 def write_sae(folder: Path, n_latents: int, width: int = 16, seed: int = 0) -> SAE:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import shutil
 from pathlib import Path
@@ -295,12 +297,14 @@ def test_query_prints_rows_and_says_when_there_are_more(folders: Folders) -> Non
     sql = "SELECT latent, n_fire, dead, top_tokens FROM latents ORDER BY latent"
     result = run("query", sql, "--features", features, "--limit", 8)
     assert result.exit_code == 0
-    lines = [line.split("\t") for line in result.stdout.splitlines()]
+    lines = list(csv.reader(io.StringIO(result.stdout)))
     expected = read_table(features, "latents")[:8]
     assert lines[0] == ["latent", "n_fire", "dead", "top_tokens"]
     assert [line[1] for line in lines[1:]] == [str(row["n_fire"]) for row in expected]
-    assert lines[4][3] == ", ".join(expected[3]["top_tokens"])
-    assert "--limit 8" in result.stderr
+    assert [json.loads(line[3]) for line in lines[1:]] == [row["top_tokens"] for row in expected]
+    assert result.stderr == ""  # a pipe gets all that it asked for
+    table = run("query", sql, "--features", features, "--limit", 8, "--format", "table")
+    assert "--limit 8" in table.stderr
     joined = "SELECT count(*) AS n FROM contexts JOIN documents USING (document)"
     result = run("query", joined, "--features", features)
     inside = [row for row in read_table(features, "contexts") if row["document"] >= 0]

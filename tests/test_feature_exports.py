@@ -288,7 +288,7 @@ def test_what_was_there_stays_and_nothing_else_is_left(features: Path, tmp_path:
     assert "holds something already" in refusal(features, "openai", tmp_path / "file")
     within = run(features, "openai", tmp_path / "file" / "out")
     assert within.exit_code == 1
-    assert "Cannot write the export into" in sentence(within.stderr)
+    assert "Cannot write into" in sentence(within.stderr)
 
 
 def test_a_mistake_is_told_in_a_sentence(features: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pipelines.features.contexts import lists
 from pipelines.features.folder import TABLES
 from pipelines.features.query import connect
 from pipelines.features.tables import ROW_GROUP, TableWriter
+from tests.made_tables import run_json
 
 LATENTS, CONTEXTS, BINS, NEIGHBOURS, TOKENS = 24_576, 40, 30, 15, 20
 VOCABULARY, WINDOW, PART = 50_000, 4, 1000  # latents a part
@@ -54,7 +55,7 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.add(pa.table({"document": np.arange(10)}))
     (folder / "firings").mkdir()
     pq.write_table(pa.table({"latent": [0]}), folder / "firings" / "000000.parquet")
-    (folder / "run.json").write_text(json.dumps({"tables": "3"}))
+    (folder / "run.json").write_text(run_json(LATENTS))
     return folder
 
 

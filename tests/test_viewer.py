@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +17,7 @@ from pipelines.viewer.listing import Listing, list_latents
 from pipelines.viewer.notes import Notes
 from pipelines.viewer.overview import overview
 from pipelines.viewer.search import search
+from pipelines.viewer.site import write_site
 from pipelines.viewer.sql import FencedSQL
 from pipelines.viewer.tables import Tables
 from store.errors import InputError, RunError
@@ -279,8 +281,6 @@ def test_questions_that_cannot_be_searched_for_get_a_sentence(tables):
 
 
 def test_explanations_are_searched_where_there_are_any(tmp_path):
-    import pyarrow as pa
-
     features = write_tables(tmp_path / "features", 8)
     assert search(Tables(features), "court")["explanations"] is None
     texts = pa.table(
@@ -289,6 +289,36 @@ def test_explanations_are_searched_where_there_are_any(tmp_path):
     pq.write_table(texts, features / "explanations.parquet")
     found = search(Tables(features), "judges COURT")["explanations"]
     assert [(r["latent"], r["explanation"]) for r in found] == [(2, "courts and judges")]
+
+
+def test_a_page_shows_the_explanations_that_search_finds(tmp_path):
+    features = write_tables(tmp_path / "features", 8)
+    assert latent_page(Tables(features), 2)["explanation"] is None
+    told = {"latent": [5, 2, 2, 3], "explanation": ["fruit", "judges", "courts", None]}
+    pq.write_table(pa.table(told), features / "explanations.parquet")
+    tables = Tables(features)
+    shown = [latent_page(tables, latent)["explanation"] for latent in range(8)]
+    assert shown == [None, None, "courts\njudges", None, None, "fruit", None, None]
+    write_site(features, None, tmp_path / "site")
+    pages = (tmp_path / "site" / "data" / "a" / "latents" / "0.js").read_text()
+    page = json.loads(pages[pages.index("{") : pages.rindex(")")])
+    assert [page[str(latent)]["explanation"] for latent in range(4)] == shown[:4]
+
+
+def test_tables_that_do_not_fit_together_are_refused_by_name(tmp_path):
+    features = write_tables(tmp_path / "features", 8)
+    path = features / "contexts.parquet"
+    whole = pq.read_table(path)
+    stratum = pa.array(["decile_11", *whole["stratum"].to_pylist()[1:]])
+    place = whole.column_names.index("stratum")
+    pq.write_table(whole.set_column(place, "stratum", stratum), path)
+    tables = Tables(features)
+    with pytest.raises(RunError, match=r"contexts\.parquet is damaged \(latent 0: the stratum"):
+        latent_page(tables, 0)
+    assert latent_page(tables, 1)["contexts"]
+    pq.write_table(whole.drop_columns(["text"]), path)
+    with pytest.raises(RunError, match=r"contexts\.parquet is no table of contexts: its column te"):
+        Tables(features)
 
 
 # ---- limits and damage

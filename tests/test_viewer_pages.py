@@ -85,6 +85,7 @@ def test_a_bar_of_a_plot_filters_the_list_and_a_point_opens_its_latent(page, bas
 def test_a_latent_shows_its_contexts_with_heat_and_values(page, base):
     go(page, base, "latent/5")
     assert page.locator("h1").inner_text() == "Latent 5"
+    assert texts(page, ".explanation") == ["places to drink"]
     assert page.locator(".context").count() == CONTEXTS - 6  # all that fire
     values = [float(v) for v in texts(page, ".stratum:first-child .value")]
     assert values == sorted(values, reverse=True)

@@ -6,6 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.viewer.server import open_viewer
@@ -13,7 +15,7 @@ from pipelines.viewer.site import write_site
 from store.reader import ActivationStore
 from store.rules import RowRule
 from tests.dictionaries import random_sae
-from tests.made_tables import write_tables
+from tests.made_tables import HOSTILE, HOSTILE_LATENT, write_tables
 from tests.viewer_cases import N, served
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -88,7 +90,10 @@ def foreign(url):
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory):
-    return write_tables(tmp_path_factory.mktemp("pages") / "features", N, hostile=True)
+    folder = write_tables(tmp_path_factory.mktemp("pages") / "features", N, hostile=True)
+    told = pa.table({"latent": [5, HOSTILE_LATENT], "explanation": ["places to drink", HOSTILE[0]]})
+    pq.write_table(told, folder / "explanations.parquet")
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from store.atomic import new_folder, replacing
 from store.errors import InputError
+from store.paths import exact_file
 from train.files import write_json
 from train.scaling_envelope import Envelope, envelope
 from train.scaling_fit import DRAWS, Fit, fit
@@ -232,6 +233,6 @@ SCHEMA = pa.schema(
 def write(scaling: Scaling, out: Path) -> None:
     """Writes the table and the fits into the folder, made if missing."""
     new_folder(out)
-    with replacing(out / TABLE_FILE) as temporary:
-        pq.write_table(table(scaling), temporary)
+    with replacing(out / TABLE_FILE) as temporary, exact_file(temporary, "wb") as sink:
+        pq.write_table(table(scaling), sink)
     write_json(out / FITS_FILE, fits(scaling))

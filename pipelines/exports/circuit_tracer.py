@@ -15,7 +15,7 @@ import numpy as np
 
 from pipelines.exports.files import gzipped, json_bytes
 from pipelines.exports.tables import Context, Latent, Tables, fiftieths, heights
-from pipelines.features.profile import DECILES
+from pipelines.features.folder import DECILES
 from store.errors import InputError
 
 INDEX = "index.json.gz"
@@ -41,7 +41,7 @@ def write(
         sizes = np.zeros(tables.n_latents, np.int64)
         with (out / file_name).open("wb") as file:
             for latent in tables.described(some, fiftieths):
-                packed = gzipped(json_bytes(feature(latent, name or tables.run["site"])))
+                packed = gzipped(json_bytes(feature(latent, name or str(tables.site))))
                 sizes[latent.number] = file.write(struct.pack("<I", len(packed)) + packed)
                 on_latent()
         offsets = [0, *np.cumsum(sizes).tolist()]

@@ -32,6 +32,7 @@ FORMATS = ("neuronpedia", "delphi", "openai", "circuit-tracer")
     "sae-viewer's folder, circuit-tracer's transcoder.",
 )
 @click.option("--store", metavar="PLACE", help="The store, for delphi, if it has moved.")
+@click.option("--model", help="The store's model, for delphi, if it has moved: a folder or a name.")
 def export_command(
     features: tuple[Path, ...],
     format_name: str,
@@ -39,6 +40,7 @@ def export_command(
     latents: str | None,
     name: str | None,
     store: str | None,
+    model: str | None,
 ) -> None:
     """Write feature tables in the format of another package.
 
@@ -56,6 +58,7 @@ def export_command(
             latents=latents,
             name=name,
             store=store,
+            model=model,
             on_progress=progress.counting("writing"),
         )
     output().print(f"{out}: {n_latents:,} latents for {format_name}.", soft_wrap=True)

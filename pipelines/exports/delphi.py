@@ -25,7 +25,8 @@ import numpy.typing as npt
 from harvest.models import ResolvedModel, resolve_model
 from pipelines.exports.hookpoints import hookpoint
 from pipelines.exports.tables import Tables
-from store.errors import InputError
+from pipelines.source import Moved, store_of
+from store.errors import InputError, RunError
 from store.reader import ActivationStore
 from train.files import write_json
 
@@ -44,22 +45,25 @@ def write(
     out: Path,
     name: str | None,
     on_block: Callable[[], None],
-    place: str | None,
+    moved: Moved,
 ) -> None:
     """Write a hookpoint for each of the tables.
 
     Args:
         name: of the hookpoint; None finds it in the model.
-        place: of the store, if it is not where it was.
+        moved: where to look for the store and its model instead.
 
     Raises:
         InputError: none of the latents fires, or the site has no hookpoint.
-        StoreError: the store is not there, or another one.
+        RunError: the store is not there, or another one.
     """
     for tables, some in zip(all_tables, latents, strict=True):
-        store = ActivationStore.open(place or tables.run["store"], tables.run["store_digest"])
+        store = store_of(tables.features, tables.run, moved.stores)
         planned = store.plan["model"]
-        model = resolve_model(planned["name"], planned["revision"])
+        if moved.models:
+            model = resolve_model(moved.models[0])
+        else:
+            model = resolve_model(planned["name"], planned["revision"])
         folder = out / FOLDER / (name or hookpoint(model, tables.site))
         if folder.exists():
             raise InputError(
@@ -96,6 +100,11 @@ def _write_hookpoint(
         ]
         for table in tables.firings():
             latent, row, value = (table[c].to_numpy() for c in ("latent", "row", "value"))
+            if len(row) and not 0 <= row.min() <= row.max() < store.n_rows:
+                raise RunError(
+                    f"{tables.features} has firings on rows that {store.place} has not; "
+                    "build the tables again."
+                )
             kept = chosen[latent] & (value > LEAST)
             latent, row, value = latent[kept], row[kept], value[kept]
             edges = np.searchsorted(latent, [first for first, _ in spans] + [spans[-1][1] + 1])

@@ -1,13 +1,19 @@
-"""JSON and gzip files, the same bytes for the same content."""
+"""JSON and gzip files, the same bytes for the same content, and the new folder they lie in."""
 
 from __future__ import annotations
 
 import gzip
 import io
 import json
-from collections.abc import Iterable
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from store.errors import RunError
+from store.objects import make_folder
 
 LEVEL = 5
 
@@ -29,3 +35,27 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
         lines.write(json_bytes(record) + b"\n")
     data = lines.getvalue()
     path.write_bytes(gzipped(data) if path.suffix == ".gz" else data)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, which is called `out` once all of it is there.
+
+    Raises:
+        RunError: there is something, or it cannot be written.
+    """
+    refusal = f"{out} holds something already; choose another --out."
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise RunError(refusal)
+    folder = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}")
+    try:
+        make_folder(folder)
+        yield folder
+        folder.rename(out.absolute())
+    except OSError as error:
+        raise RunError(
+            f"Cannot write into {out}: {error.strerror or error}; "
+            "choose another --out or make room there."
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -20,9 +20,10 @@ import xxhash
 
 from pipelines.exports.files import write_lines
 from pipelines.exports.tables import BARS, Context, Latent, Tables, fiftieths, heights, shortest
-from pipelines.features.profile import DECILES
+from pipelines.features.folder import DECILES
 from store.errors import InputError
 
+LONGEST = 80  # letters of a name, which becomes one of a folder
 BATCH = 256  # latents of a file
 BATCHES = 900  # of a kind: the importer lists 1,000 files
 CREATOR = "clkht01d40000jv08hvalcvly"  # the user that a new database of Neuronpedia has
@@ -154,7 +155,7 @@ class Source:
         ]
         for tenth in range(DECILES, 0, -1):
             low, high, n_fire = latent.deciles[tenth - 1]
-            interval = (low, high, n_fire / self._tables.run["n_rows"])
+            interval = (low, high, n_fire / max(self._tables.run["n_rows"], 1))
             stratum = f"decile_{tenth}"
             found += [
                 self._activation(latent, stratum, context, interval)
@@ -212,4 +213,4 @@ class Source:
 
 def slug(name: str) -> str:
     """The name with the letters that Neuronpedia's ids may have."""
-    return re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-") or "unnamed"
+    return re.sub(r"[^a-z0-9_]+", "-", name.lower())[:LONGEST].strip("-") or "unnamed"

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from pipelines.exports.files import json_bytes
 from pipelines.exports.tables import Context, Latent, Tables
-from pipelines.features.profile import DECILES
+from pipelines.features.folder import DECILES
 from store.errors import InputError
 
 BAR_WIDTH = 0.2  # fixed in the viewer
@@ -36,7 +36,7 @@ def write(
 ) -> None:
     """Write two files for each latent, of each of the tables in a folder of its own."""
     for tables, some in zip(all_tables, latents, strict=True):
-        folder = out / (name or tables.run["site"])
+        folder = out / (name or str(tables.site))
         if folder.exists():
             raise InputError(
                 f"Two of the tables would be called {folder.name}; export one of them."

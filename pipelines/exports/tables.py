@@ -16,17 +16,27 @@ import pyarrow.parquet as pq
 from harvest.sites import Site
 from pipelines.exports.selection import pieces
 from pipelines.features import kernels
-from pipelines.features.folder import FIRINGS, check_tables, require_run
+from pipelines.features.checks import (
+    check_columns,
+    check_context,
+    check_histogram,
+    check_latent,
+    require_tables,
+    require_whole,
+)
+from pipelines.features.folder import EXPLANATIONS, FIRINGS, firing_files
 from pipelines.features.profile import decile_edges
 from pipelines.features.tables import quantiles
 from pipelines.features.texts import pieces as texts_of_tokens
 from store.errors import RunError
+from store.paths import exact_file
 
+HISTOGRAM_COLUMNS = ("latent", "bin", "low", "high", "count")
+LARGEST_BAR = 2**32
 BARS = 50  # of a histogram, where a format has a fixed number
 AT_ONCE = 128  # latents whose contexts are in memory
 COUNTED = 8192  # latents whose bars are: a pass over the firings each
 PERCENTS = 100
-EXPLANATIONS = "explanations"
 CONTEXT_COLUMNS = (
     "latent", "stratum", "activation", "row", "document", "position", "window_start",
     "token_ids", "token_ends", "activations", "text",
@@ -80,8 +90,7 @@ class Tables:
 
     def __init__(self, features: Path) -> None:
         self.features = features
-        self.run = require_run(features)
-        check_tables(features)
+        self.run = require_tables(features)
         self.n_latents: int = self.run["n_latents"]
         self.site = Site.parse(self.run["site"])
 
@@ -101,17 +110,16 @@ class Tables:
 
     def firings(self, latents: range | None = None, **options: Any) -> Iterator[pa.Table]:
         """Firings, a block of rows at a time, by latent, then row."""
-        for path in self.firing_files():
-            yield self._read(path, latents, **options)
-
-    def firing_files(self) -> list[Path]:
-        """In the order of their rows."""
-        paths = sorted((self.features / FIRINGS).glob("*.parquet"))
-        if not paths:
-            raise RunError(
-                f"{self.features / FIRINGS} is missing; remove {self.features} and build again."
-            )
-        return paths
+        for path in firing_files(self.features):
+            check_columns(path, FIRINGS)
+            table = self._read(path, latents, **options)
+            require_whole(path, table)
+            latent, value = (table[name].to_numpy() for name in ("latent", "value"))
+            if len(latent) and not (0 <= latent.min() <= latent.max() < self.n_latents):
+                raise RunError(f"{path} is damaged (it has other latents); build again.")
+            if not (value > 0).all() or (np.diff(latent) < 0).any():
+                raise RunError(f"{path} is damaged (not firings by latent); build again.")
+            yield table
 
     def described(self, latents: Sequence[range], widths: Widths) -> Iterator[Latent]:
         """One latent after the other.
@@ -128,6 +136,8 @@ class Tables:
 
     def _described(self, latents: range, bars: dict[int, dict[int, int]]) -> Iterator[Latent]:
         facts = self.read("latents", latents).to_pylist()
+        for row in facts:
+            check_latent(self.features, row)
         largest = np.array([row["max"] or 0.0 for row in facts])
         histogram = self._histogram(latents)
         deciles = tenths(histogram, largest)
@@ -148,8 +158,14 @@ class Tables:
     def _contexts(self, latents: range) -> dict[int, dict[str, list[Context]]]:
         table = self.read("contexts", latents, columns=list(CONTEXT_COLUMNS)).combine_chunks()
         found: dict[int, dict[str, list[Context]]] = {}
+        require_whole(self.features / "contexts.parquet", table)
         lengths = pc.list_value_length(table["activations"]).to_numpy()
         ends = np.cumsum(lengths).tolist()
+        if not np.array_equal(pc.list_value_length(table["token_ids"]).to_numpy(), lengths):
+            raise RunError(
+                f"{self.features / 'contexts.parquet'} is damaged (not a number for each token); "
+                "build again."
+            )
         ids = pc.list_flatten(table["token_ids"]).to_pylist()
         texts, token_ends = table["text"].to_pylist(), table["token_ends"].to_pylist()
         activations = shortest(pc.list_flatten(table["activations"]))
@@ -160,12 +176,16 @@ class Tables:
             zip(*rest, strict=True)
         ):
             window = slice(start, ends[n])
+            place = position - first
+            check_context(
+                self.features, latent, stratum, place, texts[n], token_ends[n], activations[window]
+            )
             found.setdefault(latent, {}).setdefault(stratum, []).append(
                 Context(
                     peaks[n],
                     row,
                     document,
-                    position - first,
+                    place,
                     ids[window],
                     texts_of_tokens(texts[n], token_ends[n]),
                     activations[window],
@@ -179,6 +199,8 @@ class Tables:
         table = table.filter(pc.is_valid(table["cosine_rank"])).sort_by(
             [("latent", "ascending"), ("cosine_rank", "ascending")]
         )
+        table = table.select(["latent", "other", "decoder_cosine"])
+        require_whole(self.features / "neighbours.parquet", table)
         found: dict[int, list[tuple[int, float]]] = {}
         columns = table["latent"].to_pylist(), table["other"].to_pylist()
         for latent, other, cosine in zip(*columns, shortest(table["decoder_cosine"]), strict=True):
@@ -190,6 +212,8 @@ class Tables:
         table = self.read("histograms", latents)
         dense = np.zeros((len(latents), kernels.BINS), np.int64)
         latent, number, count = (table[c].to_numpy() for c in ("latent", "bin", "count"))
+        for place, *row in zip(*(table[c].to_pylist() for c in HISTOGRAM_COLUMNS), strict=True):
+            check_histogram(self.features, place, [row])
         dense[latent - latents.start, number] = count
         return dense
 
@@ -199,7 +223,14 @@ class Tables:
         for table in self.firings(latents, columns=["latent", "value"]):
             place = table["latent"].to_numpy().astype(np.int64) - latents.start
             value = table["value"].to_numpy().astype(np.float64)
-            bar = np.ceil(value / widths[place]).astype(np.int64)
+            with np.errstate(divide="ignore", over="ignore"):
+                number = np.ceil(value / widths[place])
+            if not (number < LARGEST_BAR).all():
+                raise RunError(
+                    f"{self.features} has activations too large to be counted in bars; "
+                    "if they are wrong, build the tables again."
+                )
+            bar = number.astype(np.int64)
             found, n = np.unique(place << 32 | bar, return_counts=True)
             pairs, inverse = np.unique(np.concatenate([pairs, found]), return_inverse=True)
             counts = np.bincount(inverse, np.concatenate([counts, n]), len(pairs)).astype(np.int64)
@@ -214,7 +245,7 @@ class Tables:
             options["filters"] = (latent >= latents.start) & (latent < latents.stop)
         try:
             return pq.read_table(
-                path, page_checksum_verification=True, partitioning=None, **options
+                exact_file(path), page_checksum_verification=True, partitioning=None, **options
             )
         except (OSError, pa.ArrowException) as error:
             raise RunError(

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.table import Table
-from rich.text import Text
 
 from pipelines.exports.cli import export_command
+from pipelines.features.cli_query import query
 from pipelines.options import features_option
 from pipelines.viewer.cli import serve, site
 from store.console import (
@@ -20,6 +19,7 @@ from store.console import (
     store_option,
     when_interrupted,
 )
+from store.numbers import CountRange
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -33,6 +33,7 @@ def main() -> None:
     """
 
 
+main.add_command(query)
 main.add_command(serve)
 main.add_command(site)
 main.add_command(export_command)
@@ -50,7 +51,7 @@ main.add_command(export_command)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option(
     "--top",
-    type=click.IntRange(1, 1000),
+    type=CountRange(1, 1000),
     default=20,
     show_default=True,
     help="Highest activations kept per latent, one per document.",
@@ -58,7 +59,7 @@ main.add_command(export_command)
 @click.option(
     "--random",
     "n_random",
-    type=click.IntRange(0, 1000),
+    type=CountRange(0, 1000),
     default=10,
     show_default=True,
     help="Random activations kept per latent.",
@@ -66,7 +67,7 @@ main.add_command(export_command)
 @click.option(
     "--decile",
     "n_decile",
-    type=click.IntRange(0, 100),
+    type=CountRange(0, 100),
     default=2,
     show_default=True,
     help="Activations drawn from each tenth of a latent's firings.",
@@ -74,28 +75,28 @@ main.add_command(export_command)
 @click.option(
     "--silent",
     "n_silent",
-    type=click.IntRange(0, 100),
+    type=CountRange(0, 100),
     default=10,
     show_default=True,
     help="Rows kept where the latent is silent, and as many that look alike.",
 )
 @click.option(
     "--window",
-    type=click.IntRange(min=1),
+    type=CountRange(min=1),
     default=64,
     show_default=True,
     help="Tokens shown around a peak.",
 )
 @click.option(
     "--seed",
-    type=click.IntRange(0, 2**62 - 1),
+    type=CountRange(0, 2**62 - 1),
     default=0,
     show_default=True,
     help="Of everything that is drawn.",
 )
 @click.option(
     "--workers",
-    type=click.IntRange(min=0),
+    type=CountRange(min=0),
     default=0,
     show_default=True,
     help="Ray workers; 0 builds in this process without Ray.",
@@ -167,7 +168,7 @@ def build_with_bar(store: str | Path, sae: Path | str, out: Path, config: Any, *
 @features_option
 @click.option(
     "--contexts",
-    type=click.IntRange(min=1),
+    type=CountRange(min=1),
     default=10,
     show_default=True,
     help="Top contexts printed.",
@@ -181,49 +182,3 @@ def show(latent: int, features: Path, contexts: int) -> None:
     from pipelines.features.show import render_latent
 
     output().print(render_latent(features, latent, contexts))
-
-
-@main.command()
-@click.argument("sql")
-@features_option
-@click.option(
-    "--limit",
-    type=click.IntRange(min=1),
-    default=50,
-    show_default=True,
-    help="Rows printed at most.",
-)
-def query(sql: str, features: Path, limit: int) -> None:
-    """Run SQL over latents, contexts, histograms, neighbours, tokens, documents and firings.
-
-    A terminal gets a table, a pipe or file tab-separated lines with nothing cut off.
-
-    \b
-    sae-features query "SELECT latent, density FROM latents ORDER BY density DESC LIMIT 5"
-    """
-    from pipelines.features.query import query as run_query
-    from pipelines.features.show import visible
-
-    columns, rows, more = run_query(features, sql, limit)
-    cells = [[visible(_cell(value)) for value in row] for row in rows]
-    console = output()
-    if console.is_terminal:
-        table = Table(box=None)
-        for column in columns:
-            table.add_column(Text(column), overflow="fold")
-        for row in cells:
-            table.add_row(*map(Text, row))
-        console.print(table)
-    else:
-        for row in [columns, *cells]:
-            click.echo("\t".join(row))
-    if more:
-        click.echo(f"… more rows; --limit {limit} were printed.", err=True)
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, list):
-        return ", ".join(_cell(v) for v in value)
-    return "" if value is None else str(value)

@@ -12,14 +12,13 @@ from pipelines.features import kernels
 from pipelines.features.candidates import TokenRows, by_neighbour, by_token, inactive
 from pipelines.features.config import FeatureConfig
 from pipelines.features.firings import Blocks
-from pipelines.features.profile import DECILES, Kept, ShortLists
+from pipelines.features.folder import DECILES, FIRING, STRATA
+from pipelines.features.profile import Kept, ShortLists
 from pipelines.features.rows import Rows
 from pipelines.features.texts import TokenTexts
 
 WINDOW_BEFORE = 0.7  # share of the window before the row: a causal model has seen only that
 AT_ONCE = 2048  # latents whose windows are in memory
-FIRING = ("top", *(f"decile_{tenth}" for tenth in range(1, DECILES + 1)), "random")
-STRATA = (*FIRING, "inactive", "hard_negative")
 INACTIVE, HARD = len(FIRING), len(FIRING) + 1
 REASONS = (None, "token", "neighbour")
 

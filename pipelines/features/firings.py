@@ -26,6 +26,7 @@ from pipelines.features import kernels
 from pipelines.features.folder import with_version
 from store.errors import RunError
 from store.objects import LocalObjects
+from store.paths import exact_file
 
 FOLDER = "firings"
 ROW_GROUP = 1 << 16  # pairs that a read of a few latents decodes at least
@@ -130,7 +131,10 @@ class Blocks:
     def _open(self, block: int) -> Iterator[pq.ParquetFile]:
         path = self.folder / block_key(block)
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            with (
+                exact_file(path) as opened,
+                pq.ParquetFile(opened, page_checksum_verification=True) as file,
+            ):
                 yield file
         except (OSError, pa.ArrowException) as error:
             why = str(error).splitlines()[0]

@@ -2,20 +2,70 @@
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from store.errors import RunError
+from store.parsing import first_line, parse_json
 
 FORMAT = "3"
 TABLES = ("latents", "contexts", "histograms", "neighbours", "tokens", "documents")
 FIRINGS = "firings"  # a folder of files
+EXPLANATIONS = "explanations"  # a table that may be added: latent, explanation
 IDENTITY, DELPHI = "identity", "delphi"  # stand where the path of an SAE is asked for
 WITHOUT_SAE = {IDENTITY: "neurons", DELPHI: "a cache of delphi's"}
 RUN_FILE, BUILDING_FILE = "run.json", "building.json"
+DECILES = 10
+FIRING = ("top", *(f"decile_{tenth}" for tenth in range(1, DECILES + 1)), "random")
+STRATA = (*FIRING, "inactive", "hard_negative")  # of contexts
+FIRINGS_FILE = r"\d{6,9}\.parquet"
+MAX_RECORD_BYTES = 1 << 20
+MAX_LATENTS = 2**31 - 1  # numbers of latents are int32
+
+
+def _printable(text: str) -> str:
+    if not text or any(ord(character) < 32 or ord(character) == 127 for character in text):
+        raise ValueError("it is empty or has a control character")
+    text.encode()  # a lone surrogate is a ValueError
+    return text
+
+
+Text = Annotated[str, AfterValidator(_printable)]
+
+
+class Relative(BaseModel):
+    """Paths from the tables' folder, of what lies on the same disk as they do."""
+
+    store: Text | None = None
+    sae: Text | None = None
+
+
+class Run(BaseModel):
+    """run.json: what the tables were made of.
+
+    store, sae: places as they were then; relative: the same, from the folder of the tables. Both
+    may have moved since, so the digests decide. n_rows: rows that were read.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    tables: Text
+    store: Text
+    store_digest: Text
+    sae: Text
+    sae_digest: Text
+    relative: Relative = Relative()
+    site: str = Field(pattern=r"^[a-z_]+\.[0-9]{1,6}$")
+    model: Text
+    n_latents: int = Field(strict=True, ge=1, le=MAX_LATENTS)
+    context_length: int = Field(strict=True, ge=1, le=2**31 - 1)
+    rows: str
+    n_rows: int = Field(strict=True, ge=0, le=2**62)
+    cofire_rows: int = Field(strict=True, ge=0, le=2**62)
 
 
 def with_version(table: pa.Table) -> pa.Table:
@@ -32,15 +82,19 @@ def read_run(features: Path) -> dict[str, Any] | None:
     Raises:
         RunError: it is damaged, or of another version of the format.
     """
-    run = read_record(features / RUN_FILE)
+    path = features / RUN_FILE
+    run = read_record(path)
     if run is None or "tables" not in run:
         return None
     if run["tables"] != FORMAT:
         raise RunError(
-            f"{features} holds tables of format {run['tables']}, this version reads {FORMAT}; "
-            "build them again into another folder."
+            f"{features} holds tables of format {run['tables']!s:.20}, this version reads "
+            f"{FORMAT}; build them again into another folder."
         )
-    return run
+    try:
+        return Run.model_validate(run).model_dump()
+    except ValidationError as error:
+        raise _damaged(path, error) from None
 
 
 def require_run(features: Path) -> dict[str, Any]:
@@ -57,14 +111,18 @@ def require_run(features: Path) -> dict[str, Any]:
 def read_record(path: Path) -> dict[str, Any] | None:
     """A JSON object from a file; None if there is no file. `RunError` if it is damaged."""
     try:
-        record = json.loads(path.read_text())
+        record = parse_json(path.read_bytes(), MAX_RECORD_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise RunError(
-            f"{path} is damaged ({error}); build the tables again into another folder."
-        ) from None
+        raise _damaged(path, error) from None
     return record if isinstance(record, dict) else None
+
+
+def _damaged(path: Path, error: Exception) -> RunError:
+    return RunError(
+        f"{path} is damaged ({first_line(error)}); build the tables again into another folder."
+    )
 
 
 def check_tables(features: Path) -> None:
@@ -73,3 +131,13 @@ def check_tables(features: Path) -> None:
         path = features / f"{name}.parquet"
         if not path.is_file():
             raise RunError(f"{path} is missing; remove {features} and build the tables again.")
+
+
+def firing_files(features: Path) -> list[Path]:
+    """Files of firings in the order of their rows; `RunError` if there are none."""
+    folder = features / FIRINGS
+    found = folder.iterdir() if folder.is_dir() else ()
+    paths = sorted(path for path in found if re.fullmatch(FIRINGS_FILE, path.name))
+    if not paths:
+        raise RunError(f"{folder} is missing; remove {features} and build the tables again.")
+    return paths

@@ -13,13 +13,13 @@ import numpy.typing as npt
 from pipelines.features import kernels
 from pipelines.features.config import FeatureConfig
 from pipelines.features.firings import Blocks, Firings
+from pipelines.features.folder import DECILES
 from pipelines.features.rows import Rows
 from pipelines.features.token_counts import TokenCounts
 
 LATENTS = 8192  # at a time; 4 kB of statistics each
 PAIRS = 1 << 22  # (latent, token), at most so many in all
 POSITION_PARTS = 16
-DECILES = 10
 OTHER = 0x5DEECE66D  # so that deciles and `random` are drawn independently
 TRIED_TOKENS = 3  # whose other rows are looked at for hard negatives
 

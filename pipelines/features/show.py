@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.features.checks import (
+    check_context,
+    check_histogram,
+    check_latent,
+    require_tables,
+)
 from pipelines.features.query import connect
 from pipelines.features.texts import pieces
 from store.errors import InputError
@@ -30,16 +37,17 @@ def render_latent(features: Path, latent: int, n_contexts: int) -> RenderableTyp
         InputError: no such latent.
         RunError: no tables.
     """
-    connection = connect(features)
-    highest = connection.execute("SELECT max(latent) FROM latents").fetchall()[0][0]
+    highest = require_tables(features)["n_latents"] - 1
     if not 0 <= latent <= highest:
         raise InputError(f"There is no latent {latent}; these tables hold 0 to {highest}.")
+    connection = connect(features)
     facts = _one(connection, "SELECT * FROM latents WHERE latent = ?", latent)
+    check_latent(features, facts)
     parts: list[RenderableType] = [_headline(facts)]
     if facts["dead"]:
         parts.append(Text("It never fired on these rows.", style="bold"))
         return Group(*parts)
-    parts.append(_statistics(connection, facts))
+    parts.append(_statistics(features, connection, facts))
     for stratum in ("top", "random"):
         found = connection.execute(
             "SELECT c.activation, c.position, c.window_start, c.text, c.token_ends, c.activations, "
@@ -47,6 +55,9 @@ def render_latent(features: Path, latent: int, n_contexts: int) -> RenderableTyp
             "WHERE c.latent = ? AND c.stratum = ? ORDER BY c.rank LIMIT ?",
             [latent, stratum, n_contexts if stratum == "top" else max(1, n_contexts // 3)],
         ).fetchall()
+        for activation, position, start, text, ends, activations, *_ in found:
+            place = None if None in (activation, position, start) else position - start
+            check_context(features, latent, stratum, place, text, ends, activations)
         if found:
             parts.append(Text(f"\n{stratum} contexts", style="bold"))
         parts.extend(_context(*row, maximum=facts["max"]) for row in found)
@@ -74,7 +85,9 @@ def _headline(facts: dict[str, Any]) -> Text:
     return Text(f"latent {facts['latent']}", style="bold underline")
 
 
-def _statistics(connection: duckdb.DuckDBPyConnection, facts: dict[str, Any]) -> Table:
+def _statistics(
+    features: Path, connection: duckdb.DuckDBPyConnection, facts: dict[str, Any]
+) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
     table.add_column()
@@ -92,6 +105,7 @@ def _statistics(connection: duckdb.DuckDBPyConnection, facts: dict[str, Any]) ->
         "SELECT bin, low, high, count FROM histograms WHERE latent = ? ORDER BY bin",
         [facts["latent"]],
     ).fetchall()
+    check_histogram(features, facts["latent"], bins)
     counts = {b: n for b, _, _, n in bins}
     first, last = bins[0][0] // COARSE, bins[-1][0] // COARSE
     filled = [
@@ -118,8 +132,18 @@ def _statistics(connection: duckdb.DuckDBPyConnection, facts: dict[str, Any]) ->
             f"AND {rank} < {SHOWN_NEIGHBOURS} ORDER BY {rank}",
             [facts["latent"]],
         ).fetchall()
-        table.add_row(name, ", ".join(f"{o} (cosine {c:.2f}, Jaccard {j:.2f})" for o, c, j in near))
+        table.add_row(name, ", ".join(starmap(_neighbour, near)))
     return table
+
+
+def _neighbour(other: int | None, cosine: float | None, jaccard: float | None) -> str:
+    """The cosine is not known of what has no decoder."""
+    known = [
+        f"{name} {value:.2f}"
+        for name, value in (("cosine", cosine), ("Jaccard", jaccard))
+        if value is not None
+    ]
+    return f"{other} ({', '.join(known)})"
 
 
 def _context(

@@ -19,6 +19,7 @@ from pipelines.features.lens import LogitLens
 from pipelines.features.neighbours import Neighbours
 from pipelines.features.profile import Profile, bin_edge
 from pipelines.features.texts import TokenTexts
+from store.paths import exact_file
 
 ROW_GROUP = 2048  # a point query reads one group: about 30 latents' contexts
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
@@ -42,14 +43,16 @@ class TableWriter:
         self._path, self._options = path, options
         self._temporary = path.with_name(f".{path.name}.tmp")
         self._writer: pq.ParquetWriter | None = None
+        self._file: pa.NativeFile | None = None
         self._rest: list[pa.Table] = []
 
     def add(self, part: pa.Table) -> None:
         """The next rows."""
         part = with_version(part)
         if self._writer is None:
+            self._file = exact_file(self._temporary, "wb")
             self._writer = pq.ParquetWriter(
-                self._temporary,
+                self._file,
                 part.schema,
                 compression="zstd",
                 write_page_checksum=True,
@@ -66,13 +69,14 @@ class TableWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._writer is None:
+        if self._writer is None or self._file is None:
             return
         if kind is None:
             rest = pa.concat_tables(self._rest)
             if len(rest):
                 self._writer.write_table(rest, row_group_size=ROW_GROUP)
         self._writer.close()
+        self._file.close()
         if kind is None:
             with self._temporary.open("rb") as file:
                 os.fsync(file.fileno())

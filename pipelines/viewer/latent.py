@@ -6,10 +6,14 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
+from pipelines.features.checks import check_context, check_histogram, check_latent
+from pipelines.features.folder import DECILES
 from pipelines.viewer.tables import Tables, plain
 
 MERGED_BINS = 4  # of 16 an octave: what a small drawing can show
-STRATA = ("top", *(f"decile_{d}" for d in range(10, 0, -1)), "random", "hard_negative", "inactive")
+STRATA = (
+    "top", *(f"decile_{d}" for d in range(DECILES, 0, -1)), "random", "hard_negative", "inactive",
+)  # fmt: skip
 BIN = "bin, low, high, count"
 NEIGHBOUR = "other, decoder_cosine, cofire, jaccard, cosine_rank, cofire_rank"
 CONTEXT = (
@@ -26,36 +30,50 @@ def latent_page(tables: Tables, latent: int) -> dict[str, Any]:
     """Everything a latent's page shows.
 
     Raises:
-        InputError: no such latent.
+        InputError: no such latent. RunError: its tables do not fit together.
     """
     tables.check(latent)
-    (statistics,) = tables.ask(STATISTICS, latent)
+    statistics = tables.ask(STATISTICS, latent)
     contexts = tables.ask(CONTEXTS, latent)
     documents = tables.titles([c["document"] for c in contexts])
     near = tables.ask(NEIGHBOURS, latent)
     return assemble(
-        statistics,
+        tables,
+        statistics[0],
         tables.ask(HISTOGRAM, latent),
         near,
         contexts,
         documents,
         tables.labels([n["other"] for n in near]),
+        tables.explanations(latent, latent).get(latent),
     )
 
 
 def assemble(
+    tables: Tables,
     statistics: dict[str, Any],
     histogram: list[dict[str, Any]],
     near: list[dict[str, Any]],
     contexts: list[dict[str, Any]],
     documents: dict[int, dict[str, Any]],
     labels: dict[int, dict[str, Any]],
+    explanation: str | None,
 ) -> dict[str, Any]:
-    """The page of a latent from rows of the tables."""
+    """The page of a latent from rows of the tables; `RunError` if they do not fit together."""
+    latent = statistics["latent"]
+    check_latent(tables.features, statistics)
+    bins = [tuple(row.values()) for row in histogram]
+    check_histogram(tables.features, latent, bins, fires=not statistics["dead"])
+    for c in contexts:
+        check_context(
+            tables.features, latent, c["stratum"], c["place"], c["text"], c["token_ends"],
+            c["activations"],
+        )  # fmt: skip
     contexts = sorted(contexts, key=lambda c: (STRATA.index(c["stratum"]), c["rank"]))
     used = {c["document"] for c in contexts}
     return {
-        "latent": statistics["latent"],
+        "latent": latent,
+        "explanation": explanation,
         "statistics": statistics,
         "histogram": merged(histogram),
         "neighbours": {

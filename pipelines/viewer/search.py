@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipelines.features.checks import check_context
 from pipelines.viewer.latent import compact
 from pipelines.viewer.tables import Tables
 from store.errors import InputError
@@ -103,6 +104,11 @@ def by_text(tables: Tables, question: str) -> list[dict[str, Any]]:
         row["latent"]: row
         for row in tables.ask_named(TEXT_CONTEXTS.format(only=only), {"q": lowered})
     }
+    for row in best.values():
+        check_context(
+            tables.features, row["latent"], row["stratum"], row["place"], row["text"],
+            row["token_ends"], row["activations"],
+        )  # fmt: skip
     labels = tables.labels(chosen)
     documents = tables.titles([row["document"] for row in best.values()])
     return [

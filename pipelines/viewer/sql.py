@@ -7,8 +7,7 @@ from typing import Any
 
 import duckdb
 
-from pipelines.features.folder import TABLES
-from pipelines.features.query import connect, first_line
+from pipelines.features.query import connect_fenced, first_line
 from pipelines.viewer.tables import limited, plain
 from store.errors import InputError
 
@@ -26,24 +25,7 @@ class FencedSQL:
 
     def __init__(self, features: Path, seconds: float = SQL_SECONDS) -> None:
         self.seconds = seconds
-        self._connection = connection = connect(features)
-        files = [features.resolve() / f"{name}.parquet" for name in TABLES]
-        firings = sorted((features.resolve() / "firings").glob("*.parquet"))
-        if firings:  # by name: a pattern would list the folder, which the fence forbids
-            literals = ", ".join(map(_literal, firings))
-            connection.execute(f"CREATE OR REPLACE VIEW firings AS FROM read_parquet([{literals}])")
-        allowed = ", ".join(map(_literal, [*files, *firings]))
-        connection.execute(f"SET allowed_paths = [{allowed}]")
-        for setting in (
-            "python_enable_replacements = false",
-            f"memory_limit = '{SQL_MEMORY}'",
-            "temp_directory = ''",
-            "autoinstall_known_extensions = false",
-            "autoload_known_extensions = false",
-            "enable_external_access = false",
-            "lock_configuration = true",
-        ):
-            connection.execute(f"SET {setting}")
+        self._connection = connect_fenced(features, memory_limit=SQL_MEMORY, temp_directory="")
 
     def select(self, sql: str) -> dict[str, Any]:
         """columns, at most `SQL_ROWS` rows, and whether there were more.
@@ -91,7 +73,3 @@ def _cell(value: object) -> Any:
     else:
         text = value if isinstance(value, str) else str(value)
     return text if len(text) <= LONGEST_CELL else text[:LONGEST_CELL] + " …"
-
-
-def _literal(path: Path) -> str:
-    return "'" + str(path).replace("'", "''") + "'"

@@ -11,14 +11,14 @@ from typing import Any
 
 import duckdb
 
-from pipelines.features.folder import read_run
+from pipelines.features.checks import require_tables
+from pipelines.features.folder import EXPLANATIONS
 from pipelines.features.query import connect, first_line
 from store.errors import InputError, RunError
 
 QUERY_SECONDS = 20.0
 KEPT_DOCUMENTS = 1_000_000  # above this they are looked up in the file
 LABEL_TOKENS = 6  # of a latent's most frequent tokens, in lists
-EXPLANATIONS = "explanations"
 SUMMARY = {
     "latent": "where it is in the SAE",
     "density": "share of rows on which it fires",
@@ -47,18 +47,10 @@ class Tables:
     def __init__(self, features: Path, seconds: float = QUERY_SECONDS) -> None:
         self.features = features.resolve()
         self.seconds = seconds
+        self.run: dict[str, Any] = require_tables(features)
+        self.has_explanations = (features / f"{EXPLANATIONS}.parquet").is_file()
         self._connection = connect(features)
-        run = read_run(features)
-        assert run is not None  # connect has seen it
-        self.run: dict[str, Any] = run
-        path = self.features / f"{EXPLANATIONS}.parquet"
-        self.has_explanations = path.is_file()
         try:
-            if self.has_explanations:
-                literal = str(path).replace("'", "''")
-                self._connection.execute(
-                    f"CREATE OR REPLACE VIEW {EXPLANATIONS} AS FROM read_parquet('{literal}')"
-                )
             self._connection.execute(
                 f"CREATE TABLE summary AS SELECT {', '.join(SUMMARY)}, dead, "
                 f"top_tokens[1:{LABEL_TOKENS}] AS tokens FROM latents ORDER BY latent"
@@ -123,6 +115,19 @@ class Tables:
             latents,
         )
         return {row["latent"]: row for row in rows}
+
+    def explanations(self, first: int, last: int) -> dict[int, str]:
+        """Explanations of the latents from first to last; several of one are lines."""
+        if not self.has_explanations:
+            return {}
+        rows = self.ask(
+            "SELECT latent, string_agg(explanation, chr(10) ORDER BY explanation) AS text "
+            f"FROM {EXPLANATIONS} WHERE latent BETWEEN ? AND ? AND explanation IS NOT NULL "
+            "GROUP BY latent",
+            first,
+            last,
+        )
+        return {row["latent"]: row["text"] for row in rows}
 
     def titles(self, documents: list[int]) -> dict[int, dict[str, Any]]:
         """source, title and url of documents by their number."""

@@ -1,0 +1,225 @@
+"""Tables and records from elsewhere, altered at random: an answer or one sentence, never more."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.features import kernels
+from pipelines.features.checks import BINS
+from pipelines.features.cli import main
+from pipelines.features.folder import STRATA, TABLES
+from pipelines.viewer.latent import latent_page
+from pipelines.viewer.listing import Listing, list_latents
+from pipelines.viewer.overview import overview
+from pipelines.viewer.search import search
+from pipelines.viewer.tables import Tables
+from store.errors import SaeHarvestError
+from tests.feature_cases import refusal
+from tests.made_tables import run_json, write_tables
+
+N = 6
+FORMATS = ("neuronpedia", "openai", "circuit-tracer", "delphi")
+ALTERED = (*TABLES, "firings/000000", "explanations")
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_tables(tmp_path_factory.mktemp("hostile") / "features", N)
+    texts = pa.table({"latent": pa.array([1, 2], pa.int32()), "explanation": ["court", "river"]})
+    pq.write_table(texts, folder / "explanations.parquet")
+    return folder
+
+
+def test_constants_that_are_written_twice_agree() -> None:
+    assert BINS == kernels.BINS
+    assert len(STRATA) == len(set(STRATA)) == 14
+
+
+def use_everything(features: Path, out: Path, queried: Sequence[str] = ALTERED) -> int:
+    """Every command that reads tables; how many of them answered."""
+    words = ["--features", str(features)]
+    commands = [
+        *(["show", str(latent), *words] for latent in range(N)),
+        *(["query", f"SELECT * FROM {name.partition('/')[0]}", *words] for name in queried),
+        *(["export", "--format", f, "--name", "x", "--out", str(out / f), *words] for f in FORMATS),
+    ]
+    answered = 0
+    for command in commands:
+        result = CliRunner().invoke(main, command)
+        if result.exit_code == 0:
+            answered += 1
+            continue
+        assert result.exit_code == 1, (command, result.output, result.exception)
+        assert isinstance(result.exception, SystemExit), command
+        assert result.stderr.strip().splitlines()[-1].startswith("Error: "), result.stderr
+    try:
+        tables = Tables(features)
+        overview(tables)
+        list_latents(tables, Listing(sort="max", token="court"))
+    except SaeHarvestError:
+        return answered
+    for latent in range(N):
+        try:
+            json.dumps(latent_page(tables, latent), allow_nan=False)
+        except SaeHarvestError:
+            continue
+        answered += 1
+    try:
+        json.dumps(search(tables, "court"), allow_nan=False)
+    except SaeHarvestError:
+        return answered
+    return answered + 1
+
+
+def test_whole_tables_are_answered_by_everything_but_delphi(features: Path, tmp_path: Path) -> None:
+    """delphi's cache needs the store."""
+    assert use_everything(features, tmp_path) == 6 + len(ALTERED) + 3 + 6 + 1
+
+
+NUMBERS = (-1, 0, 1, 7, 383, 384, 2**15, 2**31 - 1, 2**40, 2**62)
+FLOATS = (float("nan"), float("inf"), -1.0, 0.0, 1e-300, 1e38, 1e300)
+WORDS = ("", "x", "\x1b[31m", "decile_11", "e\u0301" * 50, "a" * 5000)
+
+
+def altered_value(draw: st.DrawFn, kind: pa.DataType) -> Any:
+    """A value of a column that it should not have."""
+    if draw(st.integers(0, 4)) == 0:
+        return None
+    if pa.types.is_list(kind):
+        return [altered_value(draw, kind.value_type) for _ in range(draw(st.integers(0, 3)))]
+    if pa.types.is_floating(kind):
+        return float(np.array(draw(st.sampled_from(FLOATS))).astype(kind.to_pandas_dtype()))
+    if pa.types.is_integer(kind):
+        info = np.iinfo(kind.to_pandas_dtype())
+        return min(draw(st.sampled_from(NUMBERS)), int(info.max))
+    return draw(st.booleans()) if pa.types.is_boolean(kind) else draw(st.sampled_from(WORDS))
+
+
+def altered(draw: st.DrawFn, table: pa.Table) -> pa.Table:
+    column = draw(st.integers(0, table.num_columns - 1))
+    name, values = table.column_names[column], table.column(column)
+    way = draw(st.sampled_from(["value", "value", "value", "values", "drop", "type", "twice",
+                                "rows", "order", "empty", "metadata"]))  # fmt: skip
+    if way in ("value", "values"):
+        new = values.to_pylist()
+        for row in range(len(new)) if way == "values" else [draw(st.integers(0, len(new) - 1))]:
+            new[row] = altered_value(draw, values.type) if row < 20 else None
+        return table.set_column(column, name, pa.array(new, values.type))
+    if way == "drop":
+        return table.drop_columns([name])
+    if way == "type":
+        kind = draw(st.sampled_from([pa.string(), pa.int8(), pa.float64(), pa.list_(pa.int32()),
+                                     pa.binary(), pa.struct([("x", pa.int32())])]))  # fmt: skip
+        return table.set_column(column, name, pa.nulls(len(table), kind))
+    if way == "twice":
+        return table.append_column(name, values)
+    if way == "rows":
+        return pa.concat_tables([table, table.slice(0, 3)])
+    if way == "order":
+        return table.take(pa.array(range(len(table) - 1, -1, -1)))
+    if way == "empty":
+        return table.slice(0, 0)
+    deep = b"[" * 50_000
+    return table.replace_schema_metadata(dict.fromkeys((b"geo", b"pandas", b"x"), deep))
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_altered_tables_end_in_an_answer_or_a_sentence(
+    features: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    try_altered(features, tmp_path_factory, data)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_many_altered_tables_end_in_an_answer_or_a_sentence(
+    features: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    try_altered(features, tmp_path_factory, data)
+
+
+def try_altered(
+    features: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    root = tmp_path_factory.mktemp("altered")
+    folder = shutil.copytree(features, root / "features")
+    names = data.draw(st.lists(st.sampled_from(ALTERED), min_size=1, max_size=2, unique=True))
+    for name in names:
+        path = folder / f"{name}.parquet"
+        table = pq.read_table(path, partitioning=None)
+        changed = data.draw(st.composite(altered)(table))
+        pq.write_table(changed, path)
+    use_everything(folder, root, names)
+    assert {path.name for path in root.iterdir()} <= {"features", *FORMATS}
+    shutil.rmtree(root)
+
+
+RECORDS = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8)
+    | st.sampled_from(["", "/etc", "../..", "a\x00b", "\udcff", "x" * 5000, "resid_post.1 ", "3"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=4,
+)  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(changes=st.dictionaries(st.sampled_from([*json.loads(run_json(N)), "relative"]), RECORDS))
+def test_an_altered_record_ends_in_an_answer_or_a_sentence(
+    features: Path, tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]
+) -> None:
+    root = tmp_path_factory.mktemp("record")
+    folder = root / "features"
+    folder.mkdir()
+    for path in features.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "run.json").unlink()
+    record = json.loads((features / "run.json").read_text()) | changes
+    (folder / "run.json").write_text(json.dumps(record))
+    for command in (["show", "1"], *(["export", "--format", f, "--out", str(root / f)]
+                                     for f in ("neuronpedia", "delphi"))):  # fmt: skip
+        result = CliRunner().invoke(main, [*command, "--features", str(folder)])
+        assert result.exit_code in (0, 1), (command, result.output)
+        assert isinstance(result.exception, SystemExit | None), (command, result.exception)
+    assert {path.name for path in root.iterdir()} <= {"features", *FORMATS}
+    shutil.rmtree(root)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, '{"a":' * 100_000, "1" * 5000, '{"tables": NaN}', "x" * 2**21, "\xff",
+     '{"tables": ' + "9" * 5000 + "}"],
+)  # fmt: skip
+def test_a_record_that_is_no_json_is_one_sentence(
+    features: Path, tmp_path: Path, text: str
+) -> None:
+    folder = shutil.copytree(features, tmp_path / "features")
+    (folder / "run.json").write_bytes(text.encode("latin-1"))
+    for command in ("show 1", "query FROM+latents", "export --format openai --out x",
+                    "site --out x", "serve"):  # fmt: skip
+        words = [word.replace("+", " ") for word in command.split()]
+        assert "run.json is damaged" in refusal(*words, "--features", folder)
+    build = ("build", "--store", tmp_path, "--sae", tmp_path, "--out", folder)
+    refusal(*build)
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b", "a\x00", "..", "", "\n", "x" * 300, "\\"])
+def test_a_name_that_is_no_name_of_a_folder_is_refused(
+    features: Path, tmp_path: Path, name: str
+) -> None:
+    given = ("--features", features, "--format", "openai", "--out", tmp_path / "out")
+    assert "cannot be the name of a folder" in refusal("export", *given, "--name", name)
+    assert list(tmp_path.iterdir()) == []
