@@ -24,11 +24,11 @@ from harvest.documents import Document
 from harvest.encoding import DocumentEncoder
 from harvest.models import load_model, load_tokenizer, tokenizer_fingerprint
 from harvest.sites import Site, SiteTap
-from pipelines.features.folder import WITHOUT_SAE, require_run
+from pipelines.features.folder import require_run
 from pipelines.features.texts import TokenTexts
-from pipelines.source import model_of
+from pipelines.source import NOTHING_MOVED, Moved, model_of, sae_of, store_of
 from store.device import choose_device
-from store.errors import InputError, NotAStoreError, RunError, UnfinishedError
+from store.errors import InputError
 from store.reader import ActivationStore
 from train.sae import SAE
 
@@ -84,8 +84,11 @@ class LiveModel:
             self._largest_norm = medians * store.norm_median(sae.config.site, 0)
 
     @classmethod
-    def open(cls, features: Path, device: str = "cpu") -> LiveModel:
+    def open(cls, features: Path, device: str = "cpu", moved: Moved = NOTHING_MOVED) -> LiveModel:
         """Load what the tables in a folder were made from.
+
+        Args:
+            moved: where to look for store, SAE and model instead.
 
         Raises:
             RunError: no finished tables are there, or their store or SAE is gone or is another.
@@ -94,9 +97,9 @@ class LiveModel:
         """
         run = require_run(features)
         device = choose_device(device)
-        sae = _same_sae(features, run, device)
-        store = _same_store(features, run)
-        resolved = model_of(store)
+        sae = sae_of(features, run, moved.saes, device)
+        store = store_of(features, run, moved.stores)
+        resolved = model_of(store, moved.models)
         tokenizer = load_tokenizer(resolved)
         if tokenizer_fingerprint(tokenizer) != store.plan["tokenizer"]["xxh3"]:
             raise InputError(
@@ -168,35 +171,3 @@ class LiveModel:
     def reads(self, x: Tensor) -> Tensor:
         """Which rows [rows, d_in] the SAE's rule reads, by their norm: bool [rows]."""
         return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) <= self._largest_norm
-
-
-def _same_sae(features: Path, run: dict[str, Any], device: str) -> SAE:
-    """The SAE of the tables."""
-    if what := WITHOUT_SAE.get(run["sae"]):
-        raise InputError(
-            f"{features} holds tables of {what}; live text and steering are for an SAE's latents."
-        )
-    try:
-        sae = SAE.load(run["sae"], device)
-    except InputError as error:
-        raise RunError(
-            f"The SAE that {features} was made with is not in {run['sae']} any more; put it back, "
-            "or build the tables again."
-        ) from error
-    if sae.digest != run["sae_digest"]:
-        raise RunError(
-            f"{run['sae']} holds another SAE than the one that {features} was made with; put that "
-            "one back, or build the tables again."
-        )
-    return sae
-
-
-def _same_store(features: Path, run: dict[str, Any]) -> ActivationStore:
-    """The store of the tables, as it was then if it has grown since."""
-    try:
-        return ActivationStore.open(run["store"], run["store_digest"])
-    except (NotAStoreError, UnfinishedError) as error:
-        raise RunError(
-            f"The store that {features} was made from is not in {run['store']} any more; put it "
-            "back, or build the tables again."
-        ) from error

@@ -16,12 +16,13 @@ from harvest.config import HarvestConfig
 from harvest.corpus import CorpusSpec
 from harvest.models import PACKAGED_INSTALL
 from harvest.run import Means, run
-from pipelines.features.folder import FORMAT, RUN_FILE
+from pipelines.features.folder import RUN_FILE
 from pipelines.live import LiveModel
 from store.errors import InputError, RunError
 from store.reader import ActivationStore
 from store.rules import RowRule
 from tests.dictionaries import random_sae
+from tests.made_tables import run_json
 from train.sae import SAE
 
 SITE = "resid_post.1"
@@ -49,7 +50,6 @@ def tables_of(folder: Path, store: ActivationStore, sae: SAE, changes: dict | No
     features = folder / "features"
     features.mkdir()
     about = {
-        "tables": FORMAT,
         "store": store.place,
         "store_digest": store.digest,
         "sae": str(folder / "sae"),
@@ -57,7 +57,7 @@ def tables_of(folder: Path, store: ActivationStore, sae: SAE, changes: dict | No
         "site": sae.config.site,
         "model": store.plan["model"]["name"],
     }
-    (features / RUN_FILE).write_text(json.dumps(about | (changes or {})))
+    (features / RUN_FILE).write_text(run_json(sae.config.n_latents, **(about | (changes or {}))))
     return features
 
 

@@ -8,7 +8,7 @@ import torch
 
 from pipelines.viewer.compare import Comparison, nearest_rows
 from pipelines.viewer.tables import Tables
-from store.errors import InputError
+from store.errors import InputError, RunError
 from tests.made_tables import word_of, write_sae, write_tables
 
 
@@ -51,5 +51,5 @@ def test_saes_of_different_width_or_another_than_the_tables_are_not_compared(tmp
     with pytest.raises(InputError, match=r"16 dimensions .* 8; compare SAEs of one site"):
         Comparison(ours, theirs)
     write_sae(tmp_path / "y", 24, 16, seed=5)
-    with pytest.raises(InputError, match="holds another SAE"):
+    with pytest.raises(RunError, match="holds another SAE"):
         Comparison(ours, theirs)

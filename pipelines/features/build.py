@@ -47,6 +47,7 @@ from pipelines.features.pool import Pool, open_pool
 from pipelines.features.profile import Kept, Profile, latents_at_once
 from pipelines.features.sources import Given, open_source
 from pipelines.features.texts import TokenTexts
+from pipelines.source import relative_places
 from store.device import choose_device
 from store.errors import RunError
 from store.objects import LocalObjects, make_folder
@@ -54,7 +55,7 @@ from train.files import write_json
 
 BLOOM = {"ndv": tables.ROW_GROUP, "fpp": 0.01}
 FOLLOWED = 2  # neighbours of either kind whose rows are looked at for hard negatives
-MOVED = ("store", "sae", "code")  # may differ between a build and its continuation
+MOVED = ("store", "sae", "relative", "code")  # may differ between a build and its continuation
 LOCK_FILE = ".lock"
 OURS = {LOCK_FILE, f".{BUILDING_FILE}.tmp"}  # of a build that is about to begin
 
@@ -109,6 +110,7 @@ def build(
         "store_digest": source.digest,
         "sae": sae,
         "sae_digest": dictionary.digest,
+        "relative": relative_places(out, source.place, sae),
         "site": dictionary.site,
         "model": source.model_name,
         "n_latents": dictionary.n_latents,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 import click
@@ -16,11 +17,32 @@ compare_option = click.option(
     type=click.Path(path_type=Path),
     help="Tables of a second SAE, of the same site, to put beside the first.",
 )
+sae_option = click.option(
+    "--sae",
+    "saes",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Where the SAE is now, if it has moved; also that of --compare.",
+)
 
 
 @click.command()
 @features_option
 @compare_option
+@sae_option
+@click.option(
+    "--store",
+    "stores",
+    metavar="PLACE",
+    multiple=True,
+    help="Where the store is now, if it has moved; also that of --compare.",
+)
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    help="The store's model, if it has moved: a folder or a name.",
+)
 @click.option(
     "--host",
     default="127.0.0.1",
@@ -38,7 +60,15 @@ compare_option = click.option(
               show_default=True, help="Where live text and steering run the model.")  # fmt: skip
 @click.option("--allow-sql", is_flag=True, help="A page for SELECTs over the tables.")
 def serve(
-    features: Path, compare: Path | None, host: str, port: int, device: str, allow_sql: bool
+    features: Path,
+    compare: Path | None,
+    saes: tuple[Path, ...],
+    stores: tuple[str, ...],
+    models: tuple[str, ...],
+    host: str,
+    port: int,
+    device: str,
+    allow_sql: bool,
 ) -> None:
     """Pages of every latent in the browser: search, contexts, live text, steering, notes.
 
@@ -51,18 +81,22 @@ def serve(
             f"`sae-features serve` needs {' and '.join(missing)}; "
             "install them with: pip install 'sae-harvest[viewer]'"
         )
+    from pipelines.live import LiveModel
+    from pipelines.source import Moved
     from pipelines.viewer.run import run_server
     from pipelines.viewer.server import open_viewer
 
-    viewer = open_viewer(features, compare, allow_sql, device)
+    open_model = partial(LiveModel.open, moved=Moved(saes, stores, models))
+    viewer = open_viewer(features, compare, allow_sql, device, open_model, saes)
     run_server(viewer, host, port, lambda line: click.echo(line), lambda w: click.echo(w, err=True))
 
 
 @click.command()
 @features_option
 @compare_option
+@sae_option
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-def site(features: Path, compare: Path | None, out: Path) -> None:
+def site(features: Path, compare: Path | None, saes: tuple[Path, ...], out: Path) -> None:
     """The pages as files that open without a server, from a disk or a web server.
 
     Live text, steering, notes and SQL need `serve`; the pages say so.
@@ -72,9 +106,9 @@ def site(features: Path, compare: Path | None, out: Path) -> None:
     """
     from pipelines.viewer.site import write_site
 
-    half = f"{out} is not whole: remove it and run the same command again."
-    with when_interrupted(half), Progress("latents") as progress:
-        size = write_site(features, compare, out, progress)
+    nothing = f"Nothing was written into {out}; run the same command again."
+    with when_interrupted(nothing), Progress("latents") as progress:
+        size = write_site(features, compare, out, progress, saes)
     output().print(
         f"{out}: open {out / 'index.html'} in a browser ({size.n_files:,} files, "
         f"{size.n_bytes / 1e6:,.0f} MB).",

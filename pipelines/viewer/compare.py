@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipelines.features.folder import WITHOUT_SAE
+from pipelines.source import sae_of
 from pipelines.viewer.tables import Tables, plain
 from store.errors import InputError
-from train.sae import SAE
 
 BLOCK = 1024  # decoder rows compared at a time
 
@@ -23,9 +24,10 @@ class Comparison:
         InputError: the SAEs cannot be loaded, or write to spaces of different width.
     """
 
-    def __init__(self, ours: Tables, theirs: Tables) -> None:
+    def __init__(self, ours: Tables, theirs: Tables, saes: Sequence[Path] = ()) -> None:
+        """See the class; saes: where to look for the two instead of where they were."""
         self.ours, self.theirs = ours, theirs
-        mine, other = _decoder(ours), _decoder(theirs)
+        mine, other = (sae_of(one.features, one.run, saes).W_dec for one in (ours, theirs))
         if mine.shape[1] != other.shape[1]:
             raise InputError(
                 f"{ours.features} is of an SAE with {mine.shape[1]} dimensions and "
@@ -102,17 +104,3 @@ def nearest_rows(
         best = (block @ others.T).max(dim=1)  # [block]
         cosine[start : start + BLOCK], index[start : start + BLOCK] = best.values, best.indices
     return index.numpy(), cosine.clamp(-1, 1).numpy()
-
-
-def _decoder(tables: Tables) -> torch.Tensor:
-    """float32 [n_latents, width]; the SAE must be the one the tables were made with."""
-    path = tables.run["sae"]
-    if what := WITHOUT_SAE.get(path):
-        raise InputError(f"{tables.features} holds tables of {what}; only SAEs are compared.")
-    sae = SAE.load(path)
-    if sae.digest != tables.run["sae_digest"]:
-        raise InputError(
-            f"{path} holds another SAE than the one {tables.features} was made with; "
-            "put that one back, or build the tables again."
-        )
-    return sae.W_dec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -78,8 +78,12 @@ def open_viewer(
     allow_sql: bool = False,
     device: str = "cpu",
     open_model: Callable[[Path, str], LiveModel] = LiveModel.open,
+    saes: Sequence[Path] = (),
 ) -> Viewer:
     """Open the tables; the model is loaded when a page first needs it.
+
+    Args:
+        saes: where to look for the SAEs compared, instead of where they were.
 
     Raises:
         RunError: a folder holds no tables. InputError: the SAEs cannot be compared.
@@ -88,7 +92,7 @@ def open_viewer(
     other = comparison = None
     if compare is not None:
         other = Shown.open(compare, lambda: open_model(compare, device))
-        comparison = Comparison(shown.tables, other.tables)
+        comparison = Comparison(shown.tables, other.tables, saes)
     return Viewer(shown, other, comparison, FencedSQL(features) if allow_sql else None)
 
 

@@ -16,17 +16,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.exports.files import new_folder
 from pipelines.viewer.compare import Comparison
 from pipelines.viewer.latent import BIN, CONTEXT, NEIGHBOUR, assemble
 from pipelines.viewer.overview import overview
 from pipelines.viewer.search import FOUND
 from pipelines.viewer.tables import SUMMARY, Tables
-from store.errors import RunError
 
 STATIC = Path(__file__).parent / "static"
 PER_FILE = 4  # latents whose pages share a file
@@ -82,39 +82,36 @@ def write_site(
     compare: Path | None,
     out: Path,
     on_progress: OnProgress = lambda phase, done, total: None,
+    saes: Sequence[Path] = (),
 ) -> Size:
     """Export the pages of one SAE, or of two, into a new folder.
 
     Args:
         on_progress: called with the phase, latents done and latents to do.
+        saes: where to look for the SAEs compared, instead of where they were.
 
     Raises:
         RunError: a folder holds no tables, or `out` holds something.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise RunError(f"{out} holds something already; choose another --out or remove it.")
-    tables = Tables(features, seconds=3600)
-    other = Tables(compare, seconds=3600) if compare is not None else None
-    comparison = Comparison(tables, other) if other is not None else None
-    about = comparison.overview() if comparison else None
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(STATIC, out / "static", ignore=shutil.ignore_patterns("index.html"))
+    with new_folder(out) as folder:
+        tables = Tables(features, seconds=3600)
+        other = Tables(compare, seconds=3600) if compare is not None else None
+        comparison = Comparison(tables, other, saes) if other is not None else None
+        about = comparison.overview() if comparison else None
+        shutil.copytree(STATIC, folder / "static", ignore=shutil.ignore_patterns("index.html"))
         page = (STATIC / "index.html").read_text()
         assert MODE in page
         assert CHARSET in page
         page = page.replace(MODE, 'data-mode="site"').replace(CHARSET, f"{CHARSET}\n{POLICY}")
-        (out / "index.html").write_text(page)
+        (folder / "index.html").write_text(page)
         for name, one in (("a", tables), ("b", other)):
             if one is not None:
                 nearest = comparison if one is tables else None
-                _write_tables(one, out / "data", name, about, nearest, on_progress)
+                _write_tables(one, folder / "data", name, about, nearest, on_progress)
         if comparison is not None:
-            _write(out / "data", "compare", comparison.columns())
-    except OSError as error:
-        raise RunError(f"Cannot write {out} ({error.strerror}); choose another --out.") from error
-    files = [path for path in out.rglob("*") if path.is_file()]
-    return Size(len(files), sum(path.stat().st_size for path in files))
+            _write(folder / "data", "compare", comparison.columns())
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        return Size(len(files), sum(path.stat().st_size for path in files))
 
 
 def _write_tables(
@@ -128,6 +125,7 @@ def _write_tables(
     start = overview(tables) | {
         "compare": about,
         "sql": False,
+        "explanations": False,  # pages show them, but nothing here searches them
         "per_file": PER_FILE,
         "shares": SHARES,
     }
@@ -167,11 +165,19 @@ def _pages(
         histograms, near, contexts = parts
         documents = tables.titles([c["document"] for cs in contexts.values() for c in cs])
         labels = tables.labels([n["other"] for ns in near.values() for n in ns])
+        explanations = tables.explanations(first, last)
         pages = {}
         for row in statistics:
             latent = row["latent"]
             pages[latent] = assemble(
-                row, histograms[latent], near[latent], contexts[latent], documents, labels
+                tables,
+                row,
+                histograms[latent],
+                near[latent],
+                contexts[latent],
+                documents,
+                labels,
+                explanations.get(latent),
             )
             if comparison is not None:
                 pages[latent]["nearest"] = comparison.of(latent)
