@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from threading import Event
+from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
+from pipelines.features import sources
 from pipelines.features.build import build
 from pipelines.features.cli import main
-from store.errors import RunError
+from pipelines.features.dictionary import Dictionary, Neurons
+from store.errors import DamagedError, RunError
 from store.reader import ActivationStore
+from store.rules import RowRule
 from tests.dictionaries import SITE, random_sae
 from tests.feature_cases import (
     BUILD_CONFIG,
@@ -79,6 +85,36 @@ def test_folders_that_are_not_what_was_asked_for_are_refused(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["foreign", "sae"]
     assert "no feature tables" in refusal("query", "SELECT 1", "--features", out)
     assert "no feature tables" in refusal("query", "SELECT 1", "--features", file)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_rows_that_are_not_finite_are_refused_by_number(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    """For an SAE and for neurons; a row that the rule leaves out may hold anything."""
+    store, read = ActivationStore.open(folders[0]), ActivationStore.read
+    rule = RULE.model_copy(update={"split": "all"})
+    selected = store.selected_in_shard(SITE, rule, 2)
+    bad, spared = (2048 + int(np.flatnonzero(selected == one)[5]) for one in (True, False))
+    row = spared
+
+    def damaged(self: ActivationStore, site: str, start: int, stop: int, *rest: Any) -> Any:
+        x = read(self, site, start, stop, *rest).copy()
+        if start <= row < stop:
+            x[row - start, 3] = value
+        return x
+
+    monkeypatch.setattr(ActivationStore, "read", damaged)
+    given = sources.Given(store.place, str(folders[1]), None, None, "cpu")
+    sources.StoreSource(given, None).firings(2048, 3072, 256, Event())
+    row = bad
+    told = build_refusal(store.place, folders[1], tmp_path / "out")
+    assert f"holds values of {SITE} that are not finite, in row {bad};" in told
+    assert not (tmp_path / "out" / "run.json").exists()
+    neurons = Dictionary(SITE, RowRule(split="all"), Neurons(32), 32, 32, "identity", None, SITE)
+    monkeypatch.setattr(sources, "load_dictionary", lambda *_: neurons)
+    with pytest.raises(DamagedError, match=f"in row {bad};"):
+        sources.StoreSource(given, None).firings(2048, 3072, 256, Event())
 
 
 def test_missing_and_damaged_tables_are_refused_by_name(folders: Folders, broken: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from threading import Event
 from typing import Protocol
@@ -25,6 +25,7 @@ from pipelines.features.rows import RowsPart
 from pipelines.features.texts import TokenTexts
 from pipelines.source import model_of
 from store.errors import InputError, RunError
+from store.finite import require_finite
 from store.reader import ActivationStore
 from store.rules import RowRule
 
@@ -131,8 +132,14 @@ class StoreSource:
             yield tokens, documents, hashes, self.store.selected_in_shard(site, rule, shard)
 
     def firings(self, first: int, last: int, batch_rows: int, stopped: Event) -> Firings:
-        read, chunk_rows = partial(self.store.read, self.dictionary.site), self._chunk_rows
-        given = batches(read, self._selected(first, last), first, chunk_rows, batch_rows)
+        selected, site = self._selected(first, last), self.dictionary.site
+
+        def read(low: int, high: int) -> npt.NDArray[np.floating]:
+            x = self.store.read(site, low, high)
+            require_finite(x, self.store.place, site, low, selected[low - first : high - first])
+            return x
+
+        given = batches(read, selected, first, self._chunk_rows, batch_rows)
         return encode(self._encoder, self.dictionary.n_latents, first, given, stopped)
 
     def _selected(self, first: int, last: int) -> npt.NDArray[np.bool_]:
