@@ -170,6 +170,9 @@ def test_tables_of_a_cache_are_those_of_its_store(
     split = {c["context"]: c["split"] for c in contexts}
     assert all(split[c["context"]] == c["split"] for c in contexts)
     assert 0.3 < np.mean([s == "score" for s in split.values()]) < 0.7
+    shown = CliRunner().invoke(main, ["show", "1", "--features", str(out)])
+    assert "Jaccard" in shown.stdout  # though nothing is known of its decoder
+    assert "cosine" not in shown.stdout
     said = str(np.unique([d["source"] for d in documents])[0])
     assert said == "h.1"
     for refused, why in ((LiveModel.open, "live text and steering"), (compared, "are compared")):
@@ -256,9 +259,53 @@ def test_a_cache_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"2_4\.safetensors is damaged"):
         DelphiCache(folder)
     folder = written(tmp_path / "config")
-    (folder / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"config\.json is damaged"):
+    for text in (
+        "{",
+        "[]",
+        "[" * 100_000,
+        "9" * 5000,
+        '{"model_name": 3}',
+        '{"model_name": "\\u0000"}',
+    ):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(InputError, match=r"config\.json is damaged"):
+            DelphiCache(folder)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"locations": np.zeros((3, 2), np.uint16)},
+        {"locations": np.zeros((3, 3), np.float32)},
+        {"locations": np.zeros(3, np.uint16)},
+        {"activations": np.zeros(2, np.float16)},
+        {"activations": np.zeros((3, 1), np.float16)},
+        {"activations": np.zeros(3, np.int32)},
+    ],
+)
+def test_a_cache_of_another_shape_is_refused(tmp_path: Path, tensors: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"2_4\.safetensors is damaged"):
+        DelphiCache(written(tmp_path / "cache", **tensors))
+
+
+def test_tokens_and_latents_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    for number, tokens in enumerate((np.zeros(4, int), np.full((4, 3), -1), np.zeros((4, 3)))):
+        folder = written(tmp_path / f"tokens-{number}", tokens=tokens)
+        (folder / "0_1.safetensors").unlink()
+        with pytest.raises(InputError, match="tokens are"):
+            DelphiCache(folder)
+    folder = written(tmp_path / "named")
+    (folder / "2_4.safetensors").rename(folder / "2_4999999999.safetensors")
+    with pytest.raises(InputError, match="latents that there cannot be"):
         DelphiCache(folder)
+    locations = np.array([[1, 0, 0], [1, 0, 3], [2, 2, 1]], np.uint16)  # of latents 2 to 4
+    cache = DelphiCache(written(tmp_path / "beyond", locations=locations))
+    with pytest.raises(InputError, match="says more than its tokens do"):
+        cache.firings(0, 4)
+    values = np.array([3, np.inf, 5], np.float16)
+    cache = DelphiCache(written(tmp_path / "infinite", activations=values))
+    with pytest.raises(InputError, match="not finite"):
+        cache.firings(0, 4)
 
 
 def test_a_cache_without_tokens_is_refused(tmp_path: Path) -> None:

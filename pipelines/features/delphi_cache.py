@@ -8,7 +8,6 @@ documents, and nothing of the SAE's weights.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import xxhash
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 
 from pipelines.features.firings import Firings
+from pipelines.features.folder import MAX_LATENTS, Text
 from store.errors import InputError
+from store.finite import all_finite
+from store.parsing import first_line, parse_json
 
 CONFIG = "config.json"
+MAX_CONFIG_BYTES = 1 << 20
 PIECE = 1 << 24  # bytes of a file in memory, where it is read for its digest
+
+
+class _Config(BaseModel):
+    """What is read of delphi's CacheConfig."""
+
+    model_name: Text | None = None
 
 
 @dataclass(frozen=True)
@@ -69,8 +79,8 @@ class DelphiCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         paths = {}
-        for path in folder.glob("*.safetensors") if folder.is_dir() else ():
-            if match := re.fullmatch(r"(\d+)_(\d+)", path.stem):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if match := re.fullmatch(r"(\d{1,10})_(\d{1,10})\.safetensors", path.name, re.ASCII):
                 paths[int(match[1])] = path, int(match[2]) + 1
         if not paths:
             raise InputError(
@@ -87,12 +97,14 @@ class DelphiCache:
                 )
             try:
                 with safe_open(path, "np") as file:
-                    n_firings = file.get_slice("locations").get_shape()[0]
+                    n_firings = _n_firings(file)
                     if tokens is None and "tokens" in file.keys():  # noqa: SIM118
-                        tokens = file.get_tensor("tokens").astype(np.int32)
-            except (OSError, SafetensorError) as error:
+                        tokens = _tokens(file.get_tensor("tokens"))
+                if not first < end <= MAX_LATENTS:
+                    raise ValueError("it is called after latents that there cannot be")
+            except (OSError, SafetensorError, ValueError) as error:
                 raise InputError(
-                    f"{path} is damaged ({error}); have delphi write the cache again."
+                    f"{path} is damaged ({first_line(error)}); have delphi write the cache again."
                 ) from error
             self._splits.append(_Split(path, first, end, n_firings))
         if tokens is None:
@@ -100,8 +112,7 @@ class DelphiCache:
                 f"{folder} holds no tokens; have delphi write the cache with save_tokens=True."
             )
         self.tokens: npt.NDArray[np.int32] = tokens
-        config = self._config()
-        self.model_name: str | None = config.get("model_name")
+        self.model_name: str | None = self._config().model_name
 
     @property
     def n_latents(self) -> int:
@@ -137,19 +148,24 @@ class DelphiCache:
         delphi keeps negative activations as well; here only those above 0 are firings.
 
         Raises:
-            InputError: a file is not sorted by context, as delphi's are.
+            InputError: a file is not sorted by context, as delphi's are, or says what cannot be.
         """
         parts = []
         for split in self._splits:
             low = split.below(first) if first > 0 else 0
             high = split.below(last) if last < len(self.tokens) else split.n_firings
             locations, value = split.read(low, high)
-            inside = (locations[:, 0] >= first) & (locations[:, 0] < last)
-            if not inside.all() or (locations[:, 1] >= self.context_length).any():
+            inside = (locations >= 0).all(axis=1)
+            inside &= (locations[:, 0] >= first) & (locations[:, 0] < last)
+            inside &= locations[:, 1] < self.context_length
+            inside &= locations[:, 2] < split.end - split.first
+            if not inside.all():
                 raise InputError(
                     f"{split.path} is not sorted by context, or says more than its tokens do; "
                     "have delphi write the cache again."
                 )
+            if not all_finite(value):
+                raise InputError(f"{split.path} holds activations that are not finite numbers.")
             row = (locations[:, 0] - first) * self.context_length + locations[:, 1]
             parts.append((locations[:, 2] + split.first, row, value))
         latent, row, value = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -160,11 +176,30 @@ class DelphiCache:
         first_row = first * self.context_length
         return Firings(first_row, 0, starts, row[order].astype(np.int32), value[order])
 
-    def _config(self) -> dict[str, Any]:
+    def _config(self) -> _Config:
+        path = self.folder / CONFIG
         try:
-            config = json.loads((self.folder / CONFIG).read_text())
+            return _Config.model_validate(parse_json(path.read_bytes(), MAX_CONFIG_BYTES))
         except FileNotFoundError:
-            return {}
+            return _Config()
         except (OSError, ValueError) as error:
-            raise InputError(f"{self.folder / CONFIG} is damaged ({error}); mend it.") from None
-        return config if isinstance(config, dict) else {}
+            raise InputError(f"{path} is damaged ({first_line(error)}); mend it.") from None
+
+
+def _n_firings(file: Any) -> int:
+    """Firings of an open file; `ValueError` if its tensors are not those of a cache."""
+    locations, activations = file.get_slice("locations"), file.get_slice("activations")
+    shape, n = locations.get_shape(), activations.get_shape()
+    if len(shape) != 2 or shape[1] != 3 or locations.get_dtype()[0] not in "IU":
+        raise ValueError(f"its locations are {locations.get_dtype()} {shape}")
+    if n != shape[:1] or activations.get_dtype() not in ("F16", "F32"):
+        raise ValueError(f"its activations are {activations.get_dtype()} {n}")
+    return int(shape[0])
+
+
+def _tokens(tokens: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+    """Token ids [contexts, context length]; `ValueError` if they are not such."""
+    whole = tokens.ndim == 2 and tokens.size and np.issubdtype(tokens.dtype, np.integer)
+    if not whole or tokens.min() < 0 or tokens.max() >= 2**31:
+        raise ValueError(f"its tokens are {tokens.dtype} {list(tokens.shape)}, or negative")
+    return tokens.astype(np.int32)
