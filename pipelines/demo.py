@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -21,12 +21,14 @@ from pipelines.features.config import FeatureConfig
 from pipelines.features.query import connect
 from pipelines.features.show import highlight
 from pipelines.features.texts import pieces
+from store.atomic import new_folder
 from store.console import Progress, Terminated
 from store.errors import RunError
-from store.objects import make_folder
+from store.parsing import first_line, parse_json
 from store.reader import ActivationStore
 from train.cli import train_with_bar
 from train.config import TrainConfig
+from train.files import write_json
 
 SITE = "resid_post.12"
 HARVEST = HarvestConfig(
@@ -38,6 +40,7 @@ HARVEST = HarvestConfig(
 TRAIN = TrainConfig(n_latents=4608, k=32, tokens=1_572_864)
 FEATURES = FeatureConfig()
 N_DOWNSTREAM_CONTEXTS = 64
+_FIGURES = TypeAdapter(dict[str, dict[str, str | float]])
 N_INTERESTING = 5
 N_SHOWN_CONTEXTS = 4
 
@@ -48,7 +51,7 @@ def run_demo(root: Path, workers: int, console: Console) -> None:
     Everything lies in `root`/{store,sae,features}; what is there already is not done again.
     """
     store, sae, features = root / "store", root / "sae", root / "features"
-    make_folder(root.resolve())
+    new_folder(root.resolve())
     figures = Figures(root / "figures.json")
     console.rule("1/4  harvest: SmolLM2-135M over news")
     harvested = harvest_with_bar(HARVEST, store, Means(workers=workers))
@@ -79,22 +82,25 @@ class Figures:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._all: dict[str, Any] = {}
-        if path.exists():
-            try:
-                self._all = json.loads(path.read_text())
-            except ValueError:
-                raise RunError(f"{path} is damaged; remove it and run again.") from None
+        self._all: dict[str, dict[str, Any]] = {}
+        try:
+            self._all = _FIGURES.validate_python(parse_json(path.read_bytes()))
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"{path} is damaged ({first_line(error)}); remove it and run again."
+            ) from None
 
     def set(self, name: str, of: str, **values: Any) -> None:
         """Keep values measured on the thing whose digest is `of`."""
         self._all[name] = {"of": of, **values}
-        self._path.write_text(json.dumps(self._all, indent=2) + "\n")
+        write_json(self._path, self._all)
 
     def get(self, name: str, of: str) -> dict[str, Any] | None:
         """The values, if they were measured on that very thing."""
         found = self._all.get(name)
-        return found if found is not None and found["of"] == of else None
+        return found if found is not None and found.get("of") == of else None
 
 
 def figures_table(
