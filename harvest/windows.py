@@ -21,6 +21,7 @@ import numpy as np
 from harvest.duplicates import Hashes, without_duplicates
 from harvest.encoding import Batch, Columns, DocumentEncoder, Start
 from store.errors import InputError
+from store.permutation import permutation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,7 +110,8 @@ def iter_contexts(
 def _shuffled(stream: Window, seed: int, prefix: np.ndarray) -> Window:
     """The contexts of a window in the order of `seed`, each with `prefix` int32 [n_bos] before."""
     n_bos = len(prefix)
-    order = _permutation(len(stream.tokens), seed, stream.cursor["window"])
+    generator = np.random.PCG64(np.random.SeedSequence([seed, stream.cursor["window"]]))
+    order = permutation(generator, len(stream.tokens))
     tokens = np.empty((len(order), n_bos + stream.tokens.shape[1]), dtype=np.int32)
     tokens[:, :n_bos] = prefix
     np.take(stream.tokens, order, axis=0, out=tokens[:, n_bos:], mode="clip")
@@ -211,15 +213,6 @@ def _split(columns: Columns, key: str, limit: int) -> tuple[Columns, Columns]:
     at = int(np.searchsorted(columns[key], limit))
     first = {name: column[:at] for name, column in columns.items()}
     return first, {name: column[at:] for name, column in columns.items()}
-
-
-def _permutation(size: int, seed: int, index: int) -> np.ndarray:
-    """The order of window `index`, int64 [size].
-
-    Made from raw draws, whose values NumPy promises to keep; those of `permutation` it does not.
-    """
-    draws = np.random.PCG64(np.random.SeedSequence([seed, index])).random_raw(size)
-    return np.argsort(draws, kind="stable")
 
 
 def _reordered(window: Window, order: np.ndarray, n_bos: int) -> Columns:

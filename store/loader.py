@@ -27,7 +27,7 @@ from store.recycling import Recycled
 from store.rules import RowRule
 from store.upload import Sent, Upload
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 SMALL_NUMBERS = 32_767  # torch works on so many in one thread
 WINDOW_ROWS = 1 << 18  # of a window by default, whatever the width: see docs/loader.md
 
@@ -84,21 +84,30 @@ class ShuffledLoader:
         world: int = 1,
         device: str | torch.device = "cpu",
     ) -> None:
-        self._store, self._seed = store, seed
+        self._store = store
         self._device = torch.device(device)
         sites = (site,) if target_site is None else (site, target_site)
         self._widths = [store.width(name) for name in sites]
         if window_chunks is None:
             window_chunks = -(-WINDOW_ROWS // store.chunk_rows(site))
-        self._selected = SelectedRows(store, sites, rule or RowRule())
+        rule = rule or RowRule()
+        self._selected = SelectedRows(store, sites, rule)
         self._order = Order(self._selected.counts, seed, window_chunks, batch_rows, rank, world)
         self.n_selected = int(self._selected.counts.sum())
         self.batches_per_epoch = self._order.batches_per_epoch
         if self.batches_per_epoch == 0:
-            raise InputError(
-                f"{store.place} has {self.n_selected:,} rows to read, fewer than one batch of "
-                f"{batch_rows:,}; harvest more tokens or use smaller batches."
-            )
+            raise InputError(_too_few(store, rule, self.n_selected, batch_rows))
+        # all that the order depends on
+        self._identity = {
+            "version": STATE_VERSION,
+            "store_digest": store.digest,
+            "site": site,
+            "target_site": target_site,
+            "rule": rule.model_dump(mode="json"),
+            "batch_rows": batch_rows,
+            "window_chunks": window_chunks,
+            "seed": seed,
+        }
         self._epoch = self._step = 0
         self._memory = [Recycled((self._order.share, width)) for width in self._widths]
         self._reading: ReadAhead | None = None
@@ -106,32 +115,34 @@ class ShuffledLoader:
         self._sent: tuple[npt.NDArray[np.int64], Sent] | None = None  # the batch after this one
 
     def state(self) -> dict[str, Any]:
-        """Where the consumer is: after the last batch it was given. JSON-able, five values.
+        """Where the consumer is, after the last batch it was given, and in which order. JSON-able.
 
         It is the same for every rank and every world.
         """
-        return {
-            "version": STATE_VERSION,
-            "store_digest": self._store.digest,
-            "seed": self._seed,
-            "epoch": self._epoch,
-            "step": self._step,
-        }
+        return {**self._identity, "epoch": self._epoch, "step": self._step}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: Any) -> None:
         """Continue where `state` was taken. `RunError` if it belongs to another order."""
-        mine = self.state()
-        for field in ("version", "store_digest", "seed"):
-            if state.get(field) != mine[field]:
+        if not isinstance(state, dict):
+            raise RunError(f"{state!r:.60} is no loader state; give one that `state()` returned.")
+        if state.get("version") != STATE_VERSION:
+            raise RunError(
+                f"The loader state is of version {state.get('version')!r:.20}, and this software "
+                f"reads rows in the order of version {STATE_VERSION}; go on with the release of "
+                "sae-harvest that saved it, or begin anew."
+            )
+        for field, mine in self._identity.items():
+            if state.get(field) != mine:
                 raise RunError(
-                    f"The loader state has {field} {state.get(field)!r}, this run has "
-                    f"{mine[field]!r}; continue with the store and seed it was saved from."
+                    f"The loader state has {field} {state.get(field)!r:.200}, this loader has "
+                    f"{mine!r}; give the same {field} to continue."
                 )
         epoch, step = state.get("epoch", -1), state.get("step", -1)
-        if epoch < 0 or not 0 <= step <= self.batches_per_epoch:
+        counts = all(type(value) is int and value >= 0 for value in (epoch, step))
+        if not counts or step > self.batches_per_epoch:
             raise RunError(
-                f"The loader state is at batch {step:,} of epoch {epoch}, an epoch of this run has "
-                f"{self.batches_per_epoch:,}; continue with the rule and batches it was saved with."
+                f"The loader state is at batch {step!r:.20} of epoch {epoch!r:.20}, and an epoch "
+                f"has {self.batches_per_epoch:,} batches; the state is damaged."
             )
         self.close()
         self._epoch, self._step = epoch, step
@@ -192,6 +203,24 @@ class ShuffledLoader:
             dtype = torch.from_numpy(np.empty(0, self._store.dtype)).dtype
             self._upload = Upload(shapes, dtype, self._device)
         return self._upload.send(lambda pinned: self._gather(reading, pinned))
+
+
+def _too_few(store: ActivationStore, rule: RowRule, n_selected: int, batch_rows: int) -> str:
+    """The sentence that says why there is no batch, and what would help."""
+    found = f"The rule reads {n_selected:,} of the {store.n_rows:,} rows of {store.place}"
+    if n_selected == store.n_rows:
+        found = f"{store.place} has {n_selected:,} rows"
+    remedies = ["harvest more tokens", "use smaller batches"]
+    if n_selected < store.n_rows:
+        split = "" if rule.split == "all" else f", {rule.heldout_fraction:g} of them held out"
+        found += f" ({rule.describe().replace(',', split + ',', 1)})"
+        if rule.max_norm_medians is not None:
+            remedies.append("raise --max-norm-medians")
+        if rule.split != "all":
+            change = "lower" if rule.split == "train" else "raise"
+            remedies.append(f"{change} --heldout-fraction")
+    *most, last = remedies
+    return f"{found}, fewer than one batch of {batch_rows:,}; {', '.join(most)} or {last}."
 
 
 def _copy(x: torch.Tensor, out: torch.Tensor) -> None:

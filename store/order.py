@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from store.errors import InputError
+from store.permutation import permutation
 
 Int64s = npt.NDArray[np.int64]
 
@@ -82,7 +83,7 @@ class Order:
         """
         begin = step * self._batch_rows
         while True:
-            chunks = _generator(self._seed, epoch).permutation(len(self._counts))
+            chunks = permutation(_generator(self._seed, epoch), len(self._counts))
             first = 0
             for number, low in enumerate(range(0, len(chunks), self._window_chunks)):
                 taken = chunks[low : low + self._window_chunks]
@@ -104,7 +105,7 @@ class Order:
         The rows are given chunk after chunk, as `window.edges` numbers them.
         """
         rows = int(window.edges[-1])
-        slots = _generator(self._seed, window.epoch, window.number).permutation(rows)
+        slots = permutation(_generator(self._seed, window.epoch, window.number), rows)
         ours = self._ours(window)
         batch, inside = np.divmod(np.arange(ours.start, ours.stop), self.share)
         positions = batch * self._batch_rows + self._rank * self.share + inside - window.first
@@ -129,5 +130,5 @@ class Order:
         return batches * self.share + min(rest, self.share)
 
 
-def _generator(*key: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+def _generator(*key: int) -> np.random.Philox:
+    return np.random.Philox(np.random.SeedSequence(key))

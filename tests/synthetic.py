@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from store.seals import seal
 from store.writer import Shard, commit_shard, create_store, write_shard
 
 SITE = "resid_post.0"
+OTHER = "mlp_act.0"
 CONTEXTS = 100  # 12 shards of 8 contexts of 16 tokens and one of 4, where the corpus ends
 
 
@@ -94,3 +96,27 @@ def make_store(place: Path | Objects, plan: Plan | None = None, n_contexts: int 
     add_shards(objects, plan, range(n_shards), n_contexts)
     seal(objects, plan, n_shards)
     return plan
+
+
+def make_two_sites(root: Path, shards: int) -> None:
+    """SITE and a wider OTHER; chunks of 128 and of 32 rows. OTHER has massive rows of its own."""
+    plan = make_plan().model_copy(
+        update={"sites": (SitePlan(name=SITE, width=8), SitePlan(name=OTHER, width=24))}
+    )
+    objects = LocalObjects(root)
+    create_store(objects, plan, {})
+    for number in range(shards):
+        shard = make_shard(plan, number)
+        y = other_rows(number)
+        activations = {**shard.activations, OTHER: y.astype(np.float16)}
+        norms = {**shard.norms, OTHER: np.linalg.norm(y, axis=1)}
+        shard = replace(shard, activations=activations, norms=norms)
+        commit_shard(objects, write_shard(objects, plan, shard))
+    seal(objects, plan, shards)
+
+
+def other_rows(number: int) -> np.ndarray:
+    """The float32 rows [128, 24] of OTHER in a shard; position 5 of each context is massive."""
+    y = np.random.default_rng(number).standard_normal((128, 24)).astype(np.float32)
+    y[5::16] *= 100
+    return y

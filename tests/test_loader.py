@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from store.loader import ShuffledLoader
 from store.objects import LocalObjects
 from store.reader import ActivationStore
 from store.rules import RowRule
-from tests.synthetic import SITE, make_plan, make_store, rows_of
+from tests.synthetic import OTHER, SITE, make_plan, make_store, make_two_sites, rows_of
 
 ALL = RowRule(split="all", max_norm_medians=None)
 
@@ -132,30 +133,87 @@ def test_resuming_reads_no_window_before_its_own(
 
 
 def test_order_is_fixed_for_a_seed(store: ActivationStore) -> None:
-    # A golden order: a change of numpy's generators or of ours must not go unnoticed.
-    first = take(ShuffledLoader(store, SITE, 6, 0, ALL, 4), 1)[0]
-    golden = [1149, 1059, 828, 1054, 778, 1471]
-    assert first.tolist() == golden
+    # Golden orders: a continued run reads on in the order of its beginning.
+    golden = [1189, 1278, 1047, 1063, 1240, 0]
+    loader = ShuffledLoader(store, SITE, 6, 0, ALL, 4)
+    assert take(loader, 1)[0].tolist() == golden
+    loader.load_state(loader.state() | {"epoch": 3, "step": 100})
+    assert take(loader, 1)[0].tolist() == [617, 1040, 287, 610, 1068, 529]
     assert take(ShuffledLoader(store, SITE, 6, 1, ALL, 4), 1)[0].tolist() != golden
 
 
-def test_a_state_of_another_seed_or_store_is_refused(store: ActivationStore) -> None:
+def test_a_state_of_another_order_is_refused_by_field(
+    store: ActivationStore, tmp_path: Path
+) -> None:
+    """Whatever decides the order is in the state: a loader of another one refuses it."""
+    make_two_sites(tmp_path / "two", shards=3)
+    two = ActivationStore.open(tmp_path / "two")
+    make_store(tmp_path / "other", make_plan(seed=1))
+    other = ActivationStore.open(tmp_path / "other")
+    fraction = RowRule(split="all", max_norm_medians=None, heldout_fraction=0.1)
+    common: dict[str, Any] = {"batch_rows": 32, "seed": 0, "rule": ALL, "window_chunks": 2}
+    state = ShuffledLoader(two, SITE, **common).state()
+    assert state == json.loads(json.dumps(state))
+    for field, loader in {
+        "store_digest": ShuffledLoader(other, SITE, **common),
+        "site": ShuffledLoader(two, OTHER, **common),
+        "target_site": ShuffledLoader(two, SITE, target_site=OTHER, **common),
+        "rule": ShuffledLoader(two, SITE, **common | {"rule": fraction}),
+        "batch_rows": ShuffledLoader(two, SITE, **common | {"batch_rows": 16}),
+        "window_chunks": ShuffledLoader(two, SITE, **common | {"window_chunks": 1}),
+        "seed": ShuffledLoader(two, SITE, **common | {"seed": 1}),
+    }.items():
+        before = loader.state()
+        with pytest.raises(RunError, match=rf"^The loader state has {field} .*the same {field}"):
+            loader.load_state(state)
+        assert loader.state() == before
+        differing = [name for name in state if before[name] != state[name]]
+        assert differing == [field]
+    ShuffledLoader(two, SITE, **common).load_state(state)
+
+
+def test_a_state_that_none_was_saved_as_is_refused(store: ActivationStore) -> None:
     loader = ShuffledLoader(store, SITE, 64, 0, ALL)
-    with pytest.raises(RunError, match="seed 1, this run has 0"):
-        loader.load_state(loader.state() | {"seed": 1})
-    with pytest.raises(RunError, match="store_digest"):
-        loader.load_state(loader.state() | {"store_digest": "0"})
-    with pytest.raises(RunError, match="batch 26 of epoch 0, an epoch of this run has 25"):
-        loader.load_state(loader.state() | {"step": 26})
+    state = loader.state()
+    with pytest.raises(RunError, match=r"of version 1, and this software .* of version 2"):
+        loader.load_state(state | {"version": 1})
+    for step in (26, -1, "1", None, 1.0, True):
+        with pytest.raises(RunError, match=r"is at batch .* an epoch has 25 batches"):
+            loader.load_state(state | {"step": step})
+    with pytest.raises(RunError, match=r"at batch 0 of epoch -1"):
+        loader.load_state(state | {"epoch": -1})
+    for damaged in (None, [], "state", {}):
+        with pytest.raises(RunError, match="loader state"):
+            loader.load_state(damaged)
+    assert loader.state() == state
 
 
 def test_what_cannot_be_read_is_refused(store: ActivationStore) -> None:
-    with pytest.raises(InputError, match="fewer than one batch of 5,000"):
+    with pytest.raises(
+        InputError, match="s has 1,600 rows, fewer than one batch of 5,000; harvest"
+    ):
         ShuffledLoader(store, SITE, 5000, 0, ALL)
     with pytest.raises(InputError, match="window of 0 chunks"):
         ShuffledLoader(store, SITE, 64, 0, ALL, 0)
     with pytest.raises(InputError, match=f"holds the sites {SITE}"):
         ShuffledLoader(store, SITE, 64, 0, ALL, target_site="mlp_out.0")
+
+
+def test_too_few_rows_are_explained_by_the_rule(store: ActivationStore) -> None:
+    def sentence(**fields: Any) -> str:
+        with pytest.raises(InputError) as caught:
+            ShuffledLoader(store, SITE, 1600, 0, RowRule(**fields))
+        return str(caught.value)
+
+    split = sentence(max_norm_medians=None, heldout_fraction=0.999)
+    assert "of the 1,600 rows" in split
+    assert "train documents, 0.999 of them held out, outlier rows included" in split
+    assert split.endswith("use smaller batches or lower --heldout-fraction.")
+    norms = sentence(split="all", max_norm_medians=0.01)
+    assert norms.startswith("The rule reads 0 of the 1,600 rows")
+    assert "all documents, rows above 0.01 median norms left out" in norms
+    assert norms.endswith("use smaller batches or raise --max-norm-medians.")
+    assert sentence(split="heldout").endswith("-medians or raise --heldout-fraction.")
 
 
 def test_damage_reaches_the_consumer(tmp_path: Path) -> None:

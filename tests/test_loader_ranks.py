@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from copy import copy
-from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import TypeVar
@@ -17,18 +16,22 @@ import torch
 from store import layout
 from store.chunks import READS, SelectedRows
 from store.errors import DamagedError, InputError
-from store.layout import SitePlan
 from store.loader import Batch, ShuffledLoader
 from store.objects import Buffer, LocalObjects
 from store.order import Order
 from store.reader import ActivationStore
 from store.rules import RowRule
-from store.seals import seal
-from store.writer import commit_shard, create_store, write_shard
-from tests.synthetic import SITE, make_plan, make_shard, make_store, rows_of
+from tests.synthetic import (
+    OTHER,
+    SITE,
+    make_plan,
+    make_store,
+    make_two_sites,
+    other_rows,
+    rows_of,
+)
 
 ALL = RowRule(split="all", max_norm_medians=None)
-OTHER = "mlp_act.0"
 SHARDS = 6
 T = TypeVar("T")
 
@@ -132,35 +135,12 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def make_two_sites(root: Path) -> None:
-    """SITE and a wider OTHER; chunks of 128 and of 32 rows. OTHER has massive rows of its own."""
-    plan = make_plan().model_copy(
-        update={"sites": (SitePlan(name=SITE, width=8), SitePlan(name=OTHER, width=24))}
-    )
-    objects = LocalObjects(root)
-    create_store(objects, plan, {})
-    for number in range(SHARDS):
-        shard = make_shard(plan, number)
-        y = other_rows(number)
-        activations = {**shard.activations, OTHER: y.astype(np.float16)}
-        norms = {**shard.norms, OTHER: np.linalg.norm(y, axis=1)}
-        shard = replace(shard, activations=activations, norms=norms)
-        commit_shard(objects, write_shard(objects, plan, shard))
-    seal(objects, plan, SHARDS)
-
-
-def other_rows(number: int) -> np.ndarray:
-    y = np.random.default_rng(number).standard_normal((128, 24)).astype(np.float32)
-    y[5::16] *= 100
-    return y
-
-
 @pytest.mark.parametrize("sites", [(SITE, OTHER), (OTHER, SITE)])
 def test_targets_are_the_same_rows_of_the_other_site(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sites: tuple[str, str]
 ) -> None:
     monkeypatch.setattr(layout, "CHUNK_BYTES", 2048)
-    make_two_sites(tmp_path / "s")
+    make_two_sites(tmp_path / "s", SHARDS)
     store = ActivationStore.open(tmp_path / "s")
     assert (store.chunk_rows(SITE), store.chunk_rows(OTHER)) == (128, 32)
     rows = {SITE: rows_of(store._plan)[: store.n_rows]}
