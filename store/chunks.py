@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,13 @@ class RowBuffer:
     x: tuple[npt.NDArray[Any], ...]
 
 
+def selected_at(
+    store: ActivationStore, sites: Sequence[str], rule: RowRule, shard: int
+) -> npt.NDArray[np.bool_]:
+    """Which rows of a shard the rule reads at every one of the sites, bool [rows of the shard]."""
+    return np.logical_and.reduce([store.selected_in_shard(site, rule, shard) for site in sites])
+
+
 class SelectedRows:
     """Rows of one site, or of several at the same rows, that a rule selects at all of them.
 
@@ -39,8 +47,7 @@ class SelectedRows:
         self._chunk_rows = store.chunk_rows(sites[0])
 
         def select(shard: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
-            masks = [store.selected_in_shard(site, rule, shard) for site in sites]
-            selected = np.logical_and.reduce(masks)
+            selected = selected_at(store, sites, rule, shard)
             edges = np.arange(0, len(selected), self._chunk_rows)
             return np.add.reduceat(selected, edges, dtype=np.int64), np.packbits(selected)
 

@@ -206,17 +206,26 @@ class ActivationStore:
         return self.commit(shard)["statistics"][self.site(site)]["norm_median"]
 
     def row_documents(self, shard: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
-        """Document number and text hash of every row of a shard; -1 and 0 for a BOS."""
+        """Document number and text hash of every row of a shard.
+
+        A BOS belongs to no document, number -1. Its hash is that of the first document of its
+        context, so that a BOS is on the side of a split on which the text after it is.
+        """
         start, stop = self.shard_span(shard)
         pieces = self.contexts(shard)
         document = np.full(stop - start, -1, np.int64)
         text_hash = np.zeros(stop - start, np.uint64)
-        context = pieces["context"].to_numpy() * self.context_length - start
+        numbers = pieces["context"].to_numpy()
+        context = numbers * self.context_length - start
+        first_of, which = np.unique(numbers, return_index=True)
+        by_context = text_hash.reshape(-1, self.context_length)
+        hashes = pieces["document_hash"].to_numpy()
+        by_context[first_of - start // self.context_length] = hashes[which, None]
         lengths = pieces["stop"].to_numpy() - pieces["start"].to_numpy()
         firsts = context + pieces["start"].to_numpy()
         rows = np.repeat(firsts, lengths) + _ranges(lengths)
         document[rows] = np.repeat(pieces["document"].to_numpy(), lengths)
-        text_hash[rows] = np.repeat(pieces["document_hash"].to_numpy(), lengths)
+        text_hash[rows] = np.repeat(hashes, lengths)
         return document, text_hash
 
     def selected(self, site: str, rule: RowRule) -> npt.NDArray[np.bool_]:

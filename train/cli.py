@@ -192,6 +192,7 @@ def evaluation(sae_folder: Path, store: str, rows: int, device: str, out: Path |
         result = evaluate(sae, opened, sae.config.rule, rows, progress.counting("evaluating"))
     if out is not None:
         write_json(out, result)
+    warn({str(sae_folder): result})
     output().print(summary({str(sae_folder): result}))
 
 
@@ -214,10 +215,13 @@ def train_with_bar(
         if cluster is None:
             from train.trainer import train
 
-            return train(config, store, out, site, device, progress)
-        from train.cluster import train_on_workers
+            result = train(config, store, out, site, device, progress)
+        else:
+            from train.cluster import train_on_workers
 
-        return train_on_workers(config, store, out, site, device, report=progress, **cluster)
+            result = train_on_workers(config, store, out, site, device, report=progress, **cluster)
+    warn({str(out): result.evaluation})
+    return result
 
 
 def sweep_with_bar(found: Any, out: Path) -> Any:
@@ -226,7 +230,7 @@ def sweep_with_bar(found: Any, out: Path) -> Any:
 
     places = found.places
     with Progress() as progress:
-        return train_all(
+        result = train_all(
             found.members,
             places.store,
             out,
@@ -235,6 +239,25 @@ def sweep_with_bar(found: Any, out: Path) -> Any:
             progress,
             progress.say,
         )
+    warn({name: member.evaluation for name, member in result.members.items()})
+    return result
+
+
+def warn(evaluations: dict[str, Any]) -> None:
+    """Say on standard error what evaluations show to have gone wrong."""
+    from train.evaluate import remarks
+
+    for name, evaluation in evaluations.items():
+        for sentence in remarks(evaluation) if evaluation is not None else ():
+            click.echo(f"Warning: {name}: {sentence}", err=True)
+
+
+ROWS = {
+    "without_outliers": "without outliers",
+    "with_outliers": "with outliers",
+    "without_outliers_without_bos": "without outliers, without BOS",
+    "with_outliers_without_bos": "with outliers, without BOS",
+}
 
 
 def summary(evaluations: dict[str, Any]) -> Table:
@@ -246,9 +269,9 @@ def summary(evaluations: dict[str, Any]) -> Table:
         columns.insert(0, Column("SAE", overflow="fold"))
     table = Table(*columns, title=title, box=None)
     for name, evaluation in evaluations.items():
-        for group in ("without_outliers", "with_outliers"):
+        for group in (group for group in ROWS if group in evaluation):
             values = evaluation[group]
-            cells = [group.replace("_", " "), f"{values['rows']:,}"]
+            cells = [ROWS[group], f"{values['rows']:,}"]
             cells += [
                 _number(values[key], form)
                 for key, form in (("fvu", ".4f"), ("l0", ".1f"), ("dead_share", ".1%"))

@@ -3,12 +3,12 @@
     fvu = sum_rows |x - x_hat|^2 / sum_rows |x - mean|^2
 
 0 for perfect reconstruction, 1 for predicting the mean of the rows evaluated. Of a transcoder, x
-is the target site's row.
+is the target site's row. docs/evaluation.md says which rows are evaluated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,11 +16,24 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from store.chunks import selected_at
+from store.finite import require_finite
 from store.reader import ActivationStore
 from store.rules import OUTLIER_MEDIANS, RowRule
 from store.stats import Moments
 from train.sharded import Dictionary
 
+# Each row is of one class: (whether it is an outlier, whether it is a BOS).
+CLASSES = ((False, False), (False, True), (True, False), (True, True))
+# what is reported, and the rows of which classes it is of
+GROUPS: dict[str, Callable[[bool, bool], bool]] = {
+    "without_outliers": lambda outlier, bos: not outlier,
+    "with_outliers": lambda outlier, bos: True,
+}
+GROUPS_WITHOUT_BOS: dict[str, Callable[[bool, bool], bool]] = {
+    "without_outliers_without_bos": lambda outlier, bos: not (outlier or bos),
+    "with_outliers_without_bos": lambda outlier, bos: not bos,
+}
 ENCODED_ROWS = 512  # at a time: nearly all latents may be active on a row that is an outlier
 
 
@@ -41,6 +54,11 @@ class Fvu:
             self._moments = self._moments.merge(Moments.of(x))
             self._error += float(np.square(x.astype(np.float64) - x_hat).sum())
 
+    def merge(self, other: Fvu) -> None:
+        """Take the rows of another one as well."""
+        self._moments = self._moments.merge(other._moments)
+        self._error += other._error
+
     @property
     def value(self) -> float | None:
         """The fraction; None without variance, where it has no meaning."""
@@ -48,8 +66,8 @@ class Fvu:
         return self._error / total if total > 0 else None
 
 
-class _Group:
-    """What is reported of one choice of rows."""
+class _Figures:
+    """What is reported of some rows, given in any number of pieces."""
 
     def __init__(self, sae: Dictionary) -> None:
         self._fvu = Fvu(sae.config.width_out)
@@ -68,6 +86,11 @@ class _Group:
         self._active += int(active.sum())
         self._fired[indices[active].long()] = True
 
+    def merge(self, other: _Figures) -> None:
+        self._fvu.merge(other._fvu)
+        self._active += other._active
+        self._fired |= other._fired
+
     def report(self) -> dict[str, Any]:
         rows = self._fvu.rows
         return {
@@ -79,28 +102,33 @@ class _Group:
 
 
 class _Report:
-    """The two groups of one dictionary."""
+    """The figures of one dictionary: each row is counted once, in its class."""
 
     def __init__(self, sae: Dictionary) -> None:
         self._sae = sae
-        self._ordinary, self._every = _Group(sae), _Group(sae)
+        self._classes = [_Figures(sae) for _ in CLASSES]
 
-    def update(self, x: torch.Tensor, wanted: torch.Tensor, ordinary: torch.Tensor) -> None:
-        """Rows [rows, d_in], what they should give [rows, d_out], and which are no outliers."""
+    def update(self, x: torch.Tensor, wanted: torch.Tensor, classes: torch.Tensor) -> None:
+        """Rows [rows, d_in], what they should give [rows, d_out], and the class of each [rows]."""
         indices, values = self._sae.encode(x)
         got = self._sae.decode(indices, values, x).cpu()  # [rows, d_out]
         indices, values = indices.cpu(), values.cpu()
-        self._every.update(wanted.numpy(), got.numpy(), indices, values)
-        self._ordinary.update(
-            wanted[ordinary].numpy(), got[ordinary].numpy(), indices[ordinary], values[ordinary]
-        )
+        for number in classes.unique().tolist():
+            here = classes == number
+            self._classes[number].update(
+                wanted[here].numpy(), got[here].numpy(), indices[here], values[here]
+            )
 
-    def report(self) -> dict[str, Any]:
-        return {
-            "without_outliers": self._ordinary.report(),
-            "with_outliers": self._every.report(),
-            "sae_digest": self._sae.digest,
-        }
+    def report(self, with_bos: bool) -> dict[str, Any]:
+        """The figures by group; `with_bos`: also those of groups without BOS rows."""
+        found: dict[str, Any] = {}
+        for name, has in (GROUPS | (GROUPS_WITHOUT_BOS if with_bos else {})).items():
+            together = _Figures(self._sae)
+            for properties, figures in zip(CLASSES, self._classes, strict=True):
+                if has(*properties):
+                    together.merge(figures)
+            found[name] = together.report()
+        return {**found, "sae_digest": self._sae.digest}
 
 
 def evaluate(
@@ -113,7 +141,7 @@ def evaluate(
     """Reconstruction of held-out rows, in the store's order, which is shuffled by context.
 
     Args:
-        sae: the dictionary; its configuration names the site.
+        sae: the dictionary; its configuration names the site, and of a transcoder the target.
         store: where the rows are.
         rule: the rule of training; its held-out documents are read, whatever its split.
         max_rows: rows to read at most, outliers included.
@@ -121,8 +149,12 @@ def evaluate(
 
     Returns:
         "without_outliers" and "with_outliers", each with rows, fvu, l0 (active latents per row)
-        and dead_share (latents that fired in none of these rows), None where there are no rows;
-        and what it was computed from.
+        and dead_share (latents that fired in none of these rows), None where there are no rows.
+        Of a store whose contexts begin with a BOS also "without_outliers_without_bos" and
+        "with_outliers_without_bos". And what it was computed from.
+
+    Raises:
+        DamagedError: a row is not finite, or the store is damaged otherwise.
     """
     return evaluate_all([sae], store, rule, max_rows, progress)[0]
 
@@ -137,34 +169,98 @@ def evaluate_all(
     """`evaluate` of several dictionaries of the same sites, in one pass over the rows."""
     config = saes[0].config
     site = store.site(config.site)
-    target = None if config.target_site is None else store.site(config.target_site)
+    sites = [site] if config.target_site is None else [site, store.site(config.target_site)]
+    has_bos = store.plan["bos"] == "context"
     medians = rule.max_norm_medians or OUTLIER_MEDIANS
-    every = rule.model_copy(update={"split": "heldout", "max_norm_medians": None})
-    ordinary = every.model_copy(update={"max_norm_medians": medians})
+    heldout = rule.model_copy(update={"split": "heldout", "max_norm_medians": medians})
+    rows, classes = _heldout_rows(store, sites, heldout, max_rows)
     reports = [_Report(sae) for sae in saes]
-    heldout = np.flatnonzero(store.selected(site, every))[:max_rows]  # [rows]
-    is_ordinary = store.selected(site, ordinary)[heldout]  # [rows]
-    step = store.chunk_rows(site)
-    edges = np.searchsorted(heldout, np.arange(0, store.n_rows + step, step))
-    for chunk, (first, last) in enumerate(pairwise(edges)):
-        if first == last:
-            continue
-        start = chunk * step
-        stop, here = min(start + step, store.n_rows), heldout[first:last] - start
-        x = torch.from_numpy(store.read(site, start, stop)[here]).float()  # [rows here, d_in]
-        wanted = x
-        if target is not None:
-            wanted = torch.from_numpy(store.read(target, start, stop)[here]).float()
-        ordinary_here = torch.from_numpy(is_ordinary[first:last])  # [rows here]
-        pieces = (tensor.split(ENCODED_ROWS) for tensor in (x, wanted, ordinary_here))
+    chunk_rows = store.chunk_rows(site)
+    chunks, firsts = np.unique(rows // chunk_rows, return_index=True)
+    parts = pairwise([*firsts.tolist(), len(rows)])  # the rows of each chunk
+    for chunk, (first, last) in zip(chunks.tolist(), parts, strict=True):
+        start = chunk * chunk_rows
+        here = rows[first:last] - start
+        x = wanted = _read(store, site, start, here)  # [rows here, d_in]
+        if config.target_site is not None:
+            wanted = _read(store, sites[-1], start, here)  # [rows here, d_out]
+        pieces = (part.split(ENCODED_ROWS) for part in (x, wanted, classes[first:last]))
         for piece in zip(*pieces, strict=True):
             for report in reports:
                 report.update(*piece)
-        progress(int(last), len(heldout))
+        progress(last, len(rows))
     shared = {
         "outlier_rule": f"norm above {medians:g} medians of its shard",
         "heldout_fraction": rule.heldout_fraction,
+        "split": rule.split,
         "site": site,
         "store_digest": store.digest,
     }
-    return [{**report.report(), **shared} for report in reports]
+    return [{**report.report(has_bos), **shared} for report in reports]
+
+
+def _heldout_rows(
+    store: ActivationStore, sites: Sequence[str], heldout: RowRule, most: int
+) -> tuple[npt.NDArray[np.int64], torch.Tensor]:
+    """The first held-out rows of the store, at most so many, and the class of each.
+
+    A row that training leaves out for its norm at any of the sites is an outlier.
+
+    Args:
+        heldout: the rule that reads held-out rows without outliers.
+
+    Returns:
+        Row numbers, int64 [rows], in order; the place of each row's class in CLASSES,
+        int64 [rows].
+    """
+    every = heldout.model_copy(update={"max_norm_medians": None})
+    has_bos = store.plan["bos"] == "context"
+    rows, classes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for shard in range(store.n_shards):
+        if most == 0:
+            break
+        here = np.flatnonzero(selected_at(store, sites[:1], every, shard))[:most]
+        is_outlier = ~selected_at(store, sites, heldout, shard)[here]
+        is_bos = (here % store.context_length == 0) & has_bos
+        rows.append(here + store.shard_span(shard)[0])
+        classes.append(2 * is_outlier.astype(np.int64) + is_bos)
+        most -= len(here)
+    return np.concatenate(rows), torch.from_numpy(np.concatenate(classes))
+
+
+def _read(
+    store: ActivationStore, site: str, start: int, rows: npt.NDArray[np.int64]
+) -> torch.Tensor:
+    """Some rows of a site, numbered from row `start`, where a chunk begins; float32 [rows, d]."""
+    x = store.read(site, start, min(start + store.chunk_rows(site), store.n_rows))
+    is_read = np.zeros(len(x), np.bool_)
+    is_read[rows] = True
+    require_finite(x, store.place, site, start, is_read)
+    return torch.from_numpy(x[rows]).float()
+
+
+def remarks(evaluation: Mapping[str, Any]) -> list[str]:
+    """Sentences on what an evaluation shows to have gone wrong; usually none."""
+    figures = evaluation["without_outliers"]
+    found = []
+    if evaluation["with_outliers"]["rows"] == 0:
+        found.append(
+            "No row of the store was held out, so nothing says how well this dictionary "
+            "reconstructs other text; train with a larger --heldout-fraction, or harvest more."
+        )
+    elif evaluation.get("split", "train") != "train":
+        found.append(
+            f"The dictionary was trained with --split {evaluation['split']}, on the very rows that "
+            "these figures are of, so they say nothing of other text."
+        )
+    if figures["dead_share"] == 1:
+        found.append(
+            "No latent fired on any of the rows, so every reconstruction is the same; lower --lr "
+            "or the penalty, or train on more tokens."
+        )
+    elif figures["fvu"] is not None and figures["fvu"] > 1:
+        found.append(
+            f"FVU is {figures['fvu']:.4g}, above 1: the mean of the rows would be a better "
+            "reconstruction; lower --lr, or train on more tokens."
+        )
+    return found

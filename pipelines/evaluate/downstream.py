@@ -76,8 +76,7 @@ def downstream_loss(
     if site.kind not in RESIDUAL:
         raise InputError(f"Downstream loss replaces resid_pre or resid_post, not {site}.")
     contexts = heldout_contexts(store, sae, str(site), n_contexts)
-    rule = sae.config.rule.model_copy(update={"split": "all"})
-    chosen = store.selected(str(site), rule).reshape(-1, store.context_length)[contexts]
+    chosen = replaced_rows(store, sae, str(site), contexts)
     dtype: torch.dtype = getattr(torch, store.plan["compute_dtype"])
     model = load_model(model_of(store), dtype, "cpu")
     blocks, calls = probe(model)
@@ -112,8 +111,7 @@ def heldout_contexts(store: ActivationStore, sae: SAE, site: str, n: int) -> npt
     for shard in range(store.n_shards):
         first, _ = store.shard_span(shard)
         rows = store.selected_in_shard(site, rule, shard).reshape(-1, store.context_length)
-        begin = int(store.plan["bos"] == "context")  # a BOS belongs to no document
-        whole = np.flatnonzero(rows[:, begin:].all(axis=1))
+        whole = np.flatnonzero(rows.all(axis=1))
         found.extend((first // store.context_length + whole).tolist())
         if len(found) >= n:
             break
@@ -122,6 +120,20 @@ def heldout_contexts(store: ActivationStore, sae: SAE, site: str, n: int) -> npt
             f"{store.place} has no context cut from held-out documents only; harvest more tokens."
         )
     return np.array(found[:n])
+
+
+def replaced_rows(
+    store: ActivationStore, sae: SAE, site: str, contexts: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """Which rows of some contexts the rule's norms select, bool [contexts, context_length]."""
+    rule = sae.config.rule.model_copy(update={"split": "all"})
+    per_shard = store.shard_rows // store.context_length
+    found = np.empty((len(contexts), store.context_length), np.bool_)
+    for shard in np.unique(contexts // per_shard).tolist():
+        rows = store.selected_in_shard(site, rule, shard).reshape(-1, store.context_length)
+        here = contexts // per_shard == shard
+        found[here] = rows[contexts[here] - shard * per_shard]
+    return found
 
 
 def cross_entropy(model: nn.Module, tokens: Tensor) -> float:
