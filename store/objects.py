@@ -25,6 +25,7 @@ import xxhash
 from store.errors import InputError, NotAStoreError, StoreError
 from store.naming import NoExclusiveNamesError, give_name
 from store.parsing import safe_name
+from store.units import size_text
 
 Buffer = bytes | bytearray | memoryview
 
@@ -119,8 +120,8 @@ def require_space(objects: Objects, need: float, remedy: str) -> None:
     free = objects.free_bytes()
     if free is not None and need > free:
         raise StoreError(
-            f"{objects.place} needs {need / 1e9:,.2f} GB more and the disk has {free / 1e9:,.2f} "
-            f"GB free; free some space, {remedy}."
+            f"{objects.place} needs {size_text(need)} more and the disk has {size_text(free)} "
+            f"free; free some space, {remedy}."
         )
 
 

@@ -8,6 +8,7 @@ import click
 from rich.table import Table
 
 from store.console import output
+from store.units import size_text
 
 GPUS = ("a100", "h100", "h200", "b200")
 
@@ -147,8 +148,8 @@ def _tables(plan: Any) -> list[Table]:
     rates, each = plan.rates, " of each device" if plan.devices > 1 else ""
     how = "estimated from its data sheet" if rates.estimate else "measured just now"
     memory = Table("memory" + each, "GB", box=None)
-    for name, size in plan.memory.items():
-        memory.add_row(name, f"{size / 1e9:,.3f}")
+    for name, n_bytes in plan.memory.items():
+        memory.add_row(name, f"{n_bytes / 1e9:,.3f}")
     memory.add_row("together", f"{plan.memory_total / 1e9:,.3f}")
     memory.add_row(f"available ({rates.name})", f"{rates.memory / 1e9:,.3f}")
     step = Table("a step" + each, "GFLOP", "GB moved", "ms", box=None)
@@ -172,7 +173,7 @@ def _tables(plan: Any) -> list[Table]:
     flops = plan.devices * plan.steps * sum(plan.flops.values())
     run.add_row("steps", f"{plan.steps:,} of {plan.tokens // plan.steps:,} rows")
     run.add_row("FLOPs of all devices", f"{flops:.3g}")
-    run.add_row("read from the store", f"{plan.read / 1e9:,.2f} GB")
+    run.add_row("read from the store", size_text(plan.read))
     run.add_row("which the store must give at", f"{plan.read / plan.run_seconds / 1e6:,.0f} MB/s")
     run.add_row("rows per second", f"{plan.tokens / plan.run_seconds:,.0f}")
     run.add_row("time", _duration(plan.run_seconds))

@@ -31,12 +31,13 @@ from store.objects import make_folder
 from train.checkpoint import saved_steps
 from train.config import TrainConfig
 from train.distributed import TIMEOUT, Parallel, PeerFailed, PeerLost, appears, group_of, passing
+from train.faults import explained
 from train.files import read_json
 from train.folder import EVALUATION_FILE, METRICS_FILE
 from train.interrupt import Interruption
 from train.job import may_pass
 from train.metrics import last_metrics
-from train.trainer import Report, RunResult, explained, silent, train
+from train.trainer import Report, RunResult, silent, train
 
 POLL_SECONDS = 0.2
 WITHOUT = "leave out --workers to train in one process"

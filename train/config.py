@@ -259,6 +259,11 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"tokens must be at least batch_rows, got {self.tokens} < {self.batch_rows}"
             )
+        if self.warmup_tokens is not None and self.warmup_tokens > self.tokens:
+            raise ValueError(
+                "warmup_tokens must be at most tokens, or the learning rate is never reached, got "
+                f"{self.warmup_tokens} > {self.tokens}"
+            )
         if self.target_site is not None and self.normalization in ROW_NORMALIZATIONS:
             raise ValueError(
                 f"normalization {self.normalization} cannot be undone for another site; with "

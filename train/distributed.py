@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from store.errors import InputError, SaeHarvestError
+from train.faults import is_of_gpu, lacks_memory
 from train.group import Group
 from train.job import may_pass
 from train.kernels import Gradients
@@ -55,12 +56,15 @@ class PeerLost(SaeHarvestError):
 
 @contextmanager
 def reaching_peers() -> Iterator[None]:
-    """Faults of communication as `PeerLost`, which trying again may mend."""
+    """Faults of communication as `PeerLost`, which trying again may mend.
+
+    What this process's memory or GPU did is no such fault.
+    """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:  # gloo raises nothing more special
+        if lacks_memory(error) or is_of_gpu(error):
+            raise  # that is our own fault, and trying again would not help
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PeerLost(
             "Another process of this run has ended or no longer answers; the same command "

@@ -16,10 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from store.errors import RunError, UnfinishedError
 from store.objects import make_folder
+from store.parsing import first_line
 from store.reader import ActivationStore
-from train.config import TrainConfig
+from train.config import READERS, TrainConfig
 from train.files import read_json, write_json
 from train.sae import CONFIG_FILE
 from train.sharded import digest_of
@@ -44,6 +47,27 @@ def open_store(place: str | Path, out: Path, name: str = RUN_FILE) -> Activation
             with contextlib.suppress(UnfinishedError):  # another store: `claim` says so
                 return ActivationStore.open(place, begun)
     return store
+
+
+def config_of(path: Path, content: Any, remedy: str) -> TrainConfig:
+    """The configuration in a record of a run, of any version that ours can read.
+
+    Raises:
+        RunError: it has none, or one that cannot be; names the file.
+    """
+    try:
+        given = content["config"]
+        activation = given.get("activation", "topk")
+        # what an activation does not read was at its default, of the version that trained it
+        unread = [name for name, readers in READERS.items() if activation not in readers]
+        return TrainConfig.model_validate(
+            {name: value for name, value in given.items() if name not in unread}
+        )
+    except ValidationError as error:
+        reason = first_line(error)
+    except (KeyError, TypeError, AttributeError):
+        reason = "it has no config"
+    raise RunError(f"{path} is not of a training run ({reason}); {remedy}.")
 
 
 def describe_run(config: TrainConfig, store: ActivationStore, site: str) -> dict[str, Any]:
@@ -129,6 +153,18 @@ def finished_evaluation(out: Path, digest: str | None = None) -> dict[str, Any] 
     found: dict[str, Any] = read_json(path, "The run", "delete that file")
     there = digest_of(out)
     return found if found.get("sae_digest") == there and digest in (None, there) else None
+
+
+def failure_of(out: Path) -> str | None:
+    """The sentence of a run that has failed."""
+    path = out / FAILED_FILE
+    if not path.exists():
+        return None
+    found = read_json(path, "The run", "delete that file to try it again")
+    sentence = found.get("sentence") if isinstance(found, dict) else None
+    if not isinstance(sentence, str):
+        raise RunError(f"{path} says nothing; delete that file to try the run again.")
+    return sentence
 
 
 def _compare(out: Path, found: Any, description: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -159,11 +159,16 @@ class Member:
     @contextmanager
     def logging(self) -> Iterator[None]:
         """While entered, `record` appends to the metrics file."""
-        if not self._writes:
+        path = self.out / METRICS_FILE
+        self._log = self._stream.group.together(
+            lambda: MetricsFile(path, self.step) if self._writes else None
+        )
+        with self._log or nullcontext():
             yield
-            return
-        with MetricsFile(self.out / METRICS_FILE, self.step) as self._log:
-            yield
+
+    def _sync_log(self) -> None:
+        if self._log is not None:
+            self._log.sync()
 
     def advance(self, batch: Batch) -> None:
         """One step. Training that diverges is kept as `failure`."""
@@ -185,6 +190,7 @@ class Member:
         if self.failure is not None or self._saved == self.step:
             return
         learner, stream = self.learner, self._stream
+        stream.group.together(self._sync_log)
         state = {**learner.numbers(), "loader": stream.loader.state()}
         save_checkpoint(
             self.out,

@@ -15,10 +15,10 @@ import numpy as np
 from pydantic import ValidationError
 
 from store.errors import InputError, RunError
-from train.config import READERS, TrainConfig
+from train.config import TrainConfig
 from train.costs import step_flops
 from train.files import read_json
-from train.folder import EVALUATION_FILE, FAILED_FILE, METRICS_FILE, RUN_FILE
+from train.folder import EVALUATION_FILE, FAILED_FILE, METRICS_FILE, RUN_FILE, config_of
 from train.sae import CONFIG_FILE, SAEConfig
 from train.scaling_laws import Array
 
@@ -79,7 +79,7 @@ def read_sweep(folder: Path) -> list[RunPoint]:
             f"({_some(unfinished)}); run the same `train-sae sweep` again to finish them."
         )
     runs = {place: read_json(place / RUN_FILE, f"Run {place}", REMEDY) for place in places}
-    configs = {place: _config(place, run) for place, run in runs.items()}
+    configs = {place: config_of(place / RUN_FILE, run, REMEDY) for place, run in runs.items()}
     _check_alike(runs, configs)
     points = [_point(place, configs[place]) for place in places]
     return sorted(points, key=lambda p: (p.n_latents, p.k, p.seed, p.lr))
@@ -88,23 +88,6 @@ def read_sweep(folder: Path) -> list[RunPoint]:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
-
-
-def _config(place: Path, run: Any) -> TrainConfig:
-    try:
-        given = run["config"]
-        activation = given.get("activation", "topk")
-        # what an activation does not read was at its default, of the version that trained it
-        unread = [name for name, readers in READERS.items() if activation not in readers]
-        return TrainConfig.model_validate(
-            {name: value for name, value in given.items() if name not in unread}
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    except (KeyError, TypeError, AttributeError):
-        reason = "it has no config"
-    raise RunError(f"{place / RUN_FILE} is not of a training run ({reason}); {REMEDY}.")
 
 
 def _check_alike(runs: dict[Path, Any], configs: dict[Path, TrainConfig]) -> None:

@@ -21,21 +21,23 @@ import torch
 from store.device import choose_device
 from store.errors import RunError
 from store.reader import ActivationStore
+from store.units import size_text
 from train.checkpoint import saved_steps
 from train.config import TrainConfig
 from train.costs import available_bytes, memory_bytes
+from train.faults import explained
 from train.files import read_json, write_json
 from train.folder import (
-    FAILED_FILE,
     FORMAT,
     claim,
     describe_run,
+    failure_of,
     finished_evaluation,
     open_store,
 )
 from train.member import Member, Stream
 from train.sharded import Dictionary
-from train.trainer import Report, evaluate_into, explained, run_pass, silent
+from train.trainer import Report, evaluate_into, run_pass, silent
 
 SWEEP_FILE, PASSES = "sweep.json", "passes"
 USABLE = 0.9  # of the memory that is free: what else runs on the machine needs some, too
@@ -140,7 +142,7 @@ def passes(
         worst = max(too_large, key=lambda name: needs[name])
         raise RunError(
             f"{len(too_large)} of the members do not fit into memory: {worst} takes about "
-            f"{_size(needs[worst])}, {_size(available)} can be used; use fewer "
+            f"{size_text(needs[worst])}, {size_text(available)} can be used; use fewer "
             "n_latents or batch_rows, or a larger machine."
         )
     found: list[list[str]] = []
@@ -158,10 +160,6 @@ def passes(
     return found
 
 
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
-
-
 def common_step(saved: Sequence[Sequence[int]]) -> int:
     """The newest step that all members have a checkpoint of; 0, the beginning, they all have."""
     return max(set[int].intersection(*({0, *steps} for steps in saved)), default=0)
@@ -169,9 +167,9 @@ def common_step(saved: Sequence[Sequence[int]]) -> int:
 
 def read_result(folder: Path) -> MemberResult:
     """How the run in a folder ended, if it has."""
-    if (folder / FAILED_FILE).exists():
-        failed = read_json(folder / FAILED_FILE, "The run", "delete that file to try it again")
-        return MemberResult(None, failed["sentence"])
+    failure = failure_of(folder)
+    if failure is not None:
+        return MemberResult(None, failure)
     return MemberResult(finished_evaluation(folder), None)
 
 
@@ -202,8 +200,8 @@ def _train(
     for number, group in enumerate(groups, 1):
         total = sum(needs[name] for name in group)
         announce(
-            f"Pass {number} of {len(groups)}: {len(group)} SAEs, about {_size(total)} of "
-            f"{_size(usable)} of memory: {', '.join(group)}"
+            f"Pass {number} of {len(groups)}: {len(group)} SAEs, about {size_text(total)} of "
+            f"{size_text(usable)} of memory: {', '.join(group)}"
         )
         signal = _pass({name: members[name] for name in group}, out, stream, report)
         if signal is not None:

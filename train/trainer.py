@@ -8,21 +8,20 @@ more. The same call, made again, continues from the newest checkpoint and ends w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from store.device import choose_device
-from store.errors import RunError
 from store.reader import ActivationStore
 from train.checkpoint import saved_steps
 from train.config import TrainConfig
 from train.evaluate import evaluate_all
+from train.faults import explained
 from train.files import write_json
 from train.folder import EVALUATION_FILE, claim, describe_run, finished_evaluation, open_store
 from train.group import Group
@@ -87,26 +86,6 @@ def run_pass(
         for member in members:
             member.save()
         return interruption.signal
-
-
-@contextmanager
-def explained(out: Path) -> Iterator[None]:
-    """Faults of disk and memory as sentences."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"Cannot read or write in {out} ({error}); see to the disk and its permissions, then "
-            "run the same command again to continue."
-        ) from error
-    except (MemoryError, RuntimeError) as error:
-        first = (str(error) or "no memory left").splitlines()[0]
-        if isinstance(error, RuntimeError) and "memory" not in first:
-            raise
-        raise RunError(
-            f"There is too little memory ({first}); use fewer --n-latents or --batch-rows, and "
-            "another --out, or a larger machine."
-        ) from error
 
 
 def train(
