@@ -207,18 +207,20 @@ class ShuffledLoader:
 
 def _too_few(store: ActivationStore, rule: RowRule, n_selected: int, batch_rows: int) -> str:
     """The sentence that says why there is no batch, and what would help."""
-    found = f"The rule reads {n_selected:,} of the {store.n_rows:,} rows of {store.place}"
-    if n_selected == store.n_rows:
-        found = f"{store.place} has {n_selected:,} rows"
-    remedies = ["harvest more tokens", "use smaller batches"]
-    if n_selected < store.n_rows:
-        split = "" if rule.split == "all" else f", {rule.heldout_fraction:g} of them held out"
-        found += f" ({rule.describe().replace(',', split + ',', 1)})"
-        if rule.max_norm_medians is not None:
-            remedies.append("raise --max-norm-medians")
-        if rule.split != "all":
-            change = "lower" if rule.split == "train" else "raise"
-            remedies.append(f"{change} --heldout-fraction")
+    limits, remedies = [], ["harvest more tokens", "use smaller batches"]
+    if rule.split != "all":
+        limits.append(f"split {rule.split} with heldout_fraction {rule.heldout_fraction:g}")
+        change = "lower" if rule.split == "train" else "raise"
+        remedies.append(f"{change} --heldout-fraction")
+    if rule.max_norm_medians is not None:
+        limits.append(f"max_norm_medians {rule.max_norm_medians:g}")
+        remedies.append("raise --max-norm-medians")
+    found = f"{store.place} has {n_selected:,} rows"
+    if limits:
+        found = (
+            f"The rule ({', '.join(limits)}) reads {n_selected:,} of the {store.n_rows:,} rows of "
+            f"{store.place}"
+        )
     *most, last = remedies
     return f"{found}, fewer than one batch of {batch_rows:,}; {', '.join(most)} or {last}."
 

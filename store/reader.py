@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from store import codec, layout, quantize
 from store.errors import DamagedError, InputError
+from store.finite import require_finite
 from store.layout import Plan
 from store.objects import Buffer, Objects, open_objects
 from store.rules import RowRule, heldout_documents
@@ -239,7 +240,9 @@ class ActivationStore:
         keep = np.ones(stop - start, np.bool_)
         if rule.max_norm_medians is not None:
             limit = np.float32(rule.max_norm_medians * self.norm_median(site, shard))
-            keep &= self.norms(site, start, stop) <= limit
+            norms = self.norms(site, start, stop)
+            require_finite(norms[:, None], self.place, f"the norms of {site}", start)
+            keep &= norms <= limit
         if rule.split != "all":
             _, text_hash = self.row_documents(shard)
             held_out = heldout_documents(text_hash, rule.heldout_fraction)

@@ -63,22 +63,22 @@ def rows_of(plan: Plan, number: int) -> np.ndarray:
     return x
 
 
-def make(place: Path, bos: str) -> ActivationStore:
+def make(place: Path, bos: str, shards: int = SHARDS) -> ActivationStore:
     """A store as wide as GPT-2."""
     plan = make_plan(width=WIDTH).model_copy(update={"bos": bos})
     objects = LocalObjects(place)
     create_store(objects, plan, {})
-    for number in range(SHARDS):
+    for number in range(shards):
         x = rows_of(plan, number)
         first = number * plan.contexts_per_shard
         shard = replace(
-            make_shard(plan, number, SHARDS * plan.contexts_per_shard),
+            make_shard(plan, number, shards * plan.contexts_per_shard),
             contexts=pieces_of(first, first + plan.contexts_per_shard, int(bos == "context")),
             activations={SITE: x.astype(np.float16)},
             norms={SITE: np.linalg.norm(x, axis=1)},
         )
         commit_shard(objects, write_shard(objects, plan, shard))
-    seal(objects, plan, SHARDS)
+    seal(objects, plan, shards)
     return ActivationStore.open(place)
 
 
@@ -169,11 +169,11 @@ def test_figures_are_given_with_and_without_bos_rows(store: ActivationStore, run
 
 
 def test_a_store_without_bos_has_no_such_figures(run: Path, tmp_path: Path) -> None:
-    plain = make(tmp_path / "plain", "none")
+    plain = make(tmp_path / "plain", "none", shards=8)
     found = evaluate(SAE.load(run), plain, RULE, 1000)
     assert not [name for name in found if "bos" in name]
     heldout = by_context(plain, plain.selected(SITE, EVERY.model_copy(update={"split": "heldout"})))
-    assert 0.15 < heldout[:, 0].mean() < 0.45
+    assert 0 < heldout[:, 0].mean() < 0.6
 
 
 def test_a_whole_epoch_of_a_store_of_one_document_a_context(tmp_path: Path) -> None:

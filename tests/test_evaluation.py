@@ -129,6 +129,26 @@ def test_rows_that_are_not_finite_are_refused_as_training_refuses_them(tmp_path:
             assert evaluate(dictionary(8), store, RULE, 10**6)["with_outliers"]["fvu"] > 0
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_norms_that_are_not_finite_choose_no_rows(tmp_path: Path, bad: float) -> None:
+    """A comparison with NaN is false: the row would be left out without a word."""
+    plan = make_plan()
+    make_store(tmp_path / "s", plan)
+    norms = np.linalg.norm(rows_of(plan)[3 * 128 : 4 * 128], axis=1)
+    norms[7] = bad
+    path = f"norms/{SITE}"
+    objects = LocalObjects(tmp_path / "s")
+    objects.replace(layout.chunk_key(path, 3), codec.encode(plan, path, norms))
+    store = ActivationStore.open(tmp_path / "s")
+    for use in (
+        lambda: SelectedRows(store, (SITE,), RULE),
+        lambda: evaluate(dictionary(8), store, RULE, 10**6),
+    ):
+        with pytest.raises(DamagedError, match=f"norms of {SITE} that are not finite, in row 391;"):
+            use()
+    assert SelectedRows(store, (SITE,), RowRule(max_norm_medians=None)).counts.sum() > 0
+
+
 def figures(rows: int = 10, fvu: float | None = 0.5, dead_share: float | None = 0.1) -> Any:
     group = {"rows": rows, "fvu": fvu, "l0": None, "dead_share": dead_share}
     return {"without_outliers": group, "with_outliers": group, "split": "train"}

@@ -206,14 +206,17 @@ def test_too_few_rows_are_explained_by_the_rule(store: ActivationStore) -> None:
         return str(caught.value)
 
     split = sentence(max_norm_medians=None, heldout_fraction=0.999)
-    assert "of the 1,600 rows" in split
-    assert "train documents, 0.999 of them held out, outlier rows included" in split
+    assert split.startswith("The rule (split train with heldout_fraction 0.999) reads ")
+    assert " of the 1,600 rows of " in split
     assert split.endswith("use smaller batches or lower --heldout-fraction.")
     norms = sentence(split="all", max_norm_medians=0.01)
-    assert norms.startswith("The rule reads 0 of the 1,600 rows")
-    assert "all documents, rows above 0.01 median norms left out" in norms
+    assert norms.startswith("The rule (max_norm_medians 0.01) reads 0 of the 1,600 rows")
     assert norms.endswith("use smaller batches or raise --max-norm-medians.")
-    assert sentence(split="heldout").endswith("-medians or raise --heldout-fraction.")
+    both = sentence(split="heldout")
+    assert both.startswith(
+        "The rule (split heldout with heldout_fraction 0.05, max_norm_medians 5)"
+    )
+    assert both.endswith("raise --heldout-fraction or raise --max-norm-medians.")
 
 
 def test_damage_reaches_the_consumer(tmp_path: Path) -> None:
