@@ -359,7 +359,7 @@ def show(store: str, row: int | None) -> None:
 
     \b
     harvest show --store runs/demo/store
-    harvest show --store runs/demo/store --row 12345
+    harvest show --store runs/demo/store --row 1234
     """
     if row is None:
         from harvest.show import describe

@@ -22,6 +22,8 @@ def merge(into: str, sources: tuple[str, ...]) -> None:
     """Join what several machines harvested of one plan, each with its --shards.
 
     \b
+    harvest run --model gpt2 --layer 8 --shards 0:8 --store runs/first-half
+    harvest run --model gpt2 --layer 8 --shards 8:16 --store s3://bucket/second-half
     harvest merge --into runs/whole runs/first-half s3://bucket/second-half
     """
     from harvest.status import read_status
@@ -75,7 +77,7 @@ def export(
     """Rows as Parquet or safetensors, a file per site and shard; run again, it continues.
 
     \b
-    harvest export --store runs/demo/store --out rows --format parquet
+    harvest export --store runs/demo/store --out runs/demo/rows --format parquet
     """
     from harvest.cli import parse_shards
     from harvest.export import ExportConfig

@@ -214,9 +214,10 @@ def brief(features: Path, latent: int) -> Group:
 def next_commands(store: Path, sae: Path, features: Path) -> Group:
     """What to type next."""
     sql = "SELECT latent, density, top_tokens FROM latents ORDER BY density DESC LIMIT 10"
+    latent = [*interesting_latents(features), 0][0]
     commands = [
         f"sae-features serve --features {features}",
-        f"sae-features show {interesting_latents(features)[0]} --features {features}",
+        f"sae-features show {latent} --features {features}",
         f'sae-features query "{sql}" --features {features}',
         f"harvest show --store {store}",
         f"harvest verify --store {store}",

@@ -138,11 +138,11 @@ class S3Server:
 
 
 @contextmanager
-def s3_server() -> Iterator[S3Server]:
+def s3_server(kind: type[S3Server] = S3Server) -> Iterator[S3Server]:
     """A running server with an empty bucket; when this ends, neither process nor data remain."""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="s3-server-"))
-        server = S3Server(Path(folder))
+        server = kind(Path(folder))
         stack.callback(server.kill)
         server.start()
         yield server

@@ -34,7 +34,7 @@ def main() -> None:
     """Sparse autoencoders from stored activations.
 
     \b
-    train-sae run --store runs/demo/store --out runs/demo/sae --n-latents 8192 --tokens 2000000
+    train-sae run --store runs/demo/store --out runs/demo/wide --n-latents 8192 --tokens 2000000
     """
 
 
@@ -71,9 +71,9 @@ def run(
     """Train a sparse autoencoder or a transcoder, or continue to.
 
     \b
-    train-sae run --store runs/demo/store --out runs/demo/sae --n-latents 8192 --tokens 2000000
-    train-sae run --config job.yaml --lr 0.0005
-    train-sae run --config job.yaml --workers 8 --address auto
+    train-sae run --store runs/demo/store --out runs/demo/wide --n-latents 8192 --tokens 2000000
+    train-sae run --config run.yaml --out runs/demo/low-rate --lr 0.0005
+    train-sae run --config run.yaml --workers 8 --address auto
     """
     places, config = run_settings(context, file)
     out = Path(places.out)

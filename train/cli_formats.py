@@ -67,7 +67,7 @@ def import_command(
     """Save an SAE that another package has written as one of ours.
 
     \b
-    train-sae import --format sparsify --from layers.12 --site resid_post.12 --out runs/imported
+    train-sae import --format sparsify --from runs/demo/sparsify --out runs/imported
     """
     from train.formats.reading import Origin
 

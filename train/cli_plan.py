@@ -73,7 +73,7 @@ def plan(store: str | None, site: str | None, d_in: int | None, **given: Any) ->
 
     \b
     train-sae plan --d-in 768 --n-latents 24576 --tokens 50000000
-    train-sae plan --d-in 12288 --n-latents 16777216 --k 256 --gpu h100 --devices 64 \\
+    train-sae plan --d-in 12288 --n-latents 16777216 --k 256 --gpu h200 --devices 256 \\
         --parallel latents --batch-rows 131072 --tokens 40000000000
     """
     if (store is None) == (d_in is None):

@@ -35,12 +35,12 @@ def scaling(sweep: Path, out: Path, plots: bool, seed: int) -> None:
     """Fit scaling laws, L(n), L(n, k) and L(C), to the runs of a sweep.
 
     \b
-    train-sae scaling runs/scaling --out runs/scaling-laws
+    train-sae scaling runs/demo/sweep --out runs/demo/scaling
     """
     if plots and find_spec("matplotlib") is None:
         raise InputError(
             "Plots are drawn with matplotlib, which is not installed; "
-            "pip install 'sae-harvest[plots]', or give --no-plots."
+            "pip install matplotlib, or give --no-plots."
         )
     from train.scaling import analyse, fits, write
     from train.scaling_points import read_sweep

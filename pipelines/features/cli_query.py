@@ -59,7 +59,7 @@ def query(
     \b
     sae-features query "SELECT latent, density FROM latents ORDER BY density DESC LIMIT 5"
     sae-features query --output dense.parquet "SELECT * FROM latents WHERE density > 0.1"
-    sae-features query --format json < question.sql
+    echo "SELECT count(*) FROM latents" | sae-features query --format json
     """
     from pipelines.features.query import asked
     from pipelines.features.results import WRITERS, new_file

@@ -78,8 +78,8 @@ def serve(
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(
-            f"`sae-features serve` needs {' and '.join(missing)}; "
-            "install them with: pip install 'sae-harvest[viewer]'"
+            f"`sae-features serve` needs {' and '.join(missing)}, which this Python lacks; "
+            f"pip install {' '.join(missing)}."
         )
     from pipelines.live import LiveModel
     from pipelines.source import Moved
