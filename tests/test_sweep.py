@@ -221,7 +221,7 @@ def test_a_member_that_fits_no_memory_is_refused_with_the_numbers(
     sizes = {64: 3_000_000_000, 48: 700_000_000}
     monkeypatch.setattr(sweeps, "memory_bytes", lambda config, *_: sizes[config.n_latents])
     monkeypatch.setattr(sweeps, "available_bytes", lambda device: 1_000_000_000)
-    sentence = r"1 of the members do not fit into memory: large takes about 3\.0 GB, 0\.9 GB can"
+    sentence = r"1 of the members do not fit into memory: large takes about 3\.00 GB, 900 MB can"
     with pytest.raises(RunError, match=sentence):
         sweep(MEMBERS, store_path, tmp_path / "sweep", device="cpu")
 
