@@ -24,9 +24,9 @@ from harvest.discovery import probe
 from harvest.models import load_model, resolve_model
 from harvest.sites import Site
 from harvest.worker import ShardWorker
+from store.commits import read_plan
 from store.memory import KEEP_MEMORY
 from store.objects import open_objects
-from store.writer import read_plan
 
 TURNS = 5
 BATCHES = 4  # each turn

@@ -8,17 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from bench.measurement import Measurement, alternate, seconds
+from store.commits import commit_shard
 from store.layout import Plan, SitePlan
 from store.loader import ShuffledLoader
 from store.objects import LocalObjects
 from store.reader import ActivationStore
 from store.rules import RowRule
 from store.seals import seal
-from store.writer import Shard, commit_shard, create_store, write_shard
+from store.tables import DOCUMENT_SCHEMA, PIECE_SCHEMA
+from store.writer import Shard, create_store, write_shard
 
 SHARDS = 8  # so that taking two windows of memory is a small part of reading them
 SITE = SitePlan(name="resid_post.12", width=576)
@@ -86,9 +87,9 @@ def _make_store(place: Path) -> ActivationStore:
     x = np.random.default_rng(0).standard_normal((plan.shard_rows, SITE.width), np.float32)
     x, norms = x.astype(np.float16), np.linalg.norm(x, axis=1)
     tokens = np.zeros((plan.contexts_per_shard, plan.context_length), np.int32)
-    nothing = pa.table({"document": pa.array([], pa.int64())})
+    pieces, documents = PIECE_SCHEMA.empty_table(), DOCUMENT_SCHEMA.empty_table()
     for number in range(SHARDS):
-        shard = Shard(number, tokens, nothing, nothing, {SITE.name: x}, {SITE.name: norms})
+        shard = Shard(number, tokens, pieces, documents, {SITE.name: x}, {SITE.name: norms})
         commit_shard(objects, write_shard(objects, plan, shard))
     seal(objects, plan, SHARDS)
     return ActivationStore.open(place)

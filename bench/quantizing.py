@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from bench.measurement import Measurement
+from store.commits import commit_shard
 from store.layout import Plan
 from store.objects import LocalObjects
 from store.reader import ActivationStore
 from store.seals import seal
 from store.stats import quantization_fvu
-from store.writer import Shard, commit_shard, create_store, write_shard
+from store.writer import Shard, create_store, write_shard
 from train.config import TrainConfig
 from train.trainer import train
 

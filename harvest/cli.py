@@ -258,9 +258,9 @@ def tokens_rate(speed: float) -> str:
 
 def kept(store: str | Path) -> str:
     """What an interrupted harvest leaves, and how to go on."""
+    from store.commits import committed_shards
     from store.errors import SaeHarvestError
     from store.objects import open_objects
-    from store.writer import committed_shards
 
     try:
         n = len(committed_shards(open_objects(store)))

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from harvest.corpus import CorpusSpec
+from store.layout import MAX_SHARD_ROWS
 
 DEFAULT_BATCH_TOKENS = 2048
 DEFAULT_SHARD_ROWS = 65_536
@@ -46,6 +47,7 @@ class HarvestConfig(BaseModel):
     shard_rows: int | None = Field(
         default=None,
         gt=0,
+        le=MAX_SHARD_ROWS,
         description="rows per shard, rounded down to whole contexts; by itself that of the store "
         "that is continued, else 65,536, or all rows of a smaller harvest",
     )

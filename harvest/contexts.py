@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 
 from harvest.duplicates import Hashes
-from harvest.encoding import DOCUMENT_SCHEMA, PIECE_SCHEMA, TEXT_FIELD, Columns
+from harvest.encoding import Columns
 from harvest.windows import WINDOW_CONTEXTS, Bos, Window, iter_contexts
 from store.errors import InputError
+from store.tables import DOCUMENT_SCHEMA, PIECE_SCHEMA, TEXT_FIELD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 import xxhash
 
 from harvest.segments import Segment, segments
 from store.errors import InputError
+from store.tables import TEXT_FIELD
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -25,32 +25,6 @@ if TYPE_CHECKING:
     from harvest.documents import Cursor, Document
 
 Columns = dict[str, np.ndarray]
-
-PIECE_SCHEMA = pa.schema(
-    {
-        "context": pa.int64(),
-        "start": pa.int32(),
-        "stop": pa.int32(),
-        "document": pa.int64(),
-        "document_hash": pa.uint64(),
-        "first_token": pa.int64(),
-        "char_start": pa.int64(),
-        "char_end": pa.int64(),
-    }
-)
-DOCUMENT_SCHEMA = pa.schema(
-    {
-        "document": pa.int64(),
-        "id": pa.string(),
-        "source": pa.string(),
-        "title": pa.string(),
-        "url": pa.string(),
-        "text_hash": pa.uint64(),
-        "n_chars": pa.int64(),
-        "n_tokens": pa.int64(),
-    }
-)
-TEXT_FIELD = pa.field("text", pa.string())  # of documents, where their text is kept
 
 BATCH_DOCUMENTS = 64
 BATCH_CHARS = 4_000_000

@@ -24,10 +24,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from store.errors import InputError
 from store.objects import Buffer, Objects, open_objects, require_space
+from store.parsing import parse_json
 from store.reader import ActivationStore
 from store.records import digest_of
 from store.rules import RowRule
-from store.writer import encode_table
+from store.tables import encode_table
 
 EXPORT_KEY = "export.json"
 SMALL_BYTES_PER_ROW = 48  # of everything but the activation, generously
@@ -258,7 +259,7 @@ def _shards(store: ActivationStore, shards: tuple[int, int] | None) -> tuple[int
 def _check_target(target: Objects, request: dict[str, Any]) -> None:
     """`InputError` if something is there that is not this export, begun or finished."""
     try:
-        found = json.loads(target.read(EXPORT_KEY))
+        found = parse_json(target.read(EXPORT_KEY))
     except FileNotFoundError:
         if foreign := target.first_key():
             raise InputError(
@@ -267,7 +268,12 @@ def _check_target(target: Objects, request: dict[str, Any]) -> None:
             ) from None
         return
     except ValueError:
-        found = {}
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(
+            f"{target.place} holds another export, or its {EXPORT_KEY} is damaged; choose another "
+            "--out or remove that file."
+        )
     if differing := [name for name in request if found.get(name) != request[name]]:
         raise InputError(
             f"{target.place} holds another export; differing: {', '.join(differing)}. Choose "

@@ -7,6 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from harvest.config import DEFAULT_SHARD_ROWS, HarvestConfig
 from harvest.contexts import WINDOW_CONTEXTS, default_bos
 from harvest.corpus import Corpus, CorpusSpec, open_corpus
@@ -23,8 +25,9 @@ from harvest.models import (
 from harvest.sites import Site
 from store.errors import InputError
 from store.layout import Plan, SitePlan
+from store.parsing import first_line
 
-LIBRARIES = ("sae-harvest", "torch", "transformers", "tokenizers", "zarr", "pyarrow", "numpy")
+LIBRARIES = ("sae-harvest", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +118,27 @@ def prepare_again(plan: Plan, device: str) -> Prepared:
     Raises:
         InputError: model or corpus are gone, or are not what they were.
     """
+    try:
+        config = _config_of(plan)
+    except ValidationError as error:
+        raise InputError(f"No harvest makes a store of this plan: {first_line(error)}.") from None
+    prepared = prepare(config, plan, device)
+    found = prepared.plan({site.name: site.width for site in plan.sites})
+    if differing := plan.differing_fields(found):
+        raise InputError(
+            f"What the store was made from has changed: {'; '.join(differing)}; put it back as it "
+            "was."
+        )
+    return prepared
+
+
+def _config_of(plan: Plan) -> HarvestConfig:
+    """The request that a plan follows from, for one token."""
     length = plan.context_length
     corpus = {name: plan.corpus.get(name) for name in CorpusSpec.model_fields}
-    config = HarvestConfig(
+    return HarvestConfig(
         model=plan.model["name"],
-        model_revision=plan.model["revision"],
+        model_revision=plan.model.get("revision"),
         corpus=CorpusSpec.model_validate(corpus),
         sites=tuple(site.name for site in plan.sites),
         tokens=1,
@@ -132,14 +151,6 @@ def prepare_again(plan: Plan, device: str) -> Prepared:
         batch_tokens=plan.batch_contexts * length,
         shard_rows=plan.shard_rows,
     )
-    prepared = prepare(config, plan, device)
-    found = prepared.plan({site.name: site.width for site in plan.sites})
-    if differing := plan.differing_fields(found):
-        raise InputError(
-            f"What the store was made from has changed: {'; '.join(differing)}; put it back as it "
-            "was."
-        )
-    return prepared
 
 
 def versions() -> dict[str, str]:

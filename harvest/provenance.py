@@ -221,7 +221,7 @@ def _corpus_text(store: ActivationStore, shard: int, piece: Piece) -> str:
     spec = {name: planned[name] for name in CorpusSpec.model_fields if name in planned}
     corpus = open_corpus(CorpusSpec.model_validate(spec))
     changed = InputError(f"The corpus {corpus.name} is not what it was.")
-    cursor = store.commit(shard)["cursor"]
+    cursor = store.cursor(shard)
     documents = corpus.documents(cursor["corpus"])
     texts: Iterator[str] = (document.text for document in documents)
     if corpus.dedup:

@@ -18,23 +18,16 @@ from harvest.prepare import Prepared, prepare, prepare_again, versions
 from harvest.shards import shard_inputs
 from harvest.status import Heartbeat
 from store import layout
+from store.commits import commit_shard, committed_shards, read_commit, read_plan
 from store.device import choose_device
 from store.errors import InputError
 from store.layout import Plan
 from store.objects import Objects, open_objects, require_space
-from store.repair import mend_commit, remove_damaged, reseal, restore_plan
-from store.seals import seal
+from store.records import digest_of
+from store.repair import mend_commit, remove_damaged, remove_untrusted, reseal, restore_plan
+from store.seals import seal, trusted_commits
 from store.verify import Report, verify
-from store.writer import (
-    check_place,
-    check_same,
-    commit_shard,
-    committed_shards,
-    create_store,
-    discard,
-    read_commit,
-    read_plan,
-)
+from store.writer import check_place, check_same, create_store, discard
 
 SMALL_BYTES_PER_ROW = 16  # tokens, norms, tables and commit records, generously
 
@@ -110,7 +103,8 @@ def run(
     done = committed_shards(objects) if existing else []
     if existing:
         n_shards = _within_corpus(objects, existing, done, n_shards, prepared.least_contexts)
-    todo = [u for u in range(n_shards) if u not in done and (only is None or u in only)]
+    there = set(done)
+    todo = [u for u in range(n_shards) if u not in there and (only is None or u in only)]
     if existing and not todo:
         return _close(objects, existing, n_shards, 0, 0.0)
     inputs = shard_inputs(prepared, objects, existing, todo, n_shards)
@@ -162,10 +156,24 @@ def repair(
             _pool(prepared, means, device, log) as pool,
         ):
             pool.widths()  # the model loads, or this ends before anything is removed
+            sealed = trusted_commits(objects, plan)
             remove_damaged(objects, before.damage)
             log.write(f"repairing shards {', '.join(map(str, shards))}")
-            work = _Work(objects, plan, pool, len(shards), on_progress)
-            work.run(ahead, lambda record: mend_commit(objects, plan, record), again=True)
+            unknown = {item.shard for item in before.damage if item.key.startswith("commits/")}
+            made: dict[int, str] = {}
+
+            def keep(record: dict[str, Any]) -> None:
+                mend_commit(objects, plan, record)
+                if record["shard"] in unknown:
+                    made[record["shard"]] = digest_of(record)
+
+            _Work(objects, plan, pool, len(shards), on_progress).run(ahead, keep, again=True)
+            if wrong := remove_untrusted(objects, plan, made, sealed):
+                log.write(f"repairing all of shards {', '.join(map(str, wrong))}")
+                inputs = shard_inputs(prepared, objects, plan, wrong, wrong[-1] + 1)
+                with closing(Ahead(inputs)) as ahead:
+                    work = _Work(objects, plan, pool, len(wrong), on_progress)
+                    work.run(ahead, keep, again=True)
     reseal(objects, plan)
     if any(item.key == layout.STATUS_KEY for item in before.damage):
         objects.remove(layout.STATUS_KEY)

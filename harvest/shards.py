@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import io
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from harvest.contexts import ShardInput, iter_shards
 from harvest.prepare import Prepared
 from store import layout
+from store.commits import committed_shards, load_commit, place_in_corpus, read_object
 from store.errors import DamagedError
 from store.layout import Plan
 from store.objects import Objects
-from store.writer import committed_shards, read_commit, read_object
+from store.seals import trusted_commits
+from store.tables import parse_table
 
 
 def shard_inputs(
@@ -38,10 +38,10 @@ def shard_inputs(
     fields = prepared.fields
     names = ("context_length", "bos", "seed", "window_contexts", "contexts_per_shard")
     arguments = {name: fields[name] for name in names}
-    committed = committed_shards(objects) if plan else []
+    store = None if plan is None else _Committed(objects, plan, prepared.corpus.dedup)
     per_window = -(-fields["window_contexts"] // fields["contexts_per_shard"])
     for group in _groups(wanted, 2 * per_window):
-        cursor, seen = _start(prepared, objects, plan, group[0], committed)
+        cursor, seen = (None, []) if store is None else store.start(group[0])
         chosen = set(group)
         shards = iter_shards(
             prepared.corpus,
@@ -73,36 +73,44 @@ def _groups(wanted: Sequence[int], gap: int) -> Iterator[list[int]]:
         yield group
 
 
-def _start(
-    prepared: Prepared, objects: Objects, plan: Plan | None, first: int, committed: list[int]
-) -> tuple[dict[str, Any] | None, list[npt.NDArray[np.uint64]]]:
-    """Where to start reading for a shard, and the hashes of the texts before that."""
-    if plan is None:
-        return None, []
-    cursor = None
-    for shard in reversed([u for u in committed if u <= first]):
+class _Committed:
+    """Where the text of the shards of a store begins in its corpus.
+
+    Args:
+        dedup: whether documents are left out whose text came before.
+    """
+
+    def __init__(self, objects: Objects, plan: Plan, dedup: bool) -> None:
+        self._objects, self._plan, self._dedup = objects, plan, dedup
+        self._shards = committed_shards(objects)
+        self._sealed = trusted_commits(objects, plan)
+        self._listed: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]] = []
+
+    def start(self, first: int) -> tuple[dict[str, Any] | None, list[npt.NDArray[np.uint64]]]:
+        """Where to start reading for a shard, and the hashes of the texts before that."""
+        cursor = None
+        for shard in reversed(self._shards[: bisect_right(self._shards, first)]):
+            try:
+                cursor = place_in_corpus(self._commit(shard))
+                break
+            except DamagedError:  # a repair mends them; an earlier start serves as well
+                continue
+        if cursor is None or not self._dedup:
+            return cursor, []
         try:
-            cursor = read_commit(objects, plan, shard)["cursor"]
-            break
-        except DamagedError:  # a repair mends them; an earlier start serves as well
-            continue
-    if cursor is None or not prepared.config.corpus.dedup:
-        return cursor, []
-    try:
-        return cursor, _hashes_before(objects, plan, first, cursor["document"])
-    except DamagedError:  # what was seen before is not known for sure: start from the beginning
-        return None, []
+            return cursor, self._hashes_before(first, cursor["document"])
+        except DamagedError:  # what was seen before is not known for sure: start at the beginning
+            return None, []
 
+    def _commit(self, shard: int) -> dict[str, Any]:
+        sealed = self._sealed[shard] if shard < len(self._sealed) else None
+        return load_commit(self._objects, self._plan, shard, sealed)[0]
 
-def _hashes_before(
-    objects: Objects, plan: Plan, first: int, document: int
-) -> list[npt.NDArray[np.uint64]]:
-    """Text hashes of all documents below a number, from the tables of the shards before `first`."""
-    hashes = []
-    for shard in range(first):
-        key = layout.document_key(shard)
-        entry = read_commit(objects, plan, shard)["objects"][key]
-        data = read_object(objects, key, entry)
-        table: pa.Table = pq.read_table(io.BytesIO(data), columns=["document", "text_hash"])
-        hashes.append(table["text_hash"].to_numpy()[table["document"].to_numpy() < document])
-    return hashes
+    def _hashes_before(self, first: int, document: int) -> list[npt.NDArray[np.uint64]]:
+        """Text hashes of all documents below a number that shards before `first` have listed."""
+        for shard in range(len(self._listed), first):
+            key = layout.document_key(shard)
+            data = read_object(self._objects, key, self._commit(shard)["objects"][key])
+            table = parse_table(data, self._plan, key, shard, f"{self._objects.place}/{key}")
+            self._listed.append((table["document"].to_numpy(), table["text_hash"].to_numpy()))
+        return [hashes[documents < document] for documents, hashes in self._listed[:first]]

@@ -11,13 +11,13 @@ from rich.table import Column, Table
 
 from harvest.documents import CorpusSpec
 from harvest.provenance import tokenizer_of
+from store.commits import read_plan_record
 from store.errors import InputError
 from store.layout import Plan
 from store.objects import Objects, open_objects
 from store.reader import ActivationStore
 from store.seals import read_seal, sealed_counts
 from store.stats import quantization_fvu
-from store.writer import read_plan_record
 
 SHOWN = 6  # most frequent outlier positions and tokens
 

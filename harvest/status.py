@@ -14,15 +14,16 @@ from collections import deque
 from datetime import UTC, datetime
 from types import TracebackType
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from harvest.log import Report
+from store.commits import committed_shards, read_plan
 from store.errors import DamagedError, StoreError
 from store.layout import STATUS_KEY, Plan
 from store.objects import Objects
+from store.parsing import first_line
 from store.records import decode_record, encode_record
 from store.seals import sealed_counts
-from store.writer import committed_shards, read_plan
 
 INTERVAL_SECONDS = 2.0
 INTERVAL_SECONDS_S3 = 10.0  # each is a request that costs money
@@ -43,11 +44,11 @@ class Status(BaseModel):
     in_flight: tuple[int, ...] = Field(description="numbers of the shards being worked on")
     tokens_per_second: float | None = Field(description="over the last minute, if known")
     seconds_left: float | None = Field(description="at that rate, if known")
-    host: str
+    host: str = Field(max_length=255, pattern=r"^[^\x00-\x1f\x7f]*$")
     pid: int
-    started: datetime = Field(description="UTC")
-    written: datetime = Field(description="UTC")
-    interval: float = Field(gt=0, description="seconds between two signs of life")
+    started: AwareDatetime = Field(description="UTC")
+    written: AwareDatetime = Field(description="UTC")
+    interval: float = Field(gt=0, lt=1e6, description="seconds between two signs of life")
 
     @property
     def age(self) -> float:
@@ -178,7 +179,11 @@ def read_status(objects: Objects) -> Status | None:
         data = objects.read(STATUS_KEY)
     except FileNotFoundError:
         return None
-    return Status.model_validate(decode_record(data, f"{objects.place}/{STATUS_KEY}"))
+    name = f"{objects.place}/{STATUS_KEY}"
+    try:
+        return Status.model_validate(decode_record(data, name))
+    except ValidationError as error:
+        raise DamagedError(f"{name} is damaged: {first_line(error)}.") from None
 
 
 def describe_status(objects: Objects) -> str:

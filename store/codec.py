@@ -8,6 +8,8 @@ are absent. Zarr itself is the reference (see the tests); it would copy a shard 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import google_crc32c
@@ -40,33 +42,96 @@ def encode(plan: Plan, path: str, array: Array) -> list[Buffer]:
 
 def decode(plan: Plan, path: str, data: Buffer, length: int, name: str) -> Array:
     """The first `length` entries of one shard of the array at `path`, from its object's bytes."""
-    step, shape = chunk_stride(plan, path), _chunk_shape(plan, path)
-    count = -(-length // shape[0])
-    view = memoryview(data)
-    parts = [decode_chunk(plan, path, view[i * step :][:step], name) for i in range(count)]
+    parts = list(chunks(plan, path, data, length, name))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def chunks(plan: Plan, path: str, data: Buffer, length: int, name: str) -> Iterator[Array]:
+    """The first `length` entries of a shard chunk by chunk, views of its object's bytes.
+
+    Raises:
+        DamagedError: the object has another length, its index is altered, or, when the iteration
+            comes to it, a chunk is.
+    """
+    step, per_chunk = chunk_stride(plan, path), _chunk_shape(plan, path)[0]
+    count = chunk_count(plan, path, length)
     index = _index(plan, path, count) if path.startswith("activations/") else b""
-    size = count * step + len(index)
-    if len(view) != size:
-        raise DamagedError(f"{name} has {len(view):,} bytes instead of {size:,}.")
+    view = memoryview(data)
+    if len(view) < count * step:
+        raise DamagedError(f"{name} is cut short: it has {len(view):,} bytes.")
+    if len(view) != object_bytes(plan, path, length):
+        raise DamagedError(
+            f"{name} has {len(view):,} bytes instead of {object_bytes(plan, path, length):,}."
+        )
     if view[count * step :] != index:
         raise DamagedError(f"{name} is altered: its index does not say where its chunks are.")
-    return (parts[0] if count == 1 else np.concatenate(parts))[:length]
+    for number in range(count):
+        chunk = decode_chunk(plan, path, view[number * step :][:step], name)
+        yield chunk[: length - number * per_chunk]
 
 
-def decode_chunk(plan: Plan, path: str, data: Buffer, name: str) -> Array:
-    """One whole chunk, a view of its bytes; `DamagedError` if they are not as they were written."""
+def decode_chunk(
+    plan: Plan, path: str, data: Buffer, name: str, checksum: int | None = None
+) -> Array:
+    """One whole chunk, a view of its bytes.
+
+    Args:
+        checksum: crc32c that the commit record lists for it, where that is known.
+
+    Raises:
+        DamagedError: the bytes are not as they were written, or are another chunk's.
+    """
     shape = _chunk_shape(plan, path)
     raw = np.frombuffer(data, np.uint8)
     if len(raw) != chunk_stride(plan, path):
         raise DamagedError(f"{name} is cut short: {len(raw):,} bytes of a chunk are there.")
-    if _crc(raw[:-CRC_BYTES]) != raw[-CRC_BYTES:].tobytes():
+    found = google_crc32c.value(raw[:-CRC_BYTES])
+    if found != int.from_bytes(raw[-CRC_BYTES:].tobytes(), "little"):
         raise DamagedError(f"{name} is altered: a chunk does not match its checksum.")
+    if checksum is not None and found != checksum:
+        raise DamagedError(f"{name} is altered: it holds another chunk than was committed.")
     return raw[:-CRC_BYTES].view(_dtype(plan, path)).reshape(shape)
+
+
+def checksums(plan: Plan, path: str, pieces: Sequence[Buffer], length: int) -> list[int]:
+    """The crc32c of each chunk of an object that holds `length` entries, from its bytes.
+
+    Args:
+        pieces: what `encode` gave, or the whole object in one piece.
+    """
+    step, count = chunk_stride(plan, path), chunk_count(plan, path, length)
+    if len(pieces) == 1:
+        whole = memoryview(pieces[0])
+        ends = [whole[i * step - CRC_BYTES :][:CRC_BYTES] for i in range(1, count + 1)]
+    else:
+        ends = [memoryview(piece) for piece in pieces[1 : 2 * count : 2]]
+    return [int.from_bytes(end, "little") for end in ends]
+
+
+def chunk_count(plan: Plan, path: str, length: int) -> int:
+    """Chunks of an object that holds so many entries of the array at `path`."""
+    return -(-length // _chunk_shape(plan, path)[0])
+
+
+def object_bytes(plan: Plan, path: str, length: int) -> int:
+    """Bytes of an object that holds so many entries of the array at `path`."""
+    size = chunk_count(plan, path, length) * chunk_stride(plan, path)
+    if path.startswith("activations/"):
+        size += 16 * (plan.shard_rows // _chunk_shape(plan, path)[0]) + CRC_BYTES
+    return size
+
+
+def entries(plan: Plan, path: str, contexts: int) -> int:
+    """Entries of the array at `path` in a shard of so many contexts."""
+    kind = path.partition("/")[0]
+    if kind == "quantization":
+        return 1
+    return contexts if kind == "tokens" else contexts * plan.context_length
 
 
 def chunk_stride(plan: Plan, path: str) -> int:
     """Bytes from one chunk of an object to the next, checksum included."""
-    return int(np.prod(_chunk_shape(plan, path))) * _dtype(plan, path).itemsize + CRC_BYTES
+    return math.prod(_chunk_shape(plan, path)) * _dtype(plan, path).itemsize + CRC_BYTES
 
 
 def _index(plan: Plan, path: str, count: int) -> bytes:

@@ -1,4 +1,4 @@
-"""The shape of a store: its plan, the names of its objects, its zarr metadata.
+"""The shape of a store: its plan and the names of its objects.
 
     STORE/
       plan.json                    what was asked; the plan's hash is the store's identity
@@ -11,7 +11,7 @@
       contexts/000000.parquet      which documents a context was cut from
       documents/000000.parquet     the documents that first appear in the shard
       commits/000000.json          written last: the shard exists if and only if this does
-      seals/000004.json            the first 4 shards are a store: totals, digest, statistics
+      seals/000004.json            the first 4 shards are a store: commits, statistics, digest
       status.json                  what a running harvest is doing; not part of the store
 
 A store can grow: more shards of the same plan, then another seal. `row = context * context_length
@@ -20,22 +20,26 @@ A store can grow: more shards of the same plan, then another seal. `row = contex
 
 from __future__ import annotations
 
-import asyncio
-import json
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
-import zarr
-from pydantic import BaseModel, ConfigDict, Field
-from zarr.core.buffer import default_buffer_prototype
-from zarr.storage import MemoryStore
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from store.parsing import safe_name
 from store.records import digest_of
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 CHUNK_BYTES = 6 << 20  # 1.5 to 6 MiB read fastest: smaller pays per chunk, larger leaves the cache
 MAX_CHUNK_ROWS = 4096
 CODE_FILL = -128  # of int8 arrays; codes go from -127 to 127
+MAX_WIDTH = 1 << 20  # of a row
+MAX_SHARD_ROWS = 1 << 27  # a shard is made in memory
+
+
+def _site_name(name: str) -> str:
+    if "/" in safe_name(name):
+        raise ValueError(f"the site {name!r} has a slash in its name")
+    return name
 
 
 class SitePlan(BaseModel):
@@ -43,8 +47,10 @@ class SitePlan(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(description="for example resid_post.12")
-    width: int = Field(gt=0, description="numbers per row")
+    name: Annotated[str, AfterValidator(_site_name)] = Field(
+        description="for example resid_post.12"
+    )
+    width: int = Field(gt=0, le=MAX_WIDTH, description="numbers per row")
 
 
 class Plan(BaseModel):
@@ -52,7 +58,7 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal[2] = FORMAT
+    format: Literal[3] = FORMAT
     model: dict[str, Any] = Field(description="name and identity of the model's weights")
     tokenizer: dict[str, Any] = Field(description="identity of the tokenizer, end-of-text id")
     corpus: dict[str, Any] = Field(description="name and fingerprint of the text")
@@ -73,6 +79,20 @@ class Plan(BaseModel):
         description="of the forward pass"
     )
     batch_contexts: int = Field(gt=0, description="contexts per forward pass")
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Plan:
+        """Refuse what no harvest plans; a plan is read from files that others may have written."""
+        for field, names in (("model", ("name", "weights")), ("corpus", ("name",))):
+            for name in names:
+                if not isinstance(getattr(self, field).get(name), str):
+                    raise ValueError(f"{field}.{name} is missing or no text")
+        names = [site.name for site in self.sites]
+        if len(set(names)) < len(names):
+            raise ValueError("a site is named twice")
+        if self.shard_rows > MAX_SHARD_ROWS:
+            raise ValueError(f"a shard has {self.shard_rows:,} rows, more than {MAX_SHARD_ROWS:,}")
+        return self
 
     @property
     def hash(self) -> str:
@@ -125,95 +145,19 @@ def _flat(plan: Plan) -> dict[str, Any]:
     return flat | {"sites": ", ".join(site.name for site in plan.sites)}
 
 
-def array_specs(plan: Plan, n_contexts: int) -> dict[str, dict[str, Any]]:
-    """Path of each array of a store → the arguments of `zarr.create_array`."""
-    crc = [zarr.codecs.Crc32cCodec()]
-    length, contexts = plan.context_length, plan.contexts_per_shard
-    n_rows = n_contexts * length
-    specs: dict[str, dict[str, Any]] = {
-        "tokens": {
-            "shape": (n_contexts, length),
-            "chunks": (contexts, length),
-            "dtype": "int32",
-            "fill_value": -1,
-            "dimension_names": ("context", "position"),
-        }
-    }
-    for site in plan.sites:
-        specs[f"activations/{site.name}"] = {
-            "shape": (n_rows, site.width),
-            "chunks": (plan.chunk_rows(site.name), site.width),
-            "shards": (plan.shard_rows, site.width),
-            "dtype": plan.dtype,
-            "fill_value": CODE_FILL if plan.dtype == "int8" else float("nan"),
-            "dimension_names": ("row", "channel"),
-        }
-        specs[f"norms/{site.name}"] = {
-            "shape": (n_rows,),
-            "chunks": (plan.shard_rows,),
-            "dtype": "float32",
-            "fill_value": float("nan"),
-            "dimension_names": ("row",),
-        }
-        if plan.dtype == "int8":
-            specs[f"quantization/{site.name}"] = {
-                "shape": (-(-n_contexts // contexts), 2, site.width),
-                "chunks": (1, 2, site.width),
-                "dtype": "float32",
-                "fill_value": float("nan"),
-                "dimension_names": ("shard", "scale_offset", "channel"),
-            }
-    # Integrity without compression: 7 % of space would cost four times the CPU of reading.
-    # A dot between the parts of a chunk's name: no folder to make for each shard.
-    common = {"compressors": crc, "filters": None}
-    names = {"name": "default", "separator": "."}
-    return {path: spec | common | {"chunk_key_encoding": names} for path, spec in specs.items()}
-
-
-def zarr_metadata(plan: Plan, n_contexts: int) -> dict[str, dict[str, Any]]:
-    """Key → content of every `zarr.json` of a store of so many contexts.
-
-    The contents are kept in the seal, so that they can be written again, to the byte, by a later
-    version of zarr.
-    """
-    memory = MemoryStore()
-    attributes = {
-        "sae_harvest_format": FORMAT,
-        "plan": plan.hash,
-        "model": plan.model["name"],
-        "tokenizer": plan.tokenizer,
-        "sites": [site.name for site in plan.sites],
-        "context_length": plan.context_length,
-        "bos": plan.bos,
-        "dtype": plan.dtype,
-        "row": "context * context_length + position",
-    }
-    specs = array_specs(plan, n_contexts)
-    zarr.create_group(memory, attributes=attributes)
-    for group in sorted({path.partition("/")[0] for path in specs if "/" in path}):
-        zarr.create_group(memory, path=group)
-    for path, spec in specs.items():
-        zarr.create_array(memory, name=path, **spec)
-    return {key: json.loads(value) for key, value in read_memory(memory).items()}
-
-
-def read_memory(memory: MemoryStore) -> dict[str, bytes]:
-    """Every key of an in-memory zarr store with its bytes."""
-
-    async def collect() -> dict[str, bytes]:
-        found = {}
-        async for key in memory.list():
-            buffer = await memory.get(key, default_buffer_prototype())
-            assert buffer is not None
-            found[key] = buffer.to_bytes()
-        return found
-
-    return asyncio.run(collect())
-
-
 def chunk_key(path: str, shard: int) -> str:
     """Key of the object that holds one shard of the array at `path`."""
     return f"{path}/c.{shard}" + CHUNK_NAME_ENDS[path.partition("/")[0]]
+
+
+def object_keys(plan: Plan, shard: int) -> list[str]:
+    """Keys of all objects of a shard, sorted; its commit record lists these and no others."""
+    keys = [chunk_key("tokens", shard), context_key(shard), document_key(shard)]
+    for site in plan.sites:
+        keys += [chunk_key(f"{kind}/{site.name}", shard) for kind in ("activations", "norms")]
+        if plan.dtype == "int8":
+            keys += [chunk_key(f"quantization/{site.name}", shard), exact_key(site.name, shard)]
+    return sorted(keys)
 
 
 def exact_key(site: str, shard: int) -> str:
@@ -234,6 +178,11 @@ def commit_key(shard: int) -> str:
 
 def seal_key(n_shards: int) -> str:
     return f"seals/{n_shards:06d}.json"
+
+
+def array_path(key: str) -> str | None:
+    """The array that an object is a shard of; None for a table's key."""
+    return None if key.endswith(".parquet") else key.rpartition("/")[0]
 
 
 CHUNK_NAME_ENDS = {"tokens": ".0", "activations": ".0", "norms": "", "quantization": ".0.0"}

@@ -12,20 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from store import layout
+from store.commits import commit_shard, committed_shards, load_commit, read_plan, read_plan_record
 from store.errors import DamagedError, InputError, PlanMismatchError, StoreError
 from store.layout import Plan
 from store.objects import Objects, content_hash, require_space
-from store.seals import read_seal, seal, sealed_counts, store_digest
-from store.writer import (
-    WRITERS,
-    check_place,
-    commit_shard,
-    committed_shards,
-    create_store,
-    read_commit,
-    read_plan,
-    read_plan_record,
-)
+from store.seals import make_seals, read_seal, seal, sealed_counts, trusted_commits
+from store.writer import WRITERS, check_place, create_store
 
 Progress = Callable[[int, int], None]  # bytes copied, bytes to copy
 
@@ -62,15 +54,17 @@ def merge(target: Objects, sources: Sequence[Objects], on_progress: Progress) ->
         StoreError: no room for what is to be copied; it cannot be written.
     """
     plan = _common_plan(target, sources)
-    there = {shard: _objects(target, plan, shard) for shard in committed_shards(target)}
-    todo: dict[int, Objects] = {}
+    sealed = trusted_commits(target, plan)
+    there = {u: _commit(target, plan, u, sealed)["objects"] for u in committed_shards(target)}
+    todo: dict[int, tuple[Objects, Sequence[str]]] = {}
     already, differing = set(), set()
     total = 0
     for source in sources:
+        sealed = trusted_commits(source, plan)
         for shard in committed_shards(source):
-            offered = _objects(source, plan, shard)
+            offered = _commit(source, plan, shard, sealed)["objects"]
             if shard not in there:
-                there[shard], todo[shard] = offered, source
+                there[shard], todo[shard] = offered, (source, sealed)
                 total += sum(entry["bytes"] for entry in offered.values())
                 continue
             already.add(shard)
@@ -79,13 +73,13 @@ def merge(target: Objects, sources: Sequence[Objects], on_progress: Progress) ->
     require_space(target, total, "or merge into another place")
     done = 0
     todo = dict(sorted(todo.items()))
-    for shard, source in todo.items():
-        copy_shard(source, target, plan, shard)
+    for shard, (source, sealed) in todo.items():
+        _copy_shard(source, target, _commit(source, plan, shard, sealed))
         done += sum(entry["bytes"] for entry in there[shard].values())
         on_progress(done, total)
     missing = sorted(set(range(max(there, default=-1) + 1)) - set(there))
     return Merged(
-        copied={shard: source.place for shard, source in todo.items()},
+        copied={shard: source.place for shard, (source, _) in todo.items()},
         already=sorted(already),
         differing=sorted(differing),
         missing=missing,
@@ -93,19 +87,18 @@ def merge(target: Objects, sources: Sequence[Objects], on_progress: Progress) ->
     )
 
 
-def copy_shard(source: Objects, target: Objects, plan: Plan, shard: int) -> None:
+def _commit(objects: Objects, plan: Plan, shard: int, sealed: Sequence[str]) -> dict[str, Any]:
+    """A commit record, the sealed one where the shard is sealed: `trusted_commits`."""
+    return load_commit(objects, plan, shard, sealed[shard] if shard < len(sealed) else None)[0]
+
+
+def _copy_shard(source: Objects, target: Objects, record: dict[str, Any]) -> None:
     """Copy the objects of a committed shard, each checked, and then its commit record.
 
     What a killed writer left uncommitted in the target makes way: the record that comes describes
     the objects that come.
     """
-    record = read_commit(source, plan, shard)
-    for key in record["objects"]:
-        if key.startswith("/") or ".." in key.split("/"):  # would land outside of the target
-            raise DamagedError(
-                f"{source.place}/{layout.commit_key(shard)} lists {key}, which is no object of a "
-                "store; do not use that store."
-            )
+    shard = record["shard"]
 
     def copy(key: str) -> None:
         data = _checked(source, key, record["objects"][key])
@@ -140,10 +133,6 @@ def _common_plan(target: Objects, sources: Sequence[Objects]) -> Plan:
     return create_store(target, plan, read_plan_record(sources[0])["made_with"])
 
 
-def _objects(objects: Objects, plan: Plan, shard: int) -> dict[str, Any]:
-    return read_commit(objects, plan, shard)["objects"]
-
-
 def _checked(source: Objects, key: str, entry: dict[str, Any]) -> bytes:
     """The bytes of an object; `DamagedError` if they are not those that were committed."""
     try:
@@ -171,26 +160,15 @@ def _taken(target: Objects, shard: int) -> StoreError:
 
 def _close(target: Objects, sources: Sequence[Objects], plan: Plan, n_shards: int) -> str:
     """Seal all shards, and before that what sources had sealed and is the same here."""
-    kept = ("shard", "contexts", "objects")  # the statistics of all shards would fill the memory
-    commits = []
-    for shard in range(n_shards):
-        record = read_commit(target, plan, shard)
-        commits.append({name: record[name] for name in kept})
-    short = [c["shard"] for c in commits[:-1] if c["contexts"] != plan.contexts_per_shard]
-    if short:
-        raise DamagedError(
-            f"{target.place}/{layout.commit_key(short[0])} ends the corpus, and there are shards "
-            "after it; `harvest verify` each of the stores."
-        )
-    sealed = {
-        (count, read_seal(source, plan, count)["digest"])
-        for source in sources
-        for count in sealed_counts(source)
-        if count < n_shards
-    }
-    for count, digest in sorted(sealed):
-        if store_digest(plan, commits[:count]) == digest:
-            seal(target, plan, count)
+    wanted: dict[int, set[str]] = {}
+    for source in sources:
+        for count in sealed_counts(source):
+            if count < n_shards:
+                wanted.setdefault(count, set()).add(read_seal(source, plan, count)["digest"])
+    *earlier, _ = make_seals(target, plan, [*sorted(wanted), n_shards])
+    for made in earlier:
+        if made["digest"] in wanted[made["shards"]]:
+            seal(target, plan, made["shards"])
     return seal(target, plan, n_shards)["digest"]
 
 

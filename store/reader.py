@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from store import codec, layout, quantize
+from store.commits import load_commit, place_in_corpus, read_object, read_plan
 from store.errors import DamagedError, InputError
 from store.finite import require_finite
 from store.layout import Plan
@@ -21,7 +21,7 @@ from store.objects import Buffer, Objects, open_objects
 from store.rules import RowRule, heldout_documents
 from store.seals import find_seal
 from store.stats import Moments
-from store.writer import exact_values, read_commit, read_object, read_plan
+from store.tables import exact_values, parse_table
 
 
 class Scratch:
@@ -41,11 +41,25 @@ class Scratch:
         return self._memory[use][:count]
 
 
+@dataclass(frozen=True, slots=True)
+class _Committed:
+    """What reading a shard needs of its commit record; the rest would fill the memory.
+
+    medians: site → median norm. chunks: path → crc32c of each chunk, uint32. tables: key → bytes
+    and xxh3 of each table.
+    """
+
+    medians: dict[str, float]
+    chunks: dict[str, npt.NDArray[np.uint32]]
+    tables: dict[str, dict[str, Any]]
+
+
 class ActivationStore:
     """A sealed store, in a folder or a bucket.
 
-    Every chunk that is read is checked against its crc32c and every table against its hash; an
-    object that is missing or cut short raises.
+    What is read is what was sealed: the seal lists the digest of each commit record, the record
+    the crc32c of each chunk and the hash of each table. An object that is missing, cut short,
+    altered, or of another shard or store raises.
     """
 
     def __init__(self, objects: Objects, plan: Plan, seal: dict[str, Any]) -> None:
@@ -53,7 +67,7 @@ class ActivationStore:
         self._objects = objects
         self._plan = plan
         self._seal = seal
-        self._commits: dict[int, dict[str, Any]] = {}
+        self._committed: dict[int, _Committed] = {}
         # of this store, and gone with it
         self._table = lru_cache(maxsize=8)(self._read_table)
         self._quantization = lru_cache(maxsize=64)(self._read_quantization)
@@ -204,7 +218,7 @@ class ActivationStore:
 
     def norm_median(self, site: str, shard: int) -> float:
         """Median norm of the shard's rows, to which the outlier rule refers."""
-        return self.commit(shard)["statistics"][self.site(site)]["norm_median"]
+        return self._commit(shard).medians[self.site(site)]
 
     def row_documents(self, shard: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
         """Document number and text hash of every row of a shard.
@@ -249,11 +263,35 @@ class ActivationStore:
             keep &= held_out if rule.split == "heldout" else ~held_out
         return keep
 
-    def commit(self, shard: int) -> dict[str, Any]:
-        """The commit record of a shard."""
-        if shard not in self._commits:
-            self._commits[shard] = read_commit(self._objects, self._plan, shard)
-        return self._commits[shard]
+    def cursor(self, shard: int) -> dict[str, Any]:
+        """Where in the corpus the text of a shard begins."""
+        return place_in_corpus(self._read_commit(shard))
+
+    def _commit(self, shard: int) -> _Committed:
+        if shard not in self._committed:
+            record = self._read_commit(shard)
+            entries = record["objects"]
+            self._committed[shard] = _Committed(
+                medians={site: record["statistics"][site]["norm_median"] for site in self.sites},
+                chunks={
+                    path: np.array(entry["chunks"], np.uint32)
+                    for key, entry in entries.items()
+                    if (path := layout.array_path(key)) is not None
+                },
+                tables={key: e for key, e in entries.items() if layout.array_path(key) is None},
+            )
+        return self._committed[shard]
+
+    def _read_commit(self, shard: int) -> dict[str, Any]:
+        sealed = self._seal["commits"][shard]
+        record, _ = load_commit(self._objects, self._plan, shard, sealed)
+        first, last = self.shard_span(shard)
+        if record["rows"] != last - first:
+            raise DamagedError(
+                f"{self.place}/{layout.commit_key(shard)} has {record['rows']:,} rows where the "
+                f"seal has {last - first:,}{_REMEDY}."
+            )
+        return record
 
     def _inside(self, path: str, start: int, stop: int, length: int) -> None:
         if not 0 <= start <= stop <= length:
@@ -262,21 +300,25 @@ class ActivationStore:
     def _chunk(self, path: str, row: int, scratch: Scratch | None) -> npt.NDArray[Any]:
         """The whole chunk of activations that begins at a row, as stored."""
         shard, inside = divmod(row, self.shard_rows)
-        stride = codec.chunk_stride(self._plan, path)
-        at = inside // self.chunk_rows(path.partition("/")[2]) * stride
-        key = layout.chunk_key(path, shard)
+        number = inside // self.chunk_rows(path.partition("/")[2])
+        return self._read_chunk(path, shard, number, scratch)
+
+    def _read_chunk(
+        self, path: str, shard: int, number: int, scratch: Scratch | None = None
+    ) -> npt.NDArray[Any]:
+        """A whole chunk of an object, as stored; `DamagedError` if it is not the committed one."""
+        stride, key = codec.chunk_stride(self._plan, path), layout.chunk_key(path, shard)
+        checksum = int(self._commit(shard).chunks[path][number])
         into = None if scratch is None else scratch.bytes("chunk", stride).data
-        data = self._range(key, at, stride, into)
-        return codec.decode_chunk(self._plan, path, data, f"{self.place}/{key}")
+        data = self._range(key, number * stride, stride, into)
+        return codec.decode_chunk(self._plan, path, data, f"{self.place}/{key}", checksum)
 
     def _gather(self, path: str, start: int, stop: int, per_shard: int) -> npt.NDArray[Any]:
         """Entries of an array of one chunk per shard."""
         parts = []
         for shard in range(start // per_shard, -(-stop // per_shard)):
             first = shard * per_shard
-            key = layout.chunk_key(path, shard)
-            data = self._range(key, 0, codec.chunk_stride(self._plan, path))
-            whole = codec.decode_chunk(self._plan, path, data, f"{self.place}/{key}")
+            whole = self._read_chunk(path, shard, 0)
             parts.append(whole[max(0, start - first) : stop - first])
         return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
@@ -297,16 +339,13 @@ class ActivationStore:
 
     def _read_quantization(self, site: str, shard: int) -> tuple[npt.NDArray[Any], ...]:
         """Scale and offset [2, width] of a shard, and its exact rows: numbers, values."""
-        path = f"quantization/{site}"
-        key = layout.chunk_key(path, shard)
-        data = self._range(key, 0, codec.chunk_stride(self._plan, path))
-        affine = codec.decode_chunk(self._plan, path, data, f"{self.place}/{key}")[0]
+        affine = self._read_chunk(f"quantization/{site}", shard, 0)[0]
         exact = self._table(layout.exact_key(site, shard), shard)
         return affine, exact["row"].to_numpy(), exact_values(exact, self.width(site))
 
     def _read_table(self, key: str, shard: int) -> pa.Table:
-        data = read_object(self._objects, key, self.commit(shard)["objects"][key], _REMEDY)
-        return pq.read_table(io.BytesIO(data))
+        data = read_object(self._objects, key, self._commit(shard).tables[key], _REMEDY)
+        return parse_table(data, self._plan, key, shard, f"{self.place}/{key}")
 
 
 _REMEDY = "; `harvest verify` lists all damage"

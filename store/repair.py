@@ -7,48 +7,61 @@ anew, the store is whole again, and its digest is another one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from store import layout
+from store.commits import load_commit, parse_plan, read_plan
 from store.errors import DamagedError, NotAStoreError
 from store.layout import Plan
 from store.objects import Objects
-from store.records import decode_record, encode_record
-from store.seals import make_seal, read_seal, sealed_counts, sweep, write_zarr_metadata
+from store.records import decode_record, digest_of, encode_record
+from store.seals import check_seal, make_seals, read_seal, sealed_counts, sweep
 from store.verify import Damage
-from store.writer import read_commit, read_plan_record
+from store.zarrjson import write_zarr_metadata
 
 
 def restore_plan(objects: Objects) -> bool:
-    """Write plan.json again from a seal if it is damaged or gone; whether it was.
+    """Write plan.json again from a seal if it is damaged, gone or another store's; whether it was.
 
     Raises:
         NotAStoreError: no plan.json and no seal there.
-        DamagedError: it is damaged and nothing is sealed, or it is of another format.
+        DamagedError: it is damaged and nothing is sealed.
+        StoreError: it is of another format.
     """
+    plan, problem = None, None
     try:
-        read_plan_record(objects)
-        return False
+        plan = read_plan(objects)
     except (DamagedError, NotAStoreError) as error:
-        for n_shards in reversed(sealed_counts(objects)):
-            key = layout.seal_key(n_shards)
-            try:
-                content = decode_record(objects.read(key), key)["plan"]
-            except DamagedError:
-                continue
-            if content.get("format") != layout.FORMAT:
-                raise
-            plan = Plan.model_validate(content)
-            record = {"plan": content, "hash": plan.hash, "made_with": {}}
+        problem = error
+    for n_shards in reversed(sealed_counts(objects)):
+        sealed = _plan_of_seal(objects, n_shards)
+        if sealed is not None and sealed == plan:
+            return False
+        if sealed is not None:
+            record = {"plan": sealed.model_dump(mode="json"), "hash": sealed.hash, "made_with": {}}
             objects.replace(layout.PLAN_KEY, [encode_record(record)])
             return True
-        if isinstance(error, NotAStoreError):
-            raise
-        raise DamagedError(
-            f"{error} Nothing is sealed there that it could be restored from; harvest into "
-            "another --store."
-        ) from error
+    if problem is None:
+        return False
+    if isinstance(problem, NotAStoreError):
+        raise problem
+    raise DamagedError(
+        f"{problem} Nothing is sealed there that it could be restored from; harvest into "
+        "another --store."
+    ) from problem
+
+
+def _plan_of_seal(objects: Objects, n_shards: int) -> Plan | None:
+    """The plan that a seal holds, None if the seal is damaged or of another format."""
+    key = layout.seal_key(n_shards)
+    try:
+        record = decode_record(objects.read(key), key)
+        plan = parse_plan(record.get("plan"), key)
+        check_seal(plan, record, key)
+    except DamagedError:
+        return None
+    return plan
 
 
 def remove_damaged(objects: Objects, damage: Iterable[Damage]) -> None:
@@ -67,10 +80,32 @@ def remove_damaged(objects: Objects, damage: Iterable[Damage]) -> None:
         objects.remove(item.key)
 
 
+def remove_untrusted(
+    objects: Objects, plan: Plan, made: Mapping[int, str], sealed: Sequence[str]
+) -> list[int]:
+    """Remove all of a shard whose commit record was made again and is not the one that was sealed.
+
+    Objects that were adopted for it may have been altered together with the record that vouched
+    for them: they have to be made again as well.
+
+    Args:
+        made: shard → digest of its new record, for the shards whose records were damaged.
+        sealed: digests of the sealed records, from a seal that is whole.
+
+    Returns:
+        The numbers of those shards.
+    """
+    untrusted = [u for u, digest in made.items() if u < len(sealed) and digest != sealed[u]]
+    for shard in untrusted:
+        for key in (layout.commit_key(shard), *layout.object_keys(plan, shard)):
+            objects.remove(key)
+    return sorted(untrusted)
+
+
 def mend_commit(objects: Objects, plan: Plan, record: dict[str, Any]) -> None:
     """Put the commit record of a shard that was made again in place of one that differs."""
     try:
-        if read_commit(objects, plan, record["shard"])["objects"] == record["objects"]:
+        if load_commit(objects, plan, record["shard"])[1] == digest_of(record):
             return
     except DamagedError:
         pass  # what is being mended
@@ -80,16 +115,15 @@ def mend_commit(objects: Objects, plan: Plan, record: dict[str, Any]) -> None:
 def reseal(objects: Objects, plan: Plan) -> None:
     """Bring every seal and the zarr metadata in line with the commits, and sweep up."""
     sweep(objects)
-    latest = None
-    for n_shards in sealed_counts(objects):
-        latest = make_seal(objects, plan, n_shards)
+    counts = sealed_counts(objects)
+    seals = make_seals(objects, plan, counts)
+    # The latest first: it is the one that commit records are held against.
+    for n_shards, made in zip(reversed(counts), reversed(seals), strict=True):
         try:
-            there = read_seal(objects, plan, n_shards)
+            is_right = read_seal(objects, plan, n_shards) == made
         except DamagedError:
-            there = None
-        if there is None or there["digest"] != latest["digest"]:
-            objects.replace(layout.seal_key(n_shards), [encode_record(latest)])
-        else:
-            latest = there
-    if latest is not None:
-        write_zarr_metadata(objects, latest["zarr"])
+            is_right = False
+        if not is_right:
+            objects.replace(layout.seal_key(n_shards), [encode_record(made)])
+    if seals:
+        write_zarr_metadata(objects, plan, seals[-1]["contexts"])

@@ -2,20 +2,108 @@
 
 A harvest that reaches its target seals it; a longer one adds shards and another seal. Earlier
 seals stay, so that what was made from a store before it grew still finds that store, by digest.
+
+A seal lists the digest of every commit record that it covers, and its own digest, the store's, is
+over all that it says. A reader therefore knows a commit record for the sealed one, and by the
+checksums in that record each chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from store import layout, stats
+from store.commits import (
+    Count,
+    Counts,
+    Hash,
+    MomentsRecord,
+    Natural,
+    NotNegative,
+    StrictModel,
+    committed_shards,
+    load_commit,
+    moments_fit,
+    numbered,
+    validate,
+)
 from store.errors import DamagedError, UnfinishedError
 from store.layout import Plan
 from store.objects import Objects
-from store.records import canonical, decode_record, digest_of, encode_record
-from store.writer import committed_shards, numbered, read_commit
+from store.records import decode_record, digest_of, encode_record
+from store.zarrjson import write_zarr_metadata
 
 REMEDY = "`harvest verify --repair` mends it."
+
+
+class _Statistics(StrictModel):
+    ordinary: MomentsRecord
+    outlier: MomentsRecord
+    outlier_rule: str
+    outlier_positions: Counts
+    outlier_tokens: Counts
+    outlier_dimensions: list[Count]
+    norm_quantiles: dict[str, NotNegative]
+    norm_max: NotNegative
+    quantization_error: list[NotNegative] | None = None
+
+
+class _Seal(StrictModel):
+    plan: dict[str, Any]
+    shards: Natural
+    contexts: Natural
+    rows: Natural
+    bytes: Natural
+    commits: list[Hash]
+    statistics: dict[str, _Statistics]
+    digest: Hash
+
+
+class SealBuilder:
+    """The seal of the shards added so far, from their commit records, one at a time."""
+
+    def __init__(self, place: str, plan: Plan) -> None:
+        self._place, self._plan = place, plan
+        self._commits: list[str] = []
+        self._contexts = self._bytes = 0
+        self._merges = {site.name: stats.Merge() for site in plan.sites}
+
+    @property
+    def shards(self) -> int:
+        return len(self._commits)
+
+    def add(self, record: dict[str, Any], digest: str) -> None:
+        """Take in the next shard.
+
+        Raises:
+            DamagedError: the shard before it is short, as only the last of a corpus is.
+        """
+        if self._contexts < len(self._commits) * self._plan.contexts_per_shard:
+            key = layout.commit_key(len(self._commits) - 1)
+            raise DamagedError(
+                f"{self._place}/{key} ends the corpus, and there are shards after it; "
+                "run `harvest verify` on this store."
+            )
+        self._commits.append(digest)
+        self._contexts += record["contexts"]
+        self._bytes += sum(entry["bytes"] for entry in record["objects"].values())
+        for site, merge in self._merges.items():
+            merge.add(record["statistics"][site])
+
+    def record(self) -> dict[str, Any]:
+        """The seal, of at least one shard."""
+        content = {
+            "plan": self._plan.model_dump(mode="json"),
+            "shards": len(self._commits),
+            "contexts": self._contexts,
+            "rows": self._contexts * self._plan.context_length,
+            "bytes": self._bytes,
+            "commits": list(self._commits),
+            "statistics": {site: merge.to_json() for site, merge in self._merges.items()},
+        }
+        return content | {"digest": digest_of(content)}
 
 
 def seal(objects: Objects, plan: Plan, n_shards: int) -> dict[str, Any]:
@@ -24,11 +112,11 @@ def seal(objects: Objects, plan: Plan, n_shards: int) -> dict[str, Any]:
     Raises:
         DamagedError: a commit record is damaged, or an earlier seal of so many shards differs.
     """
-    record = make_seal(objects, plan, n_shards)
+    (record,) = make_seals(objects, plan, [n_shards])
     # The arrays' shapes first: a reader that knows only zarr may see committed shards that are
     # not sealed yet, never a seal whose rows it cannot see.
     if n_shards >= max(sealed_counts(objects), default=0):
-        write_zarr_metadata(objects, record["zarr"])
+        write_zarr_metadata(objects, plan, record["contexts"])
     key = layout.seal_key(n_shards)
     if not objects.publish(key, [encode_record(record)]):
         there = read_seal(objects, plan, n_shards)
@@ -36,10 +124,9 @@ def seal(objects: Objects, plan: Plan, n_shards: int) -> dict[str, Any]:
             raise DamagedError(
                 f"{objects.place}/{key} does not match the commits beside it; {REMEDY}"
             )
-        record = there
     latest = sealed_counts(objects)[-1]
     if latest > n_shards:  # by another driver meanwhile: the shapes may have become ours again
-        write_zarr_metadata(objects, read_seal(objects, plan, latest)["zarr"])
+        write_zarr_metadata(objects, plan, read_seal(objects, plan, latest)["contexts"])
     sweep(objects)
     return record
 
@@ -50,47 +137,74 @@ def sweep(objects: Objects) -> None:
         objects.remove(key)
 
 
-def make_seal(objects: Objects, plan: Plan, n_shards: int) -> dict[str, Any]:
-    """The seal of the first shards, from their commit records."""
-    commits = [read_commit(objects, plan, shard) for shard in range(n_shards)]
-    contexts = sum(c["contexts"] for c in commits)
-    return {
-        "digest": store_digest(plan, commits),
-        "plan": plan.model_dump(mode="json"),
-        "shards": n_shards,
-        "contexts": contexts,
-        "rows": contexts * plan.context_length,
-        "bytes": sum(o["bytes"] for c in commits for o in c["objects"].values()),
-        "zarr": layout.zarr_metadata(plan, contexts),
-        "statistics": {
-            s.name: stats.merge(c["statistics"][s.name] for c in commits) for s in plan.sites
-        },
-    }
+def make_seals(objects: Objects, plan: Plan, counts: Sequence[int]) -> list[dict[str, Any]]:
+    """The seals of the first shards, so many and so many, each commit record read once.
 
-
-def store_digest(plan: Plan, commits: list[dict[str, Any]]) -> str:
-    """xxh3-128 over the plan's hash and the objects of every commit.
-
-    It covers nothing that varies between two runs of one plan.
+    Raises:
+        DamagedError: a commit record is missing, damaged, or of a short shard before the last.
     """
-    return digest_of([plan.hash, [c["objects"] for c in commits]])
+    builder = SealBuilder(objects.place, plan)
+    seals = []
+    for before, count in pairwise([0, *counts]):
+        for shard in range(before, count):
+            builder.add(*load_commit(objects, plan, shard))
+        seals.append(builder.record())
+    return seals
 
 
 def sealed_counts(objects: Objects) -> list[int]:
     """The numbers of shards that have been sealed, ascending."""
-    return numbered(objects, "seals/")
+    return [count for count in numbered(objects, layout.seal_key) if count > 0]
 
 
 def read_seal(objects: Objects, plan: Plan, n_shards: int) -> dict[str, Any]:
     """The checked seal of so many shards; `DamagedError` if missing, altered or foreign."""
     key = layout.seal_key(n_shards)
+    name = f"{objects.place}/{key}"
     try:
-        record = decode_record(objects.read(key), f"{objects.place}/{key}")
+        record = decode_record(objects.read(key), name)
     except FileNotFoundError:
-        raise DamagedError(f"{objects.place}/{key} is missing; {REMEDY}") from None
+        raise DamagedError(f"{name} is missing; {REMEDY}") from None
     if record.get("shards") != n_shards or record.get("plan") != plan.model_dump(mode="json"):
-        raise DamagedError(f"{objects.place}/{key} belongs to another store.")
+        raise DamagedError(f"{name} belongs to another store.")
+    check_seal(plan, record, name)
     return record
+
+
+def check_seal(plan: Plan, record: dict[str, Any], name: str) -> None:
+    """`DamagedError` if the content of a seal is none that was made from commit records."""
+    validate(_Seal, record, name)
+    shards, contexts, rows = record["shards"], record["contexts"], record["rows"]
+    full = plan.contexts_per_shard
+    fits = (
+        len(record["commits"]) == shards
+        and (shards - 1) * full < contexts <= shards * full
+        and rows == contexts * plan.context_length
+        and record["statistics"].keys() == {site.name for site in plan.sites}
+        and all(
+            moments_fit(found, plan, site, rows)
+            and all(dimension < plan.width(site) for dimension in found["outlier_dimensions"])
+            for site, found in record["statistics"].items()
+        )
+    )
+    if not fits:
+        raise DamagedError(f"{name} is damaged: its numbers do not fit its plan; {REMEDY}")
+    content = {field: value for field, value in record.items() if field != "digest"}
+    if record["digest"] != digest_of(content):
+        raise DamagedError(f"{name} is damaged: its digest is not that of its content; {REMEDY}")
+
+
+def trusted_commits(objects: Objects, plan: Plan) -> list[str]:
+    """The digests of the sealed commit records, from the latest seal that is whole; else none.
+
+    What is not sealed yet is guarded by the checksums of its records alone.
+    """
+    for n_shards in reversed(sealed_counts(objects)):
+        try:
+            return read_seal(objects, plan, n_shards)["commits"]
+        except DamagedError:
+            continue
+    return []
 
 
 def find_seal(objects: Objects, plan: Plan, digest: str | None) -> dict[str, Any]:
@@ -115,15 +229,3 @@ def find_seal(objects: Objects, plan: Plan, digest: str | None) -> dict[str, Any
         f"{objects.place} was never sealed with the digest {digest}; it is another store than the "
         "one that was used before."
     )
-
-
-def write_zarr_metadata(objects: Objects, metadata: dict[str, Any]) -> None:
-    """Bring every `zarr.json` up to date."""
-    for key, content in metadata.items():
-        wanted = canonical(content)
-        try:
-            there = objects.read(key)
-        except FileNotFoundError:
-            there = b""
-        if there != wanted:
-            objects.replace(key, [wanted])

@@ -12,7 +12,7 @@ that depends on nothing but the rows.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from store.rules import OUTLIER_MEDIANS
 
 FloatArray = npt.NDArray[np.float64]
 HISTOGRAM_SHIFT = 15  # float32 bits dropped: 256 bins per power of two, 0.4 % wide
+HISTOGRAM_BINS = (0x7F80_0000 >> HISTOGRAM_SHIFT) - 1  # of finite norms, the last one left out
 OUTLIER_DIMENSION_MEDIANS = 6.0
 
 
@@ -65,7 +66,8 @@ class Moments:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Moments:
-        return cls(content["rows"], np.array(content["mean"]), np.array(content["m2"]))
+        mean, m2 = (np.array(content[name], np.float64) for name in ("mean", "m2"))
+        return cls(content["rows"], mean, m2)
 
 
 def bits_of(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -154,41 +156,48 @@ def summarise(
     }
 
 
-def merge(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Statistics of one site over all shards, as stored with a seal."""
-    ordinary = outlier = None
-    histogram: Counter[str] = Counter()
-    positions: Counter[str] = Counter()
-    tokens: Counter[str] = Counter()
-    largest = 0.0
-    errors: list[list[float]] = []
-    for record in records:
-        o, u = Moments.from_json(record["ordinary"]), Moments.from_json(record["outlier"])
-        ordinary = o if ordinary is None else ordinary.merge(o)
-        outlier = u if outlier is None else outlier.merge(u)
-        histogram.update(record["norm_histogram"])
-        positions.update(record["outlier_positions"])
-        tokens.update(record["outlier_tokens"])
-        largest = max(largest, record["norm_max"])
+class Merge:
+    """Statistics of one site over the shards added so far, without keeping those of each."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, Moments] = {}
+        self._counts: dict[str, Counter[str]] = {
+            name: Counter() for name in ("norm_histogram", "outlier_positions", "outlier_tokens")
+        }
+        self._largest = 0.0
+        self._error: FloatArray | None = None
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Take in the statistics of the next shard, from its commit record."""
+        for group in ("ordinary", "outlier"):
+            moments = Moments.from_json(record[group])
+            before = self._groups.get(group)
+            self._groups[group] = moments if before is None else before.merge(moments)
+        for name, counter in self._counts.items():
+            counter.update(record[name])
+        self._largest = max(self._largest, record["norm_max"])
         if "quantization_error" in record:
-            errors.append(record["quantization_error"])
-    if ordinary is None or outlier is None:
-        raise ValueError("no shard to merge statistics from")
-    merged = {
-        "ordinary": ordinary.to_json(),
-        "outlier": outlier.to_json(),
-        "outlier_rule": f"norm above {OUTLIER_MEDIANS:g} medians of its shard",
-        "outlier_positions": dict(positions.most_common(20)),
-        "outlier_tokens": dict(tokens.most_common(20)),
-        "outlier_dimensions": outlier_dimensions(ordinary),
-        "norm_quantiles": {
-            f"{q:g}": histogram_quantile(histogram, q) for q in (0.01, 0.05, 0.5, 0.95, 0.99, 0.999)
-        },
-        "norm_max": largest,
-    }
-    if errors:
-        merged["quantization_error"] = np.sum(errors, axis=0).tolist()
-    return merged
+            error = np.array(record["quantization_error"], np.float64)
+            self._error = error if self._error is None else self._error + error
+
+    def to_json(self) -> dict[str, Any]:
+        """The merged statistics, as stored with a seal."""
+        ordinary, outlier = self._groups["ordinary"], self._groups["outlier"]
+        histogram = self._counts["norm_histogram"]
+        quantiles = (0.01, 0.05, 0.5, 0.95, 0.99, 0.999)
+        merged = {
+            "ordinary": ordinary.to_json(),
+            "outlier": outlier.to_json(),
+            "outlier_rule": f"norm above {OUTLIER_MEDIANS:g} medians of its shard",
+            "outlier_positions": dict(self._counts["outlier_positions"].most_common(20)),
+            "outlier_tokens": dict(self._counts["outlier_tokens"].most_common(20)),
+            "outlier_dimensions": outlier_dimensions(ordinary),
+            "norm_quantiles": {f"{q:g}": histogram_quantile(histogram, q) for q in quantiles},
+            "norm_max": self._largest,
+        }
+        if self._error is not None:
+            merged["quantization_error"] = self._error.tolist()
+        return merged
 
 
 def outlier_dimensions(moments: Moments) -> list[int]:

@@ -20,10 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from store import codec, layout, quantize, stats
+from store.commits import read_plan
 from store.errors import DamagedError, NotAStoreError, PlanMismatchError
+from store.finite import all_finite
 from store.layout import Plan
 from store.objects import Buffer, Objects, content_hash, total_bytes
-from store.records import decode_record, digest_of, encode_record
+from store.records import encode_record
+from store.tables import encode_table, exact_table, exact_values
 
 WRITERS = 4  # objects of a shard under way at once: their flushes overlap
 
@@ -102,39 +105,6 @@ def discard(objects: Objects) -> None:
     objects.prune()
 
 
-def read_plan_record(objects: Objects) -> dict[str, Any]:
-    """The checked content of plan.json: plan, hash, made_with.
-
-    Raises:
-        NotAStoreError: no plan.json.
-        DamagedError: it is damaged, or of a format this version does not know.
-    """
-    name = f"{objects.place}/{layout.PLAN_KEY}"
-    try:
-        data = objects.read(layout.PLAN_KEY)
-    except FileNotFoundError:
-        raise NotAStoreError(
-            f"{objects.place} holds no activation store (no {layout.PLAN_KEY} there); "
-            "give the place that `harvest run --store` wrote."
-        ) from None
-    record = decode_record(data, name)
-    plan = record.get("plan")
-    if not isinstance(plan, dict) or record.get("hash") != digest_of(plan):
-        raise DamagedError(f"{name} is damaged: it is another kind of record.")
-    found = plan.get("format")
-    if found != layout.FORMAT:
-        raise DamagedError(
-            f"{objects.place} is a store of format {found}, this version reads {layout.FORMAT}; "
-            "use the version of sae-harvest that wrote it."
-        )
-    return record
-
-
-def read_plan(objects: Objects) -> Plan:
-    """The plan of the store at a place; raises as `read_plan_record`."""
-    return Plan.model_validate(read_plan_record(objects)["plan"])
-
-
 def write_shard(objects: Objects, plan: Plan, shard: Shard) -> dict[str, Any]:
     """Publish every object of a shard and return its commit record, not yet published.
 
@@ -191,7 +161,9 @@ class _Work:
         pieces = codec.encode(self._plan, path, array)
 
         def check(data: bytes) -> None:
-            codec.decode(self._plan, path, data, len(array), key)
+            found = codec.decode(self._plan, path, data, len(array), key)
+            if found.dtype.kind == "f" and not all_finite(found):
+                raise DamagedError(f"{key} holds numbers that are not finite.")
 
         there = self._object(key, pieces, check)
         if there is pieces:
@@ -255,7 +227,11 @@ class _Work:
 
     def _object(self, key: str, pieces: Pieces, check: Check) -> Pieces:
         there = publish_or_adopt(self._objects, key, pieces, check)
-        self.entries[key] = {"bytes": total_bytes(there), "xxh3": content_hash(there)}
+        entry: dict[str, Any] = {"bytes": total_bytes(there), "xxh3": content_hash(there)}
+        if path := layout.array_path(key):
+            length = codec.entries(self._plan, path, len(self._shard.tokens))
+            entry["chunks"] = codec.checksums(self._plan, path, there, length)
+        self.entries[key] = entry
         return there
 
 
@@ -272,79 +248,3 @@ def publish_or_adopt(objects: Objects, key: str, pieces: Pieces, check: Check) -
     # Not committed and not decodable: a disk fault, not data. Ours takes its place.
     objects.replace(key, pieces)
     return pieces
-
-
-def commit_shard(objects: Objects, record: dict[str, Any]) -> dict[str, Any]:
-    """Publish a commit record; the one that is there wins and is returned."""
-    key = layout.commit_key(record["shard"])
-    if objects.publish(key, [encode_record(record)]):
-        return record
-    return decode_record(objects.read(key), f"{objects.place}/{key}")
-
-
-def committed_shards(objects: Objects) -> list[int]:
-    """Numbers of the committed shards, ascending."""
-    return numbered(objects, "commits/")
-
-
-def numbered(objects: Objects, folder: str) -> list[int]:
-    """The numbers in the names of a folder's records, ascending."""
-    names = (key.removeprefix(folder).removesuffix(".json") for key in objects.keys(folder))
-    return sorted(int(name) for name in names if name.isdecimal())
-
-
-def read_commit(objects: Objects, plan: Plan, shard: int) -> dict[str, Any]:
-    """The checked commit record of a shard; `DamagedError` if missing, altered or foreign."""
-    key = layout.commit_key(shard)
-    try:
-        data = objects.read(key)
-    except FileNotFoundError:
-        raise DamagedError(
-            f"{objects.place}/{key} is missing: shard {shard} is not there; run the same harvest "
-            "again."
-        ) from None
-    record = decode_record(data, f"{objects.place}/{key}")
-    if record.get("plan") != plan.hash or record.get("shard") != shard:
-        raise DamagedError(f"{objects.place}/{key} belongs to another store or shard.")
-    return record
-
-
-def read_object(objects: Objects, key: str, entry: dict[str, Any], remedy: str = "") -> bytes:
-    """The bytes of an object, as its commit record lists it.
-
-    Args:
-        entry: of the record, bytes and xxh3.
-        remedy: what to do, after a semicolon, where the object is not as it was committed.
-
-    Raises:
-        DamagedError: it is missing, of another length, or altered.
-    """
-    name = f"{objects.place}/{key}"
-    try:
-        data = objects.read(key)
-    except FileNotFoundError:
-        raise DamagedError(f"{name} is missing{remedy}.") from None
-    if len(data) != entry["bytes"]:
-        raise DamagedError(f"{name} has {len(data):,} bytes instead of {entry['bytes']:,}{remedy}.")
-    if content_hash([data]) != entry["xxh3"]:
-        raise DamagedError(f"{name} is altered: its hash is not the committed one{remedy}.")
-    return data
-
-
-def exact_table(rows: npt.NDArray[np.int64], x: npt.NDArray[Any]) -> pa.Table:
-    """Rows kept as they are: row int64, values float16 [width]."""
-    flat = pa.array(np.ascontiguousarray(x, np.float16).reshape(-1))
-    values = pa.FixedSizeListArray.from_arrays(flat, x.shape[1])
-    return pa.table({"row": pa.array(rows, pa.int64()), "values": values})
-
-
-def exact_values(table: pa.Table, width: int) -> npt.NDArray[np.float16]:
-    """The values of an `exact_table`, [rows, width]."""
-    return table["values"].combine_chunks().flatten().to_numpy().reshape(-1, width)
-
-
-def encode_table(table: pa.Table) -> bytes:
-    """The table as Parquet."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    return sink.getvalue().to_pybytes()

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from store.commits import commit_shard
 from store.layout import Plan, SitePlan
 from store.objects import LocalObjects, Objects
 from store.seals import seal
-from store.writer import Shard, commit_shard, create_store, write_shard
+from store.tables import DOCUMENT_SCHEMA, PIECE_SCHEMA
+from store.writer import Shard, create_store, write_shard
 
 SITE = "resid_post.0"
 OTHER = "mlp_act.0"
@@ -59,19 +61,33 @@ def make_shard(plan: Plan, number: int, n_contexts: int = CONTEXTS, noise: float
     x = rows_of(plan, last)[first * length :] * np.float32(1 + noise)
     contexts = np.arange(first, last)
     hashes = contexts.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    count = len(contexts)
     pieces = pa.table(
         {
-            "context": pa.array(contexts, pa.int64()),
-            "start": pa.array(np.zeros(len(contexts)), pa.int32()),
-            "stop": pa.array(np.full(len(contexts), length), pa.int32()),
-            "document": pa.array(contexts, pa.int64()),
-            "document_hash": pa.array(hashes, pa.uint64()),
-            "first_token": pa.array(np.zeros(len(contexts)), pa.int64()),
-            "char_start": pa.array(np.zeros(len(contexts)), pa.int64()),
-            "char_end": pa.array(np.full(len(contexts), 50), pa.int64()),
-        }
+            "context": contexts,
+            "start": np.zeros(count),
+            "stop": np.full(count, length),
+            "document": contexts,
+            "document_hash": hashes,
+            "first_token": np.zeros(count),
+            "char_start": np.zeros(count),
+            "char_end": np.full(count, 50),
+        },
+        PIECE_SCHEMA,
     )
-    documents = pa.table({"document": contexts, "id": [f"d{c}" for c in contexts]})
+    documents = pa.table(
+        {
+            "document": contexts,
+            "id": [f"d{c}" for c in contexts],
+            "source": ["made up"] * count,
+            "title": [None] * count,
+            "url": [None] * count,
+            "text_hash": hashes,
+            "n_chars": np.full(count, 50),
+            "n_tokens": np.full(count, length - 1),
+        },
+        DOCUMENT_SCHEMA,
+    )
     tokens = np.arange(first * length, last * length, dtype=np.int32).reshape(-1, length)
     norms = np.linalg.norm(x, axis=1)
     dtype = "float16" if plan.dtype == "int8" else plan.dtype

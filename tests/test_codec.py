@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import struct
 from pathlib import Path
@@ -12,6 +13,7 @@ import google_crc32c
 import numpy as np
 import pytest
 import zarr
+from zarr.core.buffer import cpu, default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from store import codec, layout
@@ -19,6 +21,7 @@ from store.errors import DamagedError
 from store.layout import Plan
 from store.objects import LocalObjects, total_bytes
 from store.reader import ActivationStore
+from store.zarrjson import zarr_metadata
 from tests.synthetic import CONTEXTS, SITE, make_plan, make_store, rows_of
 
 DTYPES = ["float16", "float32", "int8"]
@@ -29,22 +32,109 @@ def long_plan(dtype: str) -> Plan:
     return make_plan(dtype=dtype).model_copy(update={"contexts_per_shard": 1024})
 
 
+def array_metadata(plan: Plan, contexts: int) -> dict[str, dict[str, Any]]:
+    """Path of each array → the content of its zarr.json."""
+    found = zarr_metadata(plan, contexts)
+    return {
+        key.removesuffix("/zarr.json"): content
+        for key, content in found.items()
+        if content["node_type"] == "array"
+    }
+
+
 def random_array(plan: Plan, path: str, length: int) -> np.ndarray:
-    spec = layout.array_specs(plan, plan.contexts_per_shard)[path]
+    metadata = array_metadata(plan, plan.contexts_per_shard)[path]
     rng = np.random.default_rng(3)
-    shape = (length, *spec["shape"][1:])
-    if spec["dtype"] in ("int8", "int32"):
-        return rng.integers(-127, 128, shape).astype(spec["dtype"])
-    return rng.standard_normal(shape).astype(spec["dtype"])
+    shape, dtype = (length, *metadata["shape"][1:]), metadata["data_type"]
+    if dtype in ("int8", "int32"):
+        return rng.integers(-127, 128, shape).astype(dtype)
+    return rng.standard_normal(shape).astype(dtype)
 
 
 def zarr_objects(plan: Plan, path: str, array: np.ndarray) -> dict[str, bytes]:
     """What zarr itself writes for one shard's worth of an array."""
+    metadata = array_metadata(plan, plan.contexts_per_shard)[path] | {"shape": array.shape}
+    memory = MemoryStore({"x/zarr.json": cpu.Buffer.from_bytes(json.dumps(metadata).encode())})
+    written: Any = zarr.open_array(memory, path="x", mode="r+")
+    written[:] = array
+    return {k: v for k, v in read_memory(memory).items() if not k.endswith("zarr.json")}
+
+
+def read_memory(memory: MemoryStore) -> dict[str, bytes]:
+    """Every key of an in-memory zarr store with its bytes."""
+
+    async def collect() -> dict[str, bytes]:
+        found = {}
+        async for key in memory.list():
+            buffer = await memory.get(key, default_buffer_prototype())
+            assert buffer is not None
+            found[key] = buffer.to_bytes()
+        return found
+
+    return asyncio.run(collect())
+
+
+def made_by_zarr(plan: Plan, n_contexts: int) -> dict[str, Any]:
+    """The content of every zarr.json as zarr writes it for arrays described to it in its words."""
     memory = MemoryStore()
-    spec = layout.array_specs(plan, plan.contexts_per_shard)[path]
-    spec = spec | {"shape": array.shape}
-    zarr.create_array(memory, name="x", **spec)[:] = array
-    return {k: v for k, v in layout.read_memory(memory).items() if not k.endswith("zarr.json")}
+    length, contexts, rows = plan.context_length, plan.contexts_per_shard, plan.shard_rows
+    n_rows, width, nan = n_contexts * length, plan.width(SITE), float("nan")
+    common: dict[str, Any] = {
+        "store": memory,
+        "compressors": [zarr.codecs.Crc32cCodec()],
+        "filters": None,
+        "chunk_key_encoding": {"name": "default", "separator": "."},
+    }
+    zarr.create_group(memory, attributes=zarr_metadata(plan, n_contexts)["zarr.json"]["attributes"])
+    for group in ("activations", "norms", *(["quantization"] if plan.dtype == "int8" else [])):
+        zarr.create_group(memory, path=group)
+    zarr.create_array(
+        name="tokens",
+        shape=(n_contexts, length),
+        chunks=(contexts, length),
+        dtype="int32",
+        fill_value=-1,
+        dimension_names=("context", "position"),
+        **common,
+    )
+    zarr.create_array(
+        name=f"activations/{SITE}",
+        shape=(n_rows, width),
+        chunks=(plan.chunk_rows(SITE), width),
+        shards=(rows, width),
+        dtype=plan.dtype,
+        fill_value=-128 if plan.dtype == "int8" else nan,
+        dimension_names=("row", "channel"),
+        **common,
+    )
+    zarr.create_array(
+        name=f"norms/{SITE}",
+        shape=(n_rows,),
+        chunks=(rows,),
+        dtype="float32",
+        fill_value=nan,
+        dimension_names=("row",),
+        **common,
+    )
+    if plan.dtype == "int8":
+        zarr.create_array(
+            name=f"quantization/{SITE}",
+            shape=(-(-n_contexts // contexts), 2, width),
+            chunks=(1, 2, width),
+            dtype="float32",
+            fill_value=nan,
+            dimension_names=("shard", "scale_offset", "channel"),
+            **common,
+        )
+    return {key: json.loads(value) for key, value in read_memory(memory).items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_zarr_json_is_what_zarr_writes(dtype: str) -> None:
+    for plan in (make_plan(dtype=dtype), long_plan(dtype)):
+        assert zarr_metadata(plan, 2 * plan.contexts_per_shard - 3) == made_by_zarr(
+            plan, 2 * plan.contexts_per_shard - 3
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -58,13 +148,24 @@ def test_objects_are_those_that_zarr_writes_to_the_byte(dtype: str, share: float
         f"quantization/{SITE}": 1,
     }
     assert plan.shard_rows == 4 * plan.chunk_rows(SITE)
-    for path in layout.array_specs(plan, 1):
+    for path in array_metadata(plan, 1):
         array = random_array(plan, path, max(1, int(whole[path] * share)))
         ours = b"".join(codec.encode(plan, path, array))
         ((key, theirs),) = zarr_objects(plan, path, array).items()
         assert layout.chunk_key(path, 0) == key.replace("x/", f"{path}/", 1)
         assert ours == theirs, path
-        assert total_bytes(codec.encode(plan, path, array)) == len(theirs)
+        pieces = codec.encode(plan, path, array)
+        assert total_bytes(pieces) == len(theirs) == codec.object_bytes(plan, path, len(array))
+        found = codec.checksums(plan, path, pieces, len(array))
+        assert found == codec.checksums(plan, path, [theirs], len(array))
+        assert len(found) == codec.chunk_count(plan, path, len(array))
+        stride = codec.chunk_stride(plan, path)
+        for number, checksum in enumerate(found):
+            chunk = theirs[number * stride :][:stride]
+            assert checksum == google_crc32c.value(chunk[:-4])
+            codec.decode_chunk(plan, path, chunk, "chunk", checksum)
+            with pytest.raises(DamagedError, match="another chunk than was committed"):
+                codec.decode_chunk(plan, path, chunk, "chunk", checksum ^ 1)
         decoded = codec.decode(plan, path, theirs, len(array), "theirs")
         assert decoded.dtype == array.dtype
         assert np.array_equal(decoded, array)
@@ -102,7 +203,7 @@ def test_every_array_is_the_same_to_plain_zarr_and_dask(
             plain[path] = group[path][:]
             lazy = dask.array.from_zarr(place, component=path)
             assert np.array_equal(plain[path], lazy.compute())
-    assert set(plain) == set(layout.array_specs(plan, n_contexts))
+    assert set(plain) == set(array_metadata(plan, n_contexts))
     assert np.array_equal(plain["tokens"], store.tokens(0, n_contexts))
     assert np.array_equal(plain[f"norms/{SITE}"], store.norms(SITE, 0, n_rows))
     x, expected = plain[f"activations/{SITE}"], rows_of(plan, n_contexts)

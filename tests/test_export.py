@@ -19,13 +19,14 @@ import safetensors.torch
 import torch
 
 from harvest.export import ExportConfig, Exported, export
+from store.commits import commit_shard
 from store.errors import InputError, StoreError, UnfinishedError
 from store.layout import Plan, SitePlan
 from store.objects import Buffer, LocalObjects, open_objects
 from store.reader import ActivationStore
 from store.rules import RowRule
 from store.seals import seal
-from store.writer import Shard, commit_shard, create_store, write_shard
+from store.writer import Shard, create_store, write_shard
 from tests.commands import invoke, refusal
 from tests.s3_server import s3_server
 from tests.synthetic import SITE, make_plan, make_shard, make_store, rows_of

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 
 from store import layout
+from store.commits import commit_shard
 from store.errors import StoreError
 from store.layout import Plan
 from store.objects import LocalObjects
 from store.reader import ActivationStore
 from store.seals import seal
 from store.verify import verify
-from store.writer import Shard, commit_shard, create_store, write_shard
+from store.writer import Shard, create_store, write_shard
 from tests.faulty_disk import CODES, WRITING, FaultyDisk, Killed, faulty
 from tests.synthetic import SITE, make_plan, make_shard, make_store
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from store.commits import commit_shard, committed_shards
 from store.errors import (
     DamagedError,
     InputError,
@@ -27,7 +28,7 @@ from store.objects import Buffer, LocalObjects, Objects, open_objects
 from store.reader import ActivationStore
 from store.seals import read_seal, seal
 from store.verify import verify
-from store.writer import commit_shard, committed_shards, create_store, write_shard
+from store.writer import create_store, write_shard
 from tests.commands import invoke, refusal
 from tests.s3_server import s3_server
 from tests.synthetic import SITE, add_shards, make_plan, make_shard, make_store, rows_of

@@ -26,13 +26,14 @@ from hypothesis.stateful import (
 )
 
 from store import layout
+from store.commits import commit_shard
 from store.errors import DamagedError, SaeHarvestError, StoreError
 from store.objects import LocalObjects
 from store.reader import ActivationStore
 from store.repair import mend_commit, remove_damaged, reseal, restore_plan
 from store.seals import seal
 from store.verify import verify
-from store.writer import commit_shard, create_store, write_shard
+from store.writer import create_store, write_shard
 from tests.faulty_disk import CODES, FaultyDisk, Killed, faulty, sentence_of
 from tests.synthetic import SITE, make_plan, make_shard, make_store
 

@@ -14,9 +14,9 @@ import pytest
 
 from store.reader import ActivationStore
 from store.stats import (
+    Merge,
     Moments,
     histogram_quantile,
-    merge,
     moments_of_groups,
     outlier_dimensions,
     quantization_fvu,
@@ -31,6 +31,13 @@ def two_passes(x: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]
     exact = x.astype(np.longdouble)
     mean = exact.mean(axis=0)
     return mean, np.square(exact - mean).sum(axis=0)
+
+
+def merge(records: list[dict[str, Any]]) -> dict[str, Any]:
+    merged = Merge()
+    for record in records:
+        merged.add(record)
+    return merged.to_json()
 
 
 def check(moments: Moments, x: npt.NDArray[Any]) -> None:

@@ -14,12 +14,13 @@ import pytest
 
 from harvest import status
 from harvest.status import Heartbeat, Status, describe_status, duration, read_status
+from store.commits import commit_shard
 from store.errors import DamagedError, StoreError
 from store.layout import STATUS_KEY
 from store.objects import Buffer, LocalObjects
 from store.records import encode_record
 from store.seals import seal
-from store.writer import commit_shard, create_store, write_shard
+from store.writer import create_store, write_shard
 from tests.commands import wait_for
 from tests.synthetic import make_plan, make_shard
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from store import layout
+from store.commits import commit_shard, read_plan
 from store.errors import (
     DamagedError,
     InputError,
@@ -30,7 +31,7 @@ from store.records import decode_record, digest_of, encode_record
 from store.rules import RowRule
 from store.seals import seal
 from store.verify import verify
-from store.writer import commit_shard, create_store, read_plan, write_shard
+from store.writer import create_store, write_shard
 from tests.synthetic import CONTEXTS, SITE, add_shards, make_plan, make_shard, make_store, rows_of
 
 
