@@ -87,8 +87,7 @@ class Plan(BaseModel):
             for name in names:
                 if not isinstance(getattr(self, field).get(name), str):
                     raise ValueError(f"{field}.{name} is missing or no text")
-        names = [site.name for site in self.sites]
-        if len(set(names)) < len(names):
+        if len({site.name for site in self.sites}) < len(self.sites):
             raise ValueError("a site is named twice")
         if self.shard_rows > MAX_SHARD_ROWS:
             raise ValueError(f"a shard has {self.shard_rows:,} rows, more than {MAX_SHARD_ROWS:,}")

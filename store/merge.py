@@ -56,7 +56,7 @@ def merge(target: Objects, sources: Sequence[Objects], on_progress: Progress) ->
     plan = _common_plan(target, sources)
     sealed = trusted_commits(target, plan)
     there = {u: _commit(target, plan, u, sealed)["objects"] for u in committed_shards(target)}
-    todo: dict[int, tuple[Objects, Sequence[str]]] = {}
+    todo: dict[int, tuple[Objects, list[str]]] = {}
     already, differing = set(), set()
     total = 0
     for source in sources:

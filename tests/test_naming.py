@@ -38,6 +38,10 @@ def no_links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(os, "link", refuse)
 
 
+def refuse_links(*names: Any) -> NoReturn:
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
 def unable(*names: Any) -> NoReturn:
     raise NoExclusiveNamesError(errno.EINVAL, os.strerror(errno.EINVAL))
 
@@ -92,13 +96,14 @@ def test_a_name_taken_between_the_look_and_the_rename_is_not_overwritten(
 
 
 def test_a_process_that_dies_without_hard_links_leaves_a_store_that_is_continued(
-    tmp_path: Path, no_links: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(os, "link", refuse_links)
     plan = make_plan()
     with faulty(FaultyDisk("any", 0)) as disk:
         make_store(tmp_path / "whole", plan, SHORT)
     digest = ActivationStore.open(tmp_path / "whole").digest
-    for nth in range(1, disk.count + 1, 7):
+    for nth in range(1, disk.count + 1, 29):
         place = tmp_path / f"{nth}"
         with faulty(FaultyDisk("any", nth)), pytest.raises(Killed):
             make_store(place, plan, SHORT)
@@ -134,11 +139,7 @@ def test_tables_are_built_without_hard_links_or_the_cause_is_told(
     folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place, sae, features = folders
-
-    def refuse(*names: Any) -> NoReturn:
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-
-    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse_links)
     build(place, sae, tmp_path / "a", BUILD_CONFIG)
     for table in ("latents.parquet", "firings"):
         assert pq.read_table(tmp_path / "a" / table).equals(pq.read_table(features / table))
