@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from store.commits import commit_shard
+from store import codec, layout
+from store.commits import commit_shard, read_commit
 from store.layout import Plan, SitePlan
-from store.objects import LocalObjects, Objects
+from store.objects import LocalObjects, Objects, content_hash
+from store.records import encode_record
+from store.repair import reseal
 from store.seals import seal
 from store.tables import DOCUMENT_SCHEMA, PIECE_SCHEMA
 from store.writer import Shard, create_store, write_shard
@@ -136,3 +139,19 @@ def other_rows(number: int) -> np.ndarray:
     y = np.random.default_rng(number).standard_normal((128, 24)).astype(np.float32)
     y[5::16] *= 100
     return y
+
+
+def replace_array(objects: Objects, plan: Plan, path: str, shard: int, x: np.ndarray) -> None:
+    """Put another array into a sealed shard and make all records fit.
+
+    It is another store then, by its digest. `x` may hold what no harvest writes.
+    """
+    key, pieces = layout.chunk_key(path, shard), codec.encode(plan, path, x)
+    objects.replace(key, pieces)
+    record = read_commit(objects, plan, shard)
+    record["objects"][key] |= {
+        "xxh3": content_hash(pieces),
+        "chunks": codec.checksums(plan, path, pieces, len(x)),
+    }
+    objects.replace(layout.commit_key(shard), [encode_record(record)])
+    reseal(objects, plan)

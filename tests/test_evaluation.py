@@ -10,13 +10,20 @@ import pytest
 import torch
 
 from pipelines.evaluate.downstream import heldout_contexts, replaced_rows
-from store import codec, layout
 from store.chunks import SelectedRows
 from store.errors import DamagedError
 from store.objects import LocalObjects
 from store.reader import ActivationStore
 from store.rules import RowRule
-from tests.synthetic import OTHER, SITE, make_plan, make_store, make_two_sites, rows_of
+from tests.synthetic import (
+    OTHER,
+    SITE,
+    make_plan,
+    make_store,
+    make_two_sites,
+    replace_array,
+    rows_of,
+)
 from train.config import SAEConfig
 from train.evaluate import evaluate, remarks
 from train.sae import SAE
@@ -120,7 +127,7 @@ def test_rows_that_are_not_finite_are_refused_as_training_refuses_them(tmp_path:
     for harmed, refused in ((trained, False), (row, True)):
         x = rows_of(plan)[: store.shard_rows].astype(np.float16)
         x[harmed, 2] = np.nan
-        objects.replace(layout.chunk_key(path, 0), codec.encode(plan, path, x))
+        replace_array(objects, plan, path, 0, x)
         store = ActivationStore.open(tmp_path / "s")
         if refused:
             with pytest.raises(DamagedError, match=rf"{SITE} that are not finite, in row {row};"):
@@ -138,7 +145,7 @@ def test_norms_that_are_not_finite_choose_no_rows(tmp_path: Path, bad: float) ->
     norms[7] = bad
     path = f"norms/{SITE}"
     objects = LocalObjects(tmp_path / "s")
-    objects.replace(layout.chunk_key(path, 3), codec.encode(plan, path, norms))
+    replace_array(objects, plan, path, 3, norms)
     store = ActivationStore.open(tmp_path / "s")
     for use in (
         lambda: SelectedRows(store, (SITE,), RULE),

@@ -22,12 +22,13 @@ from store.loader import ShuffledLoader
 from store.objects import LocalObjects, content_hash
 from store.reader import ActivationStore
 from store.records import CHECKSUM, digest_of, encode_record
+from store.repair import mend_commit, remove_damaged, reseal
 from store.rules import RowRule
 from store.seals import seal
 from store.verify import verify
 from store.writer import create_store, write_shard
 from tests.commands import invoke, refusal
-from tests.synthetic import SITE, make_plan, make_shard, make_store
+from tests.synthetic import SITE, make_plan, make_shard, make_store, replace_array
 from tests.test_faults import assert_whole
 
 pytestmark = pytest.mark.usefixtures("unflushed")
@@ -337,21 +338,28 @@ def test_an_export_record_that_is_none_is_told_of(tmp_path: Path, record: str) -
 def test_rows_that_are_not_finite_are_named_by_verify(tmp_path: Path) -> None:
     plan, objects = make_plan(), LocalObjects(tmp_path / "s")
     make_store(objects, plan, 16)
-    made = make_shard(plan, 0, 16)
-    made.activations[SITE][3, 2] = np.nan
-    key = layout.chunk_key(f"activations/{SITE}", 0)
-    data = b"".join(codec.encode(plan, f"activations/{SITE}", made.activations[SITE]))
-    objects.replace(key, [data])
-    change(tmp_path / "s" / layout.commit_key(0), lambda commit: _entry(commit, key, data))
-    with pytest.raises(DamagedError, match="not the record that was sealed"):
-        ActivationStore.open(objects.place).read(SITE, 0, 5)
-    sentences = [item.sentence for item in verify(objects, lambda done, total: None).damage]
-    assert any(text.endswith("holds numbers that are not finite.") for text in sentences)
+    x = make_shard(plan, 0, 16).activations[SITE]
+    x[3, 2] = np.nan
+    replace_array(objects, plan, f"activations/{SITE}", 0, x)
+    (item,) = verify(objects, lambda done, total: None).damage
+    key = f"activations/{SITE}/c.0.0"
+    assert item.sentence == f"{objects.place}/{key} holds numbers that are not finite."
+    remove_damaged(objects, [item])
+    mend_commit(objects, plan, write_shard(objects, plan, make_shard(plan, 0, 16)))
+    reseal(objects, plan)
+    make_store(tmp_path / "whole", plan, 16)
+    assert_whole(tmp_path / "s", ActivationStore.open(tmp_path / "whole").digest)
 
 
-def _entry(commit: dict[str, Any], key: str, data: bytes) -> None:
-    checksums = codec.checksums(make_plan(), f"activations/{SITE}", [data], 128)
-    commit["objects"][key] |= {"xxh3": content_hash([data]), "chunks": checksums}
+def test_an_object_that_is_not_finite_is_not_adopted(tmp_path: Path) -> None:
+    plan, objects = make_plan(), LocalObjects(tmp_path / "s")
+    create_store(objects, plan, {})
+    x = make_shard(plan, 0, 16).activations[SITE]
+    x[3, 2] = np.inf
+    path = f"activations/{SITE}"
+    objects.publish(layout.chunk_key(path, 0), codec.encode(plan, path, x))
+    make_store(objects, plan, 16)
+    assert np.isfinite(ActivationStore.open(objects.place).read(SITE, 0, 256)).all()
 
 
 def test_a_name_of_a_record_that_is_none_counts_for_nothing(tmp_path: Path) -> None:

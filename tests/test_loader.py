@@ -11,13 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from store import codec, layout
 from store.errors import DamagedError, InputError, RunError
 from store.loader import ShuffledLoader
 from store.objects import LocalObjects
 from store.reader import ActivationStore
 from store.rules import RowRule
-from tests.synthetic import OTHER, SITE, make_plan, make_store, make_two_sites, rows_of
+from tests.synthetic import (
+    OTHER,
+    SITE,
+    make_plan,
+    make_store,
+    make_two_sites,
+    replace_array,
+    rows_of,
+)
 
 ALL = RowRule(split="all", max_norm_medians=None)
 
@@ -244,9 +251,8 @@ def test_rows_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     make_store(tmp_path / "s", plan)
     x = rows_of(plan)[3 * 128 : 4 * 128].astype(np.float16)
     x[16, 3], x[20, 5] = -np.inf, np.nan  # rows 400, massive, and 404
-    path = f"activations/{SITE}"
     objects = LocalObjects(tmp_path / "s")
-    objects.replace(layout.chunk_key(path, 3), codec.encode(plan, path, x))
+    replace_array(objects, plan, f"activations/{SITE}", 3, x)
     store = ActivationStore.open(tmp_path / "s")
     everything = RowRule(split="all")  # but the massive ones
     for rule, row in ((ALL, 400), (everything, 404)):
@@ -255,8 +261,8 @@ def test_rows_that_are_not_finite_are_refused(tmp_path: Path) -> None:
             take(loader, loader.batches_per_epoch)
         loader.close()
     x[20, 5] = 0
-    objects.replace(layout.chunk_key(path, 3), codec.encode(plan, path, x))
-    loader = ShuffledLoader(store, SITE, 64, 0, everything, 2)
+    replace_array(objects, plan, f"activations/{SITE}", 3, x)
+    loader = ShuffledLoader(ActivationStore.open(tmp_path / "s"), SITE, 64, 0, everything, 2)
     assert len(take(loader, loader.batches_per_epoch)) == loader.n_selected // 64
 
 
