@@ -134,18 +134,13 @@ class _Records:
 
     def _read(self, shard: int, sealed: str | None) -> None:
         try:
-            record, digest = load_commit(self._objects, self._plan, shard)
-        except DamagedError as error:
+            record, digest = load_commit(self._objects, self._plan, shard, sealed)
+        except DamagedError as error:  # and nothing is known of its objects
             self._report(layout.commit_key(shard), shard, str(error))
             self._follows = None
             return
         # not its statistics: those of all shards would fill the memory
         self.commits[shard] = {name: record[name] for name in ("contexts", "objects")}
-        if sealed not in (None, digest):
-            key = layout.commit_key(shard)
-            text = f"{self._objects.place}/{key} is altered: it is not the record that was sealed."
-            self._report(key, shard, text)
-            self._follows = None
         if self._follows is None or self._follows.shards != shard:  # there is a gap before it
             return
         try:

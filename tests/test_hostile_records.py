@@ -131,7 +131,7 @@ def test_a_commit_record_of_another_store_is_refused(stores: tuple[Path, Path]) 
     shutil.copy(other / COMMIT, place / COMMIT)
     with pytest.raises(DamagedError, match=r"commits/000002\.json is altered: it is not the"):
         ActivationStore.open(place).read(SITE, 300, 310)
-    assert COMMIT in damaged(place)
+    assert damaged(place) == {COMMIT}
 
 
 ALTERED: dict[str, tuple[str, Change]] = {
