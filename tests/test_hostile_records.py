@@ -299,7 +299,12 @@ def test_a_store_of_an_earlier_format_is_told_of(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changed",
-    [{"written": 5}, {"written": "2026-01-01T00:00:00"}, {"host": "a\n\x1b[31mb"}, {"shards": -1}],
+    [
+        {"written": "soon"},
+        {"written": "2026-01-01T00:00:00"},
+        {"host": "a\n\x1b[31mb"},
+        {"shards": -1},
+    ],
 )
 def test_a_status_that_cannot_be_is_told_of(tmp_path: Path, changed: dict[str, Any]) -> None:
     place = tmp_path / "s"
