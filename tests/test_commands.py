@@ -125,7 +125,7 @@ def test_a_disk_too_small_is_refused_before_any_work(
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=327_679))
     monkeypatch.setattr("harvest.run._Work.run", lambda *_: pytest.fail("work was begun"))
     message = refusal(invoke(*options(model_folder, corpus_file, store)))
-    assert "needs 0.00 GB more and the disk has 0.00 GB free" in message
+    assert "needs 328 kB more and the disk has 328 kB free" in message
     assert not store.exists()
     monkeypatch.undo()
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=327_680))

@@ -335,7 +335,7 @@ def test_a_disk_too_small_is_refused_before_any_copy(
         def free_bytes(self) -> int:
             return 10_000
 
-    with pytest.raises(StoreError, match=r"needs .* GB more"):
+    with pytest.raises(StoreError, match=r"needs .* more and the disk has 10\.0 kB free"):
         joined(Full(tmp_path / "whole"), *halves)
     assert committed_shards(LocalObjects(tmp_path / "whole")) == []
 
