@@ -18,7 +18,7 @@ from harvest.run import Means
 from pipelines.evaluate.downstream import downstream_loss
 from pipelines.features.cli import build_with_bar
 from pipelines.features.config import FeatureConfig
-from pipelines.features.query import connect
+from pipelines.features.query import connect, reading
 from pipelines.features.show import highlight
 from pipelines.features.texts import pieces
 from store.atomic import new_folder
@@ -71,10 +71,11 @@ def run_demo(root: Path, workers: int, console: Console) -> None:
             measured = downstream_loss(store, sae, N_DOWNSTREAM_CONTEXTS, count)
         figures.set("downstream", digest, **measured.to_json())
     console.print()
-    console.print(figures_table(store, features, trained.evaluation, figures, harvested.digest))
-    for latent in interesting_latents(features):
-        console.print(brief(features, latent))
-    console.print(next_commands(store, sae, features))
+    with reading(features):
+        console.print(figures_table(store, features, trained.evaluation, figures, harvested.digest))
+        for latent in interesting_latents(features):
+            console.print(brief(features, latent))
+        console.print(next_commands(store, sae, features))
 
 
 class Figures:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from pipelines.features import kernels
 from pipelines.features.checks import BINS
 from pipelines.features.cli import main
 from pipelines.features.folder import STRATA, TABLES
+from pipelines.viewer import site
 from pipelines.viewer.latent import latent_page
 from pipelines.viewer.listing import Listing, list_latents
 from pipelines.viewer.overview import overview
 from pipelines.viewer.search import search
+from pipelines.viewer.site import write_site
 from pipelines.viewer.tables import Tables
 from store.errors import SaeHarvestError
 from tests.feature_cases import refusal
@@ -32,6 +34,14 @@ from tests.made_tables import run_json, write_tables
 N = 6
 FORMATS = ("neuronpedia", "openai", "circuit-tracer", "delphi")
 ALTERED = (*TABLES, "firings/000000", "explanations")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_files() -> Iterator[None]:
+    """A site of a few files, which are quicker to write."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(site, "SHARES", 2)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -76,16 +86,18 @@ def use_everything(features: Path, out: Path, queried: Sequence[str] = ALTERED) 
         except SaeHarvestError:
             continue
         answered += 1
-    try:
-        json.dumps(search(tables, "court"), allow_nan=False)
-    except SaeHarvestError:
-        return answered
-    return answered + 1
+    for last in (lambda: search(tables, "court"), lambda: write_site(features, None, out / "site")):
+        try:
+            json.dumps(last(), allow_nan=False, default=str)
+        except SaeHarvestError:
+            continue
+        answered += 1
+    return answered
 
 
 def test_whole_tables_are_answered_by_everything_but_delphi(features: Path, tmp_path: Path) -> None:
     """delphi's cache needs the store."""
-    assert use_everything(features, tmp_path) == 6 + len(ALTERED) + 3 + 6 + 1
+    assert use_everything(features, tmp_path) == 6 + len(ALTERED) + 3 + 6 + 2
 
 
 NUMBERS = (-1, 0, 1, 7, 383, 384, 2**15, 2**31 - 1, 2**40, 2**62)
@@ -100,7 +112,8 @@ def altered_value(draw: st.DrawFn, kind: pa.DataType) -> Any:
     if pa.types.is_list(kind):
         return [altered_value(draw, kind.value_type) for _ in range(draw(st.integers(0, 3)))]
     if pa.types.is_floating(kind):
-        return float(np.array(draw(st.sampled_from(FLOATS))).astype(kind.to_pandas_dtype()))
+        with np.errstate(over="ignore"):
+            return float(np.array(draw(st.sampled_from(FLOATS))).astype(kind.to_pandas_dtype()))
     if pa.types.is_integer(kind):
         info = np.iinfo(kind.to_pandas_dtype())
         return min(draw(st.sampled_from(NUMBERS)), int(info.max))
@@ -163,8 +176,13 @@ def try_altered(
         table = pq.read_table(path, partitioning=None)
         changed = data.draw(st.composite(altered)(table))
         pq.write_table(changed, path)
+        if data.draw(st.integers(0, 3)) == 0:
+            content = bytearray(path.read_bytes())
+            for at in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=3)):
+                content[at] ^= data.draw(st.integers(1, 255))
+            path.write_bytes(content)
     use_everything(folder, root, names)
-    assert {path.name for path in root.iterdir()} <= {"features", *FORMATS}
+    assert {path.name for path in root.iterdir()} <= {"features", "site", *FORMATS}
     shutil.rmtree(root)
 
 
@@ -214,6 +232,34 @@ def test_a_record_that_is_no_json_is_one_sentence(
         assert "run.json is damaged" in refusal(*words, "--features", folder)
     build = ("build", "--store", tmp_path, "--sae", tmp_path, "--out", folder)
     refusal(*build)
+
+
+def test_text_that_is_not_utf8_is_one_sentence(features: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(features, tmp_path / "features")
+    table = pq.read_table(folder / "contexts.parquet")
+    place = table.column_names.index("text")
+    texts = [text.encode() for text in table["text"].to_pylist()]
+    texts[0] = texts[0][:5] + b"\xff" + texts[0][6:]
+    wrong = pa.array(texts, pa.binary()).view(pa.string())
+    pq.write_table(table.set_column(place, "text", wrong), folder / "contexts.parquet")
+    given = ("--features", folder)
+    assert "cannot be read" in refusal("show", 0, *given)
+    export = ("export", "--format", "openai", "--out", tmp_path / "out")
+    assert "contexts.parquet is damaged" in refusal(*export, *given)
+    with pytest.raises(SaeHarvestError, match="cannot be read"):
+        latent_page(Tables(folder), 0)
+
+
+def test_damaged_pages_are_one_sentence(features: Path, tmp_path: Path) -> None:
+    """Their checksums are found wrong, or what DuckDB decodes makes no sense."""
+    folder = shutil.copytree(features, tmp_path / "features")
+    for name in ("histograms", "neighbours"):
+        path = folder / f"{name}.parquet"
+        content = bytearray(path.read_bytes())
+        content[4:40] = bytes(255 - byte for byte in content[4:40])  # the first page's header
+        path.write_bytes(content)
+    assert "cannot be read" in refusal("show", 0, "--features", folder)
+    assert "cannot run" in refusal("query", "FROM histograms", "--features", folder)
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/b", "a\x00", "..", "", "\n", "x" * 300, "\\"])

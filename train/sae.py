@@ -249,7 +249,11 @@ class SAE:
         Raises:
             InputError: the folder holds no SAE. RunError: the file is damaged.
         """
-        if not (folder / CONFIG_FILE).is_file():
+        try:
+            there = (folder / CONFIG_FILE).is_file()
+        except OSError:  # a name that is too long, or a folder that may not be entered
+            there = False
+        if not there:
             raise InputError(
                 f"{folder} holds no trained SAE (no {CONFIG_FILE}); give the --out folder of a "
                 "finished `train-sae run`."

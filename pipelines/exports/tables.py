@@ -244,9 +244,11 @@ class Tables:
             latent = pc.field("latent")
             options["filters"] = (latent >= latents.start) & (latent < latents.stop)
         try:
-            return pq.read_table(
+            table = pq.read_table(
                 exact_file(path), page_checksum_verification=True, partitioning=None, **options
             )
+            table.validate(full=True)  # texts are UTF-8, lists begin where the last one ends
+            return table
         except (OSError, pa.ArrowException) as error:
             raise RunError(
                 f"{path} is damaged ({str(error).splitlines()[0]}); "

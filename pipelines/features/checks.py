@@ -7,7 +7,7 @@ page of one latent costs no pass over all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from pipelines.features.folder import (
 )
 from store.errors import RunError
 from store.finite import all_finite
+from store.parsing import first_line
 from store.paths import exact_file
 
 BINS = 384  # that a histogram may have: 16 an octave, 24 octaves
@@ -88,8 +89,8 @@ def require_tables(features: Path) -> dict[str, Any]:
     for name in TABLES:
         check_columns(features / f"{name}.parquet", name)
     path = features / "latents.parquet"
-    latents = pq.read_table(exact_file(path), columns=["latent"])["latent"].to_numpy()
-    if not np.array_equal(latents, np.arange(run["n_latents"])):
+    latents = _opened(path, lambda file: file.read(["latent"]))["latent"].to_numpy()
+    if len(latents) != run["n_latents"] or (latents != np.arange(len(latents))).any():
         raise RunError(
             f"{path} does not hold the latents 0 to {run['n_latents'] - 1:,}, each once, as "
             "run.json says; build the tables again."
@@ -102,13 +103,7 @@ def require_tables(features: Path) -> dict[str, Any]:
 
 def check_columns(path: Path, name: str) -> None:
     """`RunError` if the file of a table is damaged or lacks a column."""
-    try:
-        schema = pq.read_schema(exact_file(path))
-    except (OSError, pa.ArrowException) as error:
-        raise RunError(
-            f"{path} is damaged ({str(error).splitlines()[0]}); remove {path.parent} and build "
-            "again."
-        ) from error
+    schema = _opened(path, lambda file: file.schema_arrow)
     for kind, names in COLUMNS[name].items():
         for column in names.split():
             found = schema.get_all_field_indices(column)
@@ -194,6 +189,17 @@ def check_histogram(
         whole = None not in (number, low, high, count)
         if not (whole and 0 <= number < BINS and low < high and count >= 0):
             raise _damaged(features, "histograms", latent, "a bin is not what it can be")
+
+
+def _opened(path: Path, ask: Callable[[pq.ParquetFile], Any]) -> Any:
+    """What a Parquet file answers; `RunError` if it is damaged."""
+    try:
+        with exact_file(path) as file, pq.ParquetFile(file) as parquet:
+            return ask(parquet)
+    except (OSError, pa.ArrowException) as error:
+        raise RunError(
+            f"{path} is damaged ({first_line(error)}); remove {path.parent} and build again."
+        ) from error
 
 
 def _damaged(features: Path, table: str, latent: int, why: str) -> RunError:

@@ -67,6 +67,17 @@ def connect_fenced(features: Path, **settings: str) -> duckdb.DuckDBPyConnection
     return connection
 
 
+@contextmanager
+def reading(features: Path) -> Iterator[None]:
+    """Within, an error of DuckDB's means tables that are damaged: `RunError`."""
+    try:
+        yield
+    except duckdb.Error as error:
+        raise RunError(
+            f"{features} cannot be read ({first_line(error)}); build the tables again."
+        ) from error
+
+
 def only_select(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.Statement:
     """The one SELECT that a query is.
 

@@ -17,7 +17,7 @@ from pipelines.features.checks import (
     check_latent,
     require_tables,
 )
-from pipelines.features.query import connect
+from pipelines.features.query import connect, reading
 from pipelines.features.texts import pieces
 from store.errors import InputError
 
@@ -40,6 +40,11 @@ def render_latent(features: Path, latent: int, n_contexts: int) -> RenderableTyp
     highest = require_tables(features)["n_latents"] - 1
     if not 0 <= latent <= highest:
         raise InputError(f"There is no latent {latent}; these tables hold 0 to {highest}.")
+    with reading(features):
+        return _rendered(features, latent, n_contexts)
+
+
+def _rendered(features: Path, latent: int, n_contexts: int) -> RenderableType:
     connection = connect(features)
     facts = _one(connection, "SELECT * FROM latents WHERE latent = ?", latent)
     check_latent(features, facts)

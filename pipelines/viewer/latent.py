@@ -69,7 +69,7 @@ def assemble(
             tables.features, latent, c["stratum"], c["place"], c["text"], c["token_ends"],
             c["activations"],
         )  # fmt: skip
-    contexts = sorted(contexts, key=lambda c: (STRATA.index(c["stratum"]), c["rank"]))
+    contexts = sorted(contexts, key=lambda c: (STRATA.index(c["stratum"]), c["rank"] or 0))
     used = {c["document"] for c in contexts}
     return {
         "latent": latent,
@@ -81,7 +81,7 @@ def assemble(
             "cofire": _ranked(near, "cofire_rank", labels),
         },
         "contexts": [compact(context) for context in contexts],
-        "documents": {str(d): documents[d] for d in sorted(used) if d in documents},
+        "documents": {str(d): documents[d] for d in sorted(used & documents.keys())},
     }
 
 

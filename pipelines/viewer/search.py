@@ -7,7 +7,7 @@ from typing import Any
 from pipelines.features.checks import check_context
 from pipelines.viewer.latent import compact
 from pipelines.viewer.tables import Tables
-from store.errors import InputError
+from store.errors import InputError, RunError
 
 LONGEST = 200  # characters of a question
 FOUND = 30  # latents listed per kind of search
@@ -110,6 +110,11 @@ def by_text(tables: Tables, question: str) -> list[dict[str, Any]]:
             row["token_ends"], row["activations"],
         )  # fmt: skip
     labels = tables.labels(chosen)
+    if unknown := set(chosen) - (labels.keys() & best.keys()):
+        raise RunError(
+            f"{tables.features / 'contexts.parquet'} is damaged (it has contexts of the latent "
+            f"{unknown.pop()}); build the tables again."
+        )
     documents = tables.titles([row["document"] for row in best.values()])
     return [
         row

@@ -42,7 +42,7 @@ POLICY = (
 BY_TOKEN = f"""
     SELECT lower(trim(text)) AS key, latent, list(text ORDER BY count DESC, token) AS texts,
         sum(count)::BIGINT AS count, sum(count * mean) / sum(count) AS mean, sum(share) AS share
-    FROM tokens GROUP BY key, latent
+    FROM tokens WHERE text IS NOT NULL GROUP BY key, latent
     QUALIFY row_number() OVER (PARTITION BY key ORDER BY sum(count) DESC, latent) <= {FOUND}
     ORDER BY key, count DESC, latent
 """

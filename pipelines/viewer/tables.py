@@ -129,12 +129,12 @@ class Tables:
         )
         return {row["latent"]: row["text"] for row in rows}
 
-    def titles(self, documents: list[int]) -> dict[int, dict[str, Any]]:
+    def titles(self, documents: list[int | None]) -> dict[int, dict[str, Any]]:
         """source, title and url of documents by their number."""
         rows = self.ask(
             "SELECT document, source, title, url FROM titles "
             "WHERE document IN (SELECT unnest(?::BIGINT[]))",
-            sorted({d for d in documents if d >= 0}),
+            sorted({d for d in documents if d is not None and d >= 0}),
         )
         return {row.pop("document"): row for row in rows}
 
