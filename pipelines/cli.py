@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from store.console import SAME_COMMAND, output, when_interrupted
+from store.numbers import CountRange
 from train.cli import stopped, stopped_code_option
 from train.job import Job, JobCommands
 from train.yamlfile import read_value
@@ -33,7 +34,7 @@ def main() -> None:
 )
 @click.option(
     "--workers",
-    type=click.IntRange(min=0),
+    type=CountRange(min=0),
     default=1,
     show_default=True,
     help="Ray workers; 0 runs in this process without Ray.",
@@ -66,7 +67,7 @@ def demo(out: Path, workers: int) -> None:
 )
 @click.option(
     "--workers",
-    type=click.IntRange(min=0),
+    type=CountRange(min=0),
     default=1,
     show_default=True,
     help="Ray workers that harvest; 0 harvests in this process without Ray.",

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,14 +28,16 @@ from harvest.run import Means
 from harvest.sites import SITE_KINDS
 from store.atomic import replacing
 from store.errors import InputError, RunError
+from store.numbers import Count
 from store.objects import make_folder
+from store.parsing import first_line
 from store.paths import exact_file
 from train.cli import sweep_with_bar
 from train.files import read_json, write_json
 from train.folder import finished_evaluation
 from train.sweep import SweepResult
 from train.sweepfile import Sweep, parse_sweep
-from train.yamlfile import read_yaml
+from train.yamlfile import MAX_DEPTH, read_yaml
 
 RECIPE_FILE, SUITE_FILE, STORE = "recipe.json", "suite.parquet", "store"
 FIGURES = ("fvu", "l0", "dead_share")
@@ -51,7 +53,7 @@ class Recipe(BaseModel):
     harvest: dict[str, Any] = Field(
         description="fields of HarvestConfig, all but sites: model, corpus, tokens, …"
     )
-    layers: Literal["all"] | tuple[int, ...] = Field(
+    layers: Literal["all"] | tuple[Annotated[Count, Field(ge=0, lt=10_000)], ...] = Field(
         description="all, or a list of layer numbers, from 0"
     )
     sites: tuple[str, ...] = Field(
@@ -80,7 +82,8 @@ class Recipe(BaseModel):
 
     def harvest_config(self, layer: int) -> HarvestConfig:
         """The harvest of one layer."""
-        return HarvestConfig(**self.harvest, sites=tuple(f"{s}.{layer}" for s in self.sites))
+        sites = tuple(f"{kind}.{layer}" for kind in self.sites)
+        return HarvestConfig.model_validate({**self.harvest, "sites": sites})
 
 
 def packaged_recipes() -> list[str]:
@@ -109,16 +112,17 @@ def read_recipe(name: str, changes: Mapping[str, Any]) -> Recipe:
         )
     content = read_yaml(path)
     for key, value in changes.items():
-        _set(content, key.split("."), value)
+        keys = key.split(".", MAX_DEPTH)
+        if len(keys) > MAX_DEPTH:
+            raise InputError(f"{key:.40}… has more than {MAX_DEPTH} parts; no recipe is so deep.")
+        _set(content, keys, value)
     above = ""
     try:
         recipe = Recipe.model_validate(content)
         above = "harvest."
         recipe.harvest_config(0)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = above + ".".join(map(str, first["loc"]))
-        raise InputError(f"{path} is not a recipe: {where}: {first['msg']}.") from None
+        raise InputError(f"{path} is not a recipe: {above}{first_line(error)}.") from None
     _sweep(recipe, Path(), "resid_post.0", "auto")
     return recipe
 
@@ -207,6 +211,8 @@ def _claim(out: Path, recipe: Recipe) -> None:
             raise RunError(f"{out} holds other files and no {RECIPE_FILE}; choose another --out.")
         write_json(path, wanted)
     found = read_json(path, "The suite", "choose another --out")
+    if not isinstance(found, dict):
+        raise RunError(f"{path} is not a recipe; choose another --out.")
     if differing := [name for name in wanted if found.get(name) != wanted[name]]:
         raise RunError(
             f"{out} holds another recipe; differing: {', '.join(differing)}. Choose another --out."

@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import Annotated, Any
 
 import click
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 SUFFIXES = {"": 0, "k": 3, "m": 6, "b": 9, "g": 9, "t": 12}  # powers of ten; upper case as well
 MAX_DIGITS = 25  # of the number; the limits that counts have are below 2^63
@@ -55,7 +55,8 @@ def whole_number(value: Any) -> Any:
     return value
 
 
-Count = Annotated[int, BeforeValidator(whole_number)]
+MAX_COUNT = 2**63 - 1
+Count = Annotated[int, BeforeValidator(whole_number), Field(le=MAX_COUNT)]
 
 
 class CountRange(click.IntRange):

@@ -77,16 +77,20 @@ def safe_name(name: object) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The message of an error, as one line of at most 300 characters.
+    """The message of an error, as one line of at most 300 printable characters.
 
     For pydantic's `ValidationError`: the place and the fault of the first of its errors.
     """
     if isinstance(error, ValidationError):
         fault = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, fault["loc"]))
-        return f"{place}: {fault['msg']}"[:300] if place else fault["msg"][:300]
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]
+        message = fault["msg"].removeprefix("Value error, ")
+        line = f"{place}: {message}" if place else message
+    else:
+        lines = str(error).strip().splitlines()
+        line = lines[0] if lines else type(error).__name__
+    # a name from a file may hold anything, a line's end or a lone surrogate
+    return "".join(c if c.isprintable() else "?" for c in line[:300])
 
 
 def _refuse(name: str) -> Any:

@@ -25,6 +25,7 @@ class RowRule(BaseModel):
     max_norm_medians: float | None = Field(
         OUTLIER_MEDIANS,
         gt=0,
+        le=1e9,
         description="leave out rows whose norm exceeds this many medians of their shard's norms; "
         "none keeps every row",
     )

@@ -43,7 +43,8 @@ def write_run(folder: Path, n: int, k: int, seed: int, loss: float, **changes: A
     (place / "run.json").write_text(json.dumps(run))
     (place / "config.json").write_text(sae.model_dump_json())
     held_out = {"rows": 1000, "fvu": loss, "l0": float(k), "dead_share": 0.0}
-    (place / "evaluation.json").write_text(json.dumps({"without_outliers": held_out}))
+    evaluation = {"without_outliers": held_out, "with_outliers": held_out, "sae_digest": "d"}
+    (place / "evaluation.json").write_text(json.dumps(evaluation))
     with (place / "metrics.jsonl").open("w") as lines:
         for step in range(1, STEPS + 1):
             # slower for larger sizes, so that curves cross

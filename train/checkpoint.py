@@ -6,6 +6,7 @@ part of them (`train.slices`).
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +16,16 @@ from torch import Tensor
 
 from store.errors import RunError
 from store.objects import sync_folder
-from train.files import read_json, write_json
+from train.files import read_record, write_json
 from train.group import Group
+from train.records import State
 from train.sae import CONFIG_FILE, SAE, TENSORS_FILE
 from train.sharded import load_part, save_part
 from train.slices import hash_files, read_slices, write_slices
 
 FOLDER, STATE_FILE, OPTIMIZER_FILE = "checkpoints", "state.json", "optimizer.safetensors"
 TEMPORARY = ".unfinished-"
+NAME = re.compile(r"[0-9]{6}|[1-9][0-9]{6,17}")  # of a step, as `_folder` spells it
 KEPT = 2
 HASHED = (CONFIG_FILE, TENSORS_FILE, OPTIMIZER_FILE)
 
@@ -38,8 +41,8 @@ class Checkpoint:
 
 def saved_steps(out: Path) -> list[int]:
     """Steps of the finished checkpoints of a run, oldest first."""
-    found = (path for path in (out / FOLDER).glob("*") if path.name.isdecimal())
-    return sorted(int(path.name) for path in found)
+    found = (path.name for path in (out / FOLDER).glob("*"))
+    return sorted(int(name) for name in found if NAME.fullmatch(name))
 
 
 def _folder(out: Path, step: int) -> Path:
@@ -119,9 +122,9 @@ def load_checkpoint(out: Path, step: int, device: str, group: Group | None = Non
     go_on = f"from {_folder(out, earlier[-1]).name}" if earlier else "from the start"
     what, remedy = f"Checkpoint {folder}", f"delete that folder to go on {go_on}"
     state = group.together(lambda: _read_state(folder, what, remedy))
-    hashes = hash_files([folder / name for name in state["xxh3"]], group)
-    for name, expected in state["xxh3"].items():
-        if hashes[name] != expected:
+    hashes = hash_files([folder / name for name in HASHED], group)
+    for name in HASHED:
+        if hashes[name] != state["xxh3"][name]:
             raise RunError(f"{what} has a damaged {name}; {remedy}.")
     sae, n_latents = load_part(folder, device, group)
     tensors = read_slices(folder / OPTIMIZER_FILE, what, remedy, device, n_latents, group)
@@ -129,10 +132,10 @@ def load_checkpoint(out: Path, step: int, device: str, group: Group | None = Non
 
 
 def _read_state(folder: Path, what: str, remedy: str) -> dict[str, Any]:
-    state = read_json(folder / STATE_FILE, what, remedy)
-    if not isinstance(state, dict) or "xxh3" not in state or state.get("step") != int(folder.name):
+    state = read_record(folder / STATE_FILE, State, what, remedy)
+    if state["step"] != int(folder.name) or set(state["xxh3"]) != set(HASHED):
         raise RunError(f"{what} has a {STATE_FILE} that is not its own; {remedy}.")
-    for name in state["xxh3"]:
+    for name in HASHED:
         if not (folder / name).is_file():
             raise RunError(f"{what} lacks {name}; {remedy}.")
     return state

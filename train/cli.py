@@ -11,6 +11,7 @@ import click
 from rich.table import Column, Table
 
 from store.console import EXIT_FAILURE, EXIT_INTERRUPTED, Progress, output, store_option
+from store.numbers import CountRange
 from train.cli_formats import add_format_commands
 from train.cli_plan import plan
 from train.cli_scaling import scaling
@@ -44,7 +45,7 @@ def main() -> None:
 @options_for(CONFIG)
 @click.option(
     "--workers",
-    type=click.IntRange(min=1),
+    type=CountRange(min=1),
     help="Processes that train together, started by Ray; each has a GPU, or its share of the "
     "cores.  [default: this process alone]",
 )
@@ -167,7 +168,7 @@ def _number(value: Any, form: str) -> str:
 @store_option
 @click.option(
     "--rows",
-    type=click.IntRange(min=1),
+    type=CountRange(min=1),
     default=TrainConfig.model_fields["eval_rows"].default,
     show_default=True,
     help="Held-out rows to read, at most.",

@@ -8,6 +8,7 @@ import click
 from rich.table import Table
 
 from store.console import output
+from store.numbers import CountRange
 from store.units import size_text
 
 GPUS = ("a100", "h100", "h200", "b200")
@@ -16,27 +17,25 @@ GPUS = ("a100", "h100", "h200", "b200")
 @click.command()
 @click.option("--store", metavar="PLACE", help="Of a store, for its widths; instead of --d-in.")
 @click.option("--site", help="Which of the store's sites; default: the only one.")
-@click.option("--d-in", type=click.IntRange(min=1), help="Width of the activations.")
-@click.option("--d-out", type=click.IntRange(min=1), help="Width that a transcoder predicts.")
-@click.option("--n-latents", type=click.IntRange(min=1), default=8192, show_default=True)
-@click.option("--k", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--d-in", type=CountRange(min=1), help="Width of the activations.")
+@click.option("--d-out", type=CountRange(min=1), help="Width that a transcoder predicts.")
+@click.option("--n-latents", type=CountRange(min=1), default=8192, show_default=True)
+@click.option("--k", type=CountRange(min=1), default=32, show_default=True)
 @click.option(
     "--tokens",
-    type=click.IntRange(min=1),
+    type=CountRange(min=1),
     default=10_000_000,
     show_default=True,
     help="Rows to train on.",
 )
 @click.option(
     "--batch-rows",
-    type=click.IntRange(min=1),
+    type=CountRange(min=1),
     default=4096,
     show_default=True,
     help="Rows per step, of all devices together.",
 )
-@click.option(
-    "--devices", type=click.IntRange(min=1), default=1, show_default=True, help="How many."
-)
+@click.option("--devices", type=CountRange(min=1), default=1, show_default=True, help="How many.")
 @click.option(
     "--parallel",
     type=click.Choice(["data", "latents"]),

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from store.console import output
 from store.errors import InputError
+from store.numbers import CountRange
 
 
 @click.command()
@@ -26,7 +27,7 @@ from store.errors import InputError
 @click.option("--plots/--no-plots", default=True, show_default=True, help="Draw the laws as PNG.")
 @click.option(
     "--seed",
-    type=click.IntRange(min=0),
+    type=CountRange(min=0),
     default=0,
     show_default=True,
     help="Of the bootstrap behind the intervals.",

@@ -32,11 +32,12 @@ from train.checkpoint import saved_steps
 from train.config import TrainConfig
 from train.distributed import TIMEOUT, Parallel, PeerFailed, PeerLost, appears, group_of, passing
 from train.faults import explained
-from train.files import read_json
+from train.files import read_record
 from train.folder import EVALUATION_FILE, METRICS_FILE
 from train.interrupt import Interruption
 from train.job import may_pass
 from train.metrics import last_metrics
+from train.records import Evaluation
 from train.trainer import Report, RunResult, silent, train
 
 POLL_SECONDS = 0.2
@@ -193,7 +194,8 @@ def _result(out: Path, steps: int, number: int | None) -> RunResult:
     if done < steps:
         return RunResult(done, False, metrics, None, number)
     remedy = "run the same command again"
-    return RunResult(done, True, metrics, read_json(out / EVALUATION_FILE, "The run", remedy))
+    found = read_record(out / EVALUATION_FILE, Evaluation, "The run", remedy)
+    return RunResult(done, True, metrics, found)
 
 
 def _fit(assignment: Assignment, workers: int) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from math import log2
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from store.numbers import Count
 from store.rules import RowRule
 
 Normalization = Literal["none", "scale", "unit_norm", "layer_norm"]
@@ -14,6 +15,9 @@ Activation = Literal["topk", "batchtopk", "jumprelu", "relu", "gated"]
 Objective = Literal["topk", "batchtopk", "jumprelu", "relu_l1", "relu_kl", "gated"]
 
 ROW_NORMALIZATIONS = ("unit_norm", "layer_norm")  # undone with numbers of the row itself
+MAX_LATENTS = 2**31 - 1  # latents are numbered in int32
+MAX_WEIGHT = 1e9  # far above what is of use, and safe in float32
+Weight = Annotated[float, Field(le=MAX_WEIGHT)]
 COUNTED = ("topk", "batchtopk")  # activation functions that a number of latents defines
 
 # Falls as 1 / sqrt(n_latents) (Gao et al. 2024, fig. 3). The constant suits runs of a few million
@@ -44,14 +48,19 @@ class SAEConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    d_in: int = Field(ge=1, description="width of the activations read, in dimensions")
+    d_in: int = Field(
+        ge=1, le=MAX_LATENTS, description="width of the activations read, in dimensions"
+    )
     d_out: int | None = Field(
         None,
         ge=1,
+        le=MAX_LATENTS,
         description="width of the activations predicted, of a transcoder; none: the SAE "
         "reconstructs what it reads",
     )
-    n_latents: int = Field(ge=1, description="number of latents, one row of the weights each")
+    n_latents: int = Field(
+        ge=1, le=MAX_LATENTS, description="number of latents, one row of the weights each"
+    )
     k: int | None = Field(
         None,
         ge=1,
@@ -137,8 +146,8 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    n_latents: int = Field(ge=1, description="number of latents")
-    k: int | None = Field(
+    n_latents: Count = Field(ge=1, le=MAX_LATENTS, description="number of latents")
+    k: Count | None = Field(
         None,
         ge=1,
         description="active latents per row: exactly (topk), on average (batchtopk), aimed at "
@@ -147,8 +156,8 @@ class TrainConfig(BaseModel):
     activation: Objective = Field(
         "topk", description="activation function, and the penalty it is trained with"
     )
-    tokens: int = Field(ge=1, description="rows to train on, repeats included; whole batches")
-    batch_rows: int = Field(4096, ge=1, description="rows per step")
+    tokens: Count = Field(ge=1, description="rows to train on, repeats included; whole batches")
+    batch_rows: Count = Field(4096, ge=1, description="rows per step")
     target_site: str | None = Field(
         None, description="site to predict, which makes a transcoder; none: reconstruct the input"
     )
@@ -163,7 +172,7 @@ class TrainConfig(BaseModel):
         le=1,
         description="learning rate of Adam; none: 2e-3 * sqrt(2^14 / n_latents)",
     )
-    warmup_tokens: int | None = Field(
+    warmup_tokens: Count | None = Field(
         None,
         ge=0,
         description="rows over which the learning rate grows linearly from 0; none: 5 % of tokens",
@@ -177,7 +186,7 @@ class TrainConfig(BaseModel):
     )
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of Adam's first moment, a step")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment, a step")
-    adam_eps: float = Field(6.25e-10, gt=0, description="added to Adam's denominator")
+    adam_eps: Weight = Field(6.25e-10, gt=0, description="added to Adam's denominator")
     ema_decay: float | None = Field(
         0.999,
         ge=0,
@@ -185,61 +194,59 @@ class TrainConfig(BaseModel):
         description="share of the average of weights kept each step, at step t at most "
         "(1 + t) / (10 + t); none: the result is the last weights",
     )
-    clip_norm: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
-    auxk_alpha: float = Field(1 / 32, ge=0, description="weight of the AuxK loss; 0 leaves it out")
-    k_aux: int | None = Field(
+    clip_norm: Weight = Field(1.0, gt=0, description="largest norm of the whole gradient")
+    auxk_alpha: Weight = Field(1 / 32, ge=0, description="weight of the AuxK loss; 0 leaves it out")
+    k_aux: Count | None = Field(
         None,
         ge=1,
         description="dead latents that reconstruct a row's error; none: power of two near half "
         "of the width",
     )
-    dead_after_tokens: int | None = Field(
+    dead_after_tokens: Count | None = Field(
         None,
         ge=1,
         description="a latent is dead when it has not fired in this many rows; none: a tenth of "
         "tokens, at least batch_rows and at most 10,000,000",
     )
-    multi_topk: float = Field(
-        0.0, ge=0, description="weight of the loss at 4k latents (topk); 0: off, paper: 1/8"
+    multi_topk: Weight = Field(
+        0.0,
+        ge=0,
+        description="weight of the loss at 4k latents (topk); 0: off, paper: 1/8",
     )
-    matryoshka: tuple[int, ...] = Field(
+    matryoshka: tuple[Count, ...] = Field(
         (),
         description="growing numbers of latents, the last n_latents: the loss is the mean over "
         "reconstructions from the first of them; empty: off",
     )
-    l1: float = Field(
+    l1: Weight = Field(
         0.1,
         ge=0,
-        allow_inf_nan=False,
         description="weight of a row's sum of activations over the square root of the total "
         "variance (relu_l1, gated)",
     )
-    kl: float = Field(
+    kl: Weight = Field(
         0.3,
         ge=0,
-        allow_inf_nan=False,
         description="weight of KL(k / n_latents || density), summed over latents, over k (relu_kl)",
     )
-    l0: float = Field(
+    l0: Weight = Field(
         1.0,
         ge=0,
-        allow_inf_nan=False,
         description="weight of (active latents per row / k - 1)^2 (jumprelu)",
     )
-    bandwidth: float = Field(
+    bandwidth: Weight = Field(
         0.5,
         gt=0,
-        allow_inf_nan=False,
         description="width, in units of pre-activations, of the window around the threshold "
         "that gives it a gradient (jumprelu, relu_kl)",
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="of the initial weights and the order of rows")
-    order_seed: int | None = Field(
-        None, ge=0, lt=2**63, description="of the order of rows alone; none: seed"
+    seed: Count = Field(0, ge=0, description="of the initial weights and the order of rows")
+    order_seed: Count | None = Field(
+        None, ge=0, description="of the order of rows alone; none: seed"
     )
     rule: RowRule = Field(RowRule(), description="which rows to train on")
-    checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
-    eval_rows: int = Field(
+    checkpoint_every: Count = Field(200, ge=1, description="steps between checkpoints")
+    eval_rows: Count = Field(
         262_144, ge=1, description="held-out rows the result is evaluated on, at most"
     )
 

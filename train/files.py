@@ -6,16 +6,22 @@ import errno
 import json
 import os
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from store.atomic import replacing, write_text
 from store.errors import RunError
-from store.parsing import first_line
+from store.parsing import first_line, parse_json
+
+MAX_RECORD_BYTES = 64 << 20  # sweep.json of 10,000 members has a quarter
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -43,18 +49,47 @@ def os_error(error: SafetensorError) -> OSError:
 def read_json(path: Path, what: str, remedy: str) -> Any:
     """The file's JSON; `RunError` naming the file if it is missing or not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            return parse_json(file.read(MAX_RECORD_BYTES + 1), MAX_RECORD_BYTES)
     except FileNotFoundError:
         raise RunError(f"{what} lacks {path.name} in {path.parent}; {remedy}.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise RunError(f"{what} has an unreadable file {path} ({error}); {remedy}.") from None
+
+
+def read_record(path: Path, kind: type[BaseModel], what: str, remedy: str) -> dict[str, Any]:
+    """The file's JSON object, unchanged; `RunError` as well if it is no record of the kind."""
+    values = read_json(path, what, remedy)
+    try:
+        kind.model_validate(values)
+    except ValidationError as error:
+        raise RunError(f"{what} has a damaged {path} ({first_line(error)}); {remedy}.") from None
+    found: dict[str, Any] = values
+    return found
 
 
 def read_tensors(path: Path, what: str, remedy: str, device: str = "cpu") -> dict[str, Tensor]:
     """The file's tensors; `RunError` naming the file if it is missing or damaged."""
-    try:
+    with reading_tensors(path, what, remedy):
         return load_file(path, device=device)
+
+
+@contextmanager
+def reading_tensors(path: Path, what: str, remedy: str) -> Iterator[None]:
+    """Report that a safetensors file is missing or damaged, in a RunError that names it."""
+    try:
+        yield
     except FileNotFoundError:
         raise RunError(f"{what} lacks {path.name} in {path.parent}; {remedy}.") from None
     except (OSError, SafetensorError) as error:
-        raise RunError(f"{what} has a damaged file {path} ({error}); {remedy}.") from None
+        raise RunError(
+            f"{what} has a damaged file {path} ({first_line(error)}); {remedy}."
+        ) from None
+
+
+def require_finite(tensors: Mapping[str, Tensor], path: Path, remedy: str) -> None:
+    """`RunError` if one of the float32 tensors of a file has infinity or NaN."""
+    for name, tensor in tensors.items():
+        # infinity and NaN are the largest and the smallest, and NaN is both
+        if tensor.numel() and not all(map(isfinite, map(float, tensor.aminmax()))):
+            raise RunError(f"{path} has numbers in {name} that are not finite; {remedy}.")

@@ -23,7 +23,8 @@ from store.objects import make_folder
 from store.parsing import first_line
 from store.reader import ActivationStore
 from train.config import READERS, TrainConfig
-from train.files import read_json, write_json
+from train.files import read_json, read_record, write_json
+from train.records import Evaluation, Failure
 from train.sae import CONFIG_FILE
 from train.sharded import digest_of
 
@@ -42,7 +43,7 @@ def open_store(place: str | Path, out: Path, name: str = RUN_FILE) -> Activation
     """
     store, record = ActivationStore.open(place), out / name
     if record.exists():
-        begun = read_json(record, "The run", "choose another --out").get("store_digest")
+        begun = _begun(read_json(record, "The run", "choose another --out"))
         if begun != store.digest:
             with contextlib.suppress(UnfinishedError):  # another store: `claim` says so
                 return ActivationStore.open(place, begun)
@@ -68,6 +69,12 @@ def config_of(path: Path, content: Any, remedy: str) -> TrainConfig:
     except (KeyError, TypeError, AttributeError):
         reason = "it has no config"
     raise RunError(f"{path} is not of a training run ({reason}); {remedy}.")
+
+
+def _begun(record: Any) -> str | None:
+    """Digest of the store in a record of whatever content; `claim` says what is wrong there."""
+    digest = record.get("store_digest") if isinstance(record, dict) else None
+    return digest if isinstance(digest, str) else None
 
 
 def describe_run(config: TrainConfig, store: ActivationStore, site: str) -> dict[str, Any]:
@@ -150,21 +157,18 @@ def finished_evaluation(out: Path, digest: str | None = None) -> dict[str, Any] 
     path = out / EVALUATION_FILE
     if not (path.exists() and (out / CONFIG_FILE).exists()):
         return None
-    found: dict[str, Any] = read_json(path, "The run", "delete that file")
+    found = read_record(path, Evaluation, "The run", "delete that file")
     there = digest_of(out)
     return found if found.get("sae_digest") == there and digest in (None, there) else None
 
 
 def failure_of(out: Path) -> str | None:
-    """The sentence of a run that has failed."""
+    """The sentence of a run that has failed; None of any other."""
     path = out / FAILED_FILE
     if not path.exists():
         return None
-    found = read_json(path, "The run", "delete that file to try it again")
-    sentence = found.get("sentence") if isinstance(found, dict) else None
-    if not isinstance(sentence, str):
-        raise RunError(f"{path} says nothing; delete that file to try the run again.")
-    return sentence
+    remedy = "delete that file to try it again"
+    return str(read_record(path, Failure, "The run", remedy)["sentence"])
 
 
 def _compare(out: Path, found: Any, description: dict[str, Any]) -> None:

@@ -80,11 +80,27 @@ class Learner:
 
         Args:
             sae: on the device; it is trained on, not copied.
+
+        Raises:
+            RunError: they are not of such a run.
         """
+        first, last = (group or Group()).latents(config.n_latents)
+        if (sae.config.activation, sae.config.n_latents) != (config.sae_activation, last - first):
+            raise RunError(
+                f"The checkpoint is of a {sae.config.activation} SAE with {sae.config.n_latents} "
+                f"latents, this run is of {config.sae_activation} with {last - first}; choose "
+                "another --out."
+            )
         learner = cls(config, sae, numbers["total_variance"], group)
         learner._optimizer.step_number = numbers["step"]
         for name, tensor in learner.tensors().items():
-            tensor.copy_(tensors[name].to(device))
+            saved = tensors.get(name)
+            if saved is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+                raise RunError(
+                    f"The checkpoint's optimizer has no {name} {list(tensor.shape)} of "
+                    f"{tensor.dtype}; delete that checkpoint to go on from an earlier one."
+                )
+            tensor.copy_(saved.to(device))
         return learner
 
     @property

@@ -12,32 +12,32 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from store.atomic import write_text
+from store.atomic import write_bytes
 from store.errors import RunError
 from store.objects import sync_folder
 from store.parsing import parse_json
+from train.records import Line
 
 TAIL_BYTES = 1 << 16  # more than a line of metrics has
 
 
-def _step(line: str, path: Path) -> int:
+def _step(line: bytes, path: Path) -> int:
     try:
-        return int(parse_json(line)["step"])
-    except (ValueError, KeyError, TypeError, OverflowError):
+        return Line.model_validate(parse_json(line)).step
+    except ValueError:
         raise RunError(
             f"{path} has a line that is not of a training run: {line.strip()[:60]!r}; move the "
             "file away to continue without the metrics so far."
         ) from None
 
 
-def _kept(path: Path, last_step: int) -> list[str]:
+def _kept(path: Path, last_step: int) -> list[bytes]:
     """The lines up to `last_step`, which must be there without a gap from the first of them on."""
-    kept: list[str] = []
+    kept: list[bytes] = []
     step = 0
-    text = path.read_text(encoding="utf-8", errors="replace")
-    for line in text.splitlines(keepends=True):
+    for line in path.read_bytes().splitlines(keepends=True):
         # a line without its end was being written when the run died
-        if not line.endswith("\n") or (found := _step(line, path)) > last_step:
+        if not line.endswith(b"\n") or (found := _step(line, path)) > last_step:
             break
         if kept and found != step + 1:
             raise RunError(
@@ -69,7 +69,7 @@ class MetricsFile:
         self._path = path
         self._file: IO[str] | None = None
         if path.exists():
-            write_text(path, "".join(_kept(path, last_step)))
+            write_bytes(path, _kept(path, last_step))
 
     def write(self, values: dict[str, Any]) -> None:
         """One line, handed to the operating system at once."""
@@ -107,9 +107,9 @@ def last_metrics(path: Path) -> dict[str, Any]:
         lines = file.read().split(b"\n")[:-1]  # what follows the last end of a line is unfinished
     for line in reversed(lines):
         try:
-            found = parse_json(line)
+            found: dict[str, Any] = parse_json(line)
+            Line.model_validate(found)
         except ValueError:
             continue
-        if isinstance(found, dict):
-            return found
+        return found
     return {}

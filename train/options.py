@@ -21,7 +21,7 @@ from click.core import ParameterSource
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from train.config import READERS, TrainConfig
+from train.config import MAX_WEIGHT, READERS, TrainConfig
 from train.yamlfile import read_yaml
 
 T = TypeVar("T", bound=BaseModel)
@@ -170,7 +170,9 @@ class Source:
         self._file, self._file_values, self._options = file, file_values, options
         for key in file_values:
             if key not in KEYS:
-                raise click.UsageError(f"{file} has an unknown key {key!r}{_instead(key, KEYS)}.")
+                raise click.UsageError(
+                    f"{file} has an unknown key {key!r:.60}{_instead(str(key), KEYS)}."
+                )
 
     def places(self) -> Places:
         """Where to read, write and compute. `click.UsageError` if a value does not fit."""
@@ -273,11 +275,17 @@ def _instead(key: str, known: list[str]) -> str:
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
     """The types of a union; the type itself otherwise."""
     if get_origin(annotation) in (Union, UnionType):
-        return get_args(annotation)
-    return (annotation,)
+        return tuple(map(_bare, get_args(annotation)))
+    return (_bare(annotation),)
+
+
+def _bare(annotation: Any) -> Any:
+    """The type without what pydantic is told of it."""
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _type_name(kind: Any) -> str:
+    kind = _bare(kind)
     if get_origin(kind) is Literal:
         return "[" + "|".join(map(str, get_args(kind))) + "]"
     if get_origin(kind) is tuple:
@@ -293,7 +301,7 @@ def _help(setting: Setting) -> str:
         f"{words} {limit:g}"
         for item in field.metadata
         for attribute, words in BOUNDS.items()
-        if (limit := getattr(item, attribute, None)) is not None and limit != 2**63
+        if (limit := getattr(item, attribute, None)) is not None and limit < MAX_WEIGHT
     ]
     default = None if field.is_required() else field.get_default()
     default = DEFAULTS.get(name, default)

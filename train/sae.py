@@ -21,8 +21,9 @@ from torch import Tensor
 
 from store.atomic import new_folder, write_text
 from store.errors import InputError, RunError
+from store.parsing import first_line
 from train.config import ROW_NORMALIZATIONS, SAEConfig
-from train.files import read_json, read_tensors, write_tensors
+from train.files import read_json, read_tensors, require_finite, write_tensors
 from train.kernels import Low, kernels_for
 from train.normalization import normalise, restore
 
@@ -240,7 +241,9 @@ class SAE:
                 f"{folder / TENSORS_FILE} has tensors {sorted(tensors)}, expected "
                 f"{sorted(cls.shapes(config))}; {REMEDY}."
             )
-        return cls(config, **tensors)
+        sae = cls(config, **tensors)
+        require_finite(tensors, folder / TENSORS_FILE, REMEDY)
+        return sae
 
     @staticmethod
     def read_config(folder: Path) -> SAEConfig:
@@ -261,10 +264,9 @@ class SAE:
         try:
             return SAEConfig.model_validate(read_json(folder / CONFIG_FILE, "The SAE", REMEDY))
         except ValidationError as error:
-            first = error.errors()[0]
             raise RunError(
                 f"{folder / CONFIG_FILE} is not the configuration of an SAE "
-                f"({'.'.join(map(str, first['loc']))}: {first['msg']}); {REMEDY}."
+                f"({first_line(error)}); {REMEDY}."
             ) from None
 
 

@@ -5,21 +5,20 @@ A sweep is a folder of run folders, each with run.json, evaluation.json and metr
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from store.errors import InputError, RunError
+from store.parsing import first_line, parse_json
 from train.config import TrainConfig
 from train.costs import step_flops
-from train.files import read_json
+from train.files import read_record
 from train.folder import EVALUATION_FILE, FAILED_FILE, METRICS_FILE, RUN_FILE, config_of
-from train.sae import CONFIG_FILE, SAEConfig
+from train.records import Evaluation, Line, Run
+from train.sae import SAE
 from train.scaling_laws import Array
 
 REMEDY = "train it again or move it away"
@@ -78,7 +77,7 @@ def read_sweep(folder: Path) -> list[RunPoint]:
             f"{len(unfinished)} of the {len(places)} runs in {folder} are unfinished "
             f"({_some(unfinished)}); run the same `train-sae sweep` again to finish them."
         )
-    runs = {place: read_json(place / RUN_FILE, f"Run {place}", REMEDY) for place in places}
+    runs = {place: read_record(place / RUN_FILE, Run, f"Run {place}", REMEDY) for place in places}
     configs = {place: config_of(place / RUN_FILE, run, REMEDY) for place, run in runs.items()}
     _check_alike(runs, configs)
     points = [_point(place, configs[place]) for place in places]
@@ -120,17 +119,11 @@ def _check_alike(runs: dict[Path, Any], configs: dict[Path, TrainConfig]) -> Non
 
 
 def _point(place: Path, config: TrainConfig) -> RunPoint:
-    evaluation = read_json(place / EVALUATION_FILE, f"Run {place}", REMEDY)
-    sae = read_json(place / CONFIG_FILE, f"Run {place}", REMEDY)
-    try:
-        shape = SAEConfig.model_validate(sae)
-        held_out = evaluation["without_outliers"]
-        fvu, l0 = float(held_out["fvu"]), float(held_out["l0"])
-    except (ValidationError, KeyError, TypeError):
-        raise RunError(
-            f"{place} has no held-out FVU in {EVALUATION_FILE}, or no {CONFIG_FILE} of an SAE; "
-            f"{REMEDY}."
-        ) from None
+    evaluation = read_record(place / EVALUATION_FILE, Evaluation, f"Run {place}", REMEDY)
+    shape = SAE.read_config(place)
+    fvu, l0 = (evaluation["without_outliers"][name] for name in ("fvu", "l0"))
+    if fvu is None or fvu <= 0 or l0 is None:
+        raise RunError(f"{place} has no held-out FVU in {EVALUATION_FILE}; {REMEDY}.")
     tokens, curve = _curve(place)
     assert config.k is not None  # _check_alike
     return RunPoint(
@@ -153,9 +146,13 @@ def _curve(place: Path) -> tuple[Array, Array]:
     path = place / METRICS_FILE
     try:
         with path.open(encoding="utf-8") as lines:
-            found: Iterable[Any] = [json.loads(line) for line in lines]
-        pairs = [(float(line["tokens"]), float(line["fvu"])) for line in found]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise RunError(f"{path} cannot be read as metrics of a run; {REMEDY}.") from None
-    table = np.array(pairs).reshape(-1, 2)
+            found = [Line.model_validate(parse_json(line)) for line in lines]
+        pairs = [(line.tokens, line.fvu) for line in found]
+        table = np.array(pairs, float).reshape(-1, 2)  # None becomes NaN
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{path} cannot be read as metrics of a run ({first_line(error)}); {REMEDY}."
+        ) from None
+    if not len(table) or not np.isfinite(table).all():
+        raise RunError(f"{path} lacks the FVU of a step; {REMEDY}.")
     return table[:, 0], table[:, 1]

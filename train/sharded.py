@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from store.atomic import new_folder, write_text
 from store.errors import RunError
 from train.config import SAEConfig
+from train.files import reading_tensors, require_finite
 from train.group import Group
 from train.normalization import restore
 from train.sae import CONFIG_FILE, REMEDY, SAE, TENSORS_FILE
@@ -46,6 +47,7 @@ def load_part(folder: Path, device: str, group: Group) -> tuple[SAE, int]:
     """
     config = SAE.read_config(folder)
     tensors = read_slices(folder / TENSORS_FILE, "The SAE", REMEDY, device, config.n_latents, group)
+    require_finite(tensors, folder / TENSORS_FILE, REMEDY)
     first, last = group.latents(config.n_latents)
     # a part may have fewer latents than k: not validated again
     part = config.model_copy(update={"n_latents": last - first})
@@ -58,21 +60,23 @@ def digest_of(folder: Path) -> str:
     Raises:
         InputError, RunError: as `SAE.load`.
     """
-    state = xxhash.xxh3_128(SAE.read_config(folder).model_dump_json().encode())
-    path = folder / TENSORS_FILE
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in sorted(file.keys()):
-                state.update(name.encode())
-                whole = file.get_slice(name)
-                rows, *width = whole.get_shape()
-                step = max(1, READ_BYTES // (4 * (width[0] if width else 1)))
-                for first in range(0, rows, step):
-                    state.update(whole[first : first + step].contiguous().numpy().data)
-    except FileNotFoundError:
-        raise RunError(f"The SAE lacks {path.name} in {folder}; {REMEDY}.") from None
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"The SAE has a damaged file {path} ({error}); {REMEDY}.") from None
+    config = SAE.read_config(folder)
+    state = xxhash.xxh3_128(config.model_dump_json().encode())
+    path, shapes = folder / TENSORS_FILE, SAE.shapes(config)
+    with reading_tensors(path, "The SAE", REMEDY), safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in sorted(file.keys())}
+        found = {name: tuple(whole.get_shape()) for name, whole in slices.items()}
+        if found != shapes or any(whole.get_dtype() != "F32" for whole in slices.values()):
+            raise RunError(
+                f"{path} has tensors {found}, expected float32 {shapes} as {CONFIG_FILE} says; "
+                f"{REMEDY}."
+            )
+        for name, whole in slices.items():
+            state.update(name.encode())
+            rows, *width = found[name]
+            step = max(1, READ_BYTES // (4 * (width[0] if width else 1)))
+            for first in range(0, rows, step):
+                state.update(whole[first : first + step].contiguous().numpy().data)
     return state.hexdigest()
 
 

@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from store.atomic import publish, temporary_name
 from store.errors import RunError
+from train.files import reading_tensors
 from train.group import Group
 
 BLOCK_BYTES = 64 << 20  # written at a time, by way of the processor's memory
@@ -101,23 +102,21 @@ def read_slices(
     """
     first, last = group.latents(n_latents)
     found = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dictionary
-                part = file.get_slice(name)
-                if is_divided(name):
-                    if part.get_shape()[0] != n_latents:
-                        raise RunError(
-                            f"{what} has {part.get_shape()[0]:,} latents in {name} of {path}, "
-                            f"expected {n_latents:,}; {remedy}."
-                        )
-                    found[name] = part[first:last].to(device)
-                else:
-                    found[name] = file.get_tensor(name).to(device)
-    except FileNotFoundError:
-        raise RunError(f"{what} lacks {path.name} in {path.parent}; {remedy}.") from None
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{what} has a damaged file {path} ({error}); {remedy}.") from None
+    with reading_tensors(path, what, remedy), safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - it is no dictionary
+            part = file.get_slice(name)
+            shape, dtype = part.get_shape(), part.get_dtype()
+            if dtype not in DTYPES.values():
+                raise RunError(f"{what} has {dtype} in {name} of {path}; {remedy}.")
+            if is_divided(name):
+                if shape[:1] != [n_latents]:
+                    raise RunError(
+                        f"{what} has {name} {shape} in {path}, expected {n_latents:,} latents; "
+                        f"{remedy}."
+                    )
+                found[name] = part[first:last].to(device)
+            else:
+                found[name] = file.get_tensor(name).to(device)
     return found
 
 

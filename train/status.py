@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from store.errors import InputError, RunError
-from store.parsing import safe_name
+from store.errors import InputError
 from train.checkpoint import saved_steps
 from train.config import TrainConfig
-from train.files import read_json
+from train.files import read_record
 from train.folder import (
     EVALUATION_FILE,
     METRICS_FILE,
@@ -20,6 +19,7 @@ from train.folder import (
     is_locked,
 )
 from train.metrics import last_metrics
+from train.records import Evaluation, Run, Sweep
 from train.sweep import SWEEP_FILE
 
 REMEDY = "run it again with another --out"
@@ -59,34 +59,28 @@ def read_status(out: Path) -> list[RunStatus]:
         InputError: there is neither. RunError: a file there is damaged.
     """
     if (out / SWEEP_FILE).exists():
-        record = read_json(out / SWEEP_FILE, "The sweep", REMEDY)
-        members = record.get("members") if isinstance(record, dict) else None
-        if not isinstance(members, dict):
-            raise RunError(f"{out / SWEEP_FILE} names no members of a sweep; {REMEDY}.")
-        return [_member(out, name, config) for name, config in members.items()]
-    if not (out / RUN_FILE).exists():
+        path = out / SWEEP_FILE
+        record = read_record(path, Sweep, "The sweep", REMEDY)
+        return [
+            _read(out / name, name, config_of(path, {"config": config}, REMEDY))
+            for name, config in record["members"].items()
+        ]
+    path = out / RUN_FILE
+    if not path.exists():
         raise InputError(
             f"{out} holds no run (no {RUN_FILE} or {SWEEP_FILE}); give the --out folder of "
             "`train-sae run` or `train-sae sweep`."
         )
-    record = read_json(out / RUN_FILE, "The run", REMEDY)
-    return [_read(out, str(out), config_of(out / RUN_FILE, record, REMEDY))]
-
-
-def _member(out: Path, name: str, config: Any) -> RunStatus:
-    """A member of the sweep in `out`, whose record has its name and configuration."""
-    record = out / SWEEP_FILE
-    try:
-        folder = out / safe_name(name)
-    except ValueError as error:
-        raise RunError(f"{record} is damaged ({error}); {REMEDY}.") from None
-    return _read(folder, name, config_of(record, {"config": config}, REMEDY))
+    record = read_record(path, Run, "The run", REMEDY)
+    return [_read(out, str(out), config_of(path, record, REMEDY))]
 
 
 def _read(folder: Path, name: str, config: TrainConfig) -> RunStatus:
-    metrics, saved = last_metrics(folder / METRICS_FILE), saved_steps(folder)
-    found = folder / EVALUATION_FILE
-    evaluation = read_json(found, "The run", "delete that file") if found.exists() else None
+    metrics, saved, evaluation = last_metrics(folder / METRICS_FILE), saved_steps(folder), None
+    if (folder / EVALUATION_FILE).exists():
+        evaluation = read_record(
+            folder / EVALUATION_FILE, Evaluation, "The run", "delete that file"
+        )
     return RunStatus(
         name=name,
         step=metrics.get("step", 0),

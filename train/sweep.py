@@ -26,7 +26,7 @@ from train.checkpoint import saved_steps
 from train.config import TrainConfig
 from train.costs import available_bytes, memory_bytes
 from train.faults import explained
-from train.files import read_json, write_json
+from train.files import read_record, write_json
 from train.folder import (
     FORMAT,
     claim,
@@ -36,6 +36,7 @@ from train.folder import (
     open_store,
 )
 from train.member import Member, Stream
+from train.records import Sweep as SweepRecord
 from train.sharded import Dictionary
 from train.trainer import Report, evaluate_into, run_pass, silent
 
@@ -181,10 +182,10 @@ def _train(
     announce: Announce,
 ) -> int | None:
     """Pass after pass, then the evaluations; the signal that stopped it."""
-    record = read_json(out / SWEEP_FILE, "The sweep", "choose another --out")
+    record = read_record(out / SWEEP_FILE, SweepRecord, "The sweep", "choose another --out")
     results = {name: read_result(out / name) for name in members}
     left = [name for name, result in results.items() if result == MemberResult(None, None)]
-    groups = [[n for n in group if n in left] for group in record.get(PASSES, [left])]
+    groups = [[n for n in group if n in left] for group in record.get(PASSES) or [left]]
     groups = [group for group in groups if group]
     if not groups:
         return None

@@ -33,7 +33,9 @@ GRID, RUNS, NAME = "grid", "runs", "name"
 # the stream of batches, and when all are saved and what all are judged on
 SHARED = ("batch_rows", "target_site", "order_seed", "rule", "checkpoint_every", "eval_rows")
 ONLY = "run"  # name of the member of a sweep that has one
-LONGEST_NAME = 120  # characters; file systems end at 255 bytes
+LONGEST_NAME = 120  # bytes; file systems end at 255
+MAX_MEMBERS = 10_000
+TAKEN = ("sweep.json",)  # in the folder of the members' folders
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,11 @@ def parse_sweep(found: Mapping[str, Any], where: str, options: Mapping[str, Any]
     shared = {key: value for key, value in found.items() if key not in (GRID, RUNS)}
     places = Source(shared, where, options).places()
     shared = {key: value for key, value in shared.items() if key not in Places.model_fields}
-    variants = list(_variants(found, where))
+    variants = list(itertools.islice(_variants(found, where), MAX_MEMBERS + 1))
+    if len(variants) > MAX_MEMBERS:
+        raise click.UsageError(
+            f"{where} describes more than {MAX_MEMBERS:,} members; make several sweeps of it."
+        )
     names = _names(variants, where)
     members = {
         name: Source({**shared, **variant}, f"{where}, member {name}", {}).config()
@@ -95,13 +101,20 @@ def _variants(found: Mapping[str, Any], file: str) -> Iterator[tuple[str | None,
         for run in runs:
             _check_keys({key: run[key] for key in run if key != NAME}, RUNS, file)
             name = run.get(NAME)
-            if name is not None and not re.fullmatch(r"\w[\w=,.+-]*", str(name)):
+            if name is not None and not _is_name(name):
                 raise click.UsageError(
                     f"{file}: {name!r} cannot name a folder; use letters, digits and =,.+-_ only."
                 )
             yield name and str(name), {key: value for key, value in run.items() if key != NAME}
     if grid is None and not runs:
         yield ONLY, {}
+
+
+def _is_name(name: object) -> bool:
+    """Whether a member may be called that: its folder is."""
+    if not isinstance(name, str | int) or not re.fullmatch(r"\w[\w=,.+-]*", str(name)):
+        return False
+    return str(name) not in TAKEN
 
 
 def _check_keys(values: Mapping[Any, Any], where: str, file: str) -> None:
@@ -125,7 +138,7 @@ def _names(variants: list[tuple[str | None, dict[str, Any]]], file: str) -> list
                 f"{file}: {count} members are called {name}; members have to differ, or be given "
                 "names."
             )
-        if len(name) > LONGEST_NAME:
+        if len(name.encode()) > LONGEST_NAME:
             raise click.UsageError(
                 f"{file}: {name} is too long to name a folder; list the members under {RUNS} and "
                 f"give each a {NAME}."

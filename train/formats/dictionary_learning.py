@@ -24,12 +24,14 @@ import torch
 from torch import Tensor
 
 from store.atomic import new_folder
-from train.config import ROW_NORMALIZATIONS
+from store.errors import RunError
+from train.config import COUNTED, ROW_NORMALIZATIONS
 from train.files import write_json
 from train.formats.folding import absorb, in_model_units
 from train.formats.pickles import read_pt, write_pt
 from train.formats.reading import (
     NOTE,
+    REMEDY,
     Origin,
     Tensors,
     build,
@@ -121,15 +123,35 @@ def read(path: Path, given: Origin) -> SAE:
     if reader is None:
         raise refusal(
             str(path),
-            f"holds a {name}, which ours cannot be",
+            f"holds a {name!r:.60}, which ours cannot be",
             f"import one of {', '.join(READERS)}",
         )
     file = path / TENSORS_FILE
     tensors = Tensors(read_pt(file), file)
     shape, taken = reader(tensors, file)
+    if shape["activation"] in COUNTED:
+        shape["k"] = _k(tensors, trainer.get("k"), path)
     tensors.finish()
     found = {"model": trainer.get("lm_name")} | fields.get(NOTE, dict, {})
     return build(path, shape | origin_fields(path, given, found, transcoder=False), taken)
+
+
+def _k(tensors: Tensors, stated: Any, path: Path) -> int:
+    """The number of latents: of ae.pt, or of config.json, where older versions keep it alone."""
+    stated = stated if isinstance(stated, int) and not isinstance(stated, bool) else None
+    if not tensors.has("k"):
+        if stated is None:
+            raise RunError(
+                f"{path} says in neither {TENSORS_FILE} nor {CONFIG_FILE} (trainer, k) how many "
+                f"latents its SAE keeps; {REMEDY}."
+            )
+        return stated
+    k = tensors.count("k")
+    if stated not in (None, k):  # that package refuses it as well
+        raise RunError(
+            f"{path} has k {k} in {TENSORS_FILE} and {stated} in {CONFIG_FILE}; {REMEDY}."
+        )
+    return k
 
 
 def _linear(tensors: Tensors, bias: str, b_dec: str) -> dict[str, Tensor]:
@@ -182,32 +204,40 @@ def _jumprelu(tensors: Tensors, path: Path) -> tuple[dict[str, Any], dict[str, T
 
 def _topk(tensors: Tensors, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors.drop("threshold")  # used only when asked for; its encode takes the k largest
-    shape = {"activation": "topk", "k": tensors.count("k")}
-    return shape, _linear(tensors, "encoder.bias", "b_dec")
+    return {"activation": "topk"}, _linear(tensors, "encoder.bias", "b_dec")
 
 
 def _batchtopk(tensors: Tensors, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     taken = _linear(tensors, "encoder.bias", "b_dec")
-    return _with_one_threshold(tensors, taken, path)
+    remedy = (
+        f"set dict_class to AutoEncoderTopK in {CONFIG_FILE} to import it with the k largest "
+        "latents of each row"
+    )
+    return _with_one_threshold(tensors, taken, path, remedy)
 
 
 def _matryoshka(tensors: Tensors, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors.drop("group_sizes")  # of its losses; all groups are active in a loaded SAE
-    return _with_one_threshold(tensors, _transposed(tensors), path)
+    remedy = (
+        f"add the least activation that its batches keep, a mean over many, to {TENSORS_FILE} as "
+        "threshold"
+    )
+    return _with_one_threshold(tensors, _transposed(tensors), path, remedy)
 
 
 def _with_one_threshold(
-    tensors: Tensors, taken: dict[str, Tensor], path: Path
+    tensors: Tensors, taken: dict[str, Tensor], path: Path, remedy: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    threshold = tensors.take("threshold")
+    threshold = tensors.take("threshold") if tensors.has("threshold") else torch.tensor(-1.0)
     if threshold < 0:
         raise refusal(
             str(path),
-            "has no threshold: training ended before threshold_start_step",
-            "train it for longer",
+            "has no threshold, without which the latents of a row depend on the rest of its batch "
+            "(training ended before threshold_start_step, or an old version saved it)",
+            remedy,
         )
     taken["threshold"] = threshold.repeat(len(taken["b_enc"]))
-    return {"activation": "batchtopk", "k": tensors.count("k")}, taken
+    return {"activation": "batchtopk"}, taken
 
 
 READERS = {

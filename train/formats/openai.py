@@ -95,22 +95,27 @@ def read(path: Path, given: Origin) -> SAE:
 
 def _activation(path: Path, found: dict[str, Any]) -> dict[str, Any]:
     name = found.get("activation", "ReLU")
-    if name == "ReLU":
+    if isinstance(name, str) and name == "ReLU":
         return {"activation": "relu"}
-    if name != "TopK":
+    if not isinstance(name, str) or name != "TopK":
         raise refusal(
             str(path),
-            f"has the activation function {name}, which ours has not",
+            f"has the activation function {_shown(name)}, which ours has not",
             "import one with TopK or ReLU",
         )
     state = found.get("activation_state_dict")
     k = state.get("k") if isinstance(state, dict) else None
     if not isinstance(state, dict) or not isinstance(k, int):
         raise RunError(f"{path} does not say how many latents TopK keeps; {REMEDY}.")
-    if state.get("postact_fn") != "ReLU":
+    if _shown(state.get("postact_fn")) != "ReLU":
         raise refusal(
             str(path),
-            f"lets {state.get('postact_fn')} follow TopK, where ours has ReLU",
+            f"lets {_shown(state.get('postact_fn'))} follow TopK, where ours has ReLU",
             "import one with ReLU",
         )
     return {"activation": "topk", "k": k, "normalization": "layer_norm"}
+
+
+def _shown(name: Any) -> str:
+    """What stands where a name should, in a few characters of one line."""
+    return f"{name!a:.40}".strip("'") if isinstance(name, str) else type(name).__name__

@@ -7,6 +7,7 @@ unpickler (weights_only) knows tensors and plain values only and refuses the res
 from __future__ import annotations
 
 import warnings
+import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -16,6 +17,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from store.atomic import replacing
 from store.errors import InputError, RunError, SaeHarvestError
+from store.parsing import first_line
 
 
 def write_pt(path: Path, value: dict[str, Any]) -> None:
@@ -38,20 +40,38 @@ def read_pt(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise InputError(f"{path} is not a file; give a .pt file.")
+    _check_size(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # about bytes that it then refuses
             value = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError:
         raise _refusal(path) from None
     except Exception as error:  # what damaged bytes make of an unpickler is anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(f"{path} is damaged ({reason}); copy it again.") from None
+        raise RunError(f"{path} is damaged ({first_line(error)}); copy it again.") from None
     if not isinstance(value, dict):
         raise InputError(
             f"{path} holds a {type(value).__name__}, expected a dictionary of tensors; give the "
             "file of an SAE."
         )
     return value
+
+
+def _check_size(path: Path) -> None:
+    """`RunError` if reading takes much more memory than the file has bytes.
+
+    A .pt file is a zip archive whose entries torch.save leaves as they are. Compressed ones would
+    be read as well, and may expand a thousandfold.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            compressed = any(entry.compress_type for entry in archive.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return  # no archive, or a damaged one: torch.load says so
+    if compressed:
+        raise RunError(
+            f"{path} has compressed entries, which torch.save does not write; save it "
+            "again with torch.save."
+        )
 
 
 def _refusal(path: Path) -> SaeHarvestError:
@@ -61,7 +81,8 @@ def _refusal(path: Path) -> SaeHarvestError:
         names = []
     if not names:
         return RunError(f"{path} is damaged, or not a .pt file; copy it again.")
+    shown = ", ".join(map(ascii, names[:3]))
     return InputError(
-        f"{path} holds more than tensors and plain values ({', '.join(names[:3])}), which only "
-        "unsafe pickle could load, and that can run any code; save its state_dict alone."
+        f"{path} holds more than tensors and plain values ({shown}), which only unsafe "
+        "pickle could load, and that can run any code; save its state_dict alone."
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,14 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from store.errors import InputError, RunError
+from store.parsing import first_line
 from train.config import SAEConfig
 from train.files import read_json
 from train.sae import SAE
 
 NOTE = "sae_harvest"  # the key under which an exported JSON file says where the SAE comes from
 NOTED = ("site", "target_site", "model", "model_weights", "rule")
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 REMEDY = "copy or export the SAE again"
 
 
@@ -96,9 +97,9 @@ class Fields:
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kinds):
             names = " or ".join(each.__name__ for each in kinds)
-            raise RunError(f"{self.path} has {name} {value!r}, expected {names}; {REMEDY}.")
-        if isinstance(value, float) and not isfinite(value):
-            raise RunError(f"{self.path} has {name} {value}, expected a finite number; {REMEDY}.")
+            raise RunError(f"{self.path} has {name} {value!r:.60}, expected {names}; {REMEDY}.")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise RunError(f"{self.path} has a {name} of too many digits; {REMEDY}.")
         return value
 
     def need(self, name: str, kind: type | tuple[type, ...]) -> Any:
@@ -130,7 +131,7 @@ class Tensors:
             RunError: it is missing, of another shape, or has numbers that are not finite.
         """
         tensor = self._left.pop(name, None)
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) or not _is_plain(tensor):
             raise RunError(f"{self._path} has no tensor {name}; {REMEDY}.")
         fits = tensor.dim() == len(shape) and all(
             size in (None, actual) for size, actual in zip(shape, tensor.shape, strict=True)
@@ -149,9 +150,18 @@ class Tensors:
     def count(self, name: str) -> int:
         """A whole number kept as a tensor of one element; `RunError` if it is anything else."""
         tensor = self._left.pop(name, None)
-        if not isinstance(tensor, Tensor) or tensor.numel() != 1 or tensor.is_floating_point():
+        if (
+            not isinstance(tensor, Tensor)
+            or not _is_plain(tensor)
+            or tensor.numel() != 1
+            or tensor.dtype not in WHOLE
+        ):
             raise RunError(f"{self._path} has no whole number {name}; {REMEDY}.")
         return int(tensor)
+
+    def has(self, name: str) -> bool:
+        """Whether there is something of that name left."""
+        return name in self._left
 
     def drop(self, *names: str) -> None:
         """Leaves out tensors that say nothing about what the SAE computes."""
@@ -161,10 +171,22 @@ class Tensors:
     def finish(self) -> None:
         """Raises InputError if something is left: the SAE would not compute what it should."""
         if self._left:
+            names = sorted(str(name) for name in self._left)
+            shown = ", ".join(f"{name!a:.60}".strip("'") for name in names[:5])
             raise InputError(
-                f"{self._path} has {', '.join(sorted(map(str, self._left)))}, which this SAE "
-                "cannot take over; import an SAE without it."
+                f"{self._path} has {shown}, which this SAE cannot take over; import an SAE "
+                "without it."
             )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its numbers are in memory, each once: a file may describe other tensors.
+
+    A view can repeat a few stored numbers as often as it likes, and would be copied at that size.
+    """
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def build(path: Path, fields: Mapping[str, Any], tensors: dict[str, Tensor]) -> SAE:
@@ -173,9 +195,9 @@ def build(path: Path, fields: Mapping[str, Any], tensors: dict[str, Tensor]) -> 
     try:
         config = SAEConfig.model_validate({"d_in": d_in, "n_latents": n_latents, **fields})
     except ValidationError as error:
-        first = error.errors()[0]
-        reason = ": ".join([*map(str, first["loc"]), first["msg"]])
-        raise InputError(f"{path} describes an SAE that cannot be ({reason}); {REMEDY}.") from None
+        raise InputError(
+            f"{path} describes an SAE that cannot be ({first_line(error)}); {REMEDY}."
+        ) from None
     return SAE(config, **tensors)
 
 

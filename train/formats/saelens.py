@@ -144,14 +144,14 @@ def read(path: Path, given: Origin) -> SAE:
     if not re.match(r"[6-9]\.|[1-9]\d", version):
         raise refusal(
             str(path),
-            f"is of {PACKAGE} {version or 'before version 6'}",
+            f"is of {PACKAGE} {ascii(version[:20]) if version else 'before version 6'}",
             f"load and save it with {PACKAGE} 6",
         )
     architecture = fields.need("architecture", str)
     if architecture not in ACTIVATIONS:
         raise refusal(
             str(path),
-            f"has the architecture {architecture}, which ours cannot be",
+            f"has the architecture {architecture!a:.60}, which ours cannot be",
             f"import one of {', '.join(ACTIVATIONS)}",
         )
     if fields.get("reshape_activations", str, "none") != "none":
@@ -190,7 +190,7 @@ def _normalization(path: Path, fields: Fields, transcoder: bool) -> dict[str, An
             return {"normalization": "scale", "input_scale": 1 / factor}
     raise refusal(
         str(path),
-        f"normalises its activations by {theirs}, which ours cannot",
+        f"normalises its activations by {theirs!a:.60}, which ours cannot",
         f"save it with {PACKAGE} after training has folded that into the weights",
     )
 

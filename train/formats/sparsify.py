@@ -95,7 +95,7 @@ def read(path: Path, given: Origin) -> SAE:
     activation = fields.get("activation", str, "topk")
     if activation != "topk":
         raise refusal(
-            str(path), f"has the activation {activation}, which ours has not", "import a topk"
+            str(path), f"has the activation {activation!a:.60}, which ours has not", "import a topk"
         )
     for name, meaning in (
         ("skip_connection", "a linear skip connection"),
