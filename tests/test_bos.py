@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from pipelines.features.rows import Rows, for_scores, write_rows
+from store.commits import commit_shard
 from store.layout import Plan
 from store.loader import ShuffledLoader
 from store.objects import LocalObjects
 from store.reader import ActivationStore
 from store.rules import RowRule, heldout_documents
 from store.seals import seal
-from store.writer import commit_shard, create_store, write_shard
+from store.writer import create_store, write_shard
 from tests.synthetic import SITE, make_plan, make_shard, make_store
 from train.config import TrainConfig
 from train.evaluate import evaluate
