@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from store.errors import InputError, RunError, SaeHarvestError
 from tests.interop.exchange import ORIGIN, D, assert_equal_outputs, random_sae, rows, run, written
-from train.formats import FORMATS, format_named
+from train.formats import FORMATS, export_sae, format_named, import_sae
+from train.formats.pickles import read_pt
 
 
 class Malicious:
@@ -143,13 +146,69 @@ def test_openai_activations_that_ours_has_not_are_refused(tmp_path):
             format_named("openai").read(path, ORIGIN)
 
 
-def test_a_batchtopk_without_a_threshold_is_refused(tmp_path):
-    path = tmp_path / "sae"
-    format_named("dictionary_learning").write(random_sae("batchtopk"), path)
-    held = torch.load(path / "ae.pt", weights_only=True)
-    torch.save(held | {"threshold": torch.tensor(-1.0)}, path / "ae.pt")
-    with pytest.raises(InputError, match="no threshold"):
-        format_named("dictionary_learning").read(path, ORIGIN)
+def dictionary_learning(path, activation, change=(), drop=(), **trainer):
+    """An export with other tensors, and other fields of its config.json's trainer."""
+    format_named("dictionary_learning").write(random_sae(activation), path)
+    held = torch.load(path / "ae.pt", weights_only=True) | dict(change)
+    torch.save({name: held[name] for name in held if name not in drop}, path / "ae.pt")
+    config = json.loads((path / "config.json").read_text())
+    config["trainer"] |= trainer
+    (path / "config.json").write_text(json.dumps(config))
+    return format_named("dictionary_learning").read(path, ORIGIN)
+
+
+def test_k_of_dictionary_learning_is_in_either_file(tmp_path):
+    k = random_sae("topk").config.k
+    assert dictionary_learning(tmp_path / "a", "topk", drop=["k"]).config.k == k
+    assert dictionary_learning(tmp_path / "b", "topk", k=None).config.k == k
+    assert dictionary_learning(tmp_path / "c", "batchtopk", drop=["k"]).config.k == k
+    for number, stated in enumerate((None, "8", True, [])):
+        with pytest.raises(RunError, match=r"neither ae\.pt nor config\.json"):
+            dictionary_learning(tmp_path / f"d{number}", "topk", drop=["k"], k=stated)
+    with pytest.raises(RunError, match=rf"k {k} in ae\.pt and {k + 1} in config\.json"):
+        dictionary_learning(tmp_path / "e", "topk", k=k + 1)
+
+
+@pytest.mark.parametrize("change", [{"threshold": torch.tensor(-1.0)}, {}])
+def test_a_batchtopk_without_a_threshold_is_told_what_can_be_done(tmp_path, change):
+    drop = [] if change else ["threshold"]
+    with pytest.raises(InputError, match=r"no threshold.* set dict_class to AutoEncoderTopK"):
+        dictionary_learning(tmp_path / "sae", "batchtopk", change, drop)
+    told = dictionary_learning(
+        tmp_path / "told", "batchtopk", change, drop, dict_class="AutoEncoderTopK"
+    )
+    plain = random_sae("batchtopk")
+    assert (told.config.activation, told.config.k) == ("topk", plain.config.k)
+    assert torch.equal(told.b_enc, plain.b_enc)
+
+
+def test_a_pt_file_that_would_expand_is_refused(tmp_path):
+    torch.save({"pre_bias": torch.zeros(100_000)}, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name))
+    with pytest.raises(RunError, match="compressed entries"):
+        read_pt(tmp_path / "bomb.pt")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch, name):
+    activation = "topk" if name == "sparsify" else "relu"
+    random_sae(activation).save(tmp_path / "sae")
+    export_sae(tmp_path / "sae", name, tmp_path / "peer")
+
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(RunError, match="No space left"):
+        export_sae(tmp_path / "sae", name, tmp_path / "out" / "exported")
+    with pytest.raises(RunError, match="No space left"):
+        import_sae(name, tmp_path / "peer", tmp_path / "out" / "imported", ORIGIN)
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
 def test_unknown_tensors_and_numbers_that_are_not_finite_are_refused(tmp_path):

@@ -135,6 +135,22 @@ def test_what_was_typed_is_refused_as_it_was_typed(
     assert refusal(*places, *arguments).startswith(sentence)
 
 
+@pytest.mark.parametrize("number", ["inf", "nan", "1e308", "-1", "9" * 400])
+@pytest.mark.parametrize("option", ["l1", "auxk-alpha", "clip-norm", "adam-eps", "tokens", "seed"])
+def test_a_number_that_no_computation_can_hold_is_refused(option: str, number: str) -> None:
+    message = refusal(*PLACE, f"--{option}", number)
+    assert message.startswith(f"Invalid value for '--{option}': it should be ")
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("spelling", ["2000000", "2_000_000", "2e6", "2M"])
+def test_a_count_may_be_spelled_as_people_do(spelling: str) -> None:
+    assert settings(*PLACE, "--tokens", spelling)[1].tokens == 2_000_000
+    file = FILE + f"tokens: {spelling}\nmatryoshka: [4k, 8192]\n"
+    config = settings(file=file)[1]
+    assert (config.tokens, config.matryoshka) == (2_000_000, (4000, 8192))
+
+
 @pytest.mark.parametrize(
     ("file", "sentence"),
     [

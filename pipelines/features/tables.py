@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from pipelines.features.lens import LogitLens
 from pipelines.features.neighbours import Neighbours
 from pipelines.features.profile import Profile, bin_edge
 from pipelines.features.texts import TokenTexts
+from store.atomic import publish, temporary_name
 from store.paths import exact_file
 
 ROW_GROUP = 2048  # a point query reads one group: about 30 latents' contexts
@@ -41,7 +41,7 @@ class TableWriter:
 
     def __init__(self, path: Path, **options: Any) -> None:
         self._path, self._options = path, options
-        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._temporary = temporary_name(path)
         self._writer: pq.ParquetWriter | None = None
         self._file: pa.NativeFile | None = None
         self._rest: list[pa.Table] = []
@@ -78,9 +78,7 @@ class TableWriter:
         self._writer.close()
         self._file.close()
         if kind is None:
-            with self._temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            self._temporary.replace(self._path)
+            publish(self._temporary, self._path)
         else:
             self._temporary.unlink()
 

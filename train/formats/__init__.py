@@ -12,11 +12,16 @@ Latents keep their values: what was said about a latent holds for the exported f
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
+from store.atomic import new_folder, temporary_name, writing
 from store.errors import InputError
+from store.objects import sync_folder
 
 if TYPE_CHECKING:
     from train.formats.reading import Origin
@@ -53,8 +58,8 @@ def export_sae(folder: Path, name: str, out: Path) -> SAE:
     peer = format_named(name)
     sae = SAE.load(folder)
     _must_be_free(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    peer.write(sae, out)
+    with _whole(out) as temporary:
+        peer.write(sae, temporary)
     return sae
 
 
@@ -68,8 +73,28 @@ def import_sae(name: str, path: Path, out: Path, given: Origin) -> SAE:
     peer = format_named(name)
     _must_be_free(out)
     sae = peer.read(path, given)
-    sae.save(out)
+    with _whole(out) as temporary:
+        sae.save(temporary)
     return sae
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A file or folder to write, which is called `out` once all of it is there."""
+    new_folder(out.parent)
+    temporary = temporary_name(out)
+    with writing(out):
+        if temporary.is_dir():  # of a command that was killed
+            shutil.rmtree(temporary)
+        try:
+            yield temporary
+            temporary.rename(out)
+            sync_folder(out.absolute().parent)
+        finally:
+            if temporary.is_dir():
+                shutil.rmtree(temporary)
+            else:
+                temporary.unlink(missing_ok=True)
 
 
 def _must_be_free(out: Path) -> None:
