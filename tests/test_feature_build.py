@@ -103,6 +103,8 @@ def test_counts_are_those_of_encoding_every_row_the_rule_reads(
         assert len(row["top_logit_tokens"]) == len(row["bottom_logits"]) == BUILD_CONFIG.n_logits
     run = json.loads((folders[2] / "run.json").read_text())
     assert run["tables"] == "3"
+    for name, folder in (("store", folders[0]), ("sae", folders[1])):
+        assert (folders[2] / run["relative"][name]).resolve() == folder.resolve()
     assert run["n_rows"] == run["cofire_rows"] == read.sum()
     assert run["n_firings"] == (dense > 0).sum()
     assert run["store_digest"] == store.digest

@@ -141,7 +141,7 @@ def test_a_cache_of_nothing_or_without_its_store_is_refused(
     assert str(tmp_path / "x") in refusal(features, "delphi", out, "--store", tmp_path / "x")
     moved = shutil.copytree(features, tmp_path / "moved")
     record = json.loads((moved / "run.json").read_text())
-    (moved / "run.json").write_text(json.dumps(record | {"store": "/nowhere"}))
+    (moved / "run.json").write_text(json.dumps(record | {"store": "/nowhere", "relative": {}}))
     assert "/nowhere" in refusal(moved, "delphi", out)
     exported(moved, "delphi", out, "--store", tiny_store)
     (moved / "run.json").write_text(json.dumps(record | {"store_digest": "0" * 32}))

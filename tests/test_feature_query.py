@@ -239,6 +239,22 @@ def test_what_cannot_be_written_is_said(
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["query X --features A", "query X --output A", "show 1 --features A", "site --out A",
+     "build --store x --sae x --out A", "export --format openai --features x --out A"],
+)  # fmt: skip
+def test_an_address_is_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [word.replace("A", "s3://bucket/x.csv") for word in command.split()]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2
+    assert "'s3://bucket/x.csv' is an address" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_added_explanations_are_a_table_too(features: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="explanations"), asked(features, "FROM explanations") as q:
         q.rows(None)

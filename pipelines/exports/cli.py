@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from pipelines.options import LocalPath
 from store.console import Progress, output, when_interrupted
 
 FORMATS = ("neuronpedia", "delphi", "openai", "circuit-tracer")
@@ -14,7 +15,7 @@ FORMATS = ("neuronpedia", "delphi", "openai", "circuit-tracer")
 @click.command("export")
 @click.option(
     "--features",
-    type=click.Path(path_type=Path),
+    type=LocalPath(),
     multiple=True,
     required=True,
     help="Folder of the tables; of several layers, each with one such option.",
@@ -22,9 +23,7 @@ FORMATS = ("neuronpedia", "delphi", "openai", "circuit-tracer")
 @click.option(
     "--format", "format_name", type=click.Choice(FORMATS), required=True, help="Whose format."
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder to write, a new one."
-)
+@click.option("--out", type=LocalPath(), required=True, help="Folder to write, a new one.")
 @click.option("--latents", metavar="0-99,512", help="Which; all by default.")
 @click.option(
     "--name",

@@ -9,7 +9,7 @@ import click
 
 from pipelines.exports.cli import export_command
 from pipelines.features.cli_query import query
-from pipelines.options import features_option
+from pipelines.options import LocalPath, features_option
 from pipelines.viewer.cli import serve, site
 from store.console import (
     SAME_COMMAND,
@@ -48,7 +48,7 @@ main.add_command(export_command)
 )
 @click.option("--site", help="Of the neurons, if the store has several, or of the cache: mlp_out.8")
 @click.option("--model", help="Of the cache, if it does not name it.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--out", type=LocalPath(), required=True, help="Folder to write.")
 @click.option(
     "--top",
     type=CountRange(1, 1000),

@@ -10,7 +10,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.options import features_option
+from pipelines.options import LocalPath, features_option
 from store.console import output
 from store.errors import InputError
 from store.numbers import CountRange
@@ -34,7 +34,7 @@ MAX_SQL_BYTES = 1 << 20
 @click.option(
     "--output",
     "target",
-    type=click.Path(path_type=Path),
+    type=LocalPath(),
     metavar="FILE",
     help="New file to write the result into: .csv, .json or .parquet.",
 )

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import click
 
-from pipelines.options import features_option
+from pipelines.options import LocalPath, features_option
 from store.console import Progress, output, when_interrupted
 from store.errors import InputError
 
 compare_option = click.option(
     "--compare",
-    type=click.Path(path_type=Path),
+    type=LocalPath(),
     help="Tables of a second SAE, of the same site, to put beside the first.",
 )
 sae_option = click.option(
     "--sae",
     "saes",
-    type=click.Path(path_type=Path),
+    type=LocalPath(),
     multiple=True,
     help="Where the SAE is now, if it has moved; also that of --compare.",
 )
@@ -95,7 +95,7 @@ def serve(
 @features_option
 @compare_option
 @sae_option
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--out", type=LocalPath(), required=True, help="Folder to write.")
 def site(features: Path, compare: Path | None, saes: tuple[Path, ...], out: Path) -> None:
     """The pages as files that open without a server, from a disk or a web server.
 
