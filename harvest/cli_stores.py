@@ -8,16 +8,18 @@ from itertools import pairwise
 import click
 
 from store.console import SAME_COMMAND, Progress, output, store_option, when_interrupted
+from store.options import PlaceOption
+from store.paths import shown
 
 
 @click.command()
 @click.option(
     "--into",
-    metavar="PLACE",
+    type=PlaceOption(),
     required=True,
     help="The store that gets the shards it lacks: a folder or s3://bucket/prefix, new or not.",
 )
-@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
+@click.argument("sources", metavar="SOURCE...", type=PlaceOption(), nargs=-1, required=True)
 def merge(into: str, sources: tuple[str, ...]) -> None:
     """Join what several machines harvested of one plan, each with its --shards.
 
@@ -31,17 +33,17 @@ def merge(into: str, sources: tuple[str, ...]) -> None:
     from store.merge import merge as join
     from store.objects import open_objects
 
-    target = open_objects(into)
+    target, name = open_objects(into), shown(into)
     status = read_status(target)
     if status is not None and status.alive:
         raise StoreError(
-            f"A harvest is writing into {into} ({status.host}, pid {status.pid}); merge when it "
+            f"A harvest is writing into {name} ({status.host}, pid {status.pid}); merge when it "
             "has ended."
         )
     with when_interrupted(SAME_COMMAND), Progress("bytes") as progress:
         places = [open_objects(source) for source in sources]
         merged = join(target, places, progress.counting("merging"))
-    words = f"{into}: {len(merged.copied)} shards copied"
+    words = f"{name}: {len(merged.copied)} shards copied"
     if merged.already:
         words += f", {len(merged.already)} there already"
     if merged.differing:
@@ -61,7 +63,9 @@ def merge(into: str, sources: tuple[str, ...]) -> None:
 
 @click.command()
 @store_option
-@click.option("--out", metavar="DIR", required=True, help="A new folder, or s3://bucket/prefix.")
+@click.option(
+    "--out", type=PlaceOption(), required=True, help="A new folder, or s3://bucket/prefix."
+)
 @click.option("--format", "kind", type=click.Choice(["parquet", "safetensors"]), required=True)
 @click.option("--site", multiple=True, help="Several times for several; by itself all.")
 @click.option("--shards", metavar="FIRST:LAST", help="These shards only, LAST left out.")
@@ -95,7 +99,7 @@ def export(
     with when_interrupted(SAME_COMMAND), Progress("rows") as progress:
         done = write(store, out, config, progress.counting("exporting"))
     output().print(
-        f"{out}: {done.rows:,} rows in {done.files} files, {done.n_bytes:,} bytes with the "
+        f"{shown(out)}: {done.rows:,} rows in {done.files} files, {done.n_bytes:,} bytes with the "
         "documents.",
         soft_wrap=True,
     )

@@ -8,6 +8,8 @@ import click
 
 from store.console import SAME_COMMAND, output, when_interrupted
 from store.numbers import CountRange
+from store.options import NameOption, PathOption
+from store.paths import shown
 from train.cli import stopped, stopped_code_option
 from train.job import Job, JobCommands
 from train.yamlfile import read_value
@@ -27,7 +29,7 @@ def main() -> None:
 @main.command()
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PathOption(),
     default=Path("runs/demo"),
     show_default=True,
     help="Folder for store, SAE and tables.",
@@ -54,10 +56,8 @@ def demo(out: Path, workers: int) -> None:
 
 
 @main.command(cls=Job)
-@click.argument("recipe")
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder for stores and SAEs."
-)
+@click.argument("recipe", type=NameOption())
+@click.option("--out", type=PathOption(), required=True, help="Folder for stores and SAEs.")
 @click.option(
     "--set",
     "changes",
@@ -99,9 +99,9 @@ def run(
     found = read_recipe(recipe, dict(map(_change, changes)))
     signal = run_recipe(found, out, Means(workers, device, address), output().print)
     if signal is not None:
-        stopped(f"Stopped, saved in {out}", signal, stopped_code)
+        stopped(f"Stopped, saved in {shown(out)}", signal, stopped_code)
     output().print(suite_table(out))
-    output().print(f"Table: {out / SUITE_FILE}", soft_wrap=True)
+    output().print(f"Table: {shown(out / SUITE_FILE)}", soft_wrap=True)
 
 
 def _change(text: str) -> tuple[str, object]:

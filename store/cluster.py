@@ -8,15 +8,15 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, NodeDiedError, OutOfMemoryError, RayError
 
+from store import environment
 from store.errors import RunError
 from store.memory import KEEP_MEMORY
-from store.paths import cache_dir
 
 OBJECT_STORE_BYTES = 256 << 20  # shards travel as token ids, not as activations
 
@@ -31,13 +31,8 @@ def connect(address: str | None, without: str) -> None:
     Args:
         without: how to do without Ray, as the remedy of an error.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    common: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": "ERROR",
-        "runtime_env": {"env_vars": KEEP_MEMORY},
-    }
+    environment.set_defaults()
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     own = {
         "address": "local",
         "num_cpus": os.cpu_count() or 1,
@@ -49,10 +44,8 @@ def connect(address: str | None, without: str) -> None:
         _check_listening(str(address))
     chosen = own if address is None else {"address": address}
     try:
-        # Ray puts the driver's folder first on its workers' path, where a user's own store.py
-        # or train.py would be taken for our packages: start it from an empty folder.
-        with contextlib.chdir(_empty_folder()), _own_sigterm():
-            ray.init(**chosen, **common)
+        with TemporaryDirectory(prefix="sae-harvest-") as empty, _own_sigterm():
+            ray.init(runtime_env=_workers_environment(empty), **chosen, **common)
         # Ray prints every death to standard output, `log_to_driver` or not, but where its own
         # debugger has set this; what there is to say of them is in our log.
         ray._private.worker._worker_logs_enabled = False
@@ -153,19 +146,18 @@ def _nodes() -> list[tuple[int, int]]:
     return [(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in found]
 
 
-def _empty_folder() -> Path:
-    """A folder with nothing in it, always the same, so that a killed driver leaves none behind."""
-    folder = cache_dir() / "empty"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        found = next(folder.iterdir(), None)
-    except OSError as error:
-        raise RunError(
-            f"{folder} can't be made ({error.strerror}); set SAE_HARVEST_CACHE to another folder."
-        ) from error
-    if found is not None:
-        raise RunError(f"{folder} has to stay empty; move {found.name} elsewhere.")
-    return folder
+def _workers_environment(empty: str) -> dict[str, Any]:
+    """The runtime environment of the workers; `empty` is a folder with nothing in it.
+
+    Ray puts the driver's folder first on its workers' path, where a user's own store.py or train.py
+    would be taken for our packages. It does not where the workers have a folder of their own, so
+    they get a copy of an empty one. A job that `ray job submit` has started may have been given
+    one, which Ray allows nobody to replace.
+    """
+    found: dict[str, Any] = {"env_vars": KEEP_MEMORY}
+    if '"working_dir"' not in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""):
+        found["working_dir"] = empty
+    return found
 
 
 @contextlib.contextmanager

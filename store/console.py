@@ -26,7 +26,9 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
+from store import environment
 from store.errors import SaeHarvestError
+from store.options import PlaceOption
 
 # Libraries read these when they are imported. Their bars and remarks would be drawn over our own
 # progress, or fill a log. Processes that a command starts inherit them.
@@ -52,7 +54,7 @@ EXIT_TERMINATED = 143
 
 store_option = click.option(
     "--store",
-    metavar="PLACE",
+    type=PlaceOption(),
     required=True,
     help="The activation store: a folder, or s3://bucket/prefix.",
 )
@@ -86,6 +88,7 @@ class Commands(click.Group):
             signal.signal(signal.SIGTERM, before)
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> NoReturn:
+        environment.set_defaults()
         words = sys.argv[1:] if args is None else list(args)
         for word in words:
             if not _is_text(word):
@@ -208,7 +211,7 @@ class Progress:
 
     def counting(
         self, phase: str, rate: Callable[[float], str] = lambda speed: ""
-    ) -> Callable[[int, int], None]:
+    ) -> Callable[[int, int | None], None]:
         """A report of what is done and to do in one phase.
 
         Args:
@@ -216,7 +219,7 @@ class Progress:
         """
         first: list[tuple[float, int]] = []
 
-        def report(done: int, total: int) -> None:
+        def report(done: int, total: int | None) -> None:
             now = time.monotonic()
             if not first:
                 first.append((now, done))
@@ -232,6 +235,9 @@ class Progress:
     def _lines(self) -> None:
         while not self._ended.wait(LINE_SECONDS):
             phase, done, total, rate = self.latest
-            words = f"{phase} {done:,} of {total:,} {self._unit}".rstrip() if total else phase
+            words = phase
+            if total or done:
+                of = f" of {total:,}" if total else ""
+                words = f"{phase} {done:,}{of} {self._unit}".rstrip()
             minutes = f"{(time.monotonic() - self._began) / 60:,.0f} min so far"
             click.echo(", ".join(filter(None, (words, rate, minutes))), err=True)

@@ -1,4 +1,4 @@
-"""Paths: the cache folder, and files opened by their exact name.
+"""Paths: those that a user gives, in full; the cache folder; files opened by their exact name.
 
 The cache folder is where this project keeps what it can make again: converted models, compiled
 kernels.
@@ -6,6 +6,7 @@ kernels.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,3 +47,39 @@ def exact_file(path: Path, mode: str = "rb") -> pa.NativeFile:
     import pyarrow as pa  # not needed by those who only ask for the cache folder
 
     return pa.OSFile(os.fsencode(path), mode)
+
+
+def absolute(place: str) -> str:
+    """A file or folder in full, `~` expanded; an address such as s3://bucket/prefix as it is.
+
+    Links stay links.
+    """
+    if "://" in place:
+        return place
+    path = Path(place)
+    with contextlib.suppress(RuntimeError):  # no such user: it is the name of a file
+        path = path.expanduser()
+    return str(path.absolute())
+
+
+def absolute_name(name: str) -> str:
+    """What may be a path or a name on the Hugging Face hub: in full if it is a path.
+
+    A path is what exists, or begins with `/`, `.` or `~`.
+    """
+    is_path = name.startswith(("/", ".", "~"))
+    return absolute(name) if is_path or exists(Path(name)) else name
+
+
+def exists(path: Path) -> bool:
+    """True if there is something at a path; false also for what can be no path."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def shown(place: str | Path) -> str:
+    """A path as a person would type it here: relative if it is in this folder, else in full."""
+    path, here = Path(place), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(place)

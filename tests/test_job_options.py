@@ -22,8 +22,8 @@ from train.options import (
     run_settings,
 )
 
-PLACE = ("--store", "s", "--out", "o")
-FILE = "store: s\nout: o\n"
+PLACE = ("--store", "/s", "--out", "/o")
+FILE = "store: /s\nout: /o\n"
 
 
 @click.command()
@@ -87,14 +87,14 @@ rule:
         normalization="none",
         rule=RowRule(max_norm_medians=None, heldout_fraction=0.1),
     )
-    places = Places(store="s", out="o", site="resid_post.3")
+    places = Places(store="/s", out="/o", site="resid_post.3")
     assert settings(*PLACE, *typed) == settings(file=FILE + written) == (places, expected)
 
 
 def test_options_win_over_the_file() -> None:
     file = FILE + "k: 4\nn_latents: 64\nrule: {heldout_fraction: 0.1, split: all}\n"
-    places, config = settings("--k", "5", "--out", "p", "--split", "train", file=file)
-    assert (places.store, places.out) == ("s", "p")
+    places, config = settings("--k", "5", "--out", "/p", "--split", "train", file=file)
+    assert (places.store, places.out) == ("/s", "/p")
     assert (config.k, config.n_latents) == (5, 64)
     assert config.rule == RowRule(heldout_fraction=0.1, split="train")
 

@@ -65,8 +65,10 @@ def hostile_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two_workers(hostile_folder: Path, model_folder: Path, corpus_file: Path) -> Run:
-    """Two Ray workers, started in that folder, without a network, into a relative path."""
-    arguments = options(model_folder, corpus_file, Path("out/store"), workers=2)
+    """Two Ray workers, started in that folder, without a network; every path is relative."""
+    for link, target in (("mine", model_folder), (corpus_file.name, corpus_file)):
+        (hostile_folder / link).symlink_to(target)
+    arguments = options(Path("mine"), Path(corpus_file.name), Path("out/store"), workers=2)
     with harvesting(*arguments, cwd=hostile_folder, env=dead_network()) as process:
         stdout, stderr = process.communicate(timeout=240)
         left = session_processes(process.pid)

@@ -12,6 +12,8 @@ from rich.table import Column, Table
 
 from store.console import EXIT_FAILURE, EXIT_INTERRUPTED, Progress, output, store_option
 from store.numbers import CountRange
+from store.options import PathOption
+from store.paths import shown
 from train.cli_formats import add_format_commands
 from train.cli_plan import plan
 from train.cli_scaling import scaling
@@ -26,7 +28,7 @@ from train.options import (
     run_settings,
 )
 
-folder = click.Path(path_type=Path, file_okay=False)
+folder = PathOption(file_okay=False)
 
 
 @click.group(cls=JobCommands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -77,7 +79,7 @@ def run(
     train-sae run --config run.yaml --workers 8 --address auto
     """
     places, config = run_settings(context, file)
-    out = Path(places.out)
+    out, name = Path(places.out), shown(places.out)
     if workers is None and address is not None:
         raise click.UsageError("--address is of runs with --workers; say how many.")
     cluster = None
@@ -85,12 +87,12 @@ def run(
         cluster = {"workers": workers, "parallel": parallel, "address": address}
     result = train_with_bar(config, places.store, out, places.site, places.device, cluster)
     if not result.finished:
-        stopped(f"Stopped after step {result.steps}, saved in {out}", result.signal, stopped_code)
-    output().print(summary({str(out): result.evaluation}))
+        stopped(f"Stopped after step {result.steps}, saved in {name}", result.signal, stopped_code)
+    output().print(summary({name: result.evaluation}))
 
 
 @main.command(cls=Job)
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("file", type=PathOption(dir_okay=False))
 @options_for(PLACES)
 @stopped_code_option
 @click.pass_context
@@ -108,7 +110,7 @@ def sweep(context: click.Context, file: Path, stopped_code: int, **given: Any) -
     out = Path(found.places.out)
     result = sweep_with_bar(found, out)
     if result.signal is not None:
-        stopped(f"Stopped, saved in {out}", result.signal, stopped_code)
+        stopped(f"Stopped, saved in {shown(out)}", result.signal, stopped_code)
     done = {name: member.evaluation for name, member in result.members.items()}
     output().print(summary({name: found for name, found in done.items() if found is not None}))
     for name in result.failed:
@@ -174,7 +176,7 @@ def _number(value: Any, form: str) -> str:
     help="Held-out rows to read, at most.",
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-@click.option("--out", type=click.Path(path_type=Path), help="Also write it here, as JSON.")
+@click.option("--out", type=PathOption(), help="Also write it here, as JSON.")
 def evaluation(sae_folder: Path, store: str, rows: int, device: str, out: Path | None) -> None:
     """How well an SAE reconstructs held-out rows of a store.
 
@@ -193,8 +195,8 @@ def evaluation(sae_folder: Path, store: str, rows: int, device: str, out: Path |
         result = evaluate(sae, opened, sae.config.rule, rows, progress.counting("evaluating"))
     if out is not None:
         write_json(out, result)
-    warn({str(sae_folder): result})
-    output().print(summary({str(sae_folder): result}))
+    warn({shown(sae_folder): result})
+    output().print(summary({shown(sae_folder): result}))
 
 
 def stopped(what: str, number: int | None, code: int) -> None:
@@ -221,7 +223,7 @@ def train_with_bar(
             from train.cluster import train_on_workers
 
             result = train_on_workers(config, store, out, site, device, report=progress, **cluster)
-    warn({str(out): result.evaluation})
+    warn({shown(out): result.evaluation})
     return result
 
 

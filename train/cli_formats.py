@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from store.options import PathOption
+from store.paths import shown
 from train.formats import FORMATS, export_sae, import_sae
 
 format_option = click.option(
@@ -16,14 +18,14 @@ format_option = click.option(
 @click.command("export")
 @click.option(
     "--sae",
-    type=click.Path(path_type=Path),
+    type=PathOption(),
     required=True,
     help="A trained SAE, the --out folder of `train-sae run`.",
 )
 @format_option
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PathOption(),
     required=True,
     help="Where to write; openai: a .pt file, the others: a folder.",
 )
@@ -34,7 +36,7 @@ def export_command(sae: Path, name: str, out: Path) -> None:
     train-sae export --sae runs/demo/sae --format sparsify --out runs/demo/sparsify
     """
     exported = export_sae(sae, name, out)
-    click.echo(f"Wrote SAE {exported.digest} to {out} for {name}.")
+    click.echo(f"Wrote SAE {exported.digest} to {shown(out)} for {name}.")
 
 
 @click.command("import")
@@ -43,13 +45,13 @@ def export_command(sae: Path, name: str, out: Path) -> None:
     "--from",
     "path",
     metavar="PATH",
-    type=click.Path(path_type=Path),
+    type=PathOption(),
     required=True,
     help="What that package has written; openai: a .pt file, the others: a folder.",
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PathOption(),
     required=True,
     help="Folder to save the SAE in.",
 )
@@ -72,7 +74,7 @@ def import_command(
     from train.formats.reading import Origin
 
     sae = import_sae(name, path, out, Origin(site, target_site, model))
-    click.echo(f"Saved SAE {sae.digest} in {out}, for {sae.config.site}.")
+    click.echo(f"Saved SAE {sae.digest} in {shown(out)}, for {sae.config.site}.")
 
 
 def add_format_commands(group: click.Group) -> None:

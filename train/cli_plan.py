@@ -9,13 +9,14 @@ from rich.table import Table
 
 from store.console import output
 from store.numbers import CountRange
+from store.options import PlaceOption
 from store.units import size_text
 
 GPUS = ("a100", "h100", "h200", "b200")
 
 
 @click.command()
-@click.option("--store", metavar="PLACE", help="Of a store, for its widths; instead of --d-in.")
+@click.option("--store", type=PlaceOption(), help="Of a store, for its widths; instead of --d-in.")
 @click.option("--site", help="Which of the store's sites; default: the only one.")
 @click.option("--d-in", type=CountRange(min=1), help="Width of the activations.")
 @click.option("--d-out", type=CountRange(min=1), help="Width that a transcoder predicts.")

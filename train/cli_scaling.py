@@ -12,15 +12,15 @@ from rich.table import Table
 from store.console import output
 from store.errors import InputError
 from store.numbers import CountRange
+from store.options import PathOption
+from store.paths import shown
 
 
 @click.command()
-@click.argument(
-    "sweep", metavar="SWEEP_DIR", type=click.Path(path_type=Path, exists=True, file_okay=False)
-)
+@click.argument("sweep", metavar="SWEEP_DIR", type=PathOption(exists=True, file_okay=False))
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=PathOption(file_okay=False),
     required=True,
     help="Folder for scaling.parquet, fits.json and the plots.",
 )
@@ -58,7 +58,7 @@ def scaling(sweep: Path, out: Path, plots: bool, seed: int) -> None:
         from train.scaling_plots import plot
 
         for path in plot(found, out):
-            output().print(str(path), soft_wrap=True)
+            output().print(shown(path), soft_wrap=True)
 
 
 def _table(content: dict[str, Any]) -> Table:

@@ -13,7 +13,6 @@ machines have to share:
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import secrets
 import shutil
@@ -42,18 +41,6 @@ from train.trainer import Report, RunResult, silent, train
 
 POLL_SECONDS = 0.2
 WITHOUT = "leave out --workers to train in one process"
-
-# Of Ray Train, read when it is imported. Importing torch from a cold network drive takes a minute,
-# and workers stay where the command was, whose relative paths are the user's.
-RAY_SETTINGS = {
-    "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-}
 
 
 class WorkerError(SaeHarvestError):
@@ -122,13 +109,12 @@ def train_on_workers(
     Raises:
         SaeHarvestError: as `train`; or a worker is gone, which may pass.
     """
-    from store import cluster
+    from store import cluster, environment
 
     out = Path(out).absolute()
     with explained(out):
         make_folder(out)
-    for name, value in RAY_SETTINGS.items():
-        os.environ.setdefault(name, value)
+    environment.set_defaults()
     with explained(out), _connected(address):
         gpu = device == "cuda" or (device == "auto" and cluster.has_gpus(workers))
         assignment = Assignment(

@@ -18,14 +18,17 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 from click.core import ParameterSource
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from store.options import PathOption
+from store.paths import absolute, shown
 from train.config import MAX_WEIGHT, READERS, TrainConfig
 from train.yamlfile import read_yaml
 
 T = TypeVar("T", bound=BaseModel)
 NONE = "none"
+Place = Annotated[str, AfterValidator(absolute)]
 # of what a run cannot do without; k only where the activation function has one
 DEFAULTS: dict[str, Any] = {"n_latents": 8192, "k": 32, "tokens": 10_000_000}
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
@@ -36,11 +39,11 @@ class Places(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    store: str = Field(
+    store: Place = Field(
         description="the activation store: a folder, or s3://bucket/prefix",
         json_schema_extra={"metavar": "PLACE"},
     )
-    out: str = Field(
+    out: Place = Field(
         description="the run's folder; the same command continues a run that is there",
         json_schema_extra={"metavar": "FOLDER"},
     )
@@ -131,7 +134,7 @@ def options_for(settings: list[Setting]) -> Callable[[Callable[..., Any]], Calla
 config_file_option = click.option(
     "--config",
     "file",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=PathOption(dir_okay=False),
     help="YAML file with any of these options; those given here win over it.",
 )
 
@@ -142,7 +145,7 @@ def run_settings(ctx: click.Context, file: Path | None) -> tuple[Places, TrainCo
     Raises:
         click.UsageError: an unknown key, a value that does not fit, something missing.
     """
-    found = Source(read_yaml(file) if file else {}, str(file), given_options(ctx))
+    found = Source(read_yaml(file) if file else {}, shown(file) if file else "", given_options(ctx))
     return found.places(), found.config()
 
 

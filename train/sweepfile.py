@@ -25,6 +25,7 @@ from typing import Any
 
 import click
 
+from store.paths import shown
 from train.config import TrainConfig
 from train.options import KEYS, Places, Source
 from train.yamlfile import read_yaml
@@ -48,7 +49,7 @@ class Sweep:
 
 def read_sweep_file(path: Path, options: Mapping[str, Any]) -> Sweep:
     """The sweep of a YAML file; as `parse_sweep`."""
-    return parse_sweep(read_yaml(path), str(path), options)
+    return parse_sweep(read_yaml(path), shown(path), options)
 
 
 def parse_sweep(found: Mapping[str, Any], where: str, options: Mapping[str, Any]) -> Sweep:

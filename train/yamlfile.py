@@ -18,6 +18,7 @@ from yaml.constructor import ConstructorError
 from yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode
 
 from store.parsing import first_line
+from store.paths import shown
 
 MAX_BYTES = 1 << 20  # a sweep of 10,000 members, one a line, takes half of it
 MAX_DEPTH = 20  # recipes have 4
@@ -112,20 +113,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         click.UsageError: it is not there, not YAML, beyond a limit, or not a mapping of names.
     """
+    name = shown(path)
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
-            raise click.UsageError(f"{path} has more than {MAX_BYTES:,} bytes of settings.")
-        found = _parsed(data.decode(), str(path))
+            raise click.UsageError(f"{name} has more than {MAX_BYTES:,} bytes of settings.")
+        found = _parsed(data.decode(), name)
     except FileNotFoundError:
-        raise click.UsageError(f"There is no file {path}.") from None
+        raise click.UsageError(f"There is no file {name}.") from None
     except (OSError, ValueError) as error:
-        raise click.UsageError(f"{path} can't be read: {first_line(error)}.") from None
+        raise click.UsageError(f"{name} can't be read: {first_line(error)}.") from None
     if found is None:
         return {}
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise click.UsageError(f"{path} should hold lines like `k: 32`, a name and its value.")
+        raise click.UsageError(f"{name} should hold lines like `k: 32`, a name and its value.")
     return found
 
 

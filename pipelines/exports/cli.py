@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from pipelines.options import LocalPath
 from store.console import Progress, output, when_interrupted
+from store.options import NameOption, PathOption, PlaceOption
+from store.paths import shown
 
 FORMATS = ("neuronpedia", "delphi", "openai", "circuit-tracer")
 
@@ -15,7 +16,7 @@ FORMATS = ("neuronpedia", "delphi", "openai", "circuit-tracer")
 @click.command("export")
 @click.option(
     "--features",
-    type=LocalPath(),
+    type=PathOption(),
     multiple=True,
     required=True,
     help="Folder of the tables; of several layers, each with one such option.",
@@ -23,15 +24,19 @@ FORMATS = ("neuronpedia", "delphi", "openai", "circuit-tracer")
 @click.option(
     "--format", "format_name", type=click.Choice(FORMATS), required=True, help="Whose format."
 )
-@click.option("--out", type=LocalPath(), required=True, help="Folder to write, a new one.")
+@click.option("--out", type=PathOption(), required=True, help="Folder to write, a new one.")
 @click.option("--latents", metavar="0-99,512", help="Which; all by default.")
 @click.option(
     "--name",
     help="What it is called there: delphi's hookpoint, Neuronpedia's source set, "
     "sae-viewer's folder, circuit-tracer's transcoder.",
 )
-@click.option("--store", metavar="PLACE", help="The store, for delphi, if it has moved.")
-@click.option("--model", help="The store's model, for delphi, if it has moved: a folder or a name.")
+@click.option("--store", type=PlaceOption(), help="The store, for delphi, if it has moved.")
+@click.option(
+    "--model",
+    type=NameOption(),
+    help="The store's model, for delphi, if it has moved: a folder or a name.",
+)
 def export_command(
     features: tuple[Path, ...],
     format_name: str,
@@ -60,4 +65,4 @@ def export_command(
             model=model,
             on_progress=progress.counting("writing"),
         )
-    output().print(f"{out}: {n_latents:,} latents for {format_name}.", soft_wrap=True)
+    output().print(f"{shown(out)}: {n_latents:,} latents for {format_name}.", soft_wrap=True)

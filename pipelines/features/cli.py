@@ -9,7 +9,7 @@ import click
 
 from pipelines.exports.cli import export_command
 from pipelines.features.cli_query import query
-from pipelines.options import LocalPath, features_option
+from pipelines.options import features_option
 from pipelines.viewer.cli import serve, site
 from store.console import (
     SAME_COMMAND,
@@ -20,6 +20,8 @@ from store.console import (
     when_interrupted,
 )
 from store.numbers import CountRange
+from store.options import NameOption, PathOption
+from store.paths import shown
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -43,12 +45,13 @@ main.add_command(export_command)
 @store_option
 @click.option(
     "--sae",
+    type=NameOption("identity", "delphi"),
     required=True,
     help="Trained SAE; identity for the neurons themselves; delphi if --store is a cache of it.",
 )
 @click.option("--site", help="Of the neurons, if the store has several, or of the cache: mlp_out.8")
-@click.option("--model", help="Of the cache, if it does not name it.")
-@click.option("--out", type=LocalPath(), required=True, help="Folder to write.")
+@click.option("--model", type=NameOption(), help="Of the cache, if it does not name it.")
+@click.option("--out", type=PathOption(), required=True, help="Folder to write.")
 @click.option(
     "--top",
     type=CountRange(1, 1000),
@@ -139,11 +142,11 @@ def build(
     )
     built = build_with_bar(store, sae, out, config, **means)
     if built.seconds is None:
-        output().print(f"{out}: the tables are there already.", soft_wrap=True)
+        output().print(f"{shown(out)}: the tables are there already.", soft_wrap=True)
     else:
         rate = built.run["n_rows"] / built.seconds
         output().print(
-            f"{out}: {built.run['n_latents']:,} latents over {built.run['n_rows']:,} rows "
+            f"{shown(out)}: {built.run['n_latents']:,} latents over {built.run['n_rows']:,} rows "
             f"({built.run['rows']}), {rate:,.0f} rows/s.",
             soft_wrap=True,
         )

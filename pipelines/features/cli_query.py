@@ -10,10 +10,11 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.options import LocalPath, features_option
+from pipelines.options import features_option
 from store.console import output
 from store.errors import InputError
 from store.numbers import CountRange
+from store.options import PathOption
 
 if TYPE_CHECKING:
     from pipelines.features.query import Question
@@ -34,7 +35,7 @@ MAX_SQL_BYTES = 1 << 20
 @click.option(
     "--output",
     "target",
-    type=LocalPath(),
+    type=PathOption(),
     metavar="FILE",
     help="New file to write the result into: .csv, .json or .parquet.",
 )

@@ -8,19 +8,21 @@ from pathlib import Path
 
 import click
 
-from pipelines.options import LocalPath, features_option
+from pipelines.options import features_option
 from store.console import Progress, output, when_interrupted
 from store.errors import InputError
+from store.options import NameOption, PathOption, PlaceOption
+from store.paths import shown
 
 compare_option = click.option(
     "--compare",
-    type=LocalPath(),
+    type=PathOption(),
     help="Tables of a second SAE, of the same site, to put beside the first.",
 )
 sae_option = click.option(
     "--sae",
     "saes",
-    type=LocalPath(),
+    type=PathOption(),
     multiple=True,
     help="Where the SAE is now, if it has moved; also that of --compare.",
 )
@@ -33,13 +35,14 @@ sae_option = click.option(
 @click.option(
     "--store",
     "stores",
-    metavar="PLACE",
+    type=PlaceOption(),
     multiple=True,
     help="Where the store is now, if it has moved; also that of --compare.",
 )
 @click.option(
     "--model",
     "models",
+    type=NameOption(),
     multiple=True,
     help="The store's model, if it has moved: a folder or a name.",
 )
@@ -95,7 +98,7 @@ def serve(
 @features_option
 @compare_option
 @sae_option
-@click.option("--out", type=LocalPath(), required=True, help="Folder to write.")
+@click.option("--out", type=PathOption(), required=True, help="Folder to write.")
 def site(features: Path, compare: Path | None, saes: tuple[Path, ...], out: Path) -> None:
     """The pages as files that open without a server, from a disk or a web server.
 
@@ -110,7 +113,7 @@ def site(features: Path, compare: Path | None, saes: tuple[Path, ...], out: Path
     with when_interrupted(nothing), Progress("latents") as progress:
         size = write_site(features, compare, out, progress, saes)
     output().print(
-        f"{out}: open {out / 'index.html'} in a browser ({size.n_files:,} files, "
+        f"{shown(out)}: open {shown(out / 'index.html')} in a browser ({size.n_files:,} files, "
         f"{size.n_bytes / 1e6:,.0f} MB).",
         soft_wrap=True,
     )
