@@ -47,6 +47,12 @@ class Ahead(Generic[T]):
             self._next = None
         return item
 
+    def ended(self) -> bool:
+        """True if there is no next item; returns once that is known."""
+        self.ready(wait=True)
+        assert self._next is not None
+        return self._next[0] is None
+
     def close(self) -> None:
         """Stop making items; returns when the one being made is done."""
         self._stop.set()

@@ -10,6 +10,7 @@ import click
 from rich.table import Column, Table
 
 from harvest.cli_stores import export, merge
+from harvest.request import make_config, request_options
 from store.console import (
     SAME_COMMAND,
     Commands,
@@ -18,9 +19,8 @@ from store.console import (
     store_option,
     when_interrupted,
 )
-
-DEFAULT_TOKENS = 1_048_576
-DEFAULT_CORPUS = "news"
+from store.options import PlaceOption
+from store.paths import absolute, shown
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -34,121 +34,6 @@ def main() -> None:
     """
 
 
-def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that `plan` and `run` share."""
-    options = [
-        click.option("--model", required=True, help="Hub id, folder, .gguf file or smollm2-135m."),
-        click.option("--model-revision", help="Branch, tag or commit of a hub model."),
-        click.option(
-            "--corpus",
-            default=DEFAULT_CORPUS,
-            show_default=True,
-            help="Hub dataset id; a text, JSONL, CSV or Parquet file, or a folder or s3:// "
-            "prefix of them; or news, the packaged one.",
-        ),
-        click.option("--dataset-config", help="Configuration of a hub dataset."),
-        click.option("--split", default="train", show_default=True, help="Of a hub dataset."),
-        click.option("--revision", help="Of a hub dataset."),
-        click.option("--text-column", help="Column of the text; found by itself if usual."),
-        click.option("--dedup", is_flag=True, help="Leave out documents seen before."),
-        click.option("--keep-text", is_flag=True, help="Store the documents' texts as well."),
-        click.option("--layer", type=int, multiple=True, help="N means the site resid_post.N."),
-        click.option(
-            "--site",
-            multiple=True,
-            help="KIND.LAYER, several times for several; kinds: resid_pre, resid_mid, resid_post, "
-            "attn_out, mlp_out, mlp_act (the neurons).",
-        ),
-        click.option(
-            "--tokens",
-            type=click.IntRange(min=1),
-            default=DEFAULT_TOKENS,
-            show_default=True,
-            help="Tokens to store, in whole shards; more than before makes a store longer.",
-        ),
-        click.option(
-            "--context-length",
-            type=click.IntRange(min=2),
-            default=128,
-            show_default=True,
-            help="Tokens the model sees at a time.",
-        ),
-        click.option(
-            "--bos",
-            type=click.Choice(["auto", "none", "context"]),
-            default="auto",
-            show_default=True,
-            help="BOS token at position 0 of each context?",
-        ),
-        click.option(
-            "--seed",
-            type=click.IntRange(min=0),
-            default=0,
-            show_default=True,
-            help="Of the shuffling of contexts.",
-        ),
-        click.option(
-            "--dtype",
-            type=click.Choice(["float16", "float32", "int8"]),
-            default="float16",
-            show_default=True,
-            help="Of the stored activations; int8 has a scale per channel and shard.",
-        ),
-        click.option(
-            "--compute-dtype",
-            type=click.Choice(["auto", "bfloat16", "float32"]),
-            default="auto",
-            show_default=True,
-            help="Of the forward pass.",
-        ),
-        click.option(
-            "--shard-rows",
-            type=click.IntRange(min=1),
-            help="Rows per shard: what a killed worker loses. Default 65,536, or all of less.",
-        ),
-        click.option(
-            "--device",
-            type=click.Choice(["auto", "cpu", "cuda"]),
-            default="auto",
-            show_default=True,
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def make_config(given: dict[str, Any]) -> Any:
-    """The HarvestConfig of the options; a usage error if no site was named."""
-    from harvest.config import HarvestConfig
-    from harvest.corpus import CorpusSpec
-
-    sites = tuple(given["site"]) + tuple(f"resid_post.{layer}" for layer in given["layer"])
-    if not sites:
-        raise click.UsageError("Name what to record: --layer 8, or --site mlp_out.8.")
-    corpus = CorpusSpec(
-        name=given["corpus"],
-        config=given["dataset_config"],
-        split=given["split"],
-        revision=given["revision"],
-        text_column=given["text_column"],
-        dedup=given["dedup"],
-    )
-    same = (
-        "model",
-        "model_revision",
-        "tokens",
-        "keep_text",
-        "context_length",
-        "bos",
-        "seed",
-        "dtype",
-        "compute_dtype",
-        "shard_rows",
-    )
-    return HarvestConfig(corpus=corpus, sites=sites, **{name: given[name] for name in same})
-
-
 @main.command()
 @request_options
 def plan(**given: Any) -> None:
@@ -159,8 +44,11 @@ def plan(**given: Any) -> None:
     """
     from harvest.plan import estimate
 
+    def say(line: str) -> None:
+        click.echo(line, err=True)
+
     table = Table("what", Column("value", overflow="fold"), box=None)
-    for name, value in estimate(make_config(given), given["device"]).items():
+    for name, value in estimate(make_config(given), given["device"], say).items():
         table.add_row(name, value)
     output().print(table)
 
@@ -186,7 +74,7 @@ def means_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @request_options
 @click.option(
     "--store",
-    metavar="PLACE",
+    type=PlaceOption(),
     help="Where to write: a folder or s3://bucket/prefix; default runs/MODEL-SITE/store.",
 )
 @means_options
@@ -207,7 +95,7 @@ def run(
     config = make_config(given)
     if store is None:
         name = Path(given["model"]).resolve().name
-        store = f"runs/{name}-{'-'.join(config.sites)}/store"
+        store = absolute(f"runs/{name}-{'-'.join(config.sites)}/store")
     means = make_means(workers, given["device"], address)
     result = harvest_with_bar(config, store, means, parse_shards(only))
     rate = f", {result.rows_run / result.seconds:,.0f} tokens/s" if result.rows_run else ""
@@ -216,8 +104,10 @@ def run(
         if result.digest
         else "Not sealed: shards that this run was not to do are missing."
     )
+    if config.tokens == "all" and result.digest:
+        ending = f"The corpus holds {result.rows:,} tokens in whole contexts. {ending}"
     output().print(
-        f"{store}: {result.rows:,} rows of {', '.join(config.sites)}, "
+        f"{shown(store)}: {result.rows:,} rows of {', '.join(config.sites)}, "
         f"{result.rows_run:,} of them now{rate}. {ending}",
         soft_wrap=True,
     )
@@ -249,7 +139,8 @@ def harvest_with_bar(config: Any, store: str | Path, means: Any, only: range | N
     from harvest.run import run as harvest
 
     with when_interrupted(lambda: kept(store)), Progress("tokens") as progress:
-        return harvest(config, store, means, only, progress.counting("harvesting", tokens_rate))
+        report = progress.counting("harvesting", tokens_rate)
+        return harvest(config, store, means, only, report, progress.say)
 
 
 def tokens_rate(speed: float) -> str:
@@ -266,7 +157,7 @@ def kept(store: str | Path) -> str:
         n = len(committed_shards(open_objects(store)))
     except SaeHarvestError as error:  # a bucket that is out of reach now
         return f"What was committed is kept ({error}) The same command continues."
-    return f"{n} shard{'s' * (n != 1)} committed in {store}; the same command continues."
+    return f"{n} shard{'s' * (n != 1)} committed in {shown(store)}; the same command continues."
 
 
 @main.command()
@@ -282,7 +173,7 @@ def status(store: str) -> None:
     from store.objects import open_objects
 
     objects = open_objects(store)
-    output().print(f"{store}: {describe_status(objects)}.", soft_wrap=True)
+    output().print(f"{shown(store)}: {describe_status(objects)}.", soft_wrap=True)
     log = log_path(objects.place)
     if log.exists():
         output().print(f"Log: {log}", soft_wrap=True)
@@ -305,6 +196,7 @@ def verify(store: str, repair: bool, workers: int, address: str | None, device: 
     from store.objects import open_objects
     from store.verify import verify as check
 
+    name = shown(store)
     if repair:
         report = repair_with_bar(store, make_means(workers, device, address))
     else:
@@ -314,10 +206,10 @@ def verify(store: str, repair: bool, workers: int, address: str | None, device: 
     for item in report.damage:
         click.echo(item.sentence, err=True)
     for key in report.leftovers:
-        click.echo(f"{store}/{key} is left over from a killed writer; it is not data.", err=True)
+        click.echo(f"{name}/{key} is left over from a killed writer; it is not data.", err=True)
     if report.damage:
         raise DamagedError(
-            f"{store} has {len(report.damage)} damaged objects, named above; `harvest verify "
+            f"{name} has {len(report.damage)} damaged objects, named above; `harvest verify "
             "--repair` harvests their shards again."
         )
     digest = f"Digest {report.digest}." if report.digest else "Not sealed yet."
@@ -325,7 +217,7 @@ def verify(store: str, repair: bool, workers: int, address: str | None, device: 
         report.digest and report.beyond_seal
     )
     output().print(
-        f"{store}: {report.shards} shards, {report.objects} objects, {report.n_bytes:,} bytes, "
+        f"{name}: {report.shards} shards, {report.objects} objects, {report.n_bytes:,} bytes, "
         f"all as committed. {digest}{beyond}",
         soft_wrap=True,
     )
@@ -340,8 +232,9 @@ def repair_with_bar(store: str, means: Any) -> Any:
     for item in before.damage:
         click.echo(item.sentence, err=True)
     shards = sorted({item.shard for item in before.damage if item.shard is not None})
+    place = shown(store)
     again = f"shards harvested again: {', '.join(map(str, shards)) or 'none'}"
-    output().print(f"{store}: {len(before.damage)} damaged objects; {again}.", soft_wrap=True)
+    output().print(f"{place}: {len(before.damage)} damaged objects; {again}.", soft_wrap=True)
     if before.sealed_digest and after.digest and before.sealed_digest != after.digest:
         output().print(
             f"The digest changed from {before.sealed_digest}: this machine or its software "

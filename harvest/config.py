@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,8 +24,11 @@ class HarvestConfig(BaseModel):
     )
     corpus: CorpusSpec = Field(description="where the text comes from")
     sites: tuple[str, ...] = Field(min_length=1, description="for example resid_post.12")
-    tokens: int = Field(
-        gt=0, description="tokens to store; as many whole shards as hold them are harvested"
+    tokens: Annotated[int, Field(gt=0)] | Literal["all"] = Field(
+        default="all",
+        description="tokens to store; as many whole shards as hold them are harvested. all: every "
+        "whole context of the corpus, the last shard a short one. A dataset of the hub is read to "
+        "its end only where all is said",
     )
     context_length: int = Field(default=128, gt=1, description="tokens per context")
     bos: Literal["auto", "none", "context"] = Field(

@@ -133,10 +133,15 @@ def iter_shards(
             yield held.handed_out()
         return
     have, wanted = n_seen * context_length, at_least * context_length
-    remedy = f"ask for --tokens {have} or" if have else "use a shorter --context-length or"
+    if not have:
+        raise InputError(
+            f"The corpus {corpus.name} holds 0 tokens in whole contexts of {context_length}, not "
+            "even one; use a shorter --context-length or a larger corpus."
+        )
     raise InputError(
         f"The corpus {corpus.name} holds {have:,} tokens in whole contexts of {context_length}, "
-        f"fewer than the {wanted:,} asked for; {remedy} a larger corpus."
+        f"fewer than the {wanted:,} asked for; ask for --tokens {have} or a larger corpus, or take "
+        "what there is with --tokens all."
     )
 
 

@@ -1,6 +1,6 @@
 """Text in: a corpus is a restartable, ordered stream of documents.
 
-Three kinds are read: files on disk or S3 (text, JSON lines, CSV, Parquet), the packaged `news`, and
+Three kinds are read: files on disk or S3 (text, JSON, CSV, Parquet), the packaged `news`, and
 datasets of the Hugging Face hub, which are streamed. Whatever the kind, memory holds a few rows at
 a time, documents without text are skipped, and the order is the same on every pass.
 """
@@ -18,11 +18,21 @@ from typing import IO
 from urllib.parse import urlsplit
 
 from harvest.documents import Corpus, CorpusSpec, Cursor, Document, role_columns, row_documents
+from harvest.folders import Found, find_files, find_objects
 from harvest.hubtext import HubCorpus
-from harvest.inputs import S3, TextFile, file_format, find_files, find_objects, fingerprint
+from harvest.inputs import (
+    S3,
+    TextFile,
+    changed,
+    contents,
+    file_format,
+    fingerprint,
+    require_unchanged,
+)
 from harvest.textfiles import Place, csv_rows, read_rows, read_text
 from store.errors import InputError
 from store.objects import hash_stream
+from store.paths import absolute, exists
 
 NEWS = "news"
 
@@ -38,14 +48,14 @@ def open_corpus(spec: CorpusSpec) -> Corpus:
     A path never touches the network. Raises InputError when there is no such corpus, or when an
     option does not apply to it.
     """
-    path = Path(spec.name).expanduser()
+    path = Path(absolute(spec.name))
     if spec.name == NEWS:
         _refuse_hub_options(spec)
         return NewsCorpus(spec)
     if spec.name.startswith(S3):
         _refuse_hub_options(spec)
         return FileCorpus(spec, find_objects(spec.name), spec.name)
-    if path.exists():
+    if exists(path):
         _refuse_hub_options(spec)
         return FileCorpus(spec, find_files(path), str(path.resolve()))
     if not _HUB_ID.fullmatch(spec.name) or spec.name.startswith(".") or file_format(path.name):
@@ -62,12 +72,34 @@ class FileCorpus(Corpus):
     A cursor is the number of the file and the place in it.
     """
 
-    def __init__(self, spec: CorpusSpec, files: list[TextFile], full_name: str) -> None:
+    def __init__(self, spec: CorpusSpec, found: Found, full_name: str) -> None:
         super().__init__(spec, full_name)
-        self._files = files
+        self._files, self.left_out = found
+        self.n_bytes = sum(file.size for file in self._files)
+        self._contents: list[tuple[str, int, str]] = []
 
     def fingerprint(self) -> str:
-        return fingerprint(self._files)
+        self._contents = contents(self._files)
+        return fingerprint(self._contents)
+
+    def require_unchanged(self) -> None:
+        files = self._files
+        if self.full_name.startswith(S3):
+            now = {file.where: file for file in find_objects(self.full_name).files}
+            files = [now.get(file.where, file._replace(etag="gone")) for file in files]
+        for file, before, after in zip(files, self._contents, contents(files), strict=True):
+            require_unchanged(file)
+            if after != before:
+                raise (
+                    changed(file, "by its ETag")
+                    if file.etag
+                    else changed(
+                        file,
+                        "though not in size or time",
+                        "nothing is sealed, and shards that are committed may hold the new text: "
+                        "harvest into another --store.",
+                    )
+                )
 
     def _read(self, cursor: Cursor | None) -> Iterator[tuple[Document, Cursor]]:
         begin, start = 0, Place()
@@ -114,10 +146,21 @@ class NewsCorpus(Corpus):
                 "The packaged news corpus is not installed; install it with: " + _NEWS_REMEDY
             )
         self._archive = archive
+        self._hash = ""
+        self.n_bytes = archive.stat().st_size
 
     def fingerprint(self) -> str:
         with self._opened() as stream:
-            return hash_stream(stream)[1]
+            self._hash = hash_stream(stream)[1]
+        return self._hash
+
+    def require_unchanged(self) -> None:
+        before = self._hash
+        if self.fingerprint() != before:
+            raise InputError(
+                f"{self._archive} has changed since this harvest began; nothing is sealed: install "
+                f"it again with: {_NEWS_REMEDY}"
+            )
 
     def _read(self, cursor: Cursor | None) -> Iterator[tuple[Document, Cursor]]:
         done = cursor["rows"] if cursor else 0

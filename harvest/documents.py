@@ -8,12 +8,13 @@ them is read again.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, Field
 
 from store.errors import InputError
+from store.parsing import first_line
 
 Row = dict[str, Any]
 Cursor = dict[str, Any]
@@ -21,15 +22,19 @@ Place = TypeVar("Place")
 
 _TEXT_COLUMNS = ("text", "content")
 
+SHOWN_COLUMNS = 20  # in a message
+SHOWN_CHARS = 60  # of the name of one
+
 
 class CorpusSpec(BaseModel, frozen=True):
     """Which text to read. `config`, `split` and `revision` are for datasets of the hub only."""
 
     name: str = Field(
         min_length=1,
-        description="`news`, a file or folder of .txt, .jsonl, .csv or .parquet files (the first "
-        "three also as .gz or .zst), an s3:// URL of one, or a Hugging Face dataset id. `news` is "
-        "always the packaged corpus; write ./news for a folder of that name.",
+        description="`news`, a file or folder of .txt, .jsonl (.ndjson), .json, .csv or .parquet "
+        "(.parq) files (all but the last also as .gz or .zst), an s3:// URL of one, or a Hugging "
+        "Face dataset id. `news` is always the packaged corpus; write ./news for a folder of that "
+        "name.",
     )
     config: str | None = Field(None, description="Configuration of the dataset.")
     split: str = Field("train", min_length=1, description="Split of the dataset.")
@@ -40,6 +45,13 @@ class CorpusSpec(BaseModel, frozen=True):
     dedup: bool = Field(
         False, description="Leave out documents whose text, to the letter, came before."
     )
+
+
+class LeftOut(NamedTuple):
+    """Something in a corpus that is not read: its name, from the folder asked for, and why."""
+
+    name: str
+    why: str
 
 
 class Document(NamedTuple):
@@ -60,9 +72,15 @@ class Document(NamedTuple):
 class Corpus(ABC):
     """A restartable stream of documents in a fixed order. Made by `open_corpus`.
 
-    `full_name` names the corpus so that it is found from any folder; `dedup` asks whoever reads it
-    to leave out documents that came before.
+    Attributes:
+        full_name: names the corpus so that it is found from any folder.
+        dedup: asks whoever reads it to leave out documents that came before.
+        n_bytes: of its files as they are stored; None where that is not known.
+        left_out: what in it is not read, each with the reason.
     """
+
+    n_bytes: int | None = None
+    left_out: Sequence[LeftOut] = ()
 
     def __init__(self, spec: CorpusSpec, full_name: str | None = None) -> None:
         self.name = spec.name
@@ -96,6 +114,10 @@ class Corpus(ABC):
         """Identity of what is read: changes when the names or the bytes of the data change."""
 
     @abstractmethod
+    def require_unchanged(self) -> None:
+        """`InputError` if the data are not what they were when `fingerprint` was last asked."""
+
+    @abstractmethod
     def _read(self, cursor: Cursor | None) -> Iterator[tuple[Document, Cursor]]:
         """Every document from a cursor on, the empty ones included, and the cursor after each."""
 
@@ -120,19 +142,15 @@ def row_documents(
             names = tuple(row)
             columns = role_columns(names, text_column, f"{where}, {label}")
         values = {role: row[column] for role, column in columns.items()}
-        text = values.pop("text")
-        if not isinstance(text, str | None):
-            raise InputError(
-                f"Column {columns['text']} of {where}, {label}, holds {type(text).__name__}, "
-                "expected text; name another column with --text-column."
-            )
-        known = {role: _well_formed(str(v)) for role, v in values.items() if v not in (None, "")}
+        place = f"of {where}, {label},"
+        text = _text(values.pop("text"), f"Column {_shown(columns['text'])} {place}")
+        known = {
+            role: _word(value, f"Column {_shown(columns[role])} {place}")
+            for role, value in values.items()
+            if value not in (None, "", b"")
+        }
         document = Document(
-            known.get("id", str(number)),
-            source,
-            known.get("title"),
-            known.get("url"),
-            _well_formed(text or ""),
+            known.get("id", str(number)), source, known.get("title"), known.get("url"), text
         )
         yield document, after
 
@@ -146,11 +164,50 @@ def role_columns(names: tuple[str, ...], text_column: str | None, where: str) ->
         found = [lowered[name] for name in _TEXT_COLUMNS if name in lowered]
     if not found:
         wanted = text_column or " or ".join(_TEXT_COLUMNS)
+        shown = ", ".join(map(_shown, names[:SHOWN_COLUMNS])) or "none"
+        more = len(names) - SHOWN_COLUMNS
         raise InputError(
-            f"There is no column {wanted} in {where}, which has {', '.join(names) or 'none'}; "
+            f"There is no column {wanted} in {where}, which has {shown}"
+            f"{f' and {more:,} more' if more > 0 else ''}; "
             "name the one that holds the text with --text-column."
         )
     return columns | {"text": str(found[0])}
+
+
+def _text(value: object, where: str) -> str:
+    """The text of a document; bytes are taken for UTF-8, as some writers of Parquet store text."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{where} holds bytes that are not UTF-8; convert them, or name another column "
+                "with --text-column."
+            ) from error
+    if not isinstance(value, str | None):
+        raise InputError(
+            f"{where} holds {type(value).__name__}, expected text; name another column with "
+            "--text-column."
+        )
+    return _well_formed(value or "")
+
+
+def _word(value: object, where: str) -> str:
+    """An id, a title or a URL."""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    try:
+        return _well_formed(str(value))
+    except (RecursionError, ValueError) as error:  # lists in lists, or a number of 5,000 digits
+        raise InputError(
+            f"{where} cannot be written as text ({first_line(error)}); take the column out."
+        ) from error
+
+
+def _shown(name: str) -> str:
+    """A column's name as a message can show it."""
+    name = name if len(name) <= SHOWN_CHARS else name[:SHOWN_CHARS] + "…"
+    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def _well_formed(text: str) -> str:

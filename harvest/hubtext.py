@@ -37,6 +37,9 @@ class HubCorpus(Corpus):
         config, split = self._builder.config.name, self._spec.split
         return f"{self.name}@{self._builder.hash}:{config}:{split}"
 
+    def require_unchanged(self) -> None:
+        """Nothing to do: a commit of the hub does not change."""
+
     def _read(self, cursor: Cursor | None) -> Iterator[tuple[Document, Cursor]]:
         where = f"the dataset {self.name}"
         first = cursor["rows"] if cursor else 0

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from harvest.config import DEFAULT_SHARD_ROWS, HarvestConfig
 from harvest.contexts import WINDOW_CONTEXTS, default_bos
-from harvest.corpus import Corpus, CorpusSpec, open_corpus
+from harvest.corpus import Corpus, CorpusSpec, HubCorpus, open_corpus
 from harvest.encoding import end_of_text_id
 from harvest.models import (
     ResolvedModel,
@@ -26,6 +26,9 @@ from harvest.sites import Site
 from store.errors import InputError
 from store.layout import Plan, SitePlan
 from store.parsing import first_line
+
+ALL_SHARDS = 1 << 40  # more than any corpus fills
+BYTES_PER_TOKEN = 8  # of a file, at most, compressed ones aside
 
 LIBRARIES = ("sae-harvest", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
 
@@ -46,13 +49,24 @@ class Prepared:
 
     @property
     def least_contexts(self) -> int:
-        """Contexts that hold the tokens asked for."""
+        """Contexts that hold the tokens asked for; of all there are, at least one."""
+        if self.config.tokens == "all":
+            return 1
         return -(-self.config.tokens // self.config.context_length)
 
     @property
     def n_shards(self) -> int:
-        """Whole shards that hold the tokens asked for."""
+        """Whole shards that hold the tokens asked for; `ALL_SHARDS` for all there are."""
+        if self.config.tokens == "all":
+            return ALL_SHARDS
         return -(-self.least_contexts // self.fields["contexts_per_shard"])
+
+    @property
+    def may_be_short(self) -> bool:
+        """True if the corpus is so small that it may lack the tokens asked for."""
+        tokens, n_bytes = self.config.tokens, self.corpus.n_bytes
+        wanted = self.config.context_length if tokens == "all" else tokens
+        return n_bytes is not None and n_bytes < BYTES_PER_TOKEN * wanted
 
 
 def prepare(config: HarvestConfig, existing: Plan | None, device: str) -> Prepared:
@@ -81,14 +95,20 @@ def prepare(config: HarvestConfig, existing: Plan | None, device: str) -> Prepar
         )
     tokenizer = load_tokenizer(model)
     corpus = open_corpus(config.corpus)
+    if isinstance(corpus, HubCorpus) and "tokens" not in config.model_fields_set:
+        raise InputError(
+            f"The dataset {corpus.name} is streamed, and may be larger than any disk; say how many "
+            "tokens to take, with --tokens 1M say, or --tokens all."
+        )
     compute_dtype: str = config.compute_dtype
     if compute_dtype == "auto":
         compute_dtype = existing.compute_dtype if existing else pick_dtype(device)
     length = config.context_length
     shard_rows = config.shard_rows
     if shard_rows is None:
-        wanted = -(-config.tokens // length) * length
-        shard_rows = existing.shard_rows if existing else min(DEFAULT_SHARD_ROWS, wanted)
+        shard_rows = existing.shard_rows if existing else DEFAULT_SHARD_ROWS
+        if not existing and config.tokens != "all":
+            shard_rows = min(shard_rows, -(-config.tokens // length) * length)
     fields = {
         "model": model_fingerprint(model) | {"name": model_name(model)},
         "tokenizer": {

@@ -12,10 +12,11 @@ from typing import Any
 from harvest.ahead import Ahead
 from harvest.config import HarvestConfig
 from harvest.contexts import ShardInput
+from harvest.folders import sentence
 from harvest.log import HarvestLog
 from harvest.pool import Pool, open_pool
-from harvest.prepare import Prepared, prepare, prepare_again, versions
-from harvest.shards import shard_inputs
+from harvest.prepare import ALL_SHARDS, Prepared, prepare, prepare_again, versions
+from harvest.shards import missing, runs, shard_inputs
 from harvest.status import Heartbeat
 from store import layout
 from store.commits import commit_shard, committed_shards, read_commit, read_plan
@@ -31,7 +32,8 @@ from store.writer import check_place, check_same, create_store, discard
 
 SMALL_BYTES_PER_ROW = 16  # tokens, norms, tables and commit records, generously
 
-Progress = Callable[[int, int], None]  # rows done in this run, rows to do at its start
+Progress = Callable[[int, int | None], None]  # rows done in this run, and to do, if known
+Notify = Callable[[str], None]
 Keep = Callable[[dict[str, Any]], object]  # what becomes of a shard's commit record
 
 
@@ -77,6 +79,7 @@ def run(
     means: Means | None = None,
     only: range | None = None,
     on_progress: Progress = lambda done, todo: None,
+    notify: Notify = lambda line: None,
 ) -> Result:
     """Harvest into the store at `place`, continue what was begun there, or make it longer.
 
@@ -84,6 +87,7 @@ def run(
         only: shards to work on; the others are somebody else's, and without them nothing is
             sealed.
         on_progress: called about twice a second.
+        notify: is given a sentence about what of the corpus is left out.
 
     Raises:
         SaeHarvestError: any of its kinds; nothing half-written is ever taken for whole.
@@ -100,36 +104,57 @@ def run(
         # Another set of sites is another plan; which width it would have does not matter.
         asked = prepared.plan({s: widths.get(s, 1) for s in config.sites})
         check_same(objects, existing, asked)
+    if left_out := sentence(config.corpus.name, prepared.corpus.left_out):
+        notify(left_out)
     done = committed_shards(objects) if existing else []
     if existing:
         n_shards = _within_corpus(objects, existing, done, n_shards, prepared.least_contexts)
-    there = set(done)
-    todo = [u for u in range(n_shards) if u not in there and (only is None or u in only)]
+    open_end = n_shards == ALL_SHARDS and only is None
+    span = range(n_shards) if only is None else range(n_shards)[only.start : only.stop]
+    todo = missing(done, span)
+    n_todo = None if n_shards == ALL_SHARDS else sum(map(len, todo))
     if existing and not todo:
         return _close(objects, existing, n_shards, 0, 0.0)
     inputs = shard_inputs(prepared, objects, existing, todo, n_shards)
     try:
-        with (
-            HarvestLog(objects.place) as log,
-            closing(Ahead(inputs)) as ahead,  # tokenizes while the workers start
-            _pool(prepared, means, device, log) as pool,
-        ):
-            plan = prepared.plan(pool.widths())
-            need = bytes_per_row(plan) * len(todo) * plan.shard_rows
-            require_space(objects, need, "ask for fewer --tokens or use another --store")
-            ahead.ready(wait=True)  # a corpus that is too short shows before anything is created
-            plan = create_store(objects, plan, versions())
-            log.write(f"plan {plan.hash}: {len(todo)} of {n_shards} shards to do")
-            with Heartbeat(objects, plan, n_shards, log.write) as heartbeat:
-                work = _Work(objects, plan, pool, len(todo), on_progress, heartbeat, len(done))
-                work.run(ahead, lambda record: commit_shard(objects, record), again=False)
+        with HarvestLog(objects.place) as log, closing(Ahead(inputs)) as ahead:
+            _log_left_out(prepared, log)
+            # Where the corpus may have too little, or nothing more, that is said before any work.
+            if prepared.may_be_short or (existing and open_end):
+                ended = ahead.ended()
+                if existing and open_end and ended:
+                    return _close(objects, existing, len(done), 0, 0.0)
+            with _pool(prepared, means, device, log) as pool:  # tokenizes while the workers start
+                plan = prepared.plan(pool.widths())
+                need = bytes_per_row(plan) * (n_todo or 1) * plan.shard_rows
+                require_space(objects, need, "ask for fewer --tokens or use another --store")
+                ahead.ready(wait=True)  # as far as that is known before anything is created
+                plan = create_store(objects, plan, versions())
+                log.write(f"plan {plan.hash}: {_amount(n_todo, n_shards)}")
+                total = None if n_shards == ALL_SHARDS else n_shards
+                with Heartbeat(objects, plan, total, log.write) as heartbeat:
+                    work = _Work(objects, plan, pool, n_todo, on_progress, heartbeat, len(done))
+                    work.run(ahead, lambda record: commit_shard(objects, record), again=False)
+        prepared.corpus.require_unchanged()
     except InputError:
         # What was asked cannot be done, and the remedy will be another plan: leave it the place.
         begun = existing is None and objects.size(layout.PLAN_KEY) is not None
         if begun and not committed_shards(objects):
             discard(objects)
         raise
+    if open_end:
+        n_shards = len(committed_shards(objects))
     return _close(objects, plan, n_shards, work.rows, work.seconds)
+
+
+def _amount(n_todo: int | None, n_shards: int) -> str:
+    return "all that the corpus fills" if n_todo is None else f"{n_todo} of {n_shards} shards to do"
+
+
+def _log_left_out(prepared: Prepared, log: HarvestLog) -> None:
+    corpus = prepared.corpus
+    if line := sentence(corpus.name, corpus.left_out, most=None):
+        log.write(line)
 
 
 def repair(
@@ -149,12 +174,13 @@ def repair(
     if shards:
         device = means.resolved_device
         prepared = prepare_again(plan, device)
-        inputs = shard_inputs(prepared, objects, plan, shards, shards[-1] + 1)
+        inputs = shard_inputs(prepared, objects, plan, runs(shards), shards[-1] + 1)
         with (
             HarvestLog(objects.place) as log,
             closing(Ahead(inputs)) as ahead,
             _pool(prepared, means, device, log) as pool,
         ):
+            _log_left_out(prepared, log)
             pool.widths()  # the model loads, or this ends before anything is removed
             sealed = trusted_commits(objects, plan)
             remove_damaged(objects, before.damage)
@@ -170,10 +196,11 @@ def repair(
             _Work(objects, plan, pool, len(shards), on_progress).run(ahead, keep, again=True)
             if wrong := remove_untrusted(objects, plan, made, sealed):
                 log.write(f"repairing all of shards {', '.join(map(str, wrong))}")
-                inputs = shard_inputs(prepared, objects, plan, wrong, wrong[-1] + 1)
+                inputs = shard_inputs(prepared, objects, plan, runs(wrong), wrong[-1] + 1)
                 with closing(Ahead(inputs)) as ahead:
                     work = _Work(objects, plan, pool, len(wrong), on_progress)
                     work.run(ahead, keep, again=True)
+        prepared.corpus.require_unchanged()
     reseal(objects, plan)
     if any(item.key == layout.STATUS_KEY for item in before.damage):
         objects.remove(layout.STATUS_KEY)
@@ -188,14 +215,14 @@ class _Work:
         objects: Objects,
         plan: Plan,
         pool: Pool,
-        n_shards: int,
+        n_shards: int | None,
         on_progress: Progress,
         heartbeat: Heartbeat | None = None,
         already: int = 0,
     ) -> None:
         self._objects, self._plan, self._pool = objects, plan, pool
         self._on_progress, self._heartbeat = on_progress, heartbeat
-        self._todo_rows = n_shards * plan.shard_rows
+        self._todo_rows = None if n_shards is None else n_shards * plan.shard_rows
         self._already = already
         self._kept = 0
         self.rows = 0
@@ -230,7 +257,9 @@ class _Work:
             self.seconds = time.perf_counter() - start
 
     def _tell(self) -> None:
-        rows = min(self._pool.rows_done(), self._todo_rows)
+        rows = self._pool.rows_done()
+        if self._todo_rows is not None:
+            rows = min(rows, self._todo_rows)
         self._on_progress(rows, self._todo_rows)
         if self._heartbeat is not None:
             committed = self._already + self._kept

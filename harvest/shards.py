@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harvest.contexts import ShardInput, iter_shards
-from harvest.prepare import Prepared
+from harvest.prepare import ALL_SHARDS, Prepared
 from store import layout
 from store.commits import committed_shards, load_commit, place_in_corpus, read_object
 from store.errors import DamagedError
@@ -21,8 +21,28 @@ from store.seals import trusted_commits
 from store.tables import parse_table
 
 
+def missing(done: Sequence[int], span: range) -> list[range]:
+    """The shards of a span that are not done, as runs; `done` is ascending."""
+    found = []
+    begin = span.start
+    for shard in done:
+        if shard >= span.stop:
+            break
+        if shard > begin:
+            found.append(range(begin, shard))
+        begin = max(begin, shard + 1)
+    return [*found, range(begin, span.stop)] if begin < span.stop else found
+
+
+def runs(shards: Sequence[int]) -> list[range]:
+    """Ascending numbers as runs of consecutive ones."""
+    breaks = [i for i, (a, b) in enumerate(pairwise(shards), start=1) if b != a + 1]
+    borders = pairwise([0, *breaks, len(shards)]) if shards else ()
+    return [range(shards[i], shards[j - 1] + 1) for i, j in borders]
+
+
 def shard_inputs(
-    prepared: Prepared, objects: Objects, plan: Plan | None, wanted: Sequence[int], n_shards: int
+    prepared: Prepared, objects: Objects, plan: Plan | None, wanted: Sequence[range], n_shards: int
 ) -> Iterator[ShardInput]:
     """Token ids and tables of some shards, in order.
 
@@ -31,44 +51,49 @@ def shard_inputs(
 
     Args:
         plan: of the store that is there, None if there is none yet.
-        wanted: shard numbers, ascending.
-        n_shards: shards of the whole harvest; fewer are fine if the corpus ends with them and
-            holds the tokens asked for.
+        wanted: runs of shard numbers, ascending.
+        n_shards: shards of the whole harvest, `ALL_SHARDS` for all that the corpus fills; fewer
+            are fine if the corpus ends with them and holds the tokens asked for.
     """
     fields = prepared.fields
     names = ("context_length", "bos", "seed", "window_contexts", "contexts_per_shard")
     arguments = {name: fields[name] for name in names}
     store = None if plan is None else _Committed(objects, plan, prepared.corpus.dedup)
     per_window = -(-fields["window_contexts"] // fields["contexts_per_shard"])
+    if n_shards == ALL_SHARDS and wanted:
+        n_shards = wanted[-1].stop
     for group in _groups(wanted, 2 * per_window):
-        cursor, seen = (None, []) if store is None else store.start(group[0])
-        chosen = set(group)
+        first = group[0].start
+        cursor, seen = (None, []) if store is None else store.start(first)
         shards = iter_shards(
             prepared.corpus,
             prepared.tokenizer,
             **arguments,
             n_shards=n_shards,
             at_least=prepared.least_contexts,
-            first_shard=group[0],
+            first_shard=first,
             cursor=cursor,
             seen=seen,
             keep_text=fields["document_text"],
         )
+        left = list(reversed(group))
         for shard in shards:
-            if shard.shard in chosen:
+            while left and shard.shard >= left[-1].stop:
+                left.pop()
+            if left and shard.shard in left[-1]:
                 yield shard
-            if shard.shard >= group[-1] and group[-1] != wanted[-1]:
+            if shard.shard + 1 >= group[-1].stop and group[-1] != wanted[-1]:
                 break
 
 
-def _groups(wanted: Sequence[int], gap: int) -> Iterator[list[int]]:
+def _groups(wanted: Sequence[range], gap: int) -> Iterator[list[range]]:
     """Runs of shards at most `gap` apart from neighbour to neighbour: each is worth a new start."""
     group = list(wanted[:1])
-    for before, shard in pairwise(wanted):
-        if shard - before > gap:
+    for before, run in pairwise(wanted):
+        if run.start - before.stop >= gap:
             yield group
             group = []
-        group.append(shard)
+        group.append(run)
     if group:
         yield group
 

@@ -39,7 +39,9 @@ class Status(BaseModel):
 
     plan: str = Field(description="hash of the store's plan")
     running: bool = Field(description="false: it was interrupted or failed, and had time to say so")
-    shards: int = Field(ge=0, description="shards of the store when the harvest is done")
+    shards: int | None = Field(
+        ge=0, description="of the store when the harvest is done; null: as many as the corpus fills"
+    )
     done: int = Field(ge=0, description="of those, committed")
     in_flight: tuple[int, ...] = Field(description="numbers of the shards being worked on")
     tokens_per_second: float | None = Field(description="over the last minute, if known")
@@ -68,8 +70,8 @@ class Heartbeat:
     that reads a long way into its corpus still shows that it lives.
     """
 
-    def __init__(self, objects: Objects, plan: Plan, n_shards: int, report: Report) -> None:
-        """`n_shards`: of the whole store when this harvest is done."""
+    def __init__(self, objects: Objects, plan: Plan, n_shards: int | None, report: Report) -> None:
+        """`n_shards`: of the whole store when this harvest is done, None if nobody knows yet."""
         self._objects, self._plan, self._n_shards = objects, plan.hash, n_shards
         self._report = report
         remote = objects.place.startswith("s3://")
@@ -77,7 +79,7 @@ class Heartbeat:
         self._started = datetime.now(UTC)
         self._done = 0
         self._in_flight: tuple[int, ...] = ()
-        self._rows_todo = 0
+        self._rows_todo: int | None = 0
         self._samples: deque[tuple[float, int]] = deque()  # (time, rows done)
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -107,14 +109,16 @@ class Heartbeat:
                 self._problem = str(failure)
         self._tell()
 
-    def update(self, done: int, in_flight: list[int], rows_done: int, rows_todo: int) -> None:
+    def update(
+        self, done: int, in_flight: list[int], rows_done: int, rows_todo: int | None
+    ) -> None:
         """The latest figures; costs nothing, call it as often as you like.
 
         Args:
             done: shards of the store that are committed.
             in_flight: numbers of the shards being worked on.
             rows_done: rows of this run that have been through the model.
-            rows_todo: rows that this run has to do in all.
+            rows_todo: rows that this run has to do in all, if known.
         """
         now = time.monotonic()
         with self._lock:
@@ -145,7 +149,9 @@ class Heartbeat:
 
     def _status(self, running: bool) -> Status:
         rate = self._rate()
-        left = self._rows_todo - self._samples[-1][1] if self._samples else 0
+        left = None
+        if rate and self._rows_todo is not None:
+            left = max(0, self._rows_todo - self._samples[-1][1]) / rate
         return Status(
             plan=self._plan,
             running=running,
@@ -153,7 +159,7 @@ class Heartbeat:
             done=self._done,
             in_flight=self._in_flight,
             tokens_per_second=rate,
-            seconds_left=max(0, left) / rate if rate else None,
+            seconds_left=left,
             host=platform.node(),
             pid=os.getpid(),
             started=self._started,
@@ -200,9 +206,12 @@ def describe_status(objects: Objects) -> str:
     if status is None:
         state = "none" if not sealed else "all" if sealed == committed else f"the first {sealed}"
         return f"{_count(committed)} committed, {state} sealed; not running"
-    words = [f"{committed} of {_count(status.shards)} committed"]
+    if status.shards is None:
+        words = [f"{_count(committed)} committed, of as many as the corpus fills"]
+    else:
+        words = [f"{committed} of {_count(status.shards)} committed"]
     if not status.alive:
-        if committed >= status.shards and sealed >= status.shards:
+        if status.shards is not None and min(committed, sealed) >= status.shards:
             return f"{words[0]}, all sealed; not running"
         told = "it ended" if not status.running else "last sign of life"
         return f"{words[0]}; not running: {told} {duration(status.age)} ago"

@@ -1,8 +1,9 @@
-"""Files to rows: JSON lines, CSV and Parquet, read a few rows at a time; plain text whole.
+"""Files to rows: JSON lines and arrays, CSV and Parquet, a few rows at a time; plain text whole.
 
 Reading goes on from any place in a file: by seeking in what is not compressed, by row group in
 Parquet, by reading over the rest otherwise. Whatever is wrong with a file is told in one InputError
-that names the file and the place in it.
+that names the file and the place in it. No document may be larger than `MAX_DOCUMENT_BYTES`, so
+that neither a file without line ends nor one that unpacks without end takes the memory.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from typing import IO, NamedTuple
 
 from harvest.documents import Row
 from harvest.inputs import COMPRESSED, TextFile, file_format, opened, unreadable
+from harvest.jsonarrays import array_values
 from store.errors import InputError
+from store.parsing import first_line
 
 BLOCK_BYTES = 8 << 20
-
-_PARQUET_BATCH_ROWS = 256
-_PARQUET_BATCH_BYTES = 16 << 20
+MAX_DOCUMENT_BYTES = 256 << 20  # takes up to 2 GB of memory while it is parsed
 
 Columns = Callable[[tuple[str, ...]], list[str]]  # names of a file's columns to those to be read
 
@@ -40,40 +41,87 @@ class Place(NamedTuple):
 
 def read_text(file: TextFile) -> str:
     """The whole of a text file, newlines as they are."""
+    blocks, size = [], 0
     with opened(file) as stream:
-        return _decoded(b"".join(_bytes(stream, file)), file.where)
+        try:
+            while block := stream.read(BLOCK_BYTES):
+                blocks.append(block)
+                size += len(block)
+                if size > MAX_DOCUMENT_BYTES:
+                    raise too_large(f"{file.where}, which is one document,")
+        except (OSError, EOFError, zlib.error) as error:
+            raise unreadable(file.where, error) from error
+        return _decoded(b"".join(blocks), file.where)
 
 
 def read_rows(file: TextFile, start: Place, columns: Columns) -> Iterator[tuple[str, Row, Place]]:
-    """Rows of a JSON lines, CSV or Parquet file from a place on.
+    """Rows of a JSON, CSV or Parquet file from a place on.
 
     Each comes with its name in messages and the place after it. Of Parquet files, only the columns
     that `columns` picks are read.
     """
     kind = file_format(file.where)
     if kind == ".parquet":
-        return _parquet_rows(file, start.rows, columns)
-    if kind == ".jsonl":
-        return _json_rows(file, start)
-    return _csv_file_rows(file, start.rows)
+        from harvest.parquetfiles import parquet_rows
+
+        return ((label, row, Place(n)) for label, row, n in parquet_rows(file, start.rows, columns))
+    if kind == ".csv":
+        return _csv_file_rows(file, start.rows)
+    if kind == ".json" and _begins_an_array(file):
+        return _array_rows(file, start.rows)
+    return _json_rows(file, start)
+
+
+def _begins_an_array(file: TextFile) -> bool:
+    """True if the first character of a JSON file, white space left out, is a bracket."""
+    with opened(file) as stream:
+        try:
+            head = stream.read(BLOCK_BYTES)
+        except (OSError, EOFError, zlib.error) as error:
+            raise unreadable(file.where, error) from error
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
+def _array_rows(file: TextFile, start: int) -> Iterator[tuple[str, Row, Place]]:
+    number = 0
+    with opened(file) as stream:
+        try:
+            for row in array_values(stream, MAX_DOCUMENT_BYTES):
+                number += 1
+                if number > start:
+                    yield f"element {number}", row, Place(number)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(file.where) from error
+        except ValueError as error:
+            raise InputError(
+                f"{file.where}, element {number + 1}, is not JSON ({first_line(error)}); expected "
+                "an array of objects, or one object a line."
+            ) from error
+        except (OSError, EOFError, zlib.error) as error:
+            raise unreadable(file.where, error) from error
 
 
 def _json_rows(file: TextFile, start: Place) -> Iterator[tuple[str, Row, Place]]:
     rows, lines, offset = start
+    blank = 0
     with opened(file) as stream:
         _skip(stream, file, offset)
-        for number, line in enumerate(_bytes(stream, file), start=lines + 1):
+        for number, line in enumerate(_lines(stream, file, lines + 1), start=lines + 1):
             offset += len(line)
             label = f"line {number}"
             text = _decoded(line, f"{file.where}, {label}")
-            if text.isspace():
+            if not text or text.isspace():
+                blank += len(line)
+                if blank > MAX_DOCUMENT_BYTES:
+                    raise too_large(f"{file.where}, before line {number},", "blank lines")
                 continue
+            blank = 0
             try:
                 row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise InputError(
-                    f"{file.where}, {label}, is not JSON ({error}); expected one object a line."
-                ) from error
+            except RecursionError as error:
+                raise _not_json(file.where, label, "it is nested too deeply") from error
+            except ValueError as error:
+                raise _not_json(file.where, label, first_line(error)) from error
             if not isinstance(row, dict):
                 raise InputError(
                     f"{file.where}, {label}, holds {type(row).__name__}; "
@@ -93,49 +141,29 @@ def _csv_file_rows(file: TextFile, start: int) -> Iterator[tuple[str, Row, Place
 def csv_rows(stream: IO[bytes], where: str) -> Iterator[Row]:
     """Rows of comma-separated UTF-8 with a header; `where` names the stream in errors."""
     csv.field_size_limit(sys.maxsize)  # the module's own limit, 128 KiB, is below a long document
-    reader = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""))
+    text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
+    size = 0  # characters since the last row
+
+    def lines() -> Iterator[str]:
+        nonlocal size
+        while line := text.readline(MAX_DOCUMENT_BYTES + 1):
+            size += len(line)
+            if size > MAX_DOCUMENT_BYTES:
+                raise too_large(f"{where}, near line {reader.line_num + 1},", "one row")
+            yield line
+
+    reader = csv.DictReader(lines())
     try:
         for row in reader:
             row.pop(None, None)  # fields past the header's end
             yield row
+            size = 0
     except UnicodeDecodeError as error:
         raise _not_utf8(where) from error
     except (csv.Error, OSError, EOFError, zlib.error) as error:
         raise InputError(
             f"{where} cannot be read as CSV near line {reader.line_num} ({error}); expected "
             "comma-separated values with a header."
-        ) from error
-
-
-def _parquet_rows(file: TextFile, start: int, columns: Columns) -> Iterator[tuple[str, Row, Place]]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    number, begun = start, 0
-    try:
-        with (
-            opened(file) as stream,
-            parquet.ParquetFile(stream, buffer_size=BLOCK_BYTES) as table,
-        ):
-            names = columns(tuple(table.schema_arrow.names))
-            for index in range(table.num_row_groups):
-                group = table.metadata.row_group(index)
-                first, begun = begun, begun + group.num_rows
-                if begun <= start or not group.num_rows:
-                    continue
-                row_bytes = max(1, group.total_byte_size // group.num_rows)
-                size = min(_PARQUET_BATCH_ROWS, max(1, _PARQUET_BATCH_BYTES // row_bytes))
-                for batch in table.iter_batches(size, row_groups=[index], columns=names):
-                    rest = batch.slice(min(max(0, start - first), len(batch)))
-                    first += len(batch)
-                    for row in rest.to_pylist():
-                        number += 1
-                        yield f"row {number}", row, Place(number)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"{file.where} cannot be read as Parquet after row {number} ({reason}); "
-            "expected a complete .parquet file."
         ) from error
 
 
@@ -151,10 +179,15 @@ def _skip(stream: IO[bytes], file: TextFile, n_bytes: int) -> None:
         raise unreadable(file.where, error) from error
 
 
-def _bytes(stream: IO[bytes], file: TextFile) -> Iterator[bytes]:
-    """The lines of a stream, as bytes, newlines kept."""
+def _lines(stream: IO[bytes], file: TextFile, first: int) -> Iterator[bytes]:
+    """The lines of a stream, as bytes, newlines kept; `first` is the number of the first."""
+    number = first
     try:
-        yield from stream
+        while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
+            if len(line) > MAX_DOCUMENT_BYTES:
+                raise too_large(f"{file.where}, line {number},")
+            yield line
+            number += 1
     except (OSError, EOFError, zlib.error) as error:
         raise unreadable(file.where, error) from error
 
@@ -168,3 +201,14 @@ def _decoded(data: bytes, where: str) -> str:
 
 def _not_utf8(where: str) -> InputError:
     return InputError(f"{where} is not UTF-8 text; convert it to UTF-8, with iconv for example.")
+
+
+def _not_json(where: str, label: str, why: str) -> InputError:
+    return InputError(f"{where}, {label}, is not JSON ({why}); expected one object a line.")
+
+
+def too_large(what: str, unit: str = "one document") -> InputError:
+    return InputError(
+        f"{what} has more than {MAX_DOCUMENT_BYTES >> 20} MiB in {unit}, the most that is read "
+        "into memory; split it into smaller documents."
+    )

@@ -169,25 +169,33 @@ def list_inputs(url: str) -> list[tuple[str, int, str]]:
     )
 
 
-def open_input(url: str) -> IO[bytes]:
+def open_input(url: str, etag: str | None = None) -> IO[bytes]:
     """The object at `url` as a buffered, seekable stream of bytes.
 
     It is read block by block, a request each, so that the consumer may take its time; if the
     object is overwritten meanwhile, that is an error. Raises `InputError`, here and while reading.
+
+    Args:
+        etag: as listed; an object with another one is an error.
     """
-    return io.BufferedReader(_Input(url), INPUT_BLOCK_BYTES)
+    return io.BufferedReader(_Input(url, etag), INPUT_BLOCK_BYTES)
 
 
 class _Input(io.RawIOBase):
     """One object by ranges, all of one version."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, etag: str | None) -> None:
         self._url, self._position = url, 0
         self._bucket = Bucket(url, InputError)
         missing = InputError(f"There is no object {url}; check the address.")
         with self._bucket.explained(f"read {url}", missing):
             meta = self._bucket.client().head(self._bucket.path)
         self._size, self._etag = meta["size"], meta["e_tag"]
+        if etag and (self._etag or "").strip('"') != etag:
+            raise InputError(
+                f"{url} has been overwritten since it was listed; put the object back as it was, "
+                "or harvest the new text into another --store."
+            )
 
     def readable(self) -> bool:
         return True

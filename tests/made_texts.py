@@ -30,6 +30,9 @@ class Texts(Corpus):
     def fingerprint(self) -> str:
         return "texts"
 
+    def require_unchanged(self) -> None:
+        pass
+
     def _read(self, cursor: Cursor | None) -> Iterator[tuple[Document, Cursor]]:
         for number in range(cursor["next"] if cursor else 0, len(self._texts)):
             self.read.append(number)

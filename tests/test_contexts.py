@@ -265,7 +265,7 @@ def test_a_corpus_that_ends_early_says_what_can_be_asked_for(
     assert str(caught.value) == (
         f"The corpus texts holds {have * LENGTH:,} tokens in whole contexts of {LENGTH}, fewer "
         f"than the {(have + 1) * LENGTH:,} asked for; ask for --tokens {have * LENGTH} or a "
-        "larger corpus."
+        "larger corpus, or take what there is with --tokens all."
     )
     with pytest.raises(InputError, match=r"holds 0 tokens .* use a shorter --context-length or"):
         shards(["x"], tokenizer)

@@ -247,7 +247,8 @@ class Bucket:
             for p in found
         ]
 
-    def open_input(self, url: str) -> IO[bytes]:
+    def open_input(self, url: str, etag: str | None) -> IO[bytes]:
+        assert etag == f"etag-{url.rpartition('/')[2]}"
         self.opened.append(url)
         return (self.folder / url.removeprefix("s3://")).open("rb")
 

@@ -314,6 +314,10 @@ def test_an_input_that_changes_or_goes_is_noticed(objects: S3Objects) -> None:
     with pytest.raises(InputError, match="There is no object"):
         open_input(url)
     objects.replace("text", [b"a" * (INPUT_BLOCK_BYTES + 1)])
+    ((_, _, etag),) = list_inputs(url)
+    open_input(url, etag).close()
+    with pytest.raises(InputError, match="has been overwritten since it was listed"):
+        open_input(url, "another")
     with open_input(url) as changed, open_input(url) as removed:
         assert changed.read(1) == removed.read(1) == b"a"
         objects.replace("text", [b"b" * (INPUT_BLOCK_BYTES + 1)])
