@@ -101,7 +101,7 @@ class LiveModel:
         store = store_of(features, run, moved.stores)
         resolved = model_of(store, moved.models)
         tokenizer = load_tokenizer(resolved)
-        if tokenizer_fingerprint(tokenizer) != store.plan["tokenizer"]["xxh3"]:
+        if tokenizer_fingerprint(tokenizer) != store.plan["tokenizer"].get("xxh3"):
             raise InputError(
                 f"The tokenizer of {resolved.name} is another than the one that {store.place} was "
                 "harvested with; put the old one back."

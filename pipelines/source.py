@@ -43,7 +43,7 @@ def model_of(store: ActivationStore, given: Sequence[str] = ()) -> ResolvedModel
     planned = store.plan["model"]
     found = {}
     for name in given or [planned["name"]]:
-        model = resolve_model(name, None if given else planned["revision"])
+        model = resolve_model(name, None if given else planned.get("revision"))
         weights = model_fingerprint(model)["weights"]
         if weights == planned["weights"]:
             return model

@@ -35,6 +35,18 @@ CODE_FILL = -128  # of int8 arrays; codes go from -127 to 127
 MAX_WIDTH = 1 << 20  # of a row
 MAX_SHARD_ROWS = 1 << 27  # a shard is made in memory
 
+# What is read of the parts of a plan that are free in form. Rows that come from no text have no
+# tokenizer.
+_ALWAYS: dict[str, dict[str, type]] = {
+    "model": {"name": str, "weights": str},
+    "corpus": {"name": str},
+}
+_KINDS = {
+    "model": _ALWAYS["model"] | {"vocabulary": int},
+    "corpus": _ALWAYS["corpus"] | {"fingerprint": str},
+    "tokenizer": {"xxh3": str, "vocabulary": int, "end_of_text": int},
+}
+
 
 def _site_name(name: str) -> str:
     if "/" in safe_name(name):
@@ -83,10 +95,10 @@ class Plan(BaseModel):
     @model_validator(mode="after")
     def _is_possible(self) -> Plan:
         """Refuse what no harvest plans; a plan is read from files that others may have written."""
-        for field, names in (("model", ("name", "weights")), ("corpus", ("name",))):
-            for name in names:
-                if not isinstance(getattr(self, field).get(name), str):
-                    raise ValueError(f"{field}.{name} is missing or no text")
+        for field, kinds in _KINDS.items() if self.tokenizer else _ALWAYS.items():
+            for name, kind in kinds.items():
+                if type(getattr(self, field).get(name)) is not kind:
+                    raise ValueError(f"{field}.{name} is missing or no {kind.__name__}")
         if len({site.name for site in self.sites}) < len(self.sites):
             raise ValueError("a site is named twice")
         if self.shard_rows > MAX_SHARD_ROWS:

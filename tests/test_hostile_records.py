@@ -253,6 +253,7 @@ PLANS: dict[str, Change] = {
     "extra field": lambda record: _fit(record, more=1),
     "no made_with": lambda record: record.pop("made_with"),
     "no model": lambda record: _fit(record, model={}),
+    "half a tokenizer": lambda record: _fit(record, tokenizer={"xxh3": "0"}),
     "a site that leads out": lambda record: _fit(record, sites=[{"name": "../x", "width": 8}]),
     "a site twice": lambda record: _fit(record, sites=[{"name": SITE, "width": 8}] * 2),
     "huge rows": lambda record: _fit(record, contexts_per_shard=10**15),
