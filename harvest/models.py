@@ -34,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from harvest.conversion import converted
 from harvest.hub import hub_commit
+from harvest.weights import check_index, weights_hash
 from store.errors import InputError
 from store.objects import file_hash
 
@@ -188,7 +189,7 @@ def model_fingerprint(resolved: ResolvedModel) -> dict[str, Any]:
         "n_layers": text.num_hidden_layers,
         "vocabulary": text.vocab_size,
         "d_mlp": next((width for width in widths if isinstance(width, int)), None),
-        "weights": resolved.weights or _directory_weights(Path(resolved.path)),
+        "weights": resolved.weights or f"xxh3:{weights_hash(Path(resolved.path))}",
     }
 
 
@@ -256,6 +257,7 @@ def _check_directory(path: Path) -> None:
             f"{path} holds no config.json; give the directory that save_pretrained wrote."
         )
     if any((path / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
+        check_index(path)
         return
     pickled = sorted(path.glob("pytorch_model*.bin"))
     if pickled:
@@ -264,13 +266,6 @@ def _check_directory(path: Path) -> None:
             "never loaded; save them again with save_pretrained, as model.safetensors."
         )
     raise InputError(f"{path} holds no model.safetensors; give a directory with the weights.")
-
-
-def _directory_weights(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    for file in sorted(path.glob("model*.safetensors")):
-        digest.update(f"{file.name} {file_hash(file)}\n".encode())
-    return f"xxh3:{digest.hexdigest()}"
 
 
 def _source(resolved: ResolvedModel) -> dict[str, Any]:
