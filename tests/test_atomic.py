@@ -14,8 +14,12 @@ import torch
 from store.atomic import replacing, write_text
 from store.errors import RunError
 from store.objects import LocalObjects
+from train.checkpoint import save_checkpoint
+from train.config import SAEConfig
 from train.files import write_json, write_tensors
+from train.formats import export_sae
 from train.formats.pickles import write_pt
+from train.sae import SAE
 
 
 @pytest.fixture(params=[0o022, 0o002, 0o077])
@@ -37,6 +41,23 @@ def test_the_umask_decides_the_mode_of_every_file(tmp_path: Path, mode: int) -> 
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     assert modes == dict.fromkeys(modes, mode)
     assert len(modes) == 6
+
+
+@pytest.mark.parametrize("mode", [0o077, 0o002], indirect=True)
+def test_the_umask_decides_for_saes_checkpoints_and_exports(
+    tmp_path: Path, mode: int, unflushed: None
+) -> None:
+    sae = SAE(
+        SAEConfig(d_in=4, n_latents=6, k=2, site="resid_post.1"),
+        *(torch.ones(6, 4), torch.ones(6, 4), torch.zeros(6), torch.zeros(4)),
+    )
+    sae.save(tmp_path / "sae")
+    save_checkpoint(tmp_path, 1, sae, {"last_fired": torch.zeros(6).long()}, {})
+    for name in ("saelens", "sparsify", "dictionary_learning"):
+        export_sae(tmp_path / "sae", name, tmp_path / name)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 2 + 4 + 3 * 2
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {mode}
 
 
 def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
