@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from harvest.corpus import CorpusSpec
 from store.layout import MAX_SHARD_ROWS
+from store.numbers import Count
 
 DEFAULT_BATCH_TOKENS = 2048
 DEFAULT_SHARD_ROWS = 65_536
@@ -24,17 +25,17 @@ class HarvestConfig(BaseModel):
     )
     corpus: CorpusSpec = Field(description="where the text comes from")
     sites: tuple[str, ...] = Field(min_length=1, description="for example resid_post.12")
-    tokens: Annotated[int, Field(gt=0)] | Literal["all"] = Field(
+    tokens: Annotated[Count, Field(gt=0)] | Literal["all"] = Field(
         default="all",
         description="tokens to store; as many whole shards as hold them are harvested. all: every "
         "whole context of the corpus, the last shard a short one. A dataset of the hub is read to "
         "its end only where all is said",
     )
-    context_length: int = Field(default=128, gt=1, description="tokens per context")
+    context_length: Count = Field(default=128, gt=1, description="tokens per context")
     bos: Literal["auto", "none", "context"] = Field(
         default="auto", description="auto: as the tokenizer itself does"
     )
-    seed: int = Field(default=0, ge=0, description="of the shuffling of contexts")
+    seed: Count = Field(default=0, ge=0, description="of the shuffling of contexts")
     keep_text: bool = Field(
         default=False, description="store the documents' texts beside their sources"
     )
@@ -44,10 +45,10 @@ class HarvestConfig(BaseModel):
     compute_dtype: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto", description="of the forward pass; auto: bfloat16 where it is fast"
     )
-    batch_tokens: int = Field(
+    batch_tokens: Count = Field(
         default=DEFAULT_BATCH_TOKENS, gt=0, description="tokens per forward pass"
     )
-    shard_rows: int | None = Field(
+    shard_rows: Count | None = Field(
         default=None,
         gt=0,
         le=MAX_SHARD_ROWS,

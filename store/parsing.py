@@ -83,7 +83,9 @@ def first_line(error: Exception) -> str:
     """
     if isinstance(error, ValidationError):
         fault = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, fault["loc"]))
+        # of a union, pydantic names the alternative that it tried in its own words
+        parts = [str(part) for part in fault["loc"] if not str(part).startswith("function-")]
+        place = ".".join(parts)
         message = fault["msg"].removeprefix("Value error, ")
         line = f"{place}: {message}" if place else message
     else:

@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from pipelines.cli import main
 from pipelines.recipe import packaged_recipes, read_recipe
+from store.errors import InputError
 from store.reader import ActivationStore
 from tests.commands import refusal
 from train.sae import SAE
@@ -103,3 +104,10 @@ def test_another_recipe_in_the_folder_is_refused(small: list[str], tmp_path: Pat
     assert run("gpt2-small", "--out", tmp_path / "suite", *small, *one).exit_code == 0
     other = run("gpt2-small", "--out", tmp_path / "suite", *small, *one, "--set=train.k=2")
     assert "differing: train" in refusal(other)
+
+
+def test_counts_of_a_recipe_are_spelled_as_people_do() -> None:
+    recipe = read_recipe("gpt2-small", {"harvest.tokens": "1M", "train.tokens": "2.5M"})
+    assert recipe.harvest_config(0).tokens == 10**6
+    with pytest.raises(InputError, match=r"recipe: harvest\.tokens: [^`\[]*valid integer"):
+        read_recipe("gpt2-small", {"harvest.tokens": "many"})
