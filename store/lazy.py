@@ -1,0 +1,57 @@
+"""A store's rows as a lazy dask array that can be computed with.
+
+What zarr and dask open by themselves is float16 or int8: a sum over float16 rows overflows at
+65,504, so that a mean over many rows comes out as inf or NaN, and int8 codes lack their scale.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from store.reader import ActivationStore
+
+if TYPE_CHECKING:
+    import dask.array
+
+
+def open_dask(place: str | Path, site: str | None = None) -> dask.array.Array:
+    """The rows of a site, float32 [rows, width], read and checked block by block when computed.
+
+    >>> open_dask("runs/demo/store").mean(0).compute()  # doctest: +SKIP
+
+    Args:
+        place: of a sealed store, a folder or `s3://bucket/prefix`.
+        site: None for the store's only site.
+
+    Raises:
+        SaeHarvestError: the store cannot be opened; also while computing, where it is damaged.
+    """
+    import dask.array
+
+    store = ActivationStore.open(place)
+    site = store.site(site)
+    whole, rest = divmod(store.n_rows, rows := store.chunk_rows(site))
+    return dask.array.map_blocks(
+        functools.partial(_block, store.place, store.digest, site),
+        chunks=((rows,) * whole + (rest,) * bool(rest), (store.width(site),)),
+        dtype=np.float32,
+        meta=np.empty((0, 0), np.float32),
+        name=f"{site}-{store.digest}",
+    )
+
+
+def _block(place: str, digest: str, site: str, block_info: Any = None) -> npt.NDArray[np.float32]:
+    (start, stop), _ = block_info[None]["array-location"]
+    rows = _opened(place, digest).read(site, start, stop)
+    return np.asarray(rows, np.float32)
+
+
+@functools.lru_cache(maxsize=8)
+def _opened(place: str, digest: str) -> ActivationStore:
+    """The store, once in each process that computes blocks of it."""
+    return ActivationStore.open(place, digest)
