@@ -10,6 +10,7 @@ after the addition, scaled residuals, state-space layers) offers no inner sites,
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,6 +36,14 @@ class BlockCall(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     place: int | str
+
+    @property
+    def residual(self) -> Tensor:
+        """The residual stream that the block was given."""
+        found: Tensor = (
+            self.args[self.place] if isinstance(self.place, int) else self.kwargs[self.place]
+        )
+        return found
 
 
 @dataclass(frozen=True)
@@ -67,19 +76,23 @@ def probe_tokens(model: PreTrainedModel) -> Tensor:
 def probe(model: PreTrainedModel) -> tuple[nn.ModuleList, list[BlockCall]]:
     """The model's blocks and the call each of them got in one short forward pass.
 
-    The blocks are the module list with `num_hidden_layers` entries whose entries run once each, in
-    order, on a residual stream `[1, tokens, d_model]`; of several such lists, one inside another,
-    the largest. Raises InputError where there is none.
+    The blocks are the module list with `num_hidden_layers` entries through which the residual
+    stream `[1, tokens, d_model]` runs: each entry runs once, on the output of the one before, and
+    the model's output follows from that of the last one alone. Another list may have as many
+    entries by coincidence, as the projections of Gemma 3n have. Of several such lists, one inside
+    another, the largest. Raises InputError where there is none.
     """
     text = model.config.get_text_config(decoder=True)
+    n_layers = text.num_hidden_layers
     lists = [
         module
         for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len(module) == text.num_hidden_layers
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
     ]
     calls: list[list[tuple[int, BlockCall]]] = [[] for _ in lists]
+    outputs: list[list[Any]] = [[] for _ in lists]
 
-    def listen(which: int, layer: int) -> Callable[..., None]:
+    def before(which: int, layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             place = _residual_place(args, kwargs, (1, PROBE_TOKENS, text.hidden_size))
             if place is not None:
@@ -89,27 +102,76 @@ def probe(model: PreTrainedModel) -> tuple[nn.ModuleList, list[BlockCall]]:
 
         return hook
 
-    handles = [
-        block.register_forward_pre_hook(listen(which, layer), with_kwargs=True)
+    def after(which: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            outputs[which].append(_map_tensors(first_tensor(output), Tensor.clone))
+
+        return hook
+
+    with contextlib.ExitStack() as hooks:
+        for which, blocks in enumerate(lists):
+            for layer, block in enumerate(blocks):
+                pre = block.register_forward_pre_hook(before(which, layer), with_kwargs=True)
+                hooks.callback(pre.remove)
+                hooks.callback(block.register_forward_hook(after(which)).remove)
+        end = _last_state(model, probe_tokens(model))
+    found = [
+        which
         for which, blocks in enumerate(lists)
-        for layer, block in enumerate(blocks)
+        if [layer for layer, _ in calls[which]] == list(range(n_layers))
+        and _chained([call for _, call in calls[which]], outputs[which])
+        and _decides(blocks[-1], outputs[which][-1], model, end)
     ]
-    try:
-        with torch.no_grad():
-            model.base_model(input_ids=probe_tokens(model), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    in_order = list(range(text.num_hidden_layers))
-    found = [which for which in range(len(lists)) if [n for n, _ in calls[which]] == in_order]
     if not found:
         raise InputError(
             f"The blocks of this {model.config.model_type} model were not found: no module list "
-            f"with num_hidden_layers = {text.num_hidden_layers} entries runs them in order, so "
-            "its activations have no layer numbers; use a decoder-only transformer."
+            f"with num_hidden_layers = {n_layers} entries passes one residual stream from each "
+            "entry to the next and on to the output, so its activations have no layer numbers; "
+            "use a plain decoder-only transformer."
         )
     best = max(found, key=lambda which: sum(p.numel() for p in lists[which].parameters()))
     return lists[best], [call for _, call in calls[best]]
+
+
+def _last_state(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """What the model without its head makes of the tokens: `[1, tokens, d_model]`."""
+    with torch.no_grad():
+        output: Tensor = model.base_model(input_ids=tokens, use_cache=False)[0]
+        return output
+
+
+def _chained(calls: list[BlockCall], outputs: list[Any]) -> bool:
+    """True where every block was given what the one before it returned."""
+    return all(
+        isinstance(before, Tensor) and _same(before, call.residual)
+        for before, call in zip(outputs, calls[1:], strict=False)
+    )
+
+
+def _decides(block: nn.Module, output: Any, model: PreTrainedModel, end: Tensor) -> bool:
+    """True if the model ends in the state `end` for other tokens too, once the block returns
+    `output` for them.
+    """
+
+    def hold(module: nn.Module, args: Any, there: Any) -> Any:
+        if isinstance(there, tuple | list):
+            return type(there)((output.clone(), *there[1:]))
+        return output.clone()
+
+    handle = block.register_forward_hook(hold)
+    try:
+        return isinstance(output, Tensor) and _same(
+            _last_state(model, probe_tokens(model) + 1), end
+        )
+    finally:
+        handle.remove()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """True for the same values in any shape; a NaN is the same as another."""
+    return a.numel() == b.numel() and torch.allclose(
+        a.reshape(-1), b.reshape(-1), rtol=0, atol=0, equal_nan=True
+    )
 
 
 class BlockLab:
@@ -119,7 +181,7 @@ class BlockLab:
         self._block = copy.deepcopy(block).float()
         args, kwargs = _map_tensors((call.args, call.kwargs), _as_float32)
         self._call = BlockCall(args, kwargs, call.place)
-        self._x: Tensor = args[call.place] if isinstance(call.place, int) else kwargs[call.place]
+        self._x = self._call.residual
         self._generator = torch.Generator().manual_seed(0)
 
     def parts(self) -> BlockParts | None:

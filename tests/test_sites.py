@@ -378,6 +378,57 @@ def test_a_mixture_of_experts_has_an_mlp_but_no_neurons(ids: Tensor) -> None:
             SiteTap(model, sites(*wanted))
 
 
+@pytest.mark.parametrize(("layers", "streams"), [(4, 5), (1, 2), (3, 3)])
+def test_projections_beside_the_blocks_are_not_taken_for_them(layers: int, streams: int) -> None:
+    """Gemma 3n carries several streams at once, and has one projection less than streams."""
+    config = transformers.Gemma3nTextConfig(
+        hidden_size=WIDTH,
+        intermediate_size=NEURONS,
+        num_hidden_layers=layers,
+        altup_num_inputs=streams,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=VOCABULARY,
+        vocab_size_per_layer_input=VOCABULARY,
+        hidden_size_per_layer_input=8,
+        laurel_rank=4,
+        num_kv_shared_layers=0,
+        activation_sparsity_pattern=None,
+        layer_types=["full_attention"] * layers,
+    )
+    with pytest.raises(InputError, match="The blocks of this gemma3n_text model were not found"):
+        SiteTap(build(config), sites("resid_post.0"))
+
+
+@pytest.mark.parametrize("chained", [True, False])
+def test_a_larger_list_of_as_many_modules_is_not_taken_for_the_blocks(
+    chained: bool, ids: Tensor
+) -> None:
+    class Embedding(nn.Module):
+        """Adds to every embedding what a list of as many modules as blocks makes of it."""
+
+        def __init__(self, plain: nn.Module) -> None:
+            super().__init__()
+            self.plain = plain
+            self.others = nn.ModuleList(
+                nn.Sequential(nn.Linear(WIDTH, 999), nn.Linear(999, WIDTH)) for _ in range(LAYERS)
+            )
+
+        def forward(self, ids: Tensor) -> Tensor:
+            embedded = x = self.plain(ids)
+            for other in self.others:
+                x = other(x if chained else embedded)
+            return embedded + x
+
+    model = build(FAMILIES["llama"].config())
+    model.model.embed_tokens = Embedding(model.model.embed_tokens)
+    wanted = by_hand("llama", model, ids)
+    with SiteTap(model, sites("resid_post.1", "mlp_act.1")) as tap:
+        for site, tensor in tap(ids).items():
+            assert relative_error(tensor, wanted[site]) <= 1e-5, site
+
+
 def test_layer_out_of_range_names_the_range(models: dict[str, PreTrainedModel]) -> None:
     message = r"resid_post\.3 is out of range: the model has 3 layers.*resid_post\.0 to .*\.2"
     with pytest.raises(InputError, match=message):
