@@ -12,9 +12,17 @@
 The command line prints `Error: <message>` and exits with 1; wrong options exit with 2.
 """
 
+from store.masking import masked
+
 
 class SaeHarvestError(Exception):
-    """Base of every error meant for the user: says what was wrong, where, and what to do."""
+    """Base of every error meant for the user: says what was wrong, where, and what to do.
+
+    As text it holds no password: an endpoint, a place or an address may contain one.
+    """
+
+    def __str__(self) -> str:
+        return masked(super().__str__())
 
 
 class StoreError(SaeHarvestError):
