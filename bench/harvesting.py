@@ -91,6 +91,7 @@ def make_store(folder: Path) -> None:
 def _measure_case(case: _Case, folder: Path) -> list[Measurement]:
     store, config = folder / "store", case.config
     log = log_path(open_objects(store).place)
+    assert log is not None, "the parts of a harvest's time are read from its log"
     # A first small harvest makes the plan; it also converts the model if need be.
     warm = folder / f"warm{case.suffix}"
     plan = run(config.model_copy(update={"tokens": 4096}), warm, Means(workers=0)).plan

@@ -21,10 +21,10 @@ from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from store.cache import cache_dir
 from store.errors import InputError
 from store.objects import file_hash
 from store.parsing import parse_json, safe_name
-from store.paths import cache_dir
 
 RECORD = "complete.json"
 

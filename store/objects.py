@@ -25,6 +25,7 @@ import xxhash
 from store.errors import InputError, NotAStoreError, StoreError
 from store.naming import NoExclusiveNamesError, give_name
 from store.parsing import safe_name
+from store.paths import absolute
 from store.units import size_text
 
 Buffer = bytes | bytearray | memoryview
@@ -129,7 +130,7 @@ class LocalObjects:
     """Objects as files under a folder."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root.expanduser().absolute()
+        self._root = Path(absolute(str(root)))
         self.place = str(self._root)
 
     def publish(self, key: str, pieces: Sequence[Buffer]) -> bool:

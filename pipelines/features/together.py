@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.features.prefetch import LINE, prefetch
-from store.paths import use_numba_cache
+from store.cache import use_numba_cache
 
 use_numba_cache()
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from pipelines.features.firings import Firings
 from pipelines.features.prefetch import prefetch
-from store.paths import use_numba_cache
+from store.cache import use_numba_cache
 
 use_numba_cache()
 
