@@ -54,6 +54,27 @@ def _site_name(name: str) -> str:
     return name
 
 
+# Field of a plan → the option of `harvest run` that decides it.
+OPTIONS = {
+    "model.name": "--model",
+    "model.revision": "--model-revision",
+    "corpus.name": "--corpus",
+    "corpus.config": "--dataset-config",
+    "corpus.split": "--split",
+    "corpus.revision": "--revision",
+    "corpus.text_column": "--text-column",
+    "corpus.dedup": "--dedup",
+    "sites": "--site",
+    "context_length": "--context-length",
+    "contexts_per_shard": "--shard-rows (in contexts)",
+    "bos": "--bos",
+    "seed": "--seed",
+    "document_text": "--keep-text",
+    "dtype": "--dtype",
+    "compute_dtype": "--compute-dtype",
+}
+
+
 class SitePlan(BaseModel):
     """One recorded place in the model."""
 
@@ -130,8 +151,9 @@ class Plan(BaseModel):
         return next(r for r in range(limit, 0, -1) if self.shard_rows % r == 0)
 
     def differing_fields(self, other: Plan) -> list[str]:
-        """`field: this → other` for every field in which two plans differ.
+        """`option: this → other` for every field in which two plans differ.
 
+        A field that no option of `harvest run` decides has its own name, `model.weights` say.
         Widths are compared where the sites are the same: they follow from model and site.
         """
         mine, theirs = _flat(self), _flat(other)
@@ -139,7 +161,7 @@ class Plan(BaseModel):
             mine |= {f"width of {site.name}": site.width for site in self.sites}
             theirs |= {f"width of {site.name}": site.width for site in other.sites}
         return [
-            f"{field}: {mine.get(field)} → {theirs.get(field)}"
+            f"{OPTIONS.get(field, field)}: {mine.get(field)} → {theirs.get(field)}"
             for field in mine | theirs
             if mine.get(field) != theirs.get(field)
         ]
