@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import Empty, Full, Queue
 from typing import Generic, TypeVar
 
@@ -16,8 +16,9 @@ POLL_SECONDS = 0.1
 class Ahead(Generic[T]):
     """Items made two ahead of need. Errors are raised where the item would be."""
 
-    def __init__(self, items: Iterator[T]) -> None:
-        self._items = items
+    def __init__(self, items: Iterator[T], stop: Callable[[], None] = lambda: None) -> None:
+        """`stop` is called by `close`: it may make the item under way end early."""
+        self._items, self._stop_items = items, stop
         self._queue: Queue[tuple[T | None, BaseException | None]] = Queue(DEPTH)
         self._next: tuple[T | None, BaseException | None] | None = None
         self._stop = threading.Event()
@@ -56,6 +57,7 @@ class Ahead(Generic[T]):
     def close(self) -> None:
         """Stop making items; returns when the one being made is done."""
         self._stop.set()
+        self._stop_items()
         self._thread.join()
 
     def _run(self) -> None:

@@ -87,6 +87,11 @@ class Corpus(ABC):
         self.full_name = full_name or spec.name
         self.dedup = spec.dedup
         self._spec = spec
+        self._stopped = False
+
+    def stop(self) -> None:
+        """End every stream at its next document, for who does not want the rest."""
+        self._stopped = True
 
     def documents(self, cursor: Cursor | None = None) -> Iterator[Document]:
         """Every document with text, from the first or from a cursor."""
@@ -100,6 +105,8 @@ class Corpus(ABC):
         """
         empty = cursor is None
         for document, after in self._read(cursor):
+            if self._stopped:
+                return
             if document.text and not document.text.isspace():
                 empty = False
                 yield document, after

@@ -140,7 +140,7 @@ class RayPool:
         return self._rows_of_dead + sum(max(w.rows, w.rows_finished) for w in self._workers)
 
     def close(self) -> None:
-        """Stop the workers between two batches, so that none writes once this returns."""
+        """Stop the workers between two blocks, so that none writes once this returns."""
         try:
             ending = [reference for w in self._workers for reference in w.shards]
             ending += [w.actor.stop.remote() for w in self._workers if w.at_work]

@@ -116,8 +116,13 @@ def run(
     if existing and not todo:
         return _close(objects, existing, n_shards, 0, 0.0)
     inputs = shard_inputs(prepared, objects, existing, todo, n_shards)
+    heartbeat: Heartbeat | None = None
+    submitted: list[int] = []
     try:
-        with HarvestLog(objects.place) as log, closing(Ahead(inputs)) as ahead:
+        with (
+            HarvestLog(objects.place) as log,
+            closing(Ahead(inputs, prepared.corpus.stop)) as ahead,
+        ):
             _log_left_out(prepared, log)
             # Where the corpus may have too little, or nothing more, that is said before any work.
             if prepared.may_be_short or (existing and open_end):
@@ -134,13 +139,16 @@ def run(
                 total = None if n_shards == ALL_SHARDS else n_shards
                 with Heartbeat(objects, plan, total, log.write) as heartbeat:
                     work = _Work(objects, plan, pool, n_todo, on_progress, heartbeat, len(done))
+                    heartbeat.update(len(done), [], 0, work.todo_rows)
+                    submitted = work.submitted
                     work.run(ahead, lambda record: commit_shard(objects, record), again=False)
         prepared.corpus.require_unchanged()
     except InputError:
-        # What was asked cannot be done, and the remedy will be another plan: leave it the place.
-        begun = existing is None and objects.size(layout.PLAN_KEY) is not None
-        if begun and not committed_shards(objects):
-            discard(objects)
+        # What was asked cannot be done, and the remedy will be another plan: leave it the place,
+        # unless somebody else can do what was asked, on a machine with other weights say.
+        alone = heartbeat is not None and not heartbeat.others_at_work()
+        if existing is None and alone and not committed_shards(objects):
+            discard(objects, plan, submitted)
         raise
     if open_end:
         n_shards = len(committed_shards(objects))
@@ -177,7 +185,7 @@ def repair(
         inputs = shard_inputs(prepared, objects, plan, runs(shards), shards[-1] + 1)
         with (
             HarvestLog(objects.place) as log,
-            closing(Ahead(inputs)) as ahead,
+            closing(Ahead(inputs, prepared.corpus.stop)) as ahead,
             _pool(prepared, means, device, log) as pool,
         ):
             _log_left_out(prepared, log)
@@ -222,9 +230,10 @@ class _Work:
     ) -> None:
         self._objects, self._plan, self._pool = objects, plan, pool
         self._on_progress, self._heartbeat = on_progress, heartbeat
-        self._todo_rows = None if n_shards is None else n_shards * plan.shard_rows
+        self.todo_rows = None if n_shards is None else n_shards * plan.shard_rows
         self._already = already
         self._kept = 0
+        self.submitted: list[int] = []
         self.rows = 0
         self.seconds = 0.0
 
@@ -245,6 +254,7 @@ class _Work:
                 if shard is None:
                     exhausted = True
                 elif again or self._objects.size(layout.commit_key(shard.shard)) is None:
+                    self.submitted.append(shard.shard)
                     pool.submit(self._objects, self._plan, shard)
                     flying += 1
             if not flying:
@@ -258,12 +268,12 @@ class _Work:
 
     def _tell(self) -> None:
         rows = self._pool.rows_done()
-        if self._todo_rows is not None:
-            rows = min(rows, self._todo_rows)
-        self._on_progress(rows, self._todo_rows)
+        if self.todo_rows is not None:
+            rows = min(rows, self.todo_rows)
+        self._on_progress(rows, self.todo_rows)
         if self._heartbeat is not None:
             committed = self._already + self._kept
-            self._heartbeat.update(committed, self._pool.in_flight(), rows, self._todo_rows)
+            self._heartbeat.update(committed, self._pool.in_flight(), rows, self.todo_rows)
 
 
 def _pool(

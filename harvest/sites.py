@@ -78,13 +78,23 @@ def locate(model: PreTrainedModel, sites: Sequence[Site]) -> dict[Site, Located]
 
     Raises InputError for a layer out of range or a site that the architecture doesn't offer.
     """
+    return _locate(model, sites)[1]
+
+
+def _locate(
+    model: PreTrainedModel, sites: Sequence[Site]
+) -> tuple[nn.ModuleList, dict[Site, Located]]:
+    """The model's blocks, and `locate`."""
     for site in sites:
         site.check(model.config)
     blocks, calls = probe(model)
     inner = {site.layer for site in sites if site.kind in _INNER_KINDS}
     found = {layer: BlockLab(blocks[layer], calls[layer]).parts() for layer in inner}
     parts = {s: _required(found[s.layer], s, model) for s in sites if s.kind in _INNER_KINDS}
-    return {s: Located(blocks[s.layer], calls[s.layer].place, parts.get(s)) for s in sites}
+    return blocks, {
+        site: Located(blocks[site.layer], calls[site.layer].place, parts.get(site))
+        for site in sites
+    }
 
 
 class SiteTap:
@@ -96,8 +106,16 @@ class SiteTap:
     `close`, to take its hooks off again. Calls of one tap must not overlap.
     """
 
-    def __init__(self, model: PreTrainedModel, sites: Sequence[Site]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sites: Sequence[Site],
+        before_block: Callable[[], None] = lambda: None,
+    ) -> None:
         """`model` is a causal LM of transformers, in evaluation mode; `sites` are distinct.
+
+        `before_block` is called before every block that runs for the tap. What it raises ends the
+        pass: a batch of a large model may take a minute, one block of it a second.
 
         Raises InputError for a layer out of range or a site that the architecture doesn't offer.
         """
@@ -115,8 +133,10 @@ class SiteTap:
         self._copied: set[str] = set()
         self._versions: list[tuple[str, Tensor, int]] | None = None
         self._handles: list[Any] = []
-        located = locate(model, sites)
+        blocks, located = _locate(model, sites)
         try:
+            for block in blocks:
+                self._watch(block, before_block)
             for site in sites:
                 self._attach(site, located[site])
             self.widths: dict[str, int] = self._rehearse()
@@ -169,6 +189,13 @@ class SiteTap:
         self._copied = {name for name, tensor, seen in self._versions if tensor._version != seen}
         self._versions = None
         return {name: tensor.shape[-1] for name, tensor in captured.items()}
+
+    def _watch(self, block: nn.Module, before_block: Callable[[], None]) -> None:
+        def hook(module: nn.Module, args: Any) -> None:
+            if self._listening:
+                before_block()
+
+        self._handles.append(block.register_forward_pre_hook(hook))
 
     def _attach(self, site: Site, located: Located) -> None:
         """Put the hooks for one site on the model."""

@@ -29,6 +29,7 @@ INTERVAL_SECONDS = 2.0
 INTERVAL_SECONDS_S3 = 10.0  # each is a request that costs money
 STALE_INTERVALS = 3
 STALE_SECONDS = 15.0  # at least
+OTHERS_INTERVALS = 1.5
 RATE_SECONDS = 60.0  # over which the rate is taken
 
 
@@ -130,6 +131,18 @@ class Heartbeat:
         if self._thread.ident is None:
             self._thread.start()
         self._tell()
+
+    def others_at_work(self) -> bool:
+        """True if another harvest gives signs of life at the place, once this one has ended.
+
+        Its sign may have been overwritten by ours: this waits until it must have given another.
+        """
+        time.sleep(OTHERS_INTERVALS * self._interval)
+        try:
+            found = read_status(self._objects)
+        except DamagedError:
+            return True  # it is being written
+        return found is not None and found.alive
 
     def _beat(self) -> None:
         while True:

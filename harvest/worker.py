@@ -95,7 +95,8 @@ class ShardWorker:
     def _tap(self) -> SiteTap:
         if self._device == "cuda" and not torch.cuda.is_available():
             raise RunError(f"{platform.node()} has no usable GPU; use --device cpu.")
-        return SiteTap(load_model(self._model, self._dtype, self._device), self._sites)
+        model = load_model(self._model, self._dtype, self._device)
+        return SiteTap(model, self._sites, self._go_on)
 
     def widths(self) -> dict[str, int]:
         """Site → numbers per row. Loads all that the first shard would else wait for."""
@@ -107,8 +108,12 @@ class ShardWorker:
         return self._rows_done
 
     def stop(self) -> None:
-        """Make every `harvest` under way and to come raise `Stopped` at its next batch."""
+        """Make every `harvest` under way and to come raise `Stopped` at its next block."""
         self._stopped = True
+
+    def _go_on(self) -> None:
+        if self._stopped:
+            raise Stopped
 
     def harvest(self, objects: Objects, plan: Plan, shard: ShardInput) -> Done:
         """Run one shard through the model and publish its objects.
@@ -165,8 +170,6 @@ class ShardWorker:
             tap, landing = self._tap, _Landing(plan, tokens.size, self._device)
             ids = torch.from_numpy(tokens.astype(np.int64)).to(self._device)
             for batch in ids.split(plan.batch_contexts):  # [contexts, context_length]
-                if self._stopped:
-                    raise Stopped
                 landing.take(tap(batch))
                 self._rows_done += batch.numel()
             landing.finish()

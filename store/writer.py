@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,15 +93,21 @@ def check_place(objects: Objects) -> None:
         )
 
 
-def discard(objects: Objects) -> None:
-    """Remove a store in which nothing is committed, so that another plan can take its place.
+def discard(objects: Objects, plan: Plan, shards: Iterable[int]) -> None:
+    """Remove uncommitted shards, and the plan as well if nothing else is there then.
 
-    plan.json goes last: killed before, this leaves an unfinished store, not a foreign folder.
+    So another plan can take the place. plan.json goes last: killed before, this leaves an
+    unfinished store, not a foreign folder.
+
+    Args:
+        shards: those that the caller has worked on, and nobody else.
     """
-    for key in (*objects.leftovers(), *objects.keys("")):
-        if key != layout.PLAN_KEY:
+    for shard in shards:
+        for key in layout.object_keys(plan, shard):
             objects.remove(key)
-    objects.remove(layout.PLAN_KEY)
+    if set(objects.keys("")) <= {layout.PLAN_KEY, layout.STATUS_KEY}:
+        for key in (*objects.leftovers(), layout.STATUS_KEY, layout.PLAN_KEY):
+            objects.remove(key)
     objects.prune()
 
 

@@ -165,22 +165,32 @@ def test_weights_that_a_worker_cannot_read_are_refused_in_one_sentence(
     assert not (tmp_path / "store").exists()
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_interrupted_harvest_ends_soon_and_can_be_continued(
-    tmp_path: Path, model_folder: Path, corpus_file: Path, workers: int
+@pytest.mark.parametrize(
+    ("workers", "number", "word", "code"),
+    [(0, signal.SIGTERM, "Terminated.", 143), (1, signal.SIGINT, "Interrupted.", 130)],
+)
+def test_an_interrupted_harvest_ends_soon_says_what_is_kept_and_can_be_continued(
+    tmp_path: Path,
+    model_folder: Path,
+    corpus_file: Path,
+    workers: int,
+    number: int,
+    word: str,
+    code: int,
 ) -> None:
     store = tmp_path / "store"
     long = {"tokens": 14_016, "shard_rows": 64}
     with harvesting(*options(model_folder, corpus_file, store, workers=workers, **long)) as process:
         assert wait_for(lambda: commits(store) >= 3, 120)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        os.killpg(process.pid, number)  # as a terminal does, and a scheduler
         stdout, stderr = process.communicate(timeout=15)
-        assert process.returncode == 130
+        assert process.returncode == code
         assert session_processes(process.pid) == {}
     assert stdout == ""
     assert "Traceback" not in stderr
-    assert stderr.strip().splitlines()[-1] == "Interrupted."
     done = commits(store)
+    kept = f"{done} shards committed in {store}; the same command continues."
+    assert stderr.strip().splitlines()[-1] == f"{word} {kept}"
     assert 3 <= done < 219
     result = invoke(*options(model_folder, corpus_file, store, **long))
     assert f"14,016 rows of resid_post.1, {14_016 - done * 64:,} of them now" in result.stdout
