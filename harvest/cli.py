@@ -19,6 +19,7 @@ from store.console import (
     store_option,
     when_interrupted,
 )
+from store.numbers import CountRange
 from store.options import PlaceOption
 from store.paths import absolute, shown
 
@@ -175,7 +176,7 @@ def status(store: str) -> None:
     objects = open_objects(store)
     output().print(f"{shown(store)}: {describe_status(objects)}.", soft_wrap=True)
     log = log_path(objects.place)
-    if log.exists():
+    if log is not None and log.exists():
         output().print(f"Log: {log}", soft_wrap=True)
 
 
@@ -192,7 +193,7 @@ def verify(store: str, repair: bool, workers: int, address: str | None, device: 
     \b
     harvest verify --store runs/demo/store
     """
-    from store.errors import DamagedError
+    from store.errors import DamagedError, UnfinishedError
     from store.objects import open_objects
     from store.verify import verify as check
 
@@ -211,6 +212,11 @@ def verify(store: str, repair: bool, workers: int, address: str | None, device: 
         raise DamagedError(
             f"{name} has {len(report.damage)} damaged objects, named above; `harvest verify "
             "--repair` harvests their shards again."
+        )
+    if not report.shards:
+        raise UnfinishedError(
+            f"{name} holds no shard: its harvest was stopped before the first one; run the same "
+            "`harvest run` again."
         )
     digest = f"Digest {report.digest}." if report.digest else "Not sealed yet."
     beyond = f" {report.beyond_seal} of the shards are not sealed yet." * bool(
@@ -246,7 +252,7 @@ def repair_with_bar(store: str, means: Any) -> Any:
 
 @main.command()
 @store_option
-@click.option("--row", type=click.IntRange(min=0), help="Where one row comes from, instead.")
+@click.option("--row", type=CountRange(min=0), help="Where one row comes from, instead.")
 def show(store: str, row: int | None) -> None:
     """What a store holds: model, text, sites, statistics, outlier rows.
 

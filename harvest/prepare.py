@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -27,6 +28,7 @@ from harvest.sites import Site
 from store.errors import InputError
 from store.layout import Plan, SitePlan
 from store.parsing import first_line
+from store.paths import absolute
 
 CPU_SHARD_SECONDS = 30
 CPU_OPERATIONS_A_SECOND = 100 * 10**9  # measured with SmolLM2-135M on two cores
@@ -213,5 +215,5 @@ def model_name(model: ResolvedModel) -> str:
     if model.kind == "directory":
         return model.path
     if model.name.endswith(".gguf"):
-        return str(Path(model.name).expanduser().resolve())
+        return str(Path(absolute(model.name)).resolve())
     return model.name

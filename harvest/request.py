@@ -64,7 +64,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--context-length",
-            type=click.IntRange(min=2),
+            type=CountRange(min=2),
             default=128,
             show_default=True,
             help="Tokens the model sees at a time.",
@@ -78,7 +78,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--seed",
-            type=click.IntRange(min=0),
+            type=CountRange(min=0),
             default=0,
             show_default=True,
             help="Of the shuffling of contexts.",
@@ -99,8 +99,9 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--shard-rows",
-            type=click.IntRange(min=1),
-            help="Rows per shard: what a killed worker loses. Default 65,536, or all of less.",
+            type=CountRange(min=1),
+            help="Rows per shard: what a killed worker loses. Default: 65,536 on a GPU, about "
+            "half a minute's on a CPU.",
         ),
         click.option(
             "--device",

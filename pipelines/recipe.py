@@ -27,6 +27,7 @@ from harvest.models import load_config, resolve_model
 from harvest.run import Means
 from harvest.sites import SITE_KINDS
 from store.atomic import replacing
+from store.differences import differences
 from store.errors import InputError, RunError
 from store.numbers import Count
 from store.objects import make_folder
@@ -213,9 +214,9 @@ def _claim(out: Path, recipe: Recipe) -> None:
     found = read_json(path, "The suite", "choose another --out")
     if not isinstance(found, dict):
         raise RunError(f"{path} is not a recipe; choose another --out.")
-    if differing := [name for name in wanted if found.get(name) != wanted[name]]:
+    if differing := differences(found, wanted):
         raise RunError(
-            f"{out} holds another recipe; differing: {', '.join(differing)}. Choose another --out."
+            f"{out} holds another recipe; differing: {'; '.join(differing)}. Choose another --out."
         )
 
 

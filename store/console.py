@@ -28,6 +28,7 @@ from rich.progress import Progress as Bars
 
 from store import environment
 from store.errors import SaeHarvestError
+from store.masking import masked
 from store.options import PlaceOption
 
 # Libraries read these when they are imported. Their bars and remarks would be drawn over our own
@@ -52,8 +53,21 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
+
+class _StoreOption(click.Option):
+    """--store; where it is missing the error says how it is typed, as many give a bare path."""
+
+    def process_value(self, ctx: click.Context, value: Any) -> Any:
+        if self.value_is_missing(value) and not ctx.resilient_parsing:
+            raise click.UsageError(
+                f"Name the store with an option: {ctx.command_path} --store PLACE.", ctx
+            )
+        return super().process_value(ctx, value)
+
+
 store_option = click.option(
     "--store",
+    cls=_StoreOption,
     type=PlaceOption(),
     required=True,
     help="The activation store: a folder, or s3://bucket/prefix.",
@@ -74,10 +88,15 @@ class Commands(click.Group):
         """What an error ends with; for groups that tell errors apart."""
         return EXIT_FAILURE
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _masked_usage():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
         before = signal.signal(signal.SIGTERM, _terminate)
         try:
-            return super().invoke(ctx)
+            with _masked_usage():
+                return super().invoke(ctx)
         except Terminated as error:
             click.echo(ending("Terminated.", error), err=True)
             sys.exit(EXIT_TERMINATED)
@@ -107,6 +126,18 @@ class Commands(click.Group):
             sys.stderr.close()
             sys.exit(EXIT_FAILURE)
         raise AssertionError("click always exits")
+
+
+@contextmanager
+def _masked_usage() -> Iterator[None]:
+    """Usage errors without passwords: they repeat what was typed."""
+    try:
+        yield
+    except click.UsageError as error:
+        told = error.format_message()
+        if masked(told) == told:
+            raise
+        raise click.UsageError(masked(told), error.ctx) from None
 
 
 def _is_text(word: str) -> bool:

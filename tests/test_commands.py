@@ -190,9 +190,9 @@ def test_a_store_of_another_plan_is_refused_naming_what_differs(
 ) -> None:
     digest = digest_of(invoke(*options(model_folder, corpus_file, store)))
     for changed, named in (
-        ({"seed": 5}, "seed: 0 → 5. "),
-        ({"layer": 2}, "sites: resid_post.1 → resid_post.2. "),
-        ({"bos": "context", "dtype": "int8"}, "bos: none → context; dtype: float16 → int8."),
+        ({"seed": 5}, "--seed: 0 → 5. "),
+        ({"layer": 2}, "--site: resid_post.1 → resid_post.2. "),
+        ({"bos": "context", "dtype": "int8"}, "--bos: none → context; --dtype: float16 → int8."),
     ):
         message = refusal(invoke(*options(model_folder, corpus_file, store, **changed)))
         assert f"made from another plan; differing: {named}" in message

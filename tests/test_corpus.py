@@ -437,3 +437,11 @@ def test_a_damaged_news_archive_is_one_sentence(
     assert "packaged news corpus is damaged (Bad CRC-32" in message("news")
     with pytest.raises(InputError, match="is damaged"):
         open_corpus(CorpusSpec(name="news")).fingerprint()
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.csv.gz"])
+def test_a_git_lfs_pointer_is_no_text(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(InputError, match="is a Git-LFS pointer and not the file itself"):
+        open_corpus(CorpusSpec(name=str(tmp_path))).fingerprint()

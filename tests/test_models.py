@@ -159,13 +159,35 @@ def test_damaged_or_incomplete_weights_are_refused(gpt2: Path) -> None:
     assert str(gpt2) in refusal(gpt2)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "gemma2", "qwen2"])
+@pytest.mark.parametrize("method", ["gptq", "fp8", "awq", "mxfp4", "nonesuch"])
+def test_quantized_weights_are_refused_naming_what_is_read(gpt2: Path, method: str) -> None:
+    config = json.loads((gpt2 / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (gpt2 / "config.json").write_text(json.dumps(config))
+    sentence = refusal(gpt2)
+    assert f"are quantized ({method}); supported are safetensors in bfloat16" in sentence
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "model.gguf"])
+def test_a_git_lfs_pointer_is_told_from_a_damaged_file(gpt2: Path, name: str) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (gpt2 / name).write_text(pointer)
+    given = gpt2 / name if name.endswith(".gguf") else gpt2
+    assert f"{gpt2 / name} is a Git-LFS pointer and not the file itself; run `git lfs pull`" in (
+        refusal(given)
+    )
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "gemma2", "qwen2", "mistral"])
 def test_a_missing_tokenizer_is_refused_and_not_taken_for_an_empty_one(
     tmp_path: Path, family: str
 ) -> None:
     transformers.AutoConfig.for_model(family).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").touch()
-    assert refusal(tmp_path).startswith("The tokenizer of")
+    assert refusal(tmp_path) == (
+        f"The tokenizer of {tmp_path} has no vocabulary: its files are missing; save it beside the "
+        "model with the tokenizer's save_pretrained."
+    )
 
 
 def test_a_damaged_tokenizer_is_refused(gpt2: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pty
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -123,6 +125,21 @@ def test_a_rate_is_told_once_it_is_known(monkeypatch: pytest.MonkeyPatch) -> Non
     now[0] += 10
     report(1500, 9000)
     assert progress.latest == ("harvesting", 1500, 9000, "100 tokens/s")
+
+
+def test_bars_of_libraries_are_off_in_our_commands() -> None:
+    """A GGUF file is converted under a bare tqdm, weights load under transformers' own."""
+    code = (
+        "import store.console, tqdm.auto\n"
+        "list(tqdm.auto.tqdm(range(3), desc='Converting'))\n"
+        "import huggingface_hub.utils as hub\n"
+        "assert hub.are_progress_bars_disabled()\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in console.QUIET_LIBRARIES}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def raising(error: type[BaseException], kept: str | Callable[[], str]) -> click.Command:

@@ -103,7 +103,7 @@ def test_another_recipe_in_the_folder_is_refused(small: list[str], tmp_path: Pat
     one = ["--set=layers=[0]", "--set=sites=[mlp_out]"]
     assert run("gpt2-small", "--out", tmp_path / "suite", *small, *one).exit_code == 0
     other = run("gpt2-small", "--out", tmp_path / "suite", *small, *one, "--set=train.k=2")
-    assert "differing: train" in refusal(other)
+    assert "differing: train.k: 4 → 2. " in refusal(other)
 
 
 def test_counts_of_a_recipe_are_spelled_as_people_do() -> None:

@@ -49,12 +49,25 @@ from pipelines.features.sources import Given, open_source
 from pipelines.features.texts import TokenTexts
 from pipelines.source import relative_places
 from store.device import choose_device
+from store.differences import differences
 from store.errors import RunError
 from store.objects import LocalObjects, make_folder
 from train.files import write_json
 
 BLOOM = {"ndv": tables.ROW_GROUP, "fpp": 0.01}
 FOLLOWED = 2  # neighbours of either kind whose rows are looked at for hard negatives
+# Field of the ancestry → the option of `sae-features build` that decides it.
+OPTIONS = {
+    "site": "--site",
+    "model": "--model",
+    "config.n_top": "--top",
+    "config.n_random": "--random",
+    "config.n_decile": "--decile",
+    "config.n_inactive": "--silent",
+    "config.n_hard": "--silent",
+    "config.window_tokens": "--window",
+    "config.seed": "--seed",
+}
 MOVED = ("store", "sae", "relative", "code")  # may differ between a build and its continuation
 LOCK_FILE = ".lock"
 OURS = {LOCK_FILE, f".{BUILDING_FILE}.tmp"}  # of a build that is about to begin
@@ -174,10 +187,10 @@ def _remove_leftovers(out: Path) -> None:
 
 
 def _require_same(out: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
-    differing = [k for k in asked if k not in MOVED and there.get(k) != asked[k]]
-    if differing:
+    compared = {name: value for name, value in asked.items() if name not in MOVED}
+    if differing := differences(there, compared, OPTIONS):
         raise RunError(
-            f"{out} holds tables of another build (differing: {', '.join(differing)}); "
+            f"{out} holds tables of another build (differing: {'; '.join(differing)}); "
             "choose another --out or remove it."
         )
 
