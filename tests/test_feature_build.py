@@ -234,7 +234,7 @@ def test_building_again_does_nothing_and_another_build_is_refused_by_name(
     moved = tmp_path / "moved"
     shutil.copytree(sae, moved)
     assert build(store, moved, features, BUILD_CONFIG).seconds is None
-    assert "differing: --seed: 0 → 1)" in build_refusal(store, sae, features, "--seed", 1)
+    assert "--seed: 0 → 1)" in build_refusal(store, sae, features, "--seed", 1)
     other = save_sae(store, tmp_path / "other", seed=1)
     with pytest.raises(RunError, match=r"another build \(differing: sae_digest: .* → .*\)"):
         build(store, other, features, BUILD_CONFIG)

@@ -231,7 +231,7 @@ def test_another_build_into_an_unfinished_folder_is_refused_by_name(
     out = tmp_path / "features"
     interrupted(folders, out, "encoding", 3)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    assert "differing: --seed: 0 → 1)" in build_refusal(store, sae, out, "--seed", 1)
+    assert "--seed: 0 → 1)" in build_refusal(store, sae, out, "--seed", 1)
     other = save_sae(store, tmp_path / "other", seed=1)
     with pytest.raises(RunError, match=r"another build \(differing: sae_digest: .* → .*\)"):
         build(store, other, out, BUILD_CONFIG)

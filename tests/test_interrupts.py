@@ -98,7 +98,7 @@ def test_an_interrupted_harvest_counts_what_is_kept(tmp_path: Path) -> None:
 def test_an_interrupted_command_ends_with_130(
     tmp_path: Path, model_folder: Path, corpus_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run._Work, "run", interrupted)
