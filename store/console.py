@@ -93,14 +93,15 @@ class Commands(click.Group):
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
+        _terminated.clear()
         before = signal.signal(signal.SIGTERM, _terminate)
         try:
             with _masked_usage():
                 return super().invoke(ctx)
-        except Terminated as error:
-            click.echo(ending("Terminated.", error), err=True)
-            sys.exit(EXIT_TERMINATED)
         except KeyboardInterrupt as error:
+            if _terminated.is_set():
+                click.echo(ending("Terminated.", error), err=True)
+                sys.exit(EXIT_TERMINATED)
             click.echo(ending("Interrupted.", error), err=True)
             sys.exit(EXIT_INTERRUPTED)
         finally:
@@ -153,7 +154,12 @@ class Terminated(KeyboardInterrupt):
     """A SIGTERM, raised where the command is, so that it ends as it does when interrupted."""
 
 
+# Set by a SIGTERM: Ray raises a bare KeyboardInterrupt for one that comes while it waits.
+_terminated = threading.Event()
+
+
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    _terminated.set()
     raise Terminated
 
 
@@ -166,7 +172,8 @@ def output() -> Console:
 def when_interrupted(kept: str | Callable[[], str]) -> Iterator[None]:
     """Say at the end of an interrupted or terminated command what is kept and how to go on.
 
-    Of several such blocks, one inside another, the innermost speaks.
+    What a SIGTERM has raised leaves as `Terminated`. Of several such blocks, one inside another,
+    the innermost speaks.
 
     Args:
         kept: one or two sentences, or a function that returns them then.
@@ -176,7 +183,11 @@ def when_interrupted(kept: str | Callable[[], str]) -> Iterator[None]:
     except KeyboardInterrupt as error:
         if not hasattr(error, "__notes__"):
             error.add_note(kept if isinstance(kept, str) else kept())
-        raise
+        if not _terminated.is_set() or isinstance(error, Terminated):
+            raise
+        terminated = Terminated()
+        terminated.__notes__ = error.__notes__
+        raise terminated from error
 
 
 def ending(word: str, error: KeyboardInterrupt) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -159,5 +160,27 @@ def test_an_interrupted_command_says_what_is_kept() -> None:
     kept = "3 shards committed in runs/s; the same command continues."
     result = CliRunner().invoke(raising(KeyboardInterrupt, kept), ["work"])
     assert (result.exit_code, result.stderr) == (130, f"Interrupted. {kept}\n")
-    result = CliRunner().invoke(raising(Terminated, lambda: kept), ["work"])
-    assert (result.exit_code, result.stderr) == (143, f"Terminated. {kept}\n")
+    result = CliRunner().invoke(raising(KeyboardInterrupt, lambda: kept), ["work"])
+    assert (result.exit_code, result.stderr) == (130, f"Interrupted. {kept}\n")
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, Terminated])
+def test_a_sigterm_is_told_from_ctrl_c_whatever_a_library_makes_of_it(
+    raised: type[KeyboardInterrupt],
+) -> None:
+    """Ray raises KeyboardInterrupt where a signal's handler raised something else."""
+
+    @click.group(cls=Commands)
+    def main() -> None:
+        pass
+
+    @main.command()
+    def work() -> None:
+        with when_interrupted("All is kept."):
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            except Terminated:
+                raise raised from None
+
+    result = CliRunner().invoke(main, ["work"])
+    assert (result.exit_code, result.stderr) == (143, "Terminated. All is kept.\n")
