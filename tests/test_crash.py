@@ -34,9 +34,9 @@ from tests.forked import forked
 from tests.synthetic import make_plan, make_store
 from tests.test_faults import SHORT, assert_nothing_wrong, assert_whole
 
-MANY = 219  # shards
+MANY = 120  # shards
 MANY_SHARDS = {"tokens": MANY * 64, "shard_rows": 64}
-KILLS = 5
+KILLS = 2
 
 
 @pytest.fixture(scope="module")

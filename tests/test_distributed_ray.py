@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.forked import forked
 from tests.synthetic import make_plan, make_store
 from train.checkpoint import saved_steps
 from train.cluster import WorkerError, _reported
@@ -58,29 +58,18 @@ class Command:
     def __init__(self, store: Path, out: Path, *options: str) -> None:
         self.mark = f"run-of-{time.monotonic_ns()}"
         self.out = out
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "train.cli",
-                "run",
-                "--store",
-                store,
-                "--out",
-                out,
-                *OPTIONS,
-                *options,
-            ],
-            env=os.environ | {"SAE_HARVEST_TEST_MARK": self.mark},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        environment = os.environ | {"SAE_HARVEST_TEST_MARK": self.mark}
+        given = ("run", "--store", store, "--out", out, *OPTIONS, *options)
+        self._stack = ExitStack()
+        self.process = self._stack.enter_context(
+            forked("train-sae", *given, environment=environment)
         )
 
     def end(self) -> tuple[int, str]:
         """Its exit code and what it said."""
-        said, errors = self.process.communicate(timeout=300)
-        return self.process.returncode, said + errors
+        with self._stack:
+            said, errors = self.process.communicate(timeout=300)
+            return self.process.wait(), said + errors
 
     def wait_for_steps(self, steps: int) -> None:
         metrics = self.out / "metrics.jsonl"

@@ -179,6 +179,8 @@ OF_BENCH = {"--who", "--recipe", "--seeds"}  # of bench.quality, in docs/compari
 def test_commands_and_options_in_the_text_exist(page: Path) -> None:
     for span in spans(page):
         program, name, *_ = [*span.split(), "", ""]
+        if program not in PROGRAMS and not program.startswith("--"):
+            continue  # of another program, or no command
         known = [command for main in MAINS.values() for command in main.commands.values()]
         if program in PROGRAMS and name:
             known = [MAINS[program].commands[name]]

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.commands import dead_network
+from tests.commands import dead_network, locked_checkout
 
 pytestmark = pytest.mark.slow
 
-REPOSITORY = Path(__file__).parent.parent
 PACKAGES = ("harvest", "store", "train", "pipelines")
 
 
@@ -46,17 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """No network, and a checkout that is read only: the packages are copied and locked."""
-    checkout = tmp_path_factory.mktemp("checkout")
-    for package in PACKAGES:
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(REPOSITORY / package, checkout / package, ignore=ignored)
-    for path in (checkout, *checkout.rglob("*")):
-        path.chmod(path.stat().st_mode & ~0o222)
-    return dead_network() | {
-        "PYTHONPATH": str(checkout),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "SAE_HARVEST_CACHE": str(tmp_path_factory.mktemp("cache")),
-    }
+    checkout = locked_checkout(tmp_path_factory.mktemp("copy"), PACKAGES)
+    return dead_network() | checkout | {"PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def test_train_build_show_and_query(

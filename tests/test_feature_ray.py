@@ -6,11 +6,13 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray.cluster_utils import Cluster
 
 from pipelines.features.build import build
 from store.errors import RunError
@@ -44,9 +46,18 @@ def test_blocks_are_the_same_bytes_in_any_order_by_any_process(tmp_path: Path) -
     assert contents(tmp_path / "several") == contents(tmp_path / "one")
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a cluster of this machine: for what does not ask how Ray begins and ends."""
+    head = {"num_cpus": 2, "object_store_memory": 80 << 20, "include_dashboard": False}
+    started = Cluster(initialize_head=True, head_node_args=head)
+    yield started.address
+    started.shutdown()
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_tables_are_the_same_bytes_for_any_number_of_workers(
-    folders: Folders, tmp_path: Path, workers: int
+    folders: Folders, tmp_path: Path, cluster: str, workers: int
 ) -> None:
     seen: list[tuple[str, int, int]] = []
     build(
@@ -54,6 +65,7 @@ def test_tables_are_the_same_bytes_for_any_number_of_workers(
         tmp_path / "out",
         BUILD_CONFIG,
         workers=workers,
+        address=cluster,
         on_progress=lambda *step: seen.append(step),
     )
     assert_same_files(tmp_path / "out", folders[2])
@@ -98,7 +110,9 @@ def above(process: int) -> list[int]:
     return [parent, *above(parent)] if parent > 1 else []
 
 
-def test_what_a_worker_refuses_is_said_in_its_words(folders: Folders, tmp_path: Path) -> None:
+def test_what_a_worker_refuses_is_said_in_its_words(
+    folders: Folders, tmp_path: Path, cluster: str
+) -> None:
     out = tmp_path / "out"
 
     def damage(what: str, done: int, total: int) -> None:
@@ -109,7 +123,7 @@ def test_what_a_worker_refuses_is_said_in_its_words(folders: Folders, tmp_path: 
             bad.write_bytes(content)
 
     with pytest.raises(RunError, match=r"000005\.parquet is .*damaged .*; delete it") as told:
-        build(*folders[:2], out, BUILD_CONFIG, workers=2, on_progress=damage)
+        build(*folders[:2], out, BUILD_CONFIG, workers=2, address=cluster, on_progress=damage)
     assert "\n" not in str(told.value)
     (out / "firings" / "000005.parquet").unlink()
     build(*folders[:2], out, BUILD_CONFIG)  # and it goes on without Ray

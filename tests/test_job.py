@@ -8,7 +8,6 @@ import os
 import signal
 import stat
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from click.testing import CliRunner, Result
 from safetensors import SafetensorError
 
 from store.errors import DamagedError, RunError, SaeHarvestError
+from tests.forked import forked
 from tests.synthetic import make_plan, make_store
 from train import member, trainer
 from train.cli import main
@@ -140,21 +140,19 @@ def test_sigterm_while_evaluating_ends_at_once_and_the_job_goes_on(
 
 @pytest.mark.slow
 def test_a_real_process_ends_with_0_when_terminated_and_continues(job: Path) -> None:
-    command = [sys.executable, "-m", "train.cli", "run", "--config", str(job)]
-    command += ["--tokens", str(2000 * 64)]
     metrics = job.parent / "out" / "metrics.jsonl"
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size):
-        time.sleep(0.01)
-    # a second command in the folder, meanwhile
-    second = invoke("run", "--config", job, "--tokens", 2000 * 64)
-    assert second.exit_code == EXIT_TRY_AGAIN
-    assert "Another process is writing to" in last_line(second)
-    assert "running" in invoke("status", job.parent / "out").stdout
-    process.terminate()
-    _, message = process.communicate(timeout=60)
-    assert process.returncode == 0
+    with forked("train-sae", "run", "--config", job, "--tokens", 2000 * 64) as process:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.01)
+        # a second command in the folder, meanwhile
+        second = invoke("run", "--config", job, "--tokens", 2000 * 64)
+        assert second.exit_code == EXIT_TRY_AGAIN
+        assert "Another process is writing to" in last_line(second)
+        assert "running" in invoke("status", job.parent / "out").stdout
+        process.send_signal(signal.SIGTERM)
+        _, message = process.communicate(timeout=60)
+        assert process.returncode == 0
     assert "the same command continues." in message
     assert invoke("status", job.parent / "out").exit_code == 3
 

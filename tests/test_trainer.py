@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from click.testing import CliRunner
 from store.errors import InputError, NotAStoreError, RunError
 from store.reader import ActivationStore
 from store.rules import RowRule
-from tests.forked import ended, forked
 from tests.synthetic import SITE, make_plan, make_store, rows_of
 from train.cli import main
 from train.config import TrainConfig
@@ -132,23 +130,6 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     result = train(CONFIG, store_path, out, device="cpu", report=stop)
     assert (result.steps, result.finished) == (17, False)
     assert train(CONFIG, store_path, out, device="cpu").finished
-    assert_same_result(out, finished)
-
-
-def test_a_killed_run_ends_with_the_same_bits(
-    finished: Path, store_path: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "sae"
-    command = ("train-sae", "run", "--store", store_path, "--out", out, *OPTIONS)
-    with forked(*command) as process:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not (out / "checkpoints" / "000007").is_dir():
-            time.sleep(0.002)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    again = ended(*command)
-    assert again.returncode == 0, again.stderr
-    assert "without outliers" in again.stdout
     assert_same_result(out, finished)
 
 

@@ -104,17 +104,16 @@ def assert_same_result(out: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("finished", "case"), [(c, c) for c in CASES], indirect=["finished"], ids=list(CASES)
-)
+@pytest.mark.parametrize("finished", ["topk"], indirect=True)
 def test_a_run_killed_at_random_steps_ends_with_the_same_bits(
-    finished: Path, case: str, store_path: Path, tmp_path: Path
+    finished: Path, store_path: Path, tmp_path: Path
 ) -> None:
-    settings = SHARED | CASES[case] | {"store": str(store_path), "site": SITE, "device": "cpu"}
+    """Of one activation function: the others go on from checkpoints in the test below."""
+    settings = SHARED | CASES["topk"] | {"store": str(store_path), "site": SITE, "device": "cpu"}
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings))
     out = tmp_path / "sae"
     command = ("train-sae", "run", "--config", tmp_path / "job.yaml", "--out", out)
-    chance = random.Random(case)
+    chance = random.Random(0)
     # not in the last steps, which may be over before the signal is there
     for kill_at in sorted(chance.sample(range(1, STEPS * 2 // 3), 3)):
         with forked(*command) as process:
