@@ -250,6 +250,26 @@ def test_text_that_is_not_utf8_is_one_sentence(features: Path, tmp_path: Path) -
         latent_page(Tables(folder), 0)
 
 
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("mean_square", -1.0), ("mean_square", 1e-300), ("std", 1e300), ("kurtosis", 1e300),
+     ("mean", -1.0), ("n_fire", 0)],
+)  # fmt: skip
+def test_moments_that_cannot_be_are_an_answer_or_a_sentence(
+    features: Path, tmp_path: Path, column: str, value: float
+) -> None:
+    folder = shutil.copytree(features, tmp_path / "features")
+    table = pq.read_table(folder / "latents.parquet")
+    place = table.column_names.index(column)
+    values = pa.array([value, *table[column].to_pylist()[1:]], table.schema.field(column).type)
+    pq.write_table(table.set_column(place, column, values), folder / "latents.parquet")
+    export = ("export", "--format", "openai", "--out", str(tmp_path / "out"))
+    result = CliRunner().invoke(main, [*export, "--features", str(folder)])
+    assert result.exit_code in (0, 1)
+    assert isinstance(result.exception, SystemExit | None)
+    assert (result.exit_code == 0) == (value == 1e-300)
+
+
 def test_damaged_pages_are_one_sentence(features: Path, tmp_path: Path) -> None:
     """Their checksums are found wrong, or what DuckDB decodes makes no sense."""
     folder = shutil.copytree(features, tmp_path / "features")

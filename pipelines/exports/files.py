@@ -20,7 +20,12 @@ LEVEL = 5
 
 def json_bytes(value: Any) -> bytes:
     """Compact, in ASCII, so that no line of a text ends a line of the file."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
+    try:
+        return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
+    except ValueError:
+        raise RunError(
+            "The tables give a number that is not finite, which JSON has not; build them again."
+        ) from None
 
 
 def gzipped(data: bytes) -> bytes:

@@ -58,8 +58,8 @@ def atom(latent: Latent) -> dict[str, Any]:
         "density": facts["density"],
         "mean_act": first,
         "mean_act_squared": second,
-        "skew": third / second**1.5 if second else 0.0,
-        "kurtosis": fourth / second**2 if second else 0.0,
+        "skew": third / second**1.5 if second**2 else 0.0,
+        "kurtosis": fourth / second**2 if second**2 else 0.0,
         "hist": {str(bar): n for bar, n in latent.bars.items()},
         "random": [_sequence(c) for c in latent.contexts.get("random", [])],
         "top": [_sequence(c) for c in latent.contexts.get("top", [])],
@@ -71,7 +71,7 @@ def record(latent: Latent, layer: int) -> dict[str, Any]:
     first, second, third, fourth = moments(latent.facts)
     variance = max(second - first**2, 0.0)
     skewness = kurtosis = math.nan
-    if variance:
+    if variance**2:
         skewness = (third - 3 * first * second + 2 * first**3) / variance**1.5
         kurtosis = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
         kurtosis /= variance**2

@@ -31,6 +31,7 @@ from store.parsing import first_line
 from store.paths import exact_file
 
 BINS = 384  # that a histogram may have: 16 an octave, 24 octaves
+LARGEST = 1e78  # activations are float32, and their squares below this
 NUMBERS, FLOATS, TEXTS = (pa.list_(kind) for kind in (pa.int32(), pa.float32(), pa.string()))
 COLUMNS: dict[str, dict[pa.DataType, str]] = {  # names by type
     "latents": {
@@ -136,6 +137,9 @@ def check_latent(features: Path, facts: dict[str, Any]) -> None:
         needed += ["max", "mean", "std", "q50", "q99"]
     lists = ("top_tokens", "top_token_counts", "strongest_tokens", "strongest_token_means")
     wrong = [name for name in needed if not _finite(facts[name])]
+    numbers = (name for name in needed if _finite(facts[name]))
+    wrong += [name for name in numbers if not 0 <= facts[name] <= LARGEST]
+    wrong += [name for name in ("skew", "kurtosis") if abs(facts[name] or 0) > LARGEST]
     wrong += [name for name in lists if facts[name] is None or None in facts[name]]
     for ends in ("top", "bottom"):
         tokens, logits = facts[f"{ends}_logit_tokens"], facts[f"{ends}_logits"]
