@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.types as kinds
-from pyarrow import parquet
+from pyarrow import compute, parquet
 
 from harvest.documents import Row
 from harvest.inputs import TextFile, opened
 from harvest.textfiles import BLOCK_BYTES, MAX_DOCUMENT_BYTES, Columns, too_large
 from store.errors import InputError
 from store.parsing import first_line
+
+TEXT_KINDS = (
+    *(kinds.is_string, kinds.is_large_string, kinds.is_string_view),
+    *(kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view),
+)
 
 _BATCH_ROWS = 256
 _BATCH_BYTES = 16 << 20
@@ -41,16 +46,13 @@ def parquet_rows(file: TextFile, start: int, columns: Columns) -> Iterator[tuple
                 row_bytes = max(1, group.total_byte_size // group.num_rows)
                 size = min(_BATCH_ROWS, max(1, _BATCH_BYTES // row_bytes))
                 for batch in table.iter_batches(size, row_groups=[index], columns=names):
-                    skipped = min(max(0, start - first), len(batch))
+                    rest = batch.slice(min(max(0, start - first), len(batch)))
                     first += len(batch)
-                    for place in range(skipped, len(batch)):
+                    columns_of = [_values(column, file.where, number) for column in rest.columns]
+                    for cells in zip(*columns_of, strict=True):
                         number += 1
-                        label = f"row {number}"
-                        row = {
-                            name: _value(column[place], f"{file.where}, {label},")
-                            for name, column in zip(batch.schema.names, batch.columns, strict=True)
-                        }
-                        yield label, row, number
+                        row = dict(zip(rest.schema.names, cells, strict=True))
+                        yield f"row {number}", row, number
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{file.where} cannot be read as Parquet after row {number} ({first_line(error)}); "
@@ -59,14 +61,26 @@ def parquet_rows(file: TextFile, start: int, columns: Columns) -> Iterator[tuple
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return kinds.is_string(kind) or kinds.is_binary(kind)
+    return any(is_kind(kind) for is_kind in TEXT_KINDS)
 
 
-def _value(cell: Any, where: str) -> Any:
-    if isinstance(cell, pa.DictionaryScalar):
-        cell = cell.value
-    if isinstance(cell, pa.BinaryScalar):
-        data = cell.as_buffer()
+def _values(column: Any, where: str, before: int) -> Iterable[Any]:
+    """The cells of a column, at once or, where they are large, one by one.
+
+    Args:
+        before: number of the row before the first.
+    """
+    if not isinstance(column, pa.DictionaryArray) or not _is_text(column.dictionary.type):
+        return column.to_pylist()
+    lengths = compute.binary_length(column.dictionary).take(column.indices)
+    if (compute.sum(lengths).as_py() or 0) <= _BATCH_BYTES:
+        return column.dictionary.take(column.indices).to_pylist()
+    return _one_by_one(column, where, before)
+
+
+def _one_by_one(column: Any, where: str, before: int) -> Iterator[Any]:
+    for number, cell in enumerate(column, start=before + 1):
+        data = cell.value.as_buffer()
         if data is not None and data.size > MAX_DOCUMENT_BYTES:
-            raise too_large(where)
-    return cell.as_py()
+            raise too_large(f"{where}, row {number},")
+        yield cell.as_py()

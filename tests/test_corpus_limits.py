@@ -19,15 +19,16 @@ from store.errors import InputError
 from tests.test_corpus import message, packed, read
 
 LIMIT = 1 << 20
+LARGE = b"x" * (LIMIT + 1)
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(textfiles, "MAX_DOCUMENT_BYTES", LIMIT)
     monkeypatch.setattr(parquetfiles, "MAX_DOCUMENT_BYTES", LIMIT)
+    monkeypatch.setattr(parquetfiles, "_BATCH_BYTES", LIMIT)
 
 
-LARGE = b"x" * (LIMIT + 1)
 CASES = {
     "a.txt": LARGE,
     "a.jsonl": b'{"text": "a"}\n{"text": "' + LARGE + b'"}\n',
