@@ -32,7 +32,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 CASES = {
     "a.txt": LARGE,
     "a.jsonl": b'{"text": "a"}\n{"text": "' + LARGE + b'"}\n',
-    "blank.jsonl": b'{"text": "a"}\n' + b"\n" * (LIMIT + 1),
+    "blank.jsonl": b'{"text": "a"}\n' + (b" " * 1023 + b"\n") * 1025,
     "a.json": b'[{"text": "a"}, {"text": "' + LARGE + b'"}]',
     "spaces.json": b"[" + b" " * (3 * LIMIT) + b"]",
     "field.csv": b"text\na\n" + LARGE + b"\n",

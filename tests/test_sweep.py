@@ -361,7 +361,7 @@ def test_a_file_spells_out_its_members(tmp_path: Path) -> None:
     file = write(
         tmp_path / "sweep.yaml",
         """
-store: s
+store: /s
 out: o
 seed: 5
 n_latents: 64
@@ -371,8 +371,8 @@ runs:
   - {seed: 6, matryoshka: [8, 64]}
 """.replace("none", "null"),
     )
-    found = read_sweep_file(file, {"out": "p"})
-    assert (found.places.store, found.places.out) == ("s", "p")
+    found = read_sweep_file(file, {"out": "/p"})
+    assert (found.places.store, found.places.out) == ("/s", "/p")
     assert list(found.members) == [
         *("k=2,lr=0.001", "k=2,lr=none", "k=4,lr=0.001", "k=4,lr=none"),
         *("gate", "seed=6,matryoshka=8-64"),
