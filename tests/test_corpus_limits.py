@@ -64,11 +64,12 @@ def test_a_cell_of_absurd_size_is_refused_in_one_sentence(tmp_path: Path) -> Non
 
 def test_a_text_that_a_parquet_file_holds_once_is_not_copied_for_every_row(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    parquet.write_table(pa.table({"text": ["x" * (1 << 20)] * 1000}), path)
+    repeated = pa.DictionaryArray.from_arrays(pa.array([0] * 1000), ["x" * (1 << 20)])
+    parquet.write_table(pa.table({"text": repeated}), path, store_schema=False)
     assert path.stat().st_size < 1 << 20
     documents = open_corpus(CorpusSpec(name=str(path))).documents()
     before = pa.total_allocated_bytes()
-    for _ in range(300):
+    for _ in range(100):
         assert len(next(documents).text) == 1 << 20
         assert pa.total_allocated_bytes() - before < 64 << 20
 
