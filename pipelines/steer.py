@@ -21,10 +21,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from harvest.discovery import first_tensor
 from harvest.sites import Located, Site, locate
+from pipelines.features.texts import INCOMPLETE
 from pipelines.live import LiveModel
 from store.errors import InputError
 from train.normalization import restore
@@ -60,6 +67,7 @@ def generate(
     n_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
+    on_token: Callable[[str], bool] | None = None,
 ) -> Generated:
     """Continue a prompt with some latents clamped; without clamps, it is the plain model.
 
@@ -71,6 +79,7 @@ def generate(
         temperature: 0 takes the likeliest token each time, as transformers' greedy `generate`
             does; above 0, tokens are drawn from softmax(logits / temperature).
         seed: of what is drawn.
+        on_token: called after each token with the text so far; generation ends if it returns False.
 
     Raises:
         InputError: a latent that the SAE lacks or that is given twice, a number that is none or
@@ -101,10 +110,16 @@ def generate(
             use_cache=True,
             pad_token_id=live.prefix,  # of a batch's shorter texts: none here
             logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList([_Told(live, context.shape[1], on_token)]),
         )
-    ids = written[0, context.shape[1] :].cpu().numpy().astype(np.int32)
-    texts = live.texts.window(ids[ids < len(live.texts)])  # beyond: rows of padding, without text
+    texts = _texts(live, written, context.shape[1])
     return Generated("".join(texts), texts)
+
+
+def _texts(live: LiveModel, ids: Tensor, begin: int) -> list[str]:
+    """Texts of the tokens from `begin` on of ids [1, tokens]."""
+    new = ids[0, begin:].cpu().numpy().astype(np.int32)
+    return live.texts.window(new[new < len(live.texts)])  # beyond: rows of padding, without text
 
 
 @contextmanager
@@ -240,6 +255,20 @@ class _Finite(LogitsProcessor):
                 "use values nearer to those that the latents have in the tables."
             )
         return scores
+
+
+class _Told(StoppingCriteria):
+    """Tells the text so far after each token, and ends where nobody wants more."""
+
+    def __init__(self, live: LiveModel, begin: int, on_token: Callable[[str], bool] | None) -> None:
+        self._live, self._begin, self._on_token = live, begin, on_token
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        go_on = True
+        if self._on_token is not None:
+            text = "".join(_texts(self._live, input_ids, self._begin))
+            go_on = self._on_token(text.rstrip(INCOMPLETE))  # half a character is not told yet
+        return torch.full((len(input_ids),), not go_on, device=input_ids.device)
 
 
 class _Drawn(LogitsProcessor):

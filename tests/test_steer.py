@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import math
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,71 +20,17 @@ from store.errors import InputError
 from store.rules import RowRule
 from tests.dictionaries import random_sae
 from tests.small_models import byte_tokenizer
+from tests.steer_cases import N_LATENTS, K, made_sae, shift_by_hand
 from tests.test_live import harvested, tables_of
 from tests.test_sites import FAMILIES, build, by_hand, offered
-from train.config import SAEConfig
 from train.sae import SAE
 
-LAYER, N_LATENTS, K = 1, 40, 5
+LAYER = 1
 KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_act")
-EVERY_ROW = RowRule(max_norm_medians=None)
 DRAWS = 300
 PROMPT = "the cat sees the red house; 東京 "
 CLAMPS = (Clamp(3, 4.0), Clamp(11, 0.0), Clamp(20, -2.5))
 EXTRA = {"topk": {"k": K}, "batchtopk": {"k": K}, "jumprelu": {}, "relu": {}, "gated": {}}
-
-
-def made_sae(d_in: int, site: str = "resid_post.1", **fields: Any) -> SAE:
-    """Random rows, biases and thresholds; about a tenth of the latents fires on a row."""
-    known = {"d_in": d_in, "n_latents": N_LATENTS, "k": K, "site": site, "rule": EVERY_ROW}
-    config = SAEConfig.model_validate(known | fields)
-    generator = torch.Generator().manual_seed(4)
-    tensors = {
-        name: torch.randn(shape, generator=generator) * 0.4
-        for name, shape in SAE.shapes(config).items()
-    }
-    if "threshold" in tensors:
-        tensors["threshold"] = tensors["threshold"].abs() + 1
-    return SAE(config, **tensors)
-
-
-def shift_by_hand(sae: SAE, x: np.ndarray, clamps) -> np.ndarray:
-    """SAE(x | z_i = c_i) - SAE(x), dense and in float64, from the formulas in the documentation."""
-    config = sae.config
-    w = {name: tensor.double().numpy() for name, tensor in sae.tensors().items()}
-    x = x.astype(np.float64)
-    norm = np.linalg.norm(x, axis=1, keepdims=True) / np.sqrt(config.d_in)
-    mean, deviation = x.mean(1, keepdims=True), x.std(1, ddof=1, keepdims=True)
-    inner = {
-        "none": x,
-        "scale": x / config.input_scale,
-        "unit_norm": x / norm,
-        "layer_norm": (x - mean) / (deviation + 1e-5),
-    }[config.normalization]
-    pi = (inner - w.get("b_in", w["b_dec"])) @ w["W_enc"].T + w["b_enc"]
-    if config.activation == "topk":
-        z = np.where(pi >= np.sort(pi, axis=1)[:, [-config.k]], np.maximum(pi, 0), 0)
-    elif config.activation in ("batchtopk", "jumprelu"):
-        z = np.where(pi > w["threshold"], pi, 0)
-    elif config.activation == "relu":
-        z = np.maximum(pi, 0)
-    else:
-        magnitude = np.exp(w["r_mag"]) * (pi - w["b_enc"]) + w["b_mag"]
-        z = np.where(pi > 0, np.maximum(magnitude, 0), 0)
-    held = z.copy()
-    for clamp in clamps:
-        held[:, clamp.latent] = clamp.value
-
-    def decode(latents: np.ndarray) -> np.ndarray:
-        out = latents @ w["W_dec"] + w["b_dec"]
-        return {
-            "none": out,
-            "scale": out * (config.output_scale if config.is_transcoder else config.input_scale),
-            "unit_norm": out * norm,
-            "layer_norm": out * deviation + mean,
-        }[config.normalization]
-
-    return decode(held) - decode(z)
 
 
 @pytest.mark.parametrize("normalization", ["none", "scale", "unit_norm", "layer_norm"])
@@ -336,6 +281,22 @@ def test_tokens_are_drawn_from_the_softmax_of_the_logits(live):
     deviation = (wanted * (1 - wanted) / DRAWS).sqrt()
     assert ((share - wanted).abs() <= 5 * deviation + 1 / DRAWS)[alone].all()
     assert 0.05 < wanted[alone].max() < 0.95
+
+
+def test_text_is_told_after_each_token_and_generation_ends_when_nobody_wants_more(live):
+    told: list[str] = []
+    whole = generate(live, PROMPT, CLAMPS, 12, on_token=lambda text: told.append(text) is None)
+    assert whole == generate(live, PROMPT, CLAMPS, 12)
+    assert len(told) == len(whole.token_texts)
+    for n, text in enumerate(told, 1):  # half a character waits for its other half
+        assert whole.text.startswith(text)
+        assert text == "".join(whole.token_texts[:n]).rstrip("\ufffd") or len(text) < n
+    four: list[str] = []
+    part = generate(
+        live, PROMPT, CLAMPS, 12, on_token=lambda text: four.append(text) or len(four) < 4
+    )
+    assert part.token_texts == whole.token_texts[:4]
+    assert four == told[:4]
 
 
 def test_prompts_may_pass_the_stores_contexts_up_to_the_models_limit(live):

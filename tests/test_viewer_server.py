@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -10,13 +11,14 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("starlette", reason="the viewer's server is an extra: .[viewer]")
 pytest.importorskip("uvicorn", reason="the viewer's server is an extra: .[viewer]")
 
 from pipelines.live import LiveModel, LiveText
 from pipelines.viewer.models import LONGEST_TEXT, MOST_TOKENS
-from pipelines.viewer.run import listen
+from pipelines.viewer.run import listen, model_threads
 from pipelines.viewer.server import open_viewer
 from store.errors import InputError, RunError
 from tests.made_tables import write_sae, write_tables
@@ -100,14 +102,14 @@ def test_the_api_answers_with_json(client):
         ("/api/live", {"text": " "}, "Type a text"),
         ("/api/live", {"text": "a" * (LONGEST_TEXT + 1)}, "5,001 characters; at most 5,000"),
         ("/api/live", {}, "lacks text"),
-        ("/api/sql", {"sql": "DROP VIEW latents"}, "Only one SELECT"),
+        ("/api/sql", {"sql": "DROP VIEW latents"}, "A query is one SELECT"),
         ("/api/live", b"{", "not JSON"),
         ("/api/live", b"[]", "not a JSON object"),
     ],
 )
 def test_what_cannot_be_answered_gets_one_sentence(client, path, body, sentence):
     answer = client.ask(path, body)
-    assert answer.status == 400 or (answer.status == 500 and "live" in path)
+    assert answer.status == 400 or (answer.status == 409 and "live" in path)
     assert sentence in answer.json["error"] or "/nowhere" in answer.json["error"]
 
 
@@ -133,7 +135,7 @@ def test_generation_is_bounded(client, change, sentence):
 
 def test_a_model_that_is_gone_is_said_in_a_sentence(client):
     answer = client.ask("/api/live", {"text": "hello"})
-    assert answer.status == 500
+    assert answer.status == 409
     assert "/nowhere/sae" in answer.json["error"]
 
 
@@ -154,16 +156,21 @@ def test_live_text_and_steering_run_the_real_model(living):
         truth = model.activations(text)
         for at, token in enumerate(live["tokens"]):
             fired = truth.values[at] > 0
-            assert {n for n, _ in token["latents"]} == set(truth.indices[at][fired].tolist())
-            assert [v for _, v in token["latents"]] == pytest.approx(
-                sorted(truth.values[at][fired].tolist(), reverse=True), rel=1e-4
+            assert {n for n, _, _ in token["latents"]} == set(truth.indices[at][fired].tolist())
+            assert sorted(v for _, v, _ in token["latents"]) == pytest.approx(
+                sorted(truth.values[at][fired].tolist()), rel=1e-4
             )
         request = {"prompt": text, "clamps": [], "n_tokens": 6, "temperature": 0, "seed": 0}
-        plain = client.ask("/api/steer", request).json
-        again = client.ask("/api/steer", request).json
+        *written, plain = client.ask("/api/steer", request).lines
+        again = client.ask("/api/steer", request).lines[-1]
         steered = client.ask(
             "/api/steer", request | {"clamps": [{"latent": 3, "value": 500.0}]}
-        ).json
+        ).lines[-1]
+        so_far = [line["text"] for line in written]  # after each token
+        assert len(so_far) == 6
+        assert all(plain["text"].startswith(part) for part in so_far)
+        assert so_far == sorted(so_far, key=len)
+        assert plain["done"]
         assert plain == again
         assert len(plain["token_texts"]) == 6
         assert "".join(plain["token_texts"]) == plain["text"]
@@ -187,7 +194,7 @@ def test_the_model_works_for_one_at_a_time(features):
         assert "busy" in second.json["error"]
         assert pages.status == 200
         assert first[0].status == 200
-        assert [t["latents"] for t in first[0].json["tokens"]] == [[[1, 2.5]]] * 2
+        assert [t["latents"][0][:2] for t in first[0].json["tokens"]] == [[1, 2.5]] * 2
         assert client.ask("/api/live", {"text": "c"}).status == 200
 
 
@@ -272,6 +279,26 @@ def test_a_token_is_asked_for_once_and_kept_in_a_cookie(features):
         assert "SameSite=strict" in cookie
         kept = cookie.split(";")[0]
         assert client.ask("/api/start", cookie=kept, host="a.machine:1").status == 200
+
+
+def test_the_list_s_token_filter_is_not_taken_for_the_access_token(features):
+    with served(open_viewer(features), token="right") as client:
+        kept = client.ask("/?token=right").headers["set-cookie"].split(";")[0]
+        filtered = client.ask("/api/latents?fires_on=court&sort=max", cookie=kept)
+        assert filtered.status == 200
+        assert 0 < filtered.json["total"] < N - 1
+        for path in ("/api/latents", "/api/start", "/static/app.js"):  # it has no meaning there
+            assert client.ask(f"{path}?token=court", cookie=kept).status == 200
+            assert client.ask(f"{path}?token=right").status == 401
+
+
+def test_the_model_has_half_of_the_processors_or_what_the_user_says(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for processors, threads in ((1, 1), (2, 1), (3, 1), (16, 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, n=processors: set(range(n)))
+        assert model_threads() == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert model_threads() == torch.get_num_threads()
 
 
 # ---- the command

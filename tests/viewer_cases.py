@@ -17,7 +17,9 @@ from pathlib import Path
 
 import uvicorn
 
-from pipelines.viewer.run import listen
+from pipelines.steer import Generated
+from pipelines.viewer.connections import Connection
+from pipelines.viewer.run import configuration, listen
 from pipelines.viewer.server import make_app
 
 N = 48
@@ -33,6 +35,11 @@ class Answer:
     @property
     def json(self):
         return json.loads(self.body)
+
+    @property
+    def lines(self):
+        """Of an answer that is written bit by bit."""
+        return [json.loads(line) for line in self.body.splitlines()]
 
 
 @dataclass
@@ -56,13 +63,33 @@ class Client:
         return answer
 
 
+class Writer:
+    """Stands for the model: it writes a word whenever `go` lets it, until nobody wants more."""
+
+    def __init__(self, fault=None):
+        self.go, self.begun, self.ended = threading.Semaphore(0), threading.Event(), []
+        self.fault = fault
+
+    def __call__(self, live, prompt, clamps, n_tokens, temperature, seed, on_token):
+        self.begun.set()
+        text = ""
+        for _ in range(n_tokens):
+            assert self.go.acquire(timeout=30)
+            if self.fault is not None:
+                raise self.fault
+            text += " word"
+            if not on_token(text):
+                break
+        self.ended.append(text)
+        return Generated(text, [" word"] * (len(text) // 5))
+
+
 @contextmanager
-def served(viewer, token=None):
+def served(viewer, token=None, connection=Connection, **guard):
     """The application on a free port of this machine, in a thread."""
     listening = listen("127.0.0.1", 0)
-    server = uvicorn.Server(
-        uvicorn.Config(make_app(viewer, token), log_level="error", access_log=False)
-    )
+    app = make_app(viewer, token, **guard)
+    server = uvicorn.Server(configuration(app, "error", connection))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:

@@ -2,20 +2,25 @@
 
 On loopback any name but this machine's is refused, so that a page elsewhere cannot reach the server
 by pointing its own name here (DNS rebinding). Anywhere else a token is asked for. What changes
-something must come from our own pages, as JSON.
+something must come from our own pages, as JSON, within a deadline.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pipelines.viewer.connections import ADMIT
+
 LONGEST_BODY = 64 * 1024
+BODY_SECONDS = 10.0  # for a body to arrive
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 HEADERS = {
     "content-security-policy": (
@@ -34,12 +39,21 @@ class Guard:
     """ASGI middleware.
 
     Args:
-        token: asked for if not None; given once as `?token=`, then kept in a cookie.
+        token: asked for if not None; given once as `/?token=`, then kept in a cookie. Elsewhere in
+            an address, `token` has no meaning here.
         cookie: the cookie's name, one per port, since cookies do not tell ports apart.
+        body_seconds: for the whole body of a request to arrive.
     """
 
-    def __init__(self, app: ASGIApp, token: str | None = None, cookie: str = "viewer") -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        token: str | None = None,
+        cookie: str = "viewer",
+        body_seconds: float = BODY_SECONDS,
+    ) -> None:
         self._app, self._token, self._cookie = app, token, cookie
+        self._body_seconds = body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -54,12 +68,22 @@ class Guard:
             await send(message)
 
         answer = self._refusal(scope, Headers(scope=scope))
+        if answer is None and ADMIT in scope.get("extensions", {}):
+            scope["extensions"][ADMIT]()
         if answer is None and scope["method"] == "POST":
-            body = await _bounded_body(receive)
-            if body is None:
-                answer = _refused(413, f"The request is larger than {LONGEST_BODY:,} bytes.")
+            try:
+                async with asyncio.timeout(self._body_seconds):
+                    body = await _bounded_body(receive)
+            except ClientDisconnect:
+                return
+            except TimeoutError:
+                answer = _refused(408, "The request did not arrive in time.")
+                answer.headers["connection"] = "close"
             else:
-                receive = _replay(body, receive)
+                if body is None:
+                    answer = _refused(413, f"The request is larger than {LONGEST_BODY:,} bytes.")
+                else:
+                    receive = _replay(body, receive)
         await (answer or self._app)(scope, receive, guarded_send)
 
     def _refusal(self, scope: Scope, headers: Headers) -> JSONResponse | RedirectResponse | None:
@@ -77,7 +101,7 @@ class Guard:
             return _refused(403, "Only the viewer's own pages may ask for this.")
         if scope["method"] == "POST":
             origin = headers.get("origin")
-            if origin is not None and urlsplit(origin).netloc != host:
+            if origin is not None and _netloc(origin) != host:
                 return _refused(403, "Only the viewer's own pages may change anything.")
             if headers.get("content-type", "").split(";")[0].strip() != "application/json":
                 return _refused(415, "Requests that change something are JSON.")
@@ -88,11 +112,11 @@ class Guard:
     ) -> JSONResponse | RedirectResponse | None:
         """None if the request has the token; where it is in the address, it moves to a cookie."""
         query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-        if given := query.pop("token", None):
+        if scope["path"] == "/" and (given := query.pop("token", None)):
             if not _same(given[0], token):
                 return _refused(403, "The token is not the one this server was started with.")
             rest = urlencode(query, doseq=True)
-            moved = RedirectResponse(scope["path"] + (f"?{rest}" if rest else ""), 303)
+            moved = RedirectResponse(f"/?{rest}" if rest else "/", 303)
             moved.set_cookie(self._cookie, token, httponly=True, samesite="strict")
             return moved
         try:
@@ -119,6 +143,14 @@ def _name(host: str) -> str:
         return ""
 
 
+def _netloc(address: str) -> str | None:
+    """Name and port of an address; None if it is none."""
+    try:
+        return urlsplit(address).netloc
+    except ValueError:
+        return None
+
+
 def _same(given: str, token: str) -> bool:
     return hmac.compare_digest(given.encode(), token.encode())
 
@@ -128,12 +160,16 @@ def _refused(status: int, sentence: str) -> JSONResponse:
 
 
 async def _bounded_body(receive: Receive) -> bytes | None:
-    """The whole body, None if it is longer than `LONGEST_BODY`."""
+    """The whole body, None if it is longer than `LONGEST_BODY`.
+
+    Raises:
+        ClientDisconnect: the other side left before the end of it.
+    """
     body = b""
     while True:
         message = await receive()
         if message["type"] != "http.request":
-            return body
+            raise ClientDisconnect
         body += message.get("body", b"")
         if len(body) > LONGEST_BODY:
             return None

@@ -18,14 +18,14 @@ class Listing:
 
     Args:
         between: smallest and largest value of a column of `SUMMARY`, either may be None.
-        token: a latent is listed if one of its most frequent tokens contains this.
+        fires_on: a latent is listed if one of its most frequent tokens contains this.
         latents: only these.
     """
 
     sort: str = "latent"
     descending: bool = False
     between: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
-    token: str = ""
+    fires_on: str = ""
     dead: bool = False
     latents: Sequence[int] | None = None
     offset: int = 0
@@ -40,7 +40,7 @@ def list_latents(tables: Tables, listing: Listing) -> dict[str, Any]:
     """
     for name in [listing.sort, *listing.between]:
         if name not in SUMMARY:
-            raise InputError(f"There is no column {name!r}; use one of {', '.join(SUMMARY)}.")
+            raise InputError(f"There is no column {name[:20]!r}; use one of {', '.join(SUMMARY)}.")
     conditions: list[str] = []
     values: list[object] = []
     for name, (low, high) in listing.between.items():
@@ -50,9 +50,9 @@ def list_latents(tables: Tables, listing: Listing) -> dict[str, Any]:
         if high is not None:
             conditions.append(f"{name} <= ?")
             values.append(high)
-    if listing.token:
+    if listing.fires_on:
         conditions.append("len(list_filter(tokens, lambda t: contains(lower(t), lower(?)))) > 0")
-        values.append(listing.token)
+        values.append(listing.fires_on)
     if not listing.dead:
         conditions.append("NOT dead")
     if listing.latents is not None:

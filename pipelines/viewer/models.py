@@ -12,6 +12,7 @@ import numpy as np
 from pipelines.live import LiveModel
 from pipelines.steer import Clamp, generate
 from pipelines.viewer.tables import Tables, plain
+from pipelines.viewer.unusual import Unusual
 from store.errors import InputError, SaeHarvestError
 
 LONGEST_TEXT = 5_000  # characters of a text or prompt
@@ -37,7 +38,9 @@ class Models:
         self._turn = threading.Lock()
 
     def activations(self, text: str) -> dict[str, Any]:
-        """The strongest latents of each token of a text, and what is known of them.
+        """The latents of each token of a text, the most unusual first, and what is known of them.
+
+        latents: [latent, activation, unusualness] of a token.
 
         Raises:
             InputError: an empty or too long text. BusyError: somebody else's turn.
@@ -45,17 +48,22 @@ class Models:
         with self._taken() as model:
             live = model.activations(check_text(text, "text"))
         indices, values = live.indices, live.values
+        found = np.unique(indices[values > 0]).tolist()
+        unusual = Unusual(self._tables, found)
         tokens = []
         for at, shown in enumerate(live.token_texts):
-            order = np.argsort(-values[at], kind="stable")[:PER_TOKEN]
-            order = order[values[at, order] > 0]
-            firing = [[int(indices[at, i]), plain(float(values[at, i]))] for i in order]
-            tokens.append({"text": shown, "latents": firing})
-        found = sorted({latent for token in tokens for latent, _ in token["latents"]})
+            firing = [
+                [int(latent), plain(float(value)), plain(unusual(int(latent), float(value)))]
+                for latent, value in zip(indices[at], values[at], strict=True)
+                if value > 0
+            ]
+            firing.sort(key=lambda f: (-f[2], -f[1], f[0]))
+            tokens.append({"text": shown, "latents": firing[:PER_TOKEN]})
+        shown_latents = sorted({latent for token in tokens for latent, _, _ in token["latents"]})
         return {
             "tokens": tokens,
             "n_firing": int((values > 0).sum()),
-            "labels": {str(k): v for k, v in self._tables.labels(found).items()},
+            "labels": {str(k): v for k, v in self._tables.labels(shown_latents).items()},
         }
 
     def generate(
@@ -65,8 +73,9 @@ class Models:
         n_tokens: int,
         temperature: float,
         seed: int,
+        on_token: Callable[[str], bool] | None = None,
     ) -> dict[str, Any]:
-        """What the model writes after the prompt, with latents clamped.
+        """What the model writes after the prompt, with latents clamped; `steer.generate` in bounds.
 
         Raises:
             InputError: out of bounds. BusyError: somebody else's turn.
@@ -81,9 +90,9 @@ class Models:
             self._tables.check(clamp.latent)
         with self._taken() as model:
             made = generate(
-                model, check_text(prompt, "prompt"), clamps, n_tokens, temperature, seed
+                model, check_text(prompt, "prompt"), clamps, n_tokens, temperature, seed, on_token
             )
-        return {"text": made.text, "token_texts": made.token_texts}
+        return {"text": made.text, "token_texts": made.token_texts, "done": True}
 
     @contextmanager
     def _taken(self) -> Iterator[LiveModel]:

@@ -61,7 +61,8 @@ class Notes:
                 "SELECT tag FROM tags WHERE sae = ? AND latent = ? ORDER BY tag",
                 (self._sae, latent),
             ).fetchall()
-        return {"note": note[0] if note else "", "tags": [tag for (tag,) in tags]}
+        note = self._checked(latent, note[0])[1] if note else ""
+        return {"note": note, "tags": [self._checked(latent, tag)[1] for (tag,) in tags]}
 
     def put(self, latent: int, note: str, tags: list[str]) -> dict[str, Any]:
         """Save both in one transaction; returns what is saved.
@@ -105,16 +106,26 @@ class Notes:
             if not _is_made(connection):
                 return found
             for table, column in (("notes", "note"), ("tags", "tag")):
-                for latent, text in connection.execute(
+                for row in connection.execute(
                     f"SELECT latent, {column} FROM {table} WHERE sae = ? ORDER BY latent, {column}",
                     (self._sae,),
                 ):
+                    latent, text = self._checked(*row)
                     entry = found.setdefault(latent, {"note": "", "tags": []})
                     if column == "note":
                         entry["note"] = text
                     else:
                         entry["tags"].append(text)
         return dict(sorted(found.items()))
+
+    def _checked(self, latent: object, text: object) -> tuple[int, str]:
+        """A row of the file, which any program may have written."""
+        if not isinstance(latent, int) or not 0 <= latent < 2**31 or not isinstance(text, str):
+            raise RunError(
+                f"{self.path} holds a note or tag that is not text, or of no latent "
+                f"(at latent {str(latent)[:20]}); delete that row, or move the file away."
+            )
+        return latent, text
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
 from collections.abc import Callable
 
+import torch
 import uvicorn
+from starlette.types import ASGIApp
 
+from pipelines.viewer.connections import CONNECTIONS, STRANGERS, Connection
 from pipelines.viewer.guard import is_loopback
 from pipelines.viewer.server import Viewer, make_app
 from store.errors import InputError
-
-CONNECTIONS = 64  # answered at a time; more are turned away
 
 
 def run_server(
@@ -27,6 +29,7 @@ def run_server(
     Raises:
         InputError: the address cannot be listened on.
     """
+    torch.set_num_threads(model_threads())  # also of the threads that answer requests
     listening = listen(host, port)
     port = listening.getsockname()[1]
     token = None if is_loopback(host) else secrets.token_urlsafe(24)
@@ -39,15 +42,37 @@ def run_server(
             "encrypted; only who has this address with its token gets in."
         )
     say(f"{viewer.shown.tables.n_latents:,} latents at {address} (Ctrl-C ends)")
-    config = uvicorn.Config(
-        make_app(viewer, token, f"sae_viewer_{port}"),
-        log_level="warning",
+    config = configuration(make_app(viewer, token, f"sae_viewer_{port}"), "warning")
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def model_threads() -> int:
+    """Threads that the model computes with: half of the processors, or as OMP_NUM_THREADS says.
+
+    Torch's own choice is all of them. Its threads wait for one another by spinning: where anything
+    else runs, the browser say, one that has no processor holds up the rest, and a text takes ten
+    times as long.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return torch.get_num_threads()
+    return max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def configuration(
+    app: ASGIApp, log_level: str, connection: type[Connection] = Connection
+) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    return uvicorn.Config(
+        app,
+        http=connection,
+        ws="none",
+        lifespan="off",
+        log_level=log_level,
         access_log=False,  # would print the token, and what was searched for
         server_header=False,
-        limit_concurrency=CONNECTIONS,
+        limit_concurrency=CONNECTIONS + STRANGERS,
         timeout_graceful_shutdown=2,
     )
-    uvicorn.Server(config).run(sockets=[listening])
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,21 +17,33 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from pipelines.live import LiveModel
-from pipelines.steer import Clamp
 from pipelines.viewer.compare import Comparison
-from pipelines.viewer.guard import Guard
+from pipelines.viewer.guard import BODY_SECONDS, Guard
 from pipelines.viewer.latent import latent_page
-from pipelines.viewer.listing import PAGE, Listing, list_latents
+from pipelines.viewer.listing import PAGE, list_latents
 from pipelines.viewer.models import BusyError, Models
 from pipelines.viewer.notes import Notes
 from pipelines.viewer.overview import overview
+from pipelines.viewer.parameters import (
+    body_of,
+    clamps_of,
+    latent_of,
+    listing_of,
+    number_of,
+    real,
+    seed_of,
+    tags_of,
+    text_of,
+    whole,
+    whole_of,
+)
 from pipelines.viewer.search import search
 from pipelines.viewer.sql import FencedSQL
-from pipelines.viewer.tables import SUMMARY, Tables
-from store.errors import InputError, SaeHarvestError
+from pipelines.viewer.stream import Stream
+from pipelines.viewer.tables import Tables
+from store.errors import InputError, RunError, SaeHarvestError
 
 STATIC = Path(__file__).parent / "static"
-MOST_ROWS = 500
 
 
 @dataclass(frozen=True)
@@ -96,29 +107,33 @@ def open_viewer(
     return Viewer(shown, other, comparison, FencedSQL(features) if allow_sql else None)
 
 
-def make_app(viewer: Viewer, token: str | None = None, cookie: str = "viewer") -> Starlette:
+def make_app(
+    viewer: Viewer,
+    token: str | None = None,
+    cookie: str = "viewer",
+    body_seconds: float = BODY_SECONDS,
+) -> Starlette:
     """The ASGI application."""
 
     def api(answer: Callable[[Request, dict[str, Any]], Any], method: str = "GET") -> Any:
         async def endpoint(request: Request) -> Response:
-            body: dict[str, Any] = {}
-            if method == "POST":
-                try:
-                    body = json.loads(await request.body())
-                except ValueError:
-                    return _sentence(400, "The request is not JSON.")
-                if not isinstance(body, dict):
-                    return _sentence(400, "The request is not a JSON object.")
             try:
-                return JSONResponse(await run_in_threadpool(answer, request, body))
+                body = body_of(await request.body()) if method == "POST" else {}
+                found = await run_in_threadpool(answer, request, body)
+                if isinstance(found, Stream):
+                    return await found.response(request)
+                return JSONResponse(found)
             except BusyError as error:
                 return _sentence(429, str(error))
             except InputError as error:
                 return _sentence(400, str(error))
-            except SaeHarvestError as error:
-                return _sentence(500, str(error))
+            except SaeHarvestError as error:  # tables, model or notes: whoever asks can mend them
+                return _sentence(409, str(error))
 
         return endpoint
+
+    def asked(request: Request) -> int:
+        return latent_of(request.path_params["latent"], viewer.of(request).tables.n_latents)
 
     def start(request: Request, _: dict[str, Any]) -> dict[str, Any]:
         shown = viewer.of(request)
@@ -130,14 +145,14 @@ def make_app(viewer: Viewer, token: str | None = None, cookie: str = "viewer") -
 
     def latents(request: Request, _: dict[str, Any]) -> dict[str, Any]:
         shown = viewer.of(request)
-        return list_latents(shown.tables, _listing(request, shown.notes))
+        return list_latents(shown.tables, listing_of(request.query_params, shown.notes))
 
     def latent(request: Request, _: dict[str, Any]) -> dict[str, Any]:
-        shown, number = viewer.of(request), request.path_params["latent"]
+        shown, number = viewer.of(request), asked(request)
         page = latent_page(shown.tables, number)
         ours = shown is viewer.shown and viewer.comparison is not None
         return page | {
-            "notes": shown.notes.get(number),
+            "notes": notes_of(shown, number),
             "nearest": viewer.comparison.of(number) if ours and viewer.comparison else None,
         }
 
@@ -152,29 +167,23 @@ def make_app(viewer: Viewer, token: str | None = None, cookie: str = "viewer") -
         return {"rows": rows, "path": str(shown.notes.path)}
 
     def save(request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        shown, number = viewer.of(request), request.path_params["latent"]
+        shown, number = viewer.of(request), asked(request)
         shown.tables.check(number)
-        tags = _typed(body, "tags", list)
-        if not all(isinstance(tag, str) for tag in tags):
-            raise InputError("Tags are text.")
-        return shown.notes.put(number, _typed(body, "note", str), tags)
+        return shown.notes.put(number, text_of(body, "note"), tags_of(body))
 
     def live(request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        return viewer.of(request).models.activations(_typed(body, "text", str))
+        return viewer.of(request).models.activations(text_of(body, "text"))
 
-    def steer(request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        clamps = []
-        for clamp in _typed(body, "clamps", list):
-            if not isinstance(clamp, dict):
-                raise InputError("A clamp is an object with latent and value.")
-            clamps.append(Clamp(_typed(clamp, "latent", int), _number(clamp, "value")))
-        return viewer.of(request).models.generate(
-            _typed(body, "prompt", str),
-            clamps,
-            _typed(body, "n_tokens", int),
-            _number(body, "temperature"),
-            _typed(body, "seed", int),
+    def steer(request: Request, body: dict[str, Any]) -> Stream:
+        models = viewer.of(request).models
+        given = (
+            text_of(body, "prompt"),
+            clamps_of(body),
+            whole_of(body, "n_tokens"),
+            number_of(body, "temperature"),
+            seed_of(body),
         )
+        return Stream(lambda tell: models.generate(*given, tell))
 
     def compared(request: Request, _: dict[str, Any]) -> dict[str, Any]:
         if viewer.comparison is None:
@@ -182,16 +191,16 @@ def make_app(viewer: Viewer, token: str | None = None, cookie: str = "viewer") -
         query = request.query_params
         return viewer.comparison.rows(
             query.get("desc") == "1",
-            _float(query.get("low")),
-            _float(query.get("high")),
-            _integer(query.get("offset"), 0, 0),
+            real(query.get("low")),
+            real(query.get("high")),
+            whole(query.get("offset"), 0, 0),
             PAGE,
         )
 
     def sql(_: Request, body: dict[str, Any]) -> dict[str, Any]:
         if viewer.sql is None:
             raise InputError("SQL from the page is off; start the server with --allow-sql.")
-        return viewer.sql.select(_typed(body, "sql", str))
+        return viewer.sql.select(text_of(body, "sql"))
 
     def home(_: Request) -> Response:
         return Response((STATIC / "index.html").read_bytes(), media_type="text/html")
@@ -201,8 +210,8 @@ def make_app(viewer: Viewer, token: str | None = None, cookie: str = "viewer") -
             Route("/", home),
             Route("/api/start", api(start)),
             Route("/api/latents", api(latents)),
-            Route("/api/latent/{latent:int}", api(latent)),
-            Route("/api/latent/{latent:int}/notes", api(save, "POST"), methods=["POST"]),
+            Route("/api/latent/{latent}", api(latent)),
+            Route("/api/latent/{latent}/notes", api(save, "POST"), methods=["POST"]),
             Route("/api/search", api(find)),
             Route("/api/notes", api(noted)),
             Route("/api/live", api(live, "POST"), methods=["POST"]),
@@ -211,62 +220,16 @@ def make_app(viewer: Viewer, token: str | None = None, cookie: str = "viewer") -
             Route("/api/sql", api(sql, "POST"), methods=["POST"]),
             Mount("/static", StaticFiles(directory=STATIC)),
         ],
-        middleware=[Middleware(Guard, token=token, cookie=cookie)],
+        middleware=[Middleware(Guard, token=token, cookie=cookie, body_seconds=body_seconds)],
     )
 
 
-def _listing(request: Request, notes: Notes) -> Listing:
-    """The query string of a list: `density=0.001..` is a range, `tag=` one of the notes'."""
-    query = request.query_params
-    between = {}
-    for name in SUMMARY:
-        if name in query:
-            low, _, high = query[name].partition("..")
-            between[name] = (_float(low), _float(high))
-    latents = None
-    if tag := query.get("tag"):
-        latents = [n for n, entry in notes.noted().items() if tag in entry["tags"]]
-    return Listing(
-        sort=query.get("sort", "latent"),
-        descending=query.get("desc") == "1",
-        between=between,
-        token=query.get("token", "")[:200],
-        dead=query.get("dead") == "1",
-        latents=latents,
-        offset=_integer(query.get("offset"), 0, 0),
-        limit=_integer(query.get("limit"), PAGE, 1, MOST_ROWS),
-    )
-
-
-def _integer(text: str | None, default: int, low: int, high: int = 2**31 - 1) -> int:
-    if text is None:
-        return default
-    if not text.isdecimal() or not low <= int(text[:12]) <= high:
-        raise InputError(f"{text[:20]!r} is not a whole number from {low} to {high}.")
-    return int(text)
-
-
-def _float(text: str | None) -> float | None:
-    if not text:
-        return None
+def notes_of(shown: Shown, latent: int) -> dict[str, Any]:
+    """note and tags of a latent; if their file is damaged, a page says so and shows the rest."""
     try:
-        return float(text)
-    except ValueError:
-        raise InputError(f"{text[:20]!r} is not a number.") from None
-
-
-def _typed(body: dict[str, Any], name: str, kind: type) -> Any:
-    value = body.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise InputError(f"The request lacks {name}, or it is not of the right type.")
-    return value
-
-
-def _number(body: dict[str, Any], name: str) -> float:
-    value = body.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(f"The request lacks {name}, or it is not a number.")
-    return float(value)
+        return shown.notes.get(latent)
+    except RunError as error:
+        return {"note": "", "tags": [], "problem": str(error)}
 
 
 def _sentence(status: int, sentence: str) -> JSONResponse:

@@ -1,75 +1,102 @@
-"""SELECT typed into a page, fenced in: one statement, these tables, so many rows and seconds."""
+"""SELECT typed into a page: one statement, these tables, so much memory, time and result.
+
+Each query has a process of its own (`sqlworker.py`), which starts in half a second and which
+the system ends at the deadline. One query runs at a time: together they have the memory of one.
+"""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
-import duckdb
-
-from pipelines.features.query import connect_fenced, first_line
-from pipelines.viewer.tables import limited, plain
+from pipelines.features.folder import check_tables, require_run
+from pipelines.features.query import first_line
+from pipelines.viewer import sqlworker
+from pipelines.viewer.models import BusyError
 from store.errors import InputError
 
-SQL_ROWS, SQL_SECONDS, SQL_MEMORY = 200, 10.0, "1GB"
+SQL_ROWS, SQL_SECONDS, SQL_MEMORY = 200, 10.0, 10**9
 LONGEST_SQL = 10_000
-LONGEST_CELL = 2_000  # characters of a value shown
+START_SECONDS = 10.0  # for the process to begin, on a busy machine
 
 
 class FencedSQL:
-    """A DuckDB of its own that can read the tables' files and nothing else.
+    """SELECTs over the tables of a folder, and over nothing else.
 
-    Files, network, extensions and variables of this process are out of reach, memory is limited,
-    nothing is written to disk, and none of that can be undone by a query.
+    Files, network, extensions and variables of this process are out of reach, nothing is written to
+    disk, and none of that can be undone by a query.
+
+    Args:
+        seconds: of a query. memory: bytes of a query.
     """
 
-    def __init__(self, features: Path, seconds: float = SQL_SECONDS) -> None:
-        self.seconds = seconds
-        self._connection = connect_fenced(features, memory_limit=SQL_MEMORY, temp_directory="")
+    def __init__(
+        self, features: Path, seconds: float = SQL_SECONDS, memory: int = SQL_MEMORY
+    ) -> None:
+        require_run(features)
+        check_tables(features)
+        self._features, self._seconds, self._memory = features.resolve(), seconds, memory
+        self._turn = threading.Lock()
 
     def select(self, sql: str) -> dict[str, Any]:
         """columns, at most `SQL_ROWS` rows, and whether there were more.
 
         Raises:
-            InputError: not one SELECT, not understood, not allowed, or too slow.
+            InputError: not one SELECT, not understood, not allowed, too slow or too large.
+            BusyError: another query is running.
         """
         if len(sql) > LONGEST_SQL:
             raise InputError(f"A query has at most {LONGEST_SQL:,} characters.")
-        cursor = self._connection.cursor()
+        if not self._turn.acquire(blocking=False):
+            raise BusyError("Another query is running; try again in a moment.")
         try:
-            statements = cursor.extract_statements(sql)
-            if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
-                raise InputError("Only one SELECT is answered here; leave out everything else.")
-            with limited(cursor, self.seconds):
-                result = cursor.execute(statements[0])
-                columns = [column[0] for column in result.description or []]
-                rows = result.fetchmany(SQL_ROWS + 1)
-        except duckdb.InterruptException:
-            raise InputError(
-                f"The query took longer than {self.seconds:g} s and was stopped; add a WHERE."
-            ) from None
-        except duckdb.Error as error:
-            raise InputError(f"DuckDB does not answer this ({first_line(error)}).") from error
-        except ValueError as error:  # DuckDB hands over dates that Python has no words for
-            raise InputError(
-                f"The result cannot be shown ({error}); cast it to VARCHAR."
-            ) from error
+            answer = self._ask(sql)
         finally:
-            cursor.close()
-        return {
-            "columns": columns,
-            "rows": [[_cell(value) for value in row] for row in rows[:SQL_ROWS]],
-            "more": len(rows) > SQL_ROWS,
+            self._turn.release()
+        if (fault := answer.get("fault")) is not None:
+            raise InputError(self._sentence(fault, answer["text"]))
+        return answer
+
+    def _ask(self, sql: str) -> dict[str, Any]:
+        """The answer of a process of its own."""
+        request = {
+            "sql": sql,
+            "features": str(self._features),
+            "rows": SQL_ROWS,
+            "memory": self._memory,
+            "seconds": self._seconds,
         }
+        try:
+            process = subprocess.run(
+                [sys.executable, "-P", "-m", sqlworker.__name__],
+                input=json.dumps(request).encode(),
+                capture_output=True,
+                timeout=self._seconds + START_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return {"fault": "time", "text": ""}
+        if process.returncode == -sqlworker.DEADLINE:
+            return {"fault": "time", "text": ""}
+        if process.returncode < 0:  # ended by the system, or by itself where memory was refused
+            return {"fault": sqlworker.MEMORY, "text": ""}
+        if process.returncode:
+            raise RuntimeError(process.stderr.decode(errors="replace"))
+        answer: dict[str, Any] = json.loads(process.stdout)
+        return answer
 
-
-def _cell(value: object) -> Any:
-    """Numbers as they are, everything else as text that is not too long."""
-    value = plain(value)
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, list) and all(isinstance(v, int | float) for v in value):
-        text = ", ".join(map(str, value))
-    else:
-        text = value if isinstance(value, str) else str(value)
-    return text if len(text) <= LONGEST_CELL else text[:LONGEST_CELL] + " …"
+    def _sentence(self, fault: str, text: str) -> str:
+        return {
+            "time": f"The query took longer than {self._seconds:g} s and was stopped; add a WHERE.",
+            sqlworker.MEMORY: f"The query needs more than {self._memory / 1e9:g} GB of memory; "
+            "ask for less at a time.",
+            sqlworker.RESULT: f"The result has {text} bytes, more than "
+            f"{sqlworker.LARGEST_ANSWER:,}; select fewer columns.",
+            sqlworker.SAID: text,
+            sqlworker.VALUE: f"The result cannot be shown ({text}); cast it to VARCHAR.",
+            sqlworker.DUCKDB: f"DuckDB does not answer this ({first_line(Exception(text))}).",
+        }[fault]

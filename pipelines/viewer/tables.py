@@ -64,7 +64,13 @@ class Tables:
             raise RunError(
                 f"{self.features} is damaged ({first_line(error)}); remove it and build again."
             ) from error
-        self.n_latents: int = self.ask("SELECT count(*) AS n FROM summary")[0]["n"]
+        (counts,) = self.ask(
+            "SELECT count(*) AS n, count(*) FILTER (NOT dead) AS live, "
+            "round(max(n_fire / density) FILTER (density > 0))::BIGINT AS rows FROM summary"
+        )
+        self.n_latents: int = counts["n"]
+        self.n_live: int = counts["live"]
+        self.n_rows: int = counts["rows"] or 0  # read for the tables; 0 if no latent fired
 
     @property
     def name(self) -> str:

@@ -11,6 +11,7 @@
     ["random", "Random", ["random"]],
     ["silent", "Silent", ["hard_negative", "inactive"]],
   ];
+  const FEW = 5;  // contexts of a stratum on a phone, until asked for more
   const TITLES = { top: "Top activations", random: "Drawn from all firings",
     hard_negative: "Alike, and it does not fire", inactive: "It does not fire" };
 
@@ -63,7 +64,8 @@
         stat("encoder bias", SAE.number(s.encoder_bias))),
       s.position_profile && s.position_profile.length && !s.dead
         ? [h("h3", null, "Where in its context"),
-          SAE.profile(s.position_profile, "share of its firings in each part of the context")]
+          SAE.profile(s.position_profile, "share of its firings in each part of the context",
+            SAE.info.run.context_length)]
         : null,
       s.strongest_tokens && s.strongest_tokens.length ? [h("h3", null, "Strongest on"),
         h("div.tokens", null, s.strongest_tokens.map((t, i) =>
@@ -114,6 +116,7 @@
       return SAE.add(section, SAE.empty("Notes are kept by the server: `sae-features serve`."));
     }
     const state = h("span.muted", { role: "status" });
+    if (page.notes.problem) return SAE.add(section, [SAE.problem(page.notes.problem)]);
     const note = h("textarea", { rows: 4, "aria-label": "note", value: page.notes.note,
       placeholder: "What is it about?" });
     const tags = h("input", { type: "text", "aria-label": "tags, with commas between them",
@@ -138,8 +141,9 @@
 
   function contexts(page, maximum) {
     const box = h("div.contexts"), section = h("section.card.main", { "aria-label": "Contexts" });
-    let full = SAE.remember("full") ? SAE.remember("full") === "1" : window.innerWidth < 800;
-    let chosen = "all", rows = [];
+    const narrow = window.innerWidth < 800;
+    let full = SAE.remember("full") ? SAE.remember("full") === "1" : narrow;
+    let chosen = narrow ? "top" : "all", rows = [];
 
     function draw() {
       const strata = SHOWN.find(([name]) => name === chosen)[2];
@@ -147,11 +151,16 @@
       SAE.replace(box, strata.map((stratum) => {
         const found = page.contexts.filter((c) => c.stratum === stratum);
         if (!found.length) return null;
-        const some = found.map((context) =>
-          SAE.context(context, maximum, page.documents[context.document], { full }));
-        rows.push(...some);
+        const made = (some) => some.map((context) => {
+          const row = SAE.context(context, maximum, page.documents[context.document], { full });
+          rows.push(row);
+          return row;
+        });
+        const first = narrow ? FEW : found.length;  // what follows must stay within reach
+        const more = found.length > first ? h("button.plain", { type: "button", onclick: () =>
+          more.replaceWith(...made(found.slice(first))) }, `${found.length - first} more`) : null;
         return h("div.stratum", null, h("h3", null, title(stratum, page.statistics),
-          h("span.muted", null, ` ${found.length}`)), some);
+          h("span.muted", null, ` ${found.length}`)), made(found.slice(0, first)), more);
       }));
       if (!rows.length) SAE.replace(box, SAE.empty("There are no such contexts."));
     }

@@ -5,16 +5,16 @@
   const { h } = SAE;
   const PAGE = 50;
   const COLUMNS = [
-    ["latent", "latent", null, ""],
-    [null, "fires most on", null, ""],
-    ["density", "density", SAE.percent, ""],
-    ["max", "max", SAE.fixed, ""],
-    ["mean", "mean", SAE.fixed, "wide"],
-    ["token_entropy_bits", "entropy", SAE.fixed, "wide"],
-    ["n_tokens", "tokens", SAE.whole, "wide"],
-    ["kurtosis", "kurtosis", SAE.fixed, "wide"],
-    ["bimodality", "bimodality", SAE.fixed, "wide"],
-    ["encoder_decoder_cosine", "enc·dec", SAE.fixed, "wide"],
+    ["latent", "latent", null],
+    [null, "fires most on", null],
+    ["density", "density", SAE.percent],
+    ["max", "max", SAE.fixed],
+    ["mean", "mean", SAE.fixed],
+    ["token_entropy_bits", "entropy", SAE.fixed],
+    ["n_tokens", "tokens", SAE.whole],
+    ["kurtosis", "kurtosis", SAE.fixed],
+    ["bimodality", "bimodality", SAE.fixed],
+    ["encoder_decoder_cosine", "enc·dec", SAE.fixed],
   ];
   const RANGES = ["density", "context_density", "n_fire", "max", "mean", "token_entropy_bits",
     "n_tokens", "kurtosis", "bimodality", "encoder_decoder_cosine"];
@@ -63,8 +63,8 @@
 
     function drawFilters() {
       const token = h("input", { type: "search", placeholder: "fires on a token with …",
-        value: params.get("token") || "", "aria-label": "token filter",
-        oninput: SAE.later(() => changed("token", token.value), 250) });
+        value: params.get("fires_on") || "", "aria-label": "token filter",
+        oninput: SAE.later(() => changed("fires_on", token.value), 250) });
       const more = h("select", { "aria-label": "add a filter", onchange: () => {
         if (more.value) { changed(more.value, ".."); drawFilters(); }
       } }, h("option", { value: "" }, "+ filter"),
@@ -97,9 +97,9 @@
       SAE.walk = answer.rows.map((row) => row.latent);
       SAE.walkAddress = location.hash;
       const sorted = params.get("sort") || "latent", falling = params.get("desc") === "1";
-      const head = h("tr", null, COLUMNS.map(([key, name, format, cls]) => {
+      const head = h("tr", null, COLUMNS.map(([key, name, format]) => {
         const order = key === sorted ? (falling ? "descending" : "ascending") : null;
-        const th = h("th" + (cls ? "." + cls : "") + (format ? ".num" : ""),
+        const th = h("th" + (format ? ".num" : ""),
           { scope: "col", "aria-sort": order, title: columns[key] || "" });
         return SAE.add(th, key
           ? h("button", { type: "button", onclick: () => sort(key) }, name,
@@ -110,16 +110,16 @@
         const tr = h("tr", { tabindex: 0, "data-latent": row.latent,
           onclick: (e) => { if (!e.target.closest("a")) SAE.open("latent/" + row.latent); },
           onkeydown: (e) => { if (e.key === "Enter") SAE.open("latent/" + row.latent); } });
-        return SAE.add(tr, COLUMNS.map(([key, , format, cls]) => {
+        return SAE.add(tr, COLUMNS.map(([key, name, format]) => {
           if (key === "latent") return h("td", null, SAE.latentLink(row.latent));
           if (key === null) {
             return h("td.what", null, row.dead ? h("span.dead", null, "dead") : SAE.tokens(row.tokens));
           }
-          return h("td.num" + (cls ? "." + cls : ""), null, format(row[key]));
+          return h("td.num", { "data-name": name }, format(row[key]));
         }));
       });
       SAE.replace(table, rows.length
-        ? h("table.latents", null, h("thead", null, head), h("tbody", null, rows))
+        ? h("table.latents.stack", null, h("thead", null, head), h("tbody", null, rows))
         : SAE.empty("No latent is like that; loosen a filter."));
       const last = answer.offset + answer.rows.length;
       const step = (by, name) => h("button", { type: "button",

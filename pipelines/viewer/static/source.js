@@ -2,21 +2,28 @@
 "use strict";
 
 (function (SAE) {
-  async function ask(path, params, body, keepalive = false) {
+  const post = (body) => ({
+    method: "POST",
+    headers: { "content-type": "application/json" },
+    body: JSON.stringify(body),
+  });
+
+  async function send(path, params, options) {
     const query = new URLSearchParams(params || {});
     query.set("sae", SAE.sae);
-    const options = body === undefined ? {} : {
-      method: "POST",
-      headers: { "content-type": "application/json" },
-      body: JSON.stringify(body),
-      keepalive,
-    };
-    let response;
     try {
-      response = await fetch(`api/${path}?${query}`, options);
-    } catch {
+      return await fetch(`api/${path}?${query}`, options);
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
       throw new Error("The server does not answer; is `sae-features serve` still running?");
     }
+  }
+
+  async function ask(path, params, options = {}) {
+    return answered(await send(path, params, options));
+  }
+
+  async function answered(response) {
     let data;
     try {
       data = await response.json();
@@ -31,6 +38,27 @@
     return data;
   }
 
+  /** Calls onText with the text so far while it is written; aborting the signal stops the model. */
+  async function generate(request, onText, signal) {
+    const response = await send("steer", {}, { ...post(request), signal });
+    if (!response.ok) return answered(response);
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    let waiting = "", last = null;
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) break;
+      const lines = (waiting + value).split("\n");
+      waiting = lines.pop();
+      for (const line of lines) {
+        last = JSON.parse(line);
+        if (last.error) throw new Error(last.error);
+        onText(last.text);
+      }
+    }
+    if (!last || !last.done) throw new Error("The server stopped before the text was finished.");
+    return last;
+  }
+
   SAE.server = {
     live: true,
     start: () => ask("start"),
@@ -40,9 +68,10 @@
     compare: (params) => ask("compare", params),
     notes: () => ask("notes"),
     // kept alive: the page may be closing
-    saveNotes: (n, note, tags) => ask(`latent/${n}/notes`, {}, { note, tags }, true),
-    activations: (text) => ask("live", {}, { text }),
-    generate: (request) => ask("steer", {}, request),
-    sql: (sql) => ask("sql", {}, { sql }),
+    saveNotes: (n, note, tags) => ask(`latent/${n}/notes`, {},
+      { ...post({ note, tags }), keepalive: true }),
+    activations: (text) => ask("live", {}, post({ text })),
+    generate,
+    sql: (sql) => ask("sql", {}, post({ sql })),
   };
 })(window.SAE);

@@ -25,7 +25,15 @@
       number("seed", kept.seed, 0, 1e9, 1, "seed")];
     const latents = h("div.clamps"), result = h("div.steered");
     const state = h("span.muted", { role: "status" });
-    let asked = 0;
+    const stop = h("button", { type: "button", hidden: true, onclick: () => halt() }, "Stop");
+    let working = null;  // what stops the generation under way
+
+    function halt() {
+      if (working) working.abort();
+      working = null;
+      stop.hidden = true;
+    }
+    SAE.leaving(halt);
 
     async function drawLatents() {
       const add = h("input.number", { type: "text", inputmode: "numeric", placeholder: "latent",
@@ -53,7 +61,7 @@
     }
 
     async function go() {
-      const mine = ++asked;
+      halt();
       Object.assign(kept, { prompt: prompt.value, strengths: strengths.value });
       for (const label of settings) kept[label.lastChild.name] = Number(label.lastChild.value);
       const times = kept.strengths.split(",").map((t) => t.trim()).filter(Boolean).map(Number);
@@ -78,26 +86,44 @@
         null, h("h2", null, run.name), h("p.muted", null, run.clamps.length
           ? run.clamps.map((c) => `latent ${c.latent} held at ${SAE.number(c.value)}`).join(", ")
           : "the model as it is"), run.box)));
+      const mine = working = new AbortController();
+      stop.hidden = false;
       for (const run of runs) {  // one after the other: the server does one at a time
-        if (mine !== asked) return;
-        SAE.replace(run.box, h("span.muted.working", null, "the model writes …"));
-        await write(run, kept);
+        await write(run, kept, mine.signal);
+        if (mine.signal.aborted) {
+          for (const { box } of runs.slice(runs.indexOf(run))) {
+            for (const waits of box.querySelectorAll(".working")) waits.remove();
+            box.append(h("span.muted", null, " (stopped)"));
+          }
+          return;
+        }
       }
+      halt();
     }
 
-    async function write(run, { prompt: before, n, temperature, seed }) {
-      for (let attempt = 0; ; attempt++) {
+    async function write(run, { prompt: before, n, temperature, seed }, signal) {
+      const made = h("span.made"), mark = h("span.muted.working", null, " …");
+      SAE.replace(run.box, h("span.muted.working", null, "the model reads …"));
+      const show = (text) => {
+        if (!made.isConnected) {
+          SAE.replace(run.box, h("span.muted", null, SAE.paragraphs(before)), made, mark);
+        }
+        SAE.replace(made, SAE.paragraphs(text));
+      };
+      for (let attempt = 0; !signal.aborted; attempt++) {
         try {
-          const made = await SAE.source.generate({ prompt: before, clamps: run.clamps, n_tokens: n,
-            temperature, seed });
-          SAE.replace(run.box, h("span.muted", null, SAE.paragraphs(before)),
-            h("span.made", null, SAE.paragraphs(made.text)));
+          await SAE.source.generate({ prompt: before, clamps: run.clamps, n_tokens: n, temperature,
+            seed }, show, signal);
+          mark.remove();
           return;
         } catch (error) {
+          if (signal.aborted) return;
           if (error.busy && attempt < 20) {
             await new Promise((done) => setTimeout(done, 1500));
           } else {
-            SAE.replace(run.box, SAE.problem(error.message));
+            mark.remove();
+            if (!made.isConnected) SAE.replace(run.box);
+            run.box.append(SAE.problem(error.message));
             return;
           }
         }
@@ -111,7 +137,7 @@
       h("label.field.block", null, "prompt", prompt),
       h("div.field.block", null, "latents", latents),
       h("div.row", null, h("label.field", null, "strengths × max", strengths), settings),
-      h("div.row", null, h("button.strong", { type: "submit" }, "Generate"), state)), result);
+      h("div.row", null, h("button.strong", { type: "submit" }, "Generate"), stop, state)), result);
     prompt.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) go();
     });

@@ -1,0 +1,160 @@
+"""What a request asks for, checked: a value, or `InputError` with one sentence.
+
+A query string and a body come from anybody. Nothing else in the viewer reads either.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from starlette.datastructures import QueryParams
+
+from pipelines.steer import MAX_SEED, Clamp
+from pipelines.viewer.listing import PAGE, Listing
+from pipelines.viewer.notes import Notes
+from pipelines.viewer.tables import SUMMARY
+from store.errors import InputError
+from store.parsing import parse_json
+
+MOST_ROWS = 500
+MOST_DIGITS = 15
+SHOWN = 20  # characters of a wrong value that a sentence repeats
+
+
+def body_of(data: bytes) -> dict[str, Any]:
+    """The JSON object of a request."""
+    try:
+        body = parse_json(data)
+    except ValueError as error:
+        raise InputError(f"The request is not JSON ({error}).") from None
+    if not isinstance(body, dict):
+        raise InputError("The request is not a JSON object.")
+    return body
+
+
+def typed(body: dict[str, Any], name: str, kind: type) -> Any:
+    """A member of the object that has this type."""
+    value = body.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise InputError(f"The request lacks {name}, or it is not of the right type.")
+    return value
+
+
+def text_of(body: dict[str, Any], name: str) -> str:
+    """A member that is text."""
+    return checked_text(typed(body, name, str), name)
+
+
+def checked_text(text: object, name: str) -> str:
+    """The text, if it is one that can be written down in UTF-8."""
+    if not isinstance(text, str):
+        raise InputError(f"The {name} is not text.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"The {name} holds half a character (a lone surrogate); give whole characters."
+        ) from None
+    return text
+
+
+def number_of(body: dict[str, Any], name: str) -> float:
+    """A member that is a finite number."""
+    value = body.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"The request lacks {name}, or it is not a number.")
+    try:
+        return float(value)
+    except OverflowError:
+        raise InputError(f"The {name} is too large a number.") from None
+
+
+def whole_of(body: dict[str, Any], name: str, high: int = 10**MOST_DIGITS) -> int:
+    """A member that is a whole number below `high` in size."""
+    value: int = typed(body, name, int)
+    if not -high < value < high:
+        raise InputError(f"The {name} is too large a number.")
+    return value
+
+
+def tags_of(body: dict[str, Any]) -> list[str]:
+    """The tags of a note."""
+    tags = typed(body, "tags", list)
+    if not all(isinstance(tag, str) for tag in tags):
+        raise InputError("Tags are text.")
+    return [checked_text(tag, "tag") for tag in tags]
+
+
+def clamps_of(body: dict[str, Any]) -> list[Clamp]:
+    """The latents that a request holds, and the values it holds them at."""
+    clamps = []
+    for clamp in typed(body, "clamps", list):
+        if not isinstance(clamp, dict):
+            raise InputError("A clamp is an object with latent and value.")
+        clamps.append(Clamp(whole_of(clamp, "latent"), number_of(clamp, "value")))
+    return clamps
+
+
+def seed_of(body: dict[str, Any]) -> int:
+    """The seed of what is drawn."""
+    return whole_of(body, "seed", MAX_SEED)
+
+
+def latent_of(text: str, n_latents: int) -> int:
+    """The number of a latent, as an address names it."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS):
+        raise InputError(
+            f"There is no latent {_short(text)}; these tables hold 0 to {n_latents - 1}."
+        )
+    return int(text)
+
+
+def listing_of(query: QueryParams, notes: Notes) -> Listing:
+    """The query of a list: `density=0.001..` is a range, `tag=` one of the notes'."""
+    between = {}
+    for name in SUMMARY:
+        if name in query:
+            low, _, high = query[name].partition("..")
+            between[name] = (real(low), real(high))
+    latents = None
+    if tag := query.get("tag"):
+        latents = [n for n, entry in notes.noted().items() if tag in entry["tags"]]
+    return Listing(
+        sort=query.get("sort", "latent"),
+        descending=query.get("desc") == "1",
+        between=between,
+        fires_on=query.get("fires_on", "")[:200],
+        dead=query.get("dead") == "1",
+        latents=latents,
+        offset=whole(query.get("offset"), 0, 0),
+        limit=whole(query.get("limit"), PAGE, 1, MOST_ROWS),
+    )
+
+
+def whole(text: str | None, default: int, low: int, high: int = 2**31 - 1) -> int:
+    """A whole number of a query, `default` where it is left out."""
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS) or not (
+        low <= int(text) <= high
+    ):
+        raise InputError(f"{_short(text)!r} is not a whole number from {low} to {high}.")
+    return int(text)
+
+
+def real(text: str | None) -> float | None:
+    """A finite number of a query, None where it is left out."""
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{_short(text)!r} is not a number.")
+    return value
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN else text[:SHOWN] + "…"
