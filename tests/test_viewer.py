@@ -18,7 +18,6 @@ from pipelines.viewer.listing import Listing, list_latents
 from pipelines.viewer.notes import Notes
 from pipelines.viewer.overview import overview
 from pipelines.viewer.search import search
-from pipelines.viewer.site import write_site
 from pipelines.viewer.sql import FencedSQL
 from pipelines.viewer.tables import Tables
 from store.errors import InputError, RunError
@@ -204,7 +203,7 @@ def test_a_list_is_sorted_filtered_and_paged(features, tables):
     low, high = by_max[30]["max"], by_max[20]["max"]
     between = list_latents(tables, Listing(between={"max": (low, high)}))
     assert {r["latent"] for r in between["rows"]} == {r["latent"] for r in by_max[20:31]}
-    token = list_latents(tables, Listing(token="SENAT"))
+    token = list_latents(tables, Listing(fires_on="SENAT"))
     assert [r["latent"] for r in token["rows"]] == [4, 20, 36]
     chosen = list_latents(tables, Listing(latents=[9, 2, N - 1]))
     assert [r["latent"] for r in chosen["rows"]] == [2, 9]
@@ -225,73 +224,6 @@ def test_only_columns_of_the_list_can_be_sorted_by(tables, name):
         list_latents(tables, Listing(between={name: (0, None)}))
 
 
-# ---- search
-
-
-def test_a_number_finds_its_latent(tables):
-    assert search(tables, "12")["latent"] == 12
-    assert search(tables, " #12 ")["latent"] == 12
-    assert search(tables, str(N))["latent"] is None
-    assert search(tables, "²")["latent"] is None
-
-
-def test_a_token_is_found_whatever_its_case_and_blanks(features, tables):
-    found = search(tables, "COURT")["tokens"]
-    counts = {r["latent"]: r["count"] for r in rows_of(features, "tokens") if r["text"] == " court"}
-    assert found["exact"]
-    assert [r["latent"] for r in found["rows"]] == sorted(counts, key=lambda n: (-counts[n], n))
-    assert [r["count"] for r in found["rows"]] == sorted(counts.values(), reverse=True)
-    assert all(r["texts"] == [" court"] for r in found["rows"])
-    begun = search(tables, "cour")["tokens"]
-    assert not begun["exact"]
-    assert {text for row in begun["rows"] for text in row["texts"]} == {" court", " court's"}
-
-
-def test_a_text_is_found_in_contexts_and_at_their_peak(features, tables):
-    expected: dict[int, list[bool]] = {}
-    for c in rows_of(features, "contexts"):
-        text, question = c["text"].lower(), "the guitar"
-        if c["activation"] > 0 and question in text:
-            at = c["position"] - c["window_start"]
-            start = len("".join(tokens_of(c)[:at]))
-            stop = start + len(tokens_of(c)[at])
-            places = [i for i in range(len(text)) if text.startswith(question, i)]
-            hit = any(i < stop and i + len(question) > start for i in places)
-            expected.setdefault(c["latent"], []).append(hit)
-    assert expected
-    found = {r["latent"]: r for r in search(tables, "The Guitar")["texts"]}
-    assert set(found) == set(expected)
-    for latent, hits in expected.items():
-        assert (found[latent]["n"], found[latent]["n_peak"]) == (len(hits), sum(hits))
-        assert "the guitar" in found[latent]["context"]["text"].lower()
-
-
-@pytest.mark.parametrize("question", ["%", "_", "' OR 1=1 --", "$q", "?", "\x00", "\\", "a\x00b"])
-def test_a_question_is_only_ever_text(tables, question):
-    found = search(tables, question)
-    hits = [r["context"]["text"] for r in found["texts"]]
-    assert all(question.lower() in text.lower() for text in hits)
-    assert bool(hits) == any(question in text for text in HOSTILE)
-
-
-def test_questions_that_cannot_be_searched_for_get_a_sentence(tables):
-    with pytest.raises(InputError, match="Type a token"):
-        search(tables, "   ")
-    with pytest.raises(InputError, match="at most 200 characters, not 201"):
-        search(tables, "a" * 201)
-
-
-def test_explanations_are_searched_where_there_are_any(tmp_path):
-    features = write_tables(tmp_path / "features", 8)
-    assert search(Tables(features), "court")["explanations"] is None
-    texts = pa.table(
-        {"latent": pa.array([2, 5], pa.int32()), "explanation": ["courts and judges", "fruit"]}
-    )
-    pq.write_table(texts, features / "explanations.parquet")
-    found = search(Tables(features), "judges COURT")["explanations"]
-    assert [(r["latent"], r["explanation"]) for r in found] == [(2, "courts and judges")]
-
-
 def test_a_page_shows_the_explanations_that_search_finds(tmp_path, monkeypatch):
     monkeypatch.setattr(site, "SHARES", 2)  # fewer files
     features = write_tables(tmp_path / "features", 8)
@@ -305,6 +237,9 @@ def test_a_page_shows_the_explanations_that_search_finds(tmp_path, monkeypatch):
     pages = (tmp_path / "site" / "data" / "a" / "latents" / "0.js").read_text()
     page = json.loads(pages[pages.index("{") : pages.rindex(")")])
     assert [page[str(latent)]["explanation"] for latent in range(4)] == shown[:4]
+
+
+# ---- limits and damage
 
 
 def test_tables_that_do_not_fit_together_are_refused_by_name(tmp_path):
@@ -321,9 +256,6 @@ def test_tables_that_do_not_fit_together_are_refused_by_name(tmp_path):
     pq.write_table(whole.drop_columns(["text"]), path)
     with pytest.raises(RunError, match=r"contexts\.parquet is no table of contexts: its column te"):
         Tables(features)
-
-
-# ---- limits and damage
 
 
 def test_a_question_that_takes_too_long_is_stopped(features):

@@ -46,6 +46,18 @@ def test_a_comparison_lists_pairs_by_their_cosine(tmp_path):
     assert sum(comparison.overview()["cosines"]["counts"]) == 40
 
 
+def test_what_two_tables_do_not_share_is_said(tmp_path):
+    ours, theirs = compared(tmp_path)
+    (texts,) = Comparison(ours, theirs).overview()["differences"]  # stores of other digests
+    assert "only be compared if both stores hold the same texts; cosines need no texts" in texts
+    theirs.run |= {"store_digest": ours.run["store_digest"]}
+    assert Comparison(ours, theirs).overview()["differences"] == []
+    theirs.run |= {"site": "resid_post.9", "model": "another"}
+    model, site = Comparison(ours, theirs).overview()["differences"]
+    assert "made-up and another" in model
+    assert "resid_post.1 and resid_post.9" in site
+
+
 def test_saes_of_different_width_or_another_than_the_tables_are_not_compared(tmp_path):
     ours, theirs = compared(tmp_path, width=8)
     with pytest.raises(InputError, match=r"16 dimensions .* 8; compare SAEs of one site"):

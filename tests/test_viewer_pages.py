@@ -32,6 +32,11 @@ def test_the_start_page_lists_sorts_and_filters(page, base, tables):
     assert texts(page, ".figure b")[:2] == [str(N), "1"]
     assert page.locator("tbody tr").count() == N - 1
     assert page.locator(".plots svg").count() == 6
+    for plot in page.locator(".plots .plot").all():  # what the height and the width are of
+        assert re.search(r"↑ (0 to \d+ latents|highest activation)", plot.inner_text())
+    density = page.locator("figure:has-text('Density, share of rows')").inner_text()
+    assert "log scale" in density
+    assert density.count("%") == 3
     page.get_by_role("button", name="max", exact=True).click()
     page.wait_for_selector("th[aria-sort=descending] >> text=max")
     values = [float(v) for v in texts(page, "tbody tr td:nth-child(4)")]
@@ -210,6 +215,16 @@ def test_search_by_token_text_and_number(page, base):
     assert {"court"} == {t.strip("·\n ") for t in texts(page, "tbody td:nth-child(2) .token")}
     assert page.locator(".hit").first.locator(".t.peak").inner_text() == "court"
     assert "fires right on it" in page.locator(".hit").first.inner_text()
+    page.get_by_role("button", name="rows").click()
+    page.wait_for_selector("th[aria-sort=descending] >> text=rows")
+    rows = [int(t.replace(",", "")) for t in texts(page, "tbody td:nth-child(5)")]
+    assert len(rows) > 1
+    assert rows == sorted(rows, reverse=True)
+    page.get_by_role("button", name="rows").click()
+    page.wait_for_selector("th[aria-sort=ascending] >> text=rows")
+    assert texts(page, "tbody td:nth-child(5)") == [f"{n:,}" for n in sorted(rows)]
+    page.get_by_role("button", name="most specific first").click()
+    assert page.locator("th[aria-sort]").count() == 0
     go(page, base, "search?q=the%20court%20of")
     page.wait_for_selector(".hit, .empty >> nth=1")
     for hit in page.locator(".hit .text").all_text_contents():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 pytest.importorskip("starlette", reason="the viewer's server is an extra: .[viewer]")
 pytest.importorskip("uvicorn", reason="the viewer's server is an extra: .[viewer]")
 
+from pipelines.viewer import models
 from pipelines.viewer.server import open_viewer
 from pipelines.viewer.site import write_site
 from tests.made_tables import STRATA, write_sae, write_tables
-from tests.viewer_cases import command, go, served, texts
+from tests.viewer_cases import Writer, command, go, served, texts
 
 CONTEXTS = sum(n for _, n in STRATA)
 pytest_plugins = ("tests.viewer_fixtures",)
@@ -60,6 +63,43 @@ def test_live_text_and_steering_in_the_browser(page, living):
         assert outputs[2] != outputs[0]
 
 
+def test_steering_is_shown_as_it_is_written_and_stops_when_asked_to(page, tables, monkeypatch):
+    writer = Writer()
+    monkeypatch.setattr(models, "generate", writer)
+    with served(open_viewer(tables, open_model=lambda path, device: None)) as client:
+        base = f"http://127.0.0.1:{client.port}/"
+        go(page, base, "steer?latent=3")
+        stop = page.get_by_role("button", name="Stop")
+        assert stop.is_hidden()
+        page.get_by_label("tokens", exact=True).fill("200")
+        page.get_by_role("button", name="Generate").click()
+        for n in (1, 2):
+            writer.go.release()
+            made = page.locator(".made", has_text=re.compile(f"^( word){{{n}}}$"))
+            made.wait_for()
+        stop.click()
+        page.wait_for_selector(".output:has-text('(stopped)') >> nth=3")
+        assert stop.is_hidden()
+        released(page, writer, 1)
+
+        writer.begun.clear()
+        page.get_by_role("button", name="Generate").click()
+        assert writer.begun.wait(30)
+        go(page, base, "notes")  # leaving the page stops it as well
+        released(page, writer, 2)
+        assert max(map(len, writer.ended)) < 200 * len(" word")
+
+
+def released(page, writer, ended):
+    """Let the writer write until so many of its texts have ended."""
+    for _ in range(300):
+        writer.go.release()
+        page.wait_for_timeout(50)
+        if len(writer.ended) == ended:
+            return
+    pytest.fail(f"{len(writer.ended)} texts ended, not {ended}")
+
+
 def test_notes_survive_a_restart(browser, tmp_path):
     features = write_tables(tmp_path / "features", 8)
     for round_ in range(2):
@@ -92,7 +132,7 @@ def test_sql_is_asked_from_its_page(page, server):
     assert texts(page, "table.sql td") == ["0", "<b>x</b>", "1", "<b>x</b>"]
     page.get_by_label("query").fill("DROP VIEW latents")
     page.get_by_role("button", name="Run").click()
-    page.wait_for_selector("[role=alert]:has-text('Only one SELECT')")
+    page.wait_for_selector("[role=alert]:has-text('A query is one SELECT')")
     page.wrong[:] = [w for w in page.wrong if "400" not in w]
 
 
@@ -142,4 +182,15 @@ def test_pages_fit_a_phone(browser, server, path):
     go(page, server, path)
     page.wait_for_timeout(300)
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
+    for cell in page.locator("table.stack tbody tr:first-child td").all():
+        assert cell.is_visible()  # no column is left out, and none is beyond the edge
+        box = cell.bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 390
+    if path.startswith("latent"):
+        contexts = page.locator("section.main").bounding_box()
+        statistics = page.locator(".stats").bounding_box()
+        assert contexts["y"] < statistics["y"] < contexts["y"] + 3000
+        page.get_by_role("button", name="5 more").click()
+        assert page.locator(".context").count() == 10
     context.close()

@@ -53,6 +53,7 @@ class Comparison:
         counts, _ = np.histogram(np.clip(self.cosine, edges[0], 1), edges)
         return {
             "name": self.theirs.name,
+            "differences": differences(self.ours.run, self.theirs.run),
             "run": {k: plain(v) for k, v in self.theirs.run.items()},
             "n_latents": self.theirs.n_latents,
             "median": plain(float(np.median(self.cosine))),
@@ -90,6 +91,28 @@ class Comparison:
                 for p in chosen
             ],
         }
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Sentences on what two tables are of, where it is not the same: what may be compared then."""
+    found = []
+    if ours.get("model") != theirs.get("model"):
+        found.append(
+            f"The models are {ours.get('model')} and {theirs.get('model')}: unless these are two "
+            "names of one, directions in them have nothing to do with each other."
+        )
+    if ours.get("site") != theirs.get("site"):
+        found.append(
+            f"The sites are {ours.get('site')} and {theirs.get('site')}: a latent of one may have "
+            "no counterpart at the other."
+        )
+    if ours.get("store_digest") != theirs.get("store_digest"):
+        found.append(
+            f"The tables are of two stores, {ours.get('store')} and {theirs.get('store')}: "
+            "densities, tokens and maxima can only be compared if both stores hold the same texts; "
+            "cosines need no texts."
+        )
+    return found
 
 
 def nearest_rows(

@@ -12,10 +12,31 @@ from store.errors import InputError, RunError
 LONGEST = 200  # characters of a question
 FOUND = 30  # latents listed per kind of search
 
-TOKENS = """
-    SELECT latent, list(text ORDER BY count DESC, token) AS texts, sum(count)::BIGINT AS count,
-        sum(count * mean) / sum(count) AS mean, sum(share) AS share
-    FROM tokens WHERE {condition} GROUP BY latent ORDER BY count DESC, latent LIMIT ?
+# Specificity: the share of the latent's firings that are on the token, less a deviation where few
+# were counted, times how much stronger they are than its others. Lift: how many times more often it
+# fires on the token than on a row at large. No table counts a token's rows; the latent that fires
+# most often on it comes near to that.
+SPECIFIC = """
+    WITH matched AS (SELECT {key} AS key, * FROM tokens {condition}),
+    rows_read AS (SELECT max(n_fire / density) AS n FROM summary WHERE density > 0),
+    base AS (
+        SELECT key, sum(most) / any_value(n) AS share_of_rows
+        FROM (SELECT key, token, max(count) AS most FROM matched GROUP BY key, token), rows_read
+        GROUP BY key
+    ), single AS (
+        SELECT key, latent, list(text ORDER BY count DESC, token) AS texts,
+            sum(count)::BIGINT AS count, sum(count * mean) / sum(count) AS mean,
+            sum(share) AS share
+        FROM matched GROUP BY key, latent
+    ), scored AS (
+        SELECT key, latent, texts, count, single.mean AS mean, share, share / share_of_rows AS lift,
+            (1 - 1 / sqrt(count)) * share * single.mean / summary.mean AS specificity
+        FROM single JOIN base USING (key) JOIN summary USING (latent)
+    )
+    SELECT key, latent, texts, count, mean, share, lift FROM scored
+    QUALIFY row_number() OVER (
+        PARTITION BY key ORDER BY specificity DESC, count DESC, latent) <= {found}
+    ORDER BY key, specificity DESC, count DESC, latent
 """
 # The token of the context's row, and whether what was searched for overlaps it.
 PEAK = """
@@ -33,8 +54,12 @@ PEAK = """
 TEXT_LATENTS = (
     PEAK
     + """
-    SELECT latent, count(*) AS n, count(*) FILTER (on_peak) AS n_peak FROM marked
-    GROUP BY latent ORDER BY n_peak DESC, n DESC, latent LIMIT $limit
+    SELECT latent, count(*) AS n, count(*) FILTER (on_peak) AS n_peak
+    FROM marked JOIN (SELECT latent, max FROM summary) USING (latent)
+    GROUP BY latent
+    ORDER BY coalesce(sum(activation / max) FILTER (on_peak), 0) DESC, sum(activation / max) DESC,
+        latent
+    LIMIT $limit
 """
 )
 TEXT_CONTEXTS = (
@@ -79,21 +104,28 @@ def check_question(question: str) -> str:
 def by_token(tables: Tables, question: str) -> dict[str, Any]:
     """Latents that fire on a token of this text (blanks and case apart), else one beginning so.
 
-    texts: the tokens meant, of one latent; count, share and mean are those of all of them.
+    texts: the tokens meant, of one latent; count, share, lift and mean are those of all of them.
+    The most specific latents come first.
     """
     lowered = question.lower()
     for match in ("lower(trim(text)) = ?", "starts_with(lower(trim(text)), ?)"):
-        rows = tables.ask(TOKENS.format(condition=match), lowered, FOUND)
+        sql = SPECIFIC.format(key="0", condition=f"WHERE {match}", found=FOUND)
+        rows = tables.ask(sql, lowered)
         if rows:
             break
     labels = tables.labels([row["latent"] for row in rows])
     for row in rows:
+        del row["key"]
         row["tokens"] = labels.get(row["latent"], {}).get("tokens", [])
     return {"exact": match.startswith("lower"), "rows": rows}
 
 
 def by_text(tables: Tables, question: str) -> list[dict[str, Any]]:
-    """Latents in whose contexts the text occurs: those that fire right on it first."""
+    """Latents in whose contexts the text occurs.
+
+    First those that fire right on it, the most often and the strongest: by the sum of their
+    activations there, as shares of each one's maximum.
+    """
     lowered = question.lower()
     found = tables.ask_named(TEXT_LATENTS.format(only=""), {"q": lowered, "limit": FOUND})
     if not found:

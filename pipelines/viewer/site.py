@@ -25,7 +25,7 @@ from pipelines.exports.files import new_folder
 from pipelines.viewer.compare import Comparison
 from pipelines.viewer.latent import BIN, CONTEXT, NEIGHBOUR, assemble
 from pipelines.viewer.overview import overview
-from pipelines.viewer.search import FOUND
+from pipelines.viewer.search import FOUND, SPECIFIC
 from pipelines.viewer.tables import SUMMARY, Tables
 
 STATIC = Path(__file__).parent / "static"
@@ -39,29 +39,29 @@ POLICY = (
     "content=\"default-src 'self' file:; base-uri 'none'; object-src 'none'\">"
 )
 
-BY_TOKEN = f"""
-    SELECT lower(trim(text)) AS key, latent, list(text ORDER BY count DESC, token) AS texts,
-        sum(count)::BIGINT AS count, sum(count * mean) / sum(count) AS mean, sum(share) AS share
-    FROM tokens WHERE text IS NOT NULL GROUP BY key, latent
-    QUALIFY row_number() OVER (PARTITION BY key ORDER BY sum(count) DESC, latent) <= {FOUND}
-    ORDER BY key, count DESC, latent
-"""
+BY_TOKEN = SPECIFIC.format(key="lower(trim(text))", condition="", found=FOUND)
 # Letters and digits count as words; the peak's word is that around the token of the row.
 BY_WORD = """
     WITH firing AS (
-        SELECT latent, lower(text) AS text, position - window_start AS place,
+        SELECT latent, activation / max AS strength, lower(text) AS text,
+            position - window_start AS place,
             lower(contexts.text[1:coalesce(token_ends[place], 0)]) AS before,
             lower(contexts.text[coalesce(token_ends[place], 0) + 1:token_ends[place + 1]]) AS peak
-        FROM contexts WHERE activation > 0 AND latent BETWEEN ? AND ?
+        FROM contexts JOIN (SELECT latent, max FROM summary) USING (latent)
+        WHERE activation > 0 AND latent BETWEEN ? AND ?
     ), worded AS (
-        SELECT latent,
+        SELECT latent, strength,
             list_distinct(regexp_extract_all(text, '[\\p{L}\\p{N}]+')) AS words,
             regexp_extract_all(regexp_extract(before, '[\\p{L}\\p{N}]*$') || peak ||
                 regexp_extract(substr(text, length(before) + length(peak) + 1),
                     '^[\\p{L}\\p{N}]*'), '[\\p{L}\\p{N}]+') AS at_peak
         FROM firing
-    ), single AS (SELECT latent, unnest(words) AS word, at_peak FROM worded)
-    SELECT word, latent, count(*) AS n, count(*) FILTER (list_contains(at_peak, word)) AS n_peak
+    ), single AS (
+        SELECT latent, strength, unnest(words) AS word, list_contains(at_peak, word) AS on_peak
+        FROM worded
+    )
+    SELECT word, latent, round(coalesce(sum(strength) FILTER (on_peak), 0), 2) AS at_peak,
+        round(sum(strength), 2) AS at_all
     FROM single GROUP BY ALL ORDER BY word, latent
 """
 
@@ -186,19 +186,23 @@ def _pages(
             yield number, {latent: pages[latent] for latent in inside}
 
 
-def _words(tables: Tables, on_progress: OnProgress) -> dict[str, list[list[int]]]:
-    """[latent, contexts, contexts whose peak it is] of the `FOUND` best latents of each word."""
-    words: dict[str, list[list[int]]] = defaultdict(list)
+def _words(tables: Tables, on_progress: OnProgress) -> dict[str, list[list[float]]]:
+    """[latent, strength where it is the peak, strength] of the `FOUND` best latents of each word.
+
+    A strength is the sum of the latent's activations in contexts with the word, as shares of its
+    maximum.
+    """
+    words: dict[str, list[list[float]]] = defaultdict(list)
     for first in range(0, tables.n_latents, READ_AT_ONCE):
         on_progress("counting words", first, tables.n_latents)
         for row in tables.ask(BY_WORD, first, first + READ_AT_ONCE - 1):
-            words[row["word"]].append([row["latent"], row["n"], row["n_peak"]])
+            words[row["word"]].append([row["latent"], row["at_peak"], row["at_all"]])
         for found in words.values():
             if len(found) > FOUND:
-                found.sort(key=lambda f: (-f[2], -f[1], f[0]))
+                found.sort(key=lambda f: (-f[1], -f[2], f[0]))
                 del found[FOUND:]
     for found in words.values():
-        found.sort(key=lambda f: (-f[2], -f[1], f[0]))
+        found.sort(key=lambda f: (-f[1], -f[2], f[0]))
     return words
 
 

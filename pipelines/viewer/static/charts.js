@@ -4,13 +4,21 @@
 (function (SAE) {
   const { h, svg } = SAE;
 
+  /** A drawing between its axes: what its height is of, and low end, name and high end below. */
+  function framed(drawing, height, low, name, high) {
+    return [h("div.peakline", null, `↑ 0 to ${height}`), h("div.plotarea", null, drawing),
+      h("div.axis", null, h("span", null, low), h("span", null, name), h("span", null, high))];
+  }
+
   /**
-   * A histogram of edges [n + 1] and counts [n].
-   * onpick(low, high) makes its bars buttons.
+   * A histogram of edges [n + 1] and counts [n] of what `of` says.
+   * unit stands after the numbers below; onpick(low, high) makes its bars buttons.
    */
-  SAE.histogram = function (plot, label, { format = SAE.number, onpick = null, tall = 72 } = {}) {
+  SAE.histogram = function (plot, label,
+    { format = SAE.number, unit = "", of = "latents", onpick = null, tall = 72 } = {}) {
     const { edges, counts } = plot;
-    const figure = h("figure.plot", null, h("figcaption", null, label));
+    const figure = h("figure.plot", null, h("figcaption", null, label,
+      plot.log ? h("span.hint", null, "log scale") : null));
     if (!counts.length) return SAE.add(figure, SAE.empty("nothing to plot"));
     const width = 240, peak = Math.max(...counts), step = width / counts.length;
     const drawing = svg("svg", {
@@ -19,7 +27,7 @@
     });
     counts.forEach((count, i) => {
       const height = count ? Math.max(1, (count / peak) * (tall - 2)) : 0;
-      const text = `${format(edges[i])} to ${format(edges[i + 1])}: ${SAE.whole(count)}`;
+      const text = `${format(edges[i])} to ${format(edges[i + 1])}${unit}: ${SAE.whole(count)} ${of}`;
       const pick = onpick && count ? () => onpick(edges[i], edges[i + 1]) : null;
       const bar = svg(pick ? "g.bar.pick" : "g.bar", pick ? {
         tabindex: 0, role: "button", "aria-label": text, onclick: pick,
@@ -31,9 +39,9 @@
       drawing.append(bar);
     });
     const middle = edges[Math.floor(edges.length / 2)];
-    return SAE.add(figure, [drawing, h("div.axis", null,
-      h("span", null, format(edges[0])), h("span", null, format(middle)),
-      h("span", null, format(edges[edges.length - 1])))]);
+    return SAE.add(figure, framed(drawing, `${SAE.whole(peak)} ${of}`, format(edges[0]) + unit,
+      format(middle) + unit,
+      format(edges[edges.length - 1]) + unit));
   };
 
   /** A latent's activations: bins [low, high, count] on a log axis, quantiles marked. */
@@ -59,14 +67,13 @@
         drawing.append(svg("line.mark", { x1: x(value), x2: x(value), y1: 0, y2: tall }));
       }
     }
-    return h("figure.plot", null, drawing,
-      h("div.axis", null, h("span", null, SAE.number(bins[0][0])),
-        h("span", null, marks.map(([v, name]) => `${name} ${SAE.number(v)}`).join(" · ")),
-        h("span", null, SAE.number(bins[bins.length - 1][1]))));
+    return h("figure.plot", null, framed(drawing, `${SAE.whole(peak)} rows a bar`,
+      SAE.number(bins[0][0]), ["activation, log scale", marks.map(([v, name]) =>
+        [h("br"), `${name} ${SAE.number(v)}`])], SAE.number(bins[bins.length - 1][1])));
   };
 
-  /** Bars without axes: shares of each part of the context. */
-  SAE.profile = function (shares, label) {
+  /** Shares of each part of a context of so many tokens. */
+  SAE.profile = function (shares, label, length) {
     const peak = Math.max(...shares, 1e-9);
     const drawing = svg("svg", { viewBox: `0 0 ${shares.length * 10} 28`, role: "img",
       preserveAspectRatio: "none", "aria-label": label });
@@ -78,7 +85,8 @@
       tipOn(bar, `part ${i + 1} of ${shares.length}: ${SAE.percent(share)}`);
       drawing.append(bar);
     });
-    return h("figure.plot.profile", null, drawing);
+    return h("figure.plot.profile", null, framed(drawing, `${SAE.percent(peak)} of its firings`,
+      "first token", "position in the context", length ? `token ${length}` : "last token"));
   };
 
   /** Density against maximum; a click opens the latent nearest to the pointer. */
@@ -89,8 +97,9 @@
     const caption = h("figcaption", null, "Density and highest activation",
       points.step > 1 ? ` (one of ${points.step} latents)` : "",
       h("span.hint", null, "click a latent"));
+    const upwards = h("div.peakline", null, "↑ highest activation, log scale");
     const axis = h("div.axis");
-    const figure = h("figure.plot.wide", null, caption, wrap, axis);
+    const figure = h("figure.plot.wide", null, caption, upwards, wrap, axis);
     const usable = points.latent.map((_, i) => i)
       .filter((i) => points.density[i] > 0 && points.max[i] > 0);
     if (!usable.length) return SAE.add(figure, SAE.empty("nothing to plot"));
@@ -117,6 +126,7 @@
       for (let e = Math.ceil(left); e <= right; e++) {
         const at = pad + ((e - left) / (right - left)) * w;
         c.beginPath(); c.moveTo(at, 0); c.lineTo(at, box.height); c.stroke();
+        if (at > 40 && at < box.width - 40) c.fillText(SAE.percent(10 ** e), at + 3, box.height - 3);
       }
       for (let e = Math.ceil(bottom); e <= top; e++) {
         const at = pad + t - ((e - bottom) / (top - bottom)) * t;
@@ -160,7 +170,7 @@
     });
     new ResizeObserver(draw).observe(wrap);
     SAE.onTheme(draw);
-    SAE.replace(axis, h("span", null, SAE.percent(10 ** left)), h("span", null, "density →"),
+    SAE.replace(axis, h("span", null, SAE.percent(10 ** left)), h("span", null, "density, log scale →"),
       h("span", null, SAE.percent(10 ** right)));
     return figure;
   };

@@ -30,8 +30,8 @@
       SAE.walkAddress = location.hash;
       const cells = (latent, label, sae) => label && [h("td", null, SAE.latentLink(latent, sae)),
         h("td", null, label.dead ? h("span.dead", null, "dead") : SAE.tokens(label.tokens, 3)),
-        h("td.num", null, SAE.percent(label.density))];
-      SAE.replace(box, h("table.latents", null,
+        h("td.num", { "data-name": "density" }, SAE.percent(label.density))];
+      SAE.replace(box, h("table.latents.stack", null,
         h("thead", null, h("tr", null, h("th", null, SAE.info.name), h("th", null, "fires most on"),
           h("th.num", null, "density"), h("th.num", null, h("button", { type: "button",
             title: "sort by cosine", onclick: () => {
@@ -41,7 +41,7 @@
             } }, params.get("desc") === "1" ? "cosine ↓" : "cosine ↑")),
           h("th", null, other.name), h("th", null, "fires most on"), h("th.num", null, "density"))),
         h("tbody", null, answer.rows.map((r) => h("tr", null, cells(r.latent, r.ours, "a"),
-          h("td.num.cosine", { style: { "--share": Math.max(0, r.cosine) } },
+          h("td.num.cosine", { "data-name": "cosine", style: { "--share": Math.max(0, r.cosine) } },
             SAE.fixed(r.cosine)), cells(r.other, r.theirs, "b"))))));
       const last = answer.offset + answer.rows.length;
       const step = (by, name) => h("button", { type: "button",
@@ -60,17 +60,19 @@
     }
 
     const about = (name, info) => h("div.figure", null, h("b", null, h("bdi", null, name)),
-      h("span", null, `${SAE.whole(info.n_latents)} latents · ${info.run.site}`));
+      h("span", null, `${SAE.whole(info.n_latents)} latents · ${info.run.model || ""} ${info.run.site}`));
     SAE.replace(main, title,
       h("p.muted", null, "For each latent of the first, the latent of the second whose decoder " +
         "row points most nearly the same way."),
+      other.differences.length ? h("div.card.warning", { role: "note" }, other.differences.map((d) =>
+        h("p", null, d))) : null,
       h("section.plots.compare", null,
         h("div.figures", null, about(SAE.info.name, SAE.info), about(other.name, other),
           h("div.figure", null, h("b", null, SAE.number(other.median)),
             h("span", null, "median cosine")),
           h("div.figure", null, h("b", null, SAE.percent(other.above_90)),
             h("span", null, "above 0.9"))),
-        SAE.histogram(other.cosines, "Cosine to the nearest", { onpick: (low, high) => {
+        SAE.histogram(other.cosines, "Cosine to the nearest", { of: "latents", onpick: (low, high) => {
           params.set("low", low);
           params.set("high", high);
           params.delete("offset");

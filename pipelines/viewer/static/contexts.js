@@ -104,14 +104,14 @@
   document.addEventListener("pointerover", (event) => {
     const span = event.target.closest && event.target.closest(".t");
     if (!span || !span.sae) return;
-    const { text, activation, maximum } = span.sae;
+    const { text, activation, maximum, said } = span.sae;
     const box = span.getClientRects()[0];
     if (!box) return;
-    SAE.tip(box.left, box.top + 4, `“${SAE.visible(text)}”`,
-      activation > 0
+    SAE.tip(box.left, box.top + 4, `“${SAE.visible(text)}”`, said ||
+      (activation > 0
         ? `${SAE.number(activation, 4)}` +
           (maximum ? `, ${SAE.percent(activation / maximum)} of the maximum` : "")
-        : "does not fire here");
+        : "does not fire here"));
   });
   document.addEventListener("pointerout", (event) => {
     if (event.target.closest && event.target.closest(".t")) SAE.hideTip();

@@ -18,8 +18,8 @@
     const run = h("button.strong", { type: "submit" }, "Show latents");
     const result = h("div.live");
     SAE.replace(main, title,
-      h("p.muted", null, "The model reads the text; each token is heated by the latent " +
-        "nearest to its own maximum there, or by the one you choose."),
+      h("p.muted", null, "The model reads the text. A token is coloured where a latent " +
+        "does what it rarely does; or by one latent that you choose."),
       h("form.ask", { onsubmit: (e) => { e.preventDefault(); ask(); } }, text,
         h("div.row", null, run, h("span.keys", null, h("kbd", null, "Ctrl"), h("kbd", null, "↵")),
           state)), result);
@@ -50,33 +50,50 @@
     }
   };
 
+  const COLOURED = Math.log10(2), DARKEST = 1.5;  // unusualness: of one token in 2, in 30
+
+  const HOW = "activation, and how few tokens have a latent as unusual as this";
+
+  /** Of how many tokens one has such a latent. */
+  const oneIn = (unusual) => unusual < COLOURED ? "common" : `1 in ${SAE.whole(10 ** unusual)}`;
+
   function draw(answer, result) {
     const label = (latent) => answer.labels[latent] || { tokens: [], max: null };
     const relative = (latent, value) => value / Math.max(label(latent).max || value, 1e-9);
-    // by share of its own maximum: a latent that always fires strongly says little
-    for (const token of answer.tokens) {
-      token.latents.sort((a, b) => relative(...b) - relative(...a));
-    }
-    const strengths = new Map();  // latent -> its strongest activation in this text
+    const strengths = new Map();  // latent -> [its strongest activation in this text, unusualness]
     for (const { latents } of answer.tokens) {
-      for (const [latent, value] of latents) {
-        strengths.set(latent, Math.max(strengths.get(latent) || 0, value));
+      for (const [latent, value, unusual] of latents) {
+        const [v, u] = strengths.get(latent) || [0, -Infinity];
+        strengths.set(latent, [Math.max(v, value), Math.max(u, unusual)]);
       }
     }
-    const ranked = [...strengths].sort((a, b) => relative(...b) - relative(...a));
+    const ranked = [...strengths].map(([latent, [value, unusual]]) => [latent, value, unusual])
+      .sort((a, b) => b[2] - a[2] || relative(b[0], b[1]) - relative(a[0], a[1]));
     let chosen = null, at = null;
     const line = h("div.livetext", { dir: "auto" }), caption = h("p.muted"), side = h("div.side"), list = h("div.side");
 
+    /** Activation and scale that colour a token, and what a tip says of it. */
+    function heatOf(token) {
+      if (chosen !== null) {
+        const [, value] = token.latents.find(([l]) => l === chosen) || [chosen, 0];
+        return [value, label(chosen).max, value ? `latent ${chosen}: ${SAE.number(value)}, ` +
+          `${SAE.percent(relative(chosen, value))} of the maximum` : `latent ${chosen} does not fire here`];
+      }
+      if (!token.latents.length) return [0, null, "no latent fires here"];
+      const [latent, value, unusual] = token.latents[0];
+      return [unusual - COLOURED, DARKEST - COLOURED, `latent ${latent}: ${SAE.number(value)}, ` +
+        `${SAE.percent(relative(latent, value))} of the maximum; ${oneIn(unusual)}` +
+        (unusual < COLOURED ? "" : " tokens")];
+    }
+
     function heats() {
       SAE.replace(caption, chosen === null
-        ? "Heat: the strongest latent of each token, as a share of its maximum."
-        : ["Heat: latent ", SAE.latentLink(chosen), ", as a share of its maximum."]);
+        ? "Coloured: what one token in 2 of the corpus has, or fewer; the darkest one in 30."
+        : ["Coloured: latent ", SAE.latentLink(chosen), ", as a share of its maximum."]);
       SAE.replace(line, answer.tokens.map((token, i) => {
-        const best = token.latents[0];
-        const [latent, value] = chosen === null ? best || [null, 0]
-          : token.latents.find(([l]) => l === chosen) || [chosen, 0];
-        const [blank, span] = SAE.tokenSpan(token.text, value,
-          latent === null ? null : label(latent).max, i === at);
+        const [heat, scale, said] = heatOf(token);
+        const [blank, span] = SAE.tokenSpan(token.text, heat, scale, i === at);
+        span.sae.said = said;
         span.setAttribute("tabindex", 0);
         span.setAttribute("role", "button");
         const pick = () => { at = i; heats(); token_(); };
@@ -87,38 +104,39 @@
     }
 
     function bars(pairs) {
-      return h("ol.firing", null, pairs.map(([latent, value]) => {
+      return h("ol.firing", null, pairs.map(([latent, value, unusual]) => {
         const button = h("button.plain", { type: "button", "aria-pressed": String(latent === chosen),
           title: "heat the text by this latent", onclick: () => {
             chosen = chosen === latent ? null : latent;
             heats(); token_(); all();
           } }, "heat");
         return h("li" + (latent === chosen ? ".chosen" : ""), {
-          style: { "--share": Math.min(relative(latent, value), 1) } },
+          style: { "--share": Math.min(Math.max(unusual / DARKEST, 0), 1) } },
         SAE.latentLink(latent), SAE.tokens(label(latent).tokens, 3),
-        h("span.num", null, SAE.fixed(value),
-          h("span.muted", null, ` ${SAE.percent(relative(latent, value))}`)), button);
+        h("span.num.muted", { title: `${SAE.percent(relative(latent, value))} of its maximum` },
+          SAE.fixed(value)),
+        h("span.num", { title: "of so many tokens about one has a latent as unusual as this" },
+          oneIn(unusual)), button);
       }));
     }
 
     function token_() {
       const token = at === null ? null : answer.tokens[at];
       SAE.replace(side, h("h2", null, "On the token ", token ? SAE.token(token.text) : "…"),
-        h("p.muted", null, "by share of each latent's own maximum"),
+        h("p.muted", null, HOW),
         !token ? SAE.empty("Choose a token of the text.")
           : token.latents.length ? bars(token.latents.slice(0, 20))
             : SAE.empty("No latent fires here."));
     }
 
     function all() {
-      SAE.replace(list, h("h2", null, "Strongest in the text"),
-        h("p.muted", null, "by share of each latent's own maximum"), bars(ranked.slice(0, 20)));
+      SAE.replace(list, h("h2", null, "Most unusual in the text"),
+        h("p.muted", null, HOW), bars(ranked.slice(0, 20)));
     }
 
+    const most = (token) => (token.latents.length ? token.latents[0][2] : -Infinity);
     at = answer.tokens.reduce((best, token, i) =>
-      token.latents.length && (best === null
-        || relative(...token.latents[0]) > relative(...answer.tokens[best].latents[0]))
-        ? i : best, null);
+      most(token) > (best === null ? -Infinity : most(answer.tokens[best])) ? i : best, null);
     heats(); token_(); all();
     SAE.replace(result, h("section.card", null, line, caption),
     h("div.two", null, h("section.card", null, side), h("section.card", null, list)), perToken());
@@ -127,10 +145,10 @@
       return h("details.card", null, h("summary", null, "Every token with its latents"),
         h("table.latents.tokentable", null, h("tbody", null, answer.tokens.map((token) =>
           h("tr", null, h("th", { scope: "row" }, SAE.token(token.text)),
-            h("td", null, token.latents.slice(0, 6).map(([latent, value]) =>
+            h("td", null, token.latents.slice(0, 6).map(([latent, value, unusual]) =>
               h("span.chip", null, SAE.latentLink(latent), " ",
                 SAE.tokens(label(latent).tokens, 1), " ",
-                h("span.muted", null, SAE.number(value))))))))));
+                h("span.muted", null, `${SAE.number(value)}, ${oneIn(unusual)}`)))))))));
     }
   }
 })(window.SAE);

@@ -52,19 +52,51 @@
       : SAE.empty("No explanation has all of these words."));
   }
 
+  const NUMBERS = [
+    ["lift", "lift", (x) => `× ${SAE.fixed(x)}`,
+      "how many times more often it fires on this token than on a token at large"],
+    ["share", "of its firings", SAE.percent, "share of the latent's firings that are on this token"],
+    ["count", "rows", SAE.whole, "rows with this token on which it fires"],
+    ["mean", "mean", SAE.fixed, "its mean activation on this token"],
+  ];
+
+  /** The latents of a token: as found, the most specific first, or by the heading clicked. */
   function tokens({ tokens: { exact, rows } }) {
     const title = exact || !rows.length ? "Fire on the token" : "Fire on a token that begins so";
-    return h("section.card", null, h("h2", null, title), rows.length
-      ? h("table.latents", null, h("thead", null, h("tr", null, h("th", null, "latent"),
-        h("th", null, "token"), h("th.num", { title: "rows with this token on which it fires" },
-          "rows"), h("th.num", { title: "share of the latent's firings" }, "of its firings"),
-        h("th.num", { title: "its mean activation on this token" }, "mean"),
-        h("th.wide", null, "fires most on"))),
-      h("tbody", null, rows.map((r) => h("tr", null, h("td", null, SAE.latentLink(r.latent)),
-        h("td", null, SAE.tokens(r.texts, 3)), h("td.num", null, SAE.whole(r.count)),
-        h("td.num", null, SAE.percent(r.share)), h("td.num", null, SAE.fixed(r.mean)),
-        h("td.wide", null, SAE.tokens(r.tokens, 4))))))
-      : SAE.empty("No latent has it among the tokens it fires on most."));
+    const section = h("section.card", null, h("h2", null, title));
+    if (!rows.length) {
+      return SAE.add(section, [SAE.empty("No latent has it among the tokens it fires on most.")]);
+    }
+    const note = h("p.muted"), table = h("div");
+    let sorted = null, falling = true;
+
+    function draw() {
+      const order = sorted === null ? rows : [...rows].sort((a, b) =>
+        (falling ? -1 : 1) * (a[sorted] - b[sorted]) || a.latent - b.latent);
+      SAE.replace(note, sorted === null
+        ? "The most specific first: a large share of their firings is on it, and strong ones. "
+        : [`By ${NUMBERS.find(([key]) => key === sorted)[1]}. `, h("button.plain", { type: "button",
+          onclick: () => { sorted = null; draw(); } }, "most specific first")]);
+      const head = ([key, name, , hint]) => {
+        const now = key === sorted ? (falling ? "descending" : "ascending") : null;
+        return h("th.num", { scope: "col", "aria-sort": now, title: hint },
+          h("button", { type: "button", onclick: () => {
+            falling = sorted === key ? !falling : true;
+            sorted = key;
+            draw();
+          } }, name, h("span.arrow", null, now ? (falling ? " ↓" : " ↑") : "")));
+      };
+      SAE.replace(table, h("table.latents.stack", null, h("thead", null, h("tr", null,
+        h("th", null, "latent"), h("th", null, "token"), NUMBERS.map(head),
+        h("th", null, "fires most on"))),
+      h("tbody", null, order.map((r) => h("tr", null, h("td", null, SAE.latentLink(r.latent)),
+        h("td", null, SAE.tokens(r.texts, 3)),
+        NUMBERS.map(([key, name, format]) => h("td.num", { "data-name": name }, format(r[key]))),
+        h("td", { "data-name": "fires most on" }, SAE.tokens(r.tokens, 4)))))));
+    }
+
+    draw();
+    return SAE.add(section, [note, table]);
   }
 
   function texts({ texts: rows, words }) {

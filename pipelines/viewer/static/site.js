@@ -48,7 +48,7 @@
     const columns = await ours("summary"), names = Object.keys(columns);
     let found = columns.latent.map((_, i) => i);
     if (params.get("dead") !== "1") found = found.filter((i) => !columns.dead[i]);
-    const token = (params.get("token") || "").toLowerCase();
+    const token = (params.get("fires_on") || "").toLowerCase();
     if (token) {
       found = found.filter((i) => columns.tokens[i].some((t) => t.toLowerCase().includes(token)));
     }
@@ -73,8 +73,8 @@
     const q = question.trim(), lowered = q.toLowerCase(), number = q.replace(/^#/, "");
     const { tokens } = await ours("summary");
     const byToken = ((await ours(`tokens/${share(lowered)}`))[lowered] || [])
-      .map(([n, texts, count, mean, part]) =>
-        ({ latent: n, texts, count, mean, share: part, tokens: tokens[n] }));
+      .map(([n, texts, count, mean, part, lift]) =>
+        ({ latent: n, texts, count, mean, share: part, lift, tokens: tokens[n] }));
     return {
       question: q,
       latent: /^\d+$/.test(number) && Number(number) < SAE.info.n_latents ? Number(number) : null,
@@ -90,12 +90,12 @@
     const words = [...new Set(lowered.match(/[\p{L}\p{N}]+/gu) || [])];
     const lists = await Promise.all(words.map(async (word) =>
       (await ours(`words/${share(word)}`))[word] || []));
-    const best = new Map();  // latent -> contexts whose peak one of the words is, contexts
-    for (const [n, count, atPeak] of lists.flat()) {
-      const [peaks, contexts] = best.get(n) || [0, 0];
-      best.set(n, [peaks + atPeak, contexts + count]);
+    const best = new Map();  // latent -> its strength where one of the words is the peak, and anywhere
+    for (const [n, atPeak, atAll] of lists.flat()) {
+      const [peaks, all] = best.get(n) || [0, 0];
+      best.set(n, [peaks + atPeak, all + atAll]);
     }
-    const chosen = [...best].sort(([a, x], [b, y]) => y[0] - x[0] || y[1] - x[1] || a - b)
+    const chosen = [...best].sort(byStrength)
       .slice(0, LOOKED_THROUGH).map(([n]) => n);
     const rows = await Promise.all(chosen.map(async (n) => {
       const page = await latent(n);
@@ -103,13 +103,18 @@
         .filter((c) => c.activation > 0 && c.text.toLowerCase().includes(lowered))
         .map((context) => ({ context, onPeak: onPeak(context, lowered) }))
         .sort((a, b) => b.onPeak - a.onPeak || b.context.activation - a.context.activation);
-      return found.length ? { latent: n, tokens: tokens[n], max: page.statistics.max,
+      const strength = (some) => some.reduce((sum, f) => sum + f.context.activation, 0) /
+        page.statistics.max;
+      return found.length ? { strength: [strength(found.filter((f) => f.onPeak)), strength(found)],
+        latent: n, tokens: tokens[n], max: page.statistics.max,
         n: found.length, n_peak: found.filter((f) => f.onPeak).length, context: found[0].context,
         title: (page.documents[found[0].context.document] || {}).title } : null;
     }));
-    return rows.filter(Boolean)
-      .sort((a, b) => b.n_peak - a.n_peak || b.n - a.n || a.latent - b.latent);
+    return rows.filter(Boolean).sort((a, b) =>
+      byStrength([a.latent, a.strength], [b.latent, b.strength]));
   }
+
+  const byStrength = ([a, x], [b, y]) => y[0] - x[0] || y[1] - x[1] || a - b;
 
   /** Whether what was searched for overlaps the token of the context's row. */
   function onPeak(context, lowered) {

@@ -11,8 +11,8 @@
     const start = SAE.info;
     const run = start.run, list = SAE.list(start.columns);
     const pick = (name) => (low, high) => list.filter(name, low, high);
-    const plot = (name, label, format) =>
-      SAE.histogram(start.plots[name], label, { format, onpick: pick(name) });
+    const plot = (name, label, format, unit) =>
+      SAE.histogram(start.plots[name], label, { format, unit, onpick: pick(name) });
     const density = (x) => SAE.percent(x);
     SAE.replace(main,
       h("section.hero", null,
@@ -28,8 +28,8 @@
             "mean number of latents that fire on a row"))),
       h("section.plots", null,
         SAE.scatter(start.scatter, (latent) => SAE.open("latent/" + latent)),
-        plot("density", "Density", density),
-        plot("token_entropy_bits", "Entropy of its tokens, bits"),
+        plot("density", "Density, share of rows", density),
+        plot("token_entropy_bits", "Entropy of its tokens", SAE.number, " bits"),
         plot("max", "Highest activation"),
         plot("encoder_decoder_cosine", "Encoder–decoder cosine"),
         plot("kurtosis", "Kurtosis of its activations"),
