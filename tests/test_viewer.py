@@ -18,6 +18,7 @@ from pipelines.viewer.listing import Listing, list_latents
 from pipelines.viewer.notes import Notes
 from pipelines.viewer.overview import overview
 from pipelines.viewer.search import search
+from pipelines.viewer.site import write_site
 from pipelines.viewer.sql import FencedSQL
 from pipelines.viewer.tables import Tables
 from store.errors import InputError, RunError
