@@ -20,6 +20,7 @@ A store can grow: more shards of the same plan, then another seal. `row = contex
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Annotated, Any, Final, Literal
 
 import numpy as np
@@ -148,7 +149,7 @@ class Plan(BaseModel):
         """Rows per zarr chunk: the largest divisor of the shard that keeps a chunk small."""
         row_bytes = self.width(site) * self.itemsize
         limit = max(1, min(MAX_CHUNK_ROWS, CHUNK_BYTES // row_bytes))
-        return next(r for r in range(limit, 0, -1) if self.shard_rows % r == 0)
+        return _largest_divisor(self.shard_rows, limit)
 
     def differing_fields(self, other: Plan) -> list[str]:
         """`option: this → other` for every field in which two plans differ.
@@ -165,6 +166,12 @@ class Plan(BaseModel):
             for field in mine | theirs
             if mine.get(field) != theirs.get(field)
         ]
+
+
+@cache
+def _largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of a number up to a limit; asked for every chunk that is read."""
+    return next(d for d in range(limit, 0, -1) if number % d == 0)
 
 
 def _flat(plan: Plan) -> dict[str, Any]:
