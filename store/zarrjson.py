@@ -59,6 +59,14 @@ def zarr_metadata(plan: Plan, n_contexts: int) -> dict[str, dict[str, Any]]:
                 "float32",
                 "NaN",
             )
+    # The root repeats all of it. Without that, zarr looks for arrays in every folder of the store,
+    # and warns of each that holds none.
+    repeated = {
+        path: content | (_consolidated({}) if content["node_type"] == "group" else {})
+        for path, content in sorted(found.items())
+        if path
+    }
+    found[""] = found[""] | _consolidated(repeated)
     return {f"{path}/zarr.json".lstrip("/"): content for path, content in found.items()}
 
 
@@ -76,6 +84,12 @@ def write_zarr_metadata(objects: Objects, plan: Plan, n_contexts: int) -> None:
 
 def _group(attributes: dict[str, Any]) -> dict[str, Any]:
     return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+
+
+def _consolidated(within: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The field of a group's metadata that repeats the metadata of all that is in the group."""
+    inline = {"kind": "inline", "must_understand": False, "metadata": within}
+    return {"consolidated_metadata": inline}
 
 
 def _array(

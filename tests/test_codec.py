@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import zarr
 from zarr.core.buffer import cpu, default_buffer_prototype
+from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
 
 from store import codec, layout
@@ -126,6 +127,8 @@ def made_by_zarr(plan: Plan, n_contexts: int) -> dict[str, Any]:
             dimension_names=("shard", "scale_offset", "channel"),
             **common,
         )
+    with pytest.warns(ZarrUserWarning, match="Consolidated metadata"):
+        zarr.consolidate_metadata(memory)
     return {key: json.loads(value) for key, value in read_memory(memory).items()}
 
 
@@ -260,3 +263,13 @@ def test_a_store_is_read_by_zarr_while_it_grows(tmp_path: Path) -> None:
         assert group[f"activations/{SITE}"].shape == (n_contexts * 16, 8)
         expected = rows_of(plan, n_contexts).astype("float16")
         assert np.array_equal(group[f"activations/{SITE}"][:], expected)
+
+
+@pytest.mark.filterwarnings("error")
+def test_zarr_lists_a_store_without_a_warning(tmp_path: Path) -> None:
+    make_store(tmp_path / "s")
+    group: Any = zarr.open_group(str(tmp_path / "s"), mode="r")
+    found = sorted(path for path, _ in group.members(max_depth=None))
+    assert found == ["activations", f"activations/{SITE}", "norms", f"norms/{SITE}", "tokens"]
+    assert sorted(group) == ["activations", "norms", "tokens"]
+    assert [name for name, _ in group["activations"].arrays()] == [SITE]
