@@ -72,6 +72,8 @@ class FileCorpus(Corpus):
     A cursor is the number of the file and the place in it.
     """
 
+    cursor_names = ("file", *Place._fields)
+
     def __init__(self, spec: CorpusSpec, found: Found, full_name: str) -> None:
         super().__init__(spec, full_name)
         self._files, self.left_out = found
@@ -130,6 +132,8 @@ class NewsCorpus(Corpus):
     Seven of them are the same, to the letter, as others before them. The archive is found without
     importing the package, which needs much that we do not. A cursor is the number of rows done.
     """
+
+    cursor_names = ("rows",)
 
     def __init__(self, spec: CorpusSpec) -> None:
         super().__init__(spec)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from pydantic import BaseModel, Field
 
@@ -77,8 +77,10 @@ class Corpus(ABC):
         dedup: asks whoever reads it to leave out documents that came before.
         n_bytes: of its files as they are stored; None where that is not known.
         left_out: what in it is not read, each with the reason.
+        cursor_names: the numbers of which a cursor consists.
     """
 
+    cursor_names: ClassVar[tuple[str, ...]]
     n_bytes: int | None = None
     left_out: Sequence[LeftOut] = ()
 
@@ -101,8 +103,15 @@ class Corpus(ABC):
         """Every document with text, each with the cursor of the place after it.
 
         A cursor belongs to a corpus of one fingerprint. Raises InputError where the data cannot be
-        read, and where there is no text from the first document to the last.
+        read, where there is no text from the first document to the last, and for a cursor of
+        another kind of corpus.
         """
+        if cursor is not None and set(cursor) != set(self.cursor_names):
+            raise InputError(
+                f"The place to go on from ({', '.join(sorted(cursor)) or 'empty'}) is none of the "
+                f"corpus {self.name}; the record that names it is damaged: run "
+                "`harvest verify --repair`."
+            )
         empty = cursor is None
         for document, after in self._read(cursor):
             if self._stopped:

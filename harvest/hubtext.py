@@ -20,6 +20,8 @@ class HubCorpus(Corpus):
     read over, as `datasets` cannot seek.
     """
 
+    cursor_names = ("rows", "file", "row")
+
     def __init__(self, spec: CorpusSpec) -> None:
         super().__init__(spec)
         import datasets  # a second to import, needed by hub datasets alone

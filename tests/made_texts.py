@@ -22,6 +22,8 @@ WORDS += [END, "don't\n\nstop"]
 class Texts(Corpus):
     """Documents made from a list of texts; `read` has the numbers of those read, in order."""
 
+    cursor_names = ("next",)
+
     def __init__(self, texts: list[str], dedup: bool = False) -> None:
         super().__init__(CorpusSpec(name="texts", dedup=dedup))
         self._texts = texts

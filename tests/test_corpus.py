@@ -445,3 +445,10 @@ def test_a_git_lfs_pointer_is_no_text(tmp_path: Path, name: str) -> None:
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     with pytest.raises(InputError, match="is a Git-LFS pointer and not the file itself"):
         open_corpus(CorpusSpec(name=str(tmp_path))).fingerprint()
+
+
+@pytest.mark.parametrize("cursor", [{}, {"rows": 1}, {"file": 0, "rows": 1, "lines": 1}, {"x": 0}])
+def test_a_cursor_of_another_corpus_is_one_sentence(tmp_path: Path, cursor: Any) -> None:
+    corpus = open_corpus(CorpusSpec(name=str(write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}]))))
+    with pytest.raises(InputError, match=r"^The place to go on from .* is none of the corpus"):
+        next(corpus.documents(cursor))
