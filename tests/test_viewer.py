@@ -12,13 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.viewer import latent as latent_queries
-from pipelines.viewer import site
 from pipelines.viewer.latent import compact, latent_page, merged
 from pipelines.viewer.listing import Listing, list_latents
 from pipelines.viewer.notes import Notes
 from pipelines.viewer.overview import overview
 from pipelines.viewer.search import search
-from pipelines.viewer.site import write_site
 from pipelines.viewer.sql import FencedSQL
 from pipelines.viewer.tables import Tables
 from store.errors import InputError, RunError
@@ -223,21 +221,6 @@ def test_only_columns_of_the_list_can_be_sorted_by(tables, name):
         list_latents(tables, Listing(sort=name))
     with pytest.raises(InputError, match="There is no column"):
         list_latents(tables, Listing(between={name: (0, None)}))
-
-
-def test_a_page_shows_the_explanations_that_search_finds(tmp_path, monkeypatch):
-    monkeypatch.setattr(site, "SHARES", 2)  # fewer files
-    features = write_tables(tmp_path / "features", 8)
-    assert latent_page(Tables(features), 2)["explanation"] is None
-    told = {"latent": [5, 2, 2, 3], "explanation": ["fruit", "judges", "courts", None]}
-    pq.write_table(pa.table(told), features / "explanations.parquet")
-    tables = Tables(features)
-    shown = [latent_page(tables, latent)["explanation"] for latent in range(8)]
-    assert shown == [None, None, "courts\njudges", None, None, "fruit", None, None]
-    write_site(features, None, tmp_path / "site")
-    pages = (tmp_path / "site" / "data" / "a" / "latents" / "0.js").read_text()
-    page = json.loads(pages[pages.index("{") : pages.rindex(")")])
-    assert [page[str(latent)]["explanation"] for latent in range(4)] == shown[:4]
 
 
 # ---- limits and damage

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.viewer import site
 from pipelines.viewer.latent import latent_page
 from pipelines.viewer.search import search
 from pipelines.viewer.site import BY_TOKEN, write_site
@@ -134,7 +135,8 @@ def test_explanations_are_searched_where_there_are_any(tmp_path):
     assert [(r["latent"], r["explanation"]) for r in found] == [(2, "courts and judges")]
 
 
-def test_a_page_shows_the_explanations_that_search_finds(tmp_path):
+def test_a_page_shows_the_explanations_that_search_finds(tmp_path, monkeypatch):
+    monkeypatch.setattr(site, "SHARES", 2)  # fewer files
     features = write_tables(tmp_path / "features", 8)
     assert latent_page(Tables(features), 2)["explanation"] is None
     told = {"latent": [5, 2, 2, 3], "explanation": ["fruit", "judges", "courts", None]}
