@@ -223,7 +223,6 @@ def state_of(folder: Path) -> dict[str, Any]:
 @settings(
     max_examples=500,
     deadline=None,
-    derandomize=True,
     phases=[Phase.generate],  # shrinking takes minutes; add it to look into a failure
     suppress_health_check=list(HealthCheck),
 )

@@ -35,6 +35,7 @@ CONFIG = TrainConfig(
     checkpoint_every=SAVED_EVERY,
     lr=1e-3,
 )
+STATE = {"total_variance": 1.0, "loader": {"epoch": 0, "step": 1}}  # of a checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             if not name.startswith("average"):
                 tensor.copy_(torch.arange(tensor.numel()).view_as(tensor))
         found[kind] = tmp_path_factory.mktemp(kind)
-        save_checkpoint(found[kind], 1, learner.sae, learner.tensors(), {"loader": {}})
+        save_checkpoint(found[kind], 1, learner.sae, learner.tensors(), STATE)
     return found
 
 
@@ -138,7 +139,7 @@ def test_large_files_are_hashed_in_pieces_that_do_not_depend_on_processes(
 ):
     monkeypatch.setattr(slices, "HASH_BYTES", 1000)
     learner = begin(config_of(k=4))
-    save_checkpoint(tmp_path, 1, learner.sae, learner.tensors(), {})
+    save_checkpoint(tmp_path, 1, learner.sae, learner.tensors(), STATE)
     state = load_checkpoint(tmp_path, 1, "cpu").state
     path = tmp_path / "checkpoints" / "000001" / "sae.safetensors"
     data = path.read_bytes()

@@ -254,7 +254,7 @@ def test_eval_measures_any_sae_and_writes_only_where_asked(job: Path, store_path
 
 def test_the_template_of_a_run_and_of_a_sweep_are_settings() -> None:
     found = Source(yaml.safe_load((JOBS / "run.yaml").read_text()), "run.yaml", {})
-    assert found.places().out == "runs/gpt2-8/sae"
+    assert found.places().out == str(Path("runs/gpt2-8/sae").absolute())
     assert (found.config().n_latents, found.config().k) == (24576, 32)
     assert len(read_sweep_file(JOBS / "sweep.yaml", {}).members) == 14
 

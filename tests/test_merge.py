@@ -305,10 +305,10 @@ def test_stores_of_other_plans_are_refused_before_anything_is_written(
 ) -> None:
     other = part(tmp_path / "c", [0], make_plan(seed=3))
     target = tmp_path / "whole"
-    with pytest.raises(PlanMismatchError, match=r"c was made .* than .*/a; .* seed: 0 → 3"):
+    with pytest.raises(PlanMismatchError, match=r"c was made .* than .*/a; .* --seed: 0 → 3"):
         joined(LocalObjects(target), *halves, other)
     assert not target.exists()
-    with pytest.raises(PlanMismatchError, match=r"/a was made .* than .*/c; .* seed: 3 → 0"):
+    with pytest.raises(PlanMismatchError, match=r"/a was made .* than .*/c; .* --seed: 3 → 0"):
         joined(other, *halves)
     assert committed_shards(other) == [0]
 

@@ -194,7 +194,7 @@ def test_what_a_killed_worker_had_is_done_by_others(
         assert wait_for(lambda: pool.rows_done() == COUNT * plan.shard_rows, 10)
 
         # Idle workers that are killed are noticed as well, and replaced.
-        assert wait_for(lambda: pool.collect() == [] and len(started(told)) == 3, 30)
+        assert wait_for(lambda: pool.collect() == [] and len(started(told)) == 3, 120)
         for pid in filter(alive, started(told)):
             os.kill(pid, signal.SIGKILL)
         assert wait_for(lambda: (pool.collect(), pool.rows_done()) and len(gone(told)) == 3, 30)

@@ -338,7 +338,6 @@ def test_nothing_that_can_happen_to_a_store_makes_it_lose_or_lie(
             max_examples=examples,
             stateful_step_count=30,
             deadline=None,
-            derandomize=True,
             phases=[Phase.generate],  # shrinking takes minutes; add it to look into a failure
             suppress_health_check=list(HealthCheck),
         ),

@@ -200,7 +200,7 @@ def _opened(path: Path, ask: Callable[[pq.ParquetFile], Any]) -> Any:
     try:
         with exact_file(path) as file, pq.ParquetFile(file) as parquet:
             return ask(parquet)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: a name is not UTF-8
         raise RunError(
             f"{path} is damaged ({first_line(error)}); remove {path.parent} and build again."
         ) from error

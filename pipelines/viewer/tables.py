@@ -98,7 +98,7 @@ class Tables:
                 f"The question took longer than {self.seconds:g} s and was stopped; "
                 "ask for something narrower."
             ) from None
-        except duckdb.Error as error:
+        except (duckdb.Error, UnicodeDecodeError) as error:
             raise RunError(
                 f"{self.features} cannot be read ({first_line(error)}); build the tables again."
             ) from error
