@@ -149,7 +149,7 @@ def tokens_rate(speed: float) -> str:
 
 
 def kept(store: str | Path) -> str:
-    """What an interrupted harvest leaves, and how to go on."""
+    """The sentence that says what an interrupted harvest leaves, and how to go on."""
     from store.commits import committed_shards
     from store.errors import SaeHarvestError
     from store.objects import open_objects

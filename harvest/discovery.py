@@ -134,7 +134,7 @@ def probe(model: PreTrainedModel) -> tuple[nn.ModuleList, list[BlockCall]]:
 
 
 def _last_state(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """What the model without its head makes of the tokens: `[1, tokens, d_model]`."""
+    """Final hidden states of the model without its head: `[1, tokens, d_model]`."""
     with torch.no_grad():
         output: Tensor = model.base_model(input_ids=tokens, use_cache=False)[0]
         return output

@@ -104,7 +104,7 @@ def find_objects(url: str) -> Found:
 
 
 def sentence(corpus: str, left_out: Iterable[LeftOut], most: int | None = NAMED) -> str:
-    """What is left out of a corpus, by reason, with up to `most` names each; empty for nothing."""
+    """The parts of a corpus that are not read, by reason, up to `most` names each; may be empty."""
     reasons: dict[str, list[str]] = {}
     for name, why in left_out:
         reasons.setdefault(why, []).append(name)

@@ -220,7 +220,7 @@ def place_in_corpus(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def moments_fit(statistics: dict[str, Any], plan: Plan, site: str, rows: int) -> bool:
-    """Whether statistics that passed validation are of so many rows of a site of the plan."""
+    """True if validated statistics are of so many rows of a site of the plan."""
     width, groups = plan.width(site), [statistics["ordinary"], statistics["outlier"]]
     lists = [group[name] for group in groups for name in ("mean", "m2")]
     if plan.dtype == "int8":

@@ -1,4 +1,4 @@
-"""What the four command lines share: error reporting and progress.
+"""Shared parts of the four command lines: error reporting and progress.
 
 Progress goes to standard error, results to standard output, so that a command can be piped.
 """

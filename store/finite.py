@@ -38,7 +38,7 @@ def require_finite(
 
 
 def all_finite(x: npt.NDArray[Any]) -> bool:
-    """Whether x, float16 or float32, holds neither infinity nor NaN; faster than `np.isfinite`.
+    """True if x, float16 or float32, holds neither infinity nor NaN; faster than `np.isfinite`.
 
     Read as an integer, a number that is not finite is one of the largest of its sign.
     """

@@ -23,7 +23,7 @@ class NoExclusiveNamesError(OSError):
 
 
 def give_name(temporary: Path, final: Path) -> bool:
-    """Whether the file got its final name; False if that is taken.
+    """Give the file its final name. True if it got the name; False if that is taken.
 
     Args:
         temporary: the file's name so far, in the folder of `final`; it may be gone afterwards.

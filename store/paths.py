@@ -39,7 +39,7 @@ def absolute(place: str) -> str:
 
 
 def absolute_name(name: str) -> str:
-    """What may be a path or a name on the Hugging Face hub: in full if it is a path.
+    """Make a path absolute that may also be a name on the Hugging Face hub, which stays.
 
     A path is what exists, or begins with `/`, `.` or `~`.
     """

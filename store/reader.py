@@ -43,7 +43,7 @@ class Scratch:
 
 @dataclass(frozen=True, slots=True)
 class _Committed:
-    """What reading a shard needs of its commit record; the rest would fill the memory.
+    """The part of a commit record that reading its shard needs; the rest would fill the memory.
 
     medians: site → median norm. chunks: path → crc32c of each chunk, uint32. tables: key → bytes
     and xxh3 of each table.

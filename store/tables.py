@@ -92,7 +92,7 @@ def parse_table(data: bytes, plan: Plan, key: str, shard: int, name: str) -> pa.
 
 
 def _are_pieces(table: pa.Table, plan: Plan, shard: int) -> bool:
-    """Whether pieces of documents lie in the contexts of the shard."""
+    """True if pieces of documents lie in the contexts of the shard."""
     if table.schema != PIECE_SCHEMA or any(column.null_count for column in table.columns):
         return False
     first = shard * plan.contexts_per_shard
@@ -107,7 +107,7 @@ def _are_pieces(table: pa.Table, plan: Plan, shard: int) -> bool:
 
 
 def _are_exact(table: pa.Table, plan: Plan, site: str, shard: int) -> bool:
-    """Whether rows kept exactly are rows of the shard, ascending, each as wide as the site."""
+    """True if rows kept exactly are rows of the shard, ascending, each as wide as the site."""
     schema = exact_table(np.empty(0, np.int64), np.empty((0, plan.width(site)))).schema
     if table.schema != schema or any(column.null_count for column in table.columns):
         return False

@@ -67,7 +67,7 @@ class Fvu:
 
 
 class _Figures:
-    """What is reported of some rows, given in any number of pieces."""
+    """Sums over some rows and the figures made of them; rows are given in any number of pieces."""
 
     def __init__(self, sae: Dictionary) -> None:
         self._fvu = Fvu(sae.config.width_out)

@@ -43,12 +43,12 @@ def explained(out: Path) -> Iterator[None]:
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on the processor or on a GPU."""
+    """True if an allocation failed, on the processor or on a GPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(part in str(error) for part in NO_MEMORY)
 
 
 def is_of_gpu(error: BaseException) -> bool:
-    """Whether the GPU, its driver or code that ran on it failed: an illegal address, say."""
+    """True if the GPU, its driver or code that ran on it failed: an illegal address, say."""
     return isinstance(error, RuntimeError) and any(part in str(error) for part in OF_GPU)

@@ -23,7 +23,7 @@ class Record(BaseModel):
 
 
 class Figures(Record):
-    """Of one choice of held-out rows; None where there are no rows."""
+    """Figures of one choice of held-out rows; None where there are no rows."""
 
     rows: int = Field(ge=0)
     fvu: Finite | None

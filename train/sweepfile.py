@@ -112,7 +112,7 @@ def _variants(found: Mapping[str, Any], file: str) -> Iterator[tuple[str | None,
 
 
 def _is_name(name: object) -> bool:
-    """Whether a member may be called that: its folder is."""
+    """True if a member may have this name, which is also its folder's."""
     if not isinstance(name, str | int) or not re.fullmatch(r"\w[\w=,.+-]*", str(name)):
         return False
     return str(name) not in TAKEN

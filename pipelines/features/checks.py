@@ -196,7 +196,7 @@ def check_histogram(
 
 
 def _opened(path: Path, ask: Callable[[pq.ParquetFile], Any]) -> Any:
-    """What a Parquet file answers; `RunError` if it is damaged."""
+    """The answer of a Parquet file; `RunError` if it is damaged."""
     try:
         with exact_file(path) as file, pq.ParquetFile(file) as parquet:
             return ask(parquet)

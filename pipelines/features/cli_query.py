@@ -30,7 +30,7 @@ MAX_SQL_BYTES = 1 << 20
     "--format",
     "format_name",
     type=click.Choice(["table", "csv", "json", "parquet"]),
-    help="Of the result: a table in a terminal, else csv or what --output ends in.",
+    help="Form of the result. Default: a table in a terminal, else csv or what --output ends in.",
 )
 @click.option(
     "--output",
@@ -92,7 +92,7 @@ def _question(sql: str | None) -> str:
 
 
 def _format(name: str | None, target: Path | None) -> str:
-    """What to write, and a usage error where that does not go."""
+    """The form of the result; a usage error where it cannot be written so."""
     on_terminal = target is None and sys.stdout.buffer.isatty()
     if name is None and target is None:
         return "table" if on_terminal else "csv"

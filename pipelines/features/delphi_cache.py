@@ -31,7 +31,7 @@ PIECE = 1 << 24  # bytes of a file in memory, where it is read for its digest
 
 
 class _Config(BaseModel):
-    """What is read of delphi's CacheConfig."""
+    """The fields of delphi's CacheConfig that are read."""
 
     model_name: Text | None = None
 

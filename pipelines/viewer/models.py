@@ -75,7 +75,7 @@ class Models:
         seed: int,
         on_token: Callable[[str], bool] | None = None,
     ) -> dict[str, Any]:
-        """What the model writes after the prompt, with latents clamped; `steer.generate` in bounds.
+        """The text that the model writes after the prompt, with latents clamped, within bounds.
 
         Raises:
             InputError: out of bounds. BusyError: somebody else's turn.

@@ -1,4 +1,4 @@
-"""What a request asks for, checked: a value, or `InputError` with one sentence.
+"""Parameters of a request, checked: a value, or `InputError` with one sentence.
 
 A query string and a body come from anybody. Nothing else in the viewer reads either.
 """

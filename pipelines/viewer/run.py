@@ -61,7 +61,7 @@ def model_threads() -> int:
 def configuration(
     app: ASGIApp, log_level: str, connection: type[Connection] = Connection
 ) -> uvicorn.Config:
-    """How uvicorn serves the application."""
+    """Settings with which uvicorn serves the application."""
     return uvicorn.Config(
         app,
         http=connection,

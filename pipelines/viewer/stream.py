@@ -1,4 +1,4 @@
-"""What a thread writes bit by bit, sent as lines of JSON while it is written.
+"""The output of a thread, sent as lines of JSON while it is written.
 
 The first line decides the status of the answer, as everything after it comes too late for that. If
 whoever asked leaves, before the first line or later, the thread is told to stop.

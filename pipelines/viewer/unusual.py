@@ -1,4 +1,4 @@
-"""How unusual an activation is: how often a row has it, judged by the latent's own statistics.
+"""The rarity of an activation: how often a row has it, by the latent's own statistics.
 
 A latent fires on a share of rows (its density), and of its firings a known share is at least as
 strong (its quantiles, between which the logarithm of that share is taken to be linear). On every

@@ -117,5 +117,5 @@ def _activation(path: Path, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shown(name: Any) -> str:
-    """What stands where a name should, in a few characters of one line."""
+    """The value that stands where a name should, in a few characters of one line."""
     return f"{name!a:.40}".strip("'") if isinstance(name, str) else type(name).__name__

@@ -160,7 +160,7 @@ class Tensors:
         return int(tensor)
 
     def has(self, name: str) -> bool:
-        """Whether there is something of that name left."""
+        """True if something of that name is left."""
         return name in self._left
 
     def drop(self, *names: str) -> None:
@@ -180,7 +180,7 @@ class Tensors:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether its numbers are in memory, each once: a file may describe other tensors.
+    """True if all numbers of a tensor are in memory, each once: a file may describe other tensors.
 
     A view can repeat a few stored numbers as often as it likes, and would be copied at that size.
     """
