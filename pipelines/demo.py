@@ -25,6 +25,7 @@ from store.atomic import new_folder
 from store.console import Progress, Terminated
 from store.errors import RunError
 from store.parsing import first_line, parse_json
+from store.paths import shown
 from store.reader import ActivationStore
 from train.cli import train_with_bar
 from train.config import TrainConfig
@@ -37,7 +38,8 @@ HARVEST = HarvestConfig(
     sites=(SITE,),
     tokens=262_144,
 )
-TRAIN = TrainConfig(n_latents=4608, k=32, tokens=1_572_864)
+EPOCHS = 6
+TRAIN = TrainConfig(n_latents=4608, k=32, tokens=EPOCHS * 262_144)
 FEATURES = FeatureConfig()
 N_DOWNSTREAM_CONTEXTS = 64
 _FIGURES = TypeAdapter(dict[str, dict[str, str | float]])
@@ -45,20 +47,30 @@ N_INTERESTING = 5
 N_SHOWN_CONTEXTS = 4
 
 
-def run_demo(root: Path, workers: int, console: Console) -> None:
+def run_demo(root: Path, workers: int, console: Console, tokens: int | None = None) -> None:
     """Harvest, train, build tables, measure; then print figures and five latents.
 
     Everything lies in `root`/{store,sae,features}; what is there already is not done again.
+
+    Args:
+        root: folder of the outputs.
+        workers: Ray workers that harvest; 0 for none.
+        console: where figures and latents are printed.
+        tokens: tokens to harvest, each trained on `EPOCHS` times; None for the default number.
     """
+    harvest, train = HARVEST, TRAIN
+    if tokens is not None:
+        harvest = harvest.model_copy(update={"tokens": tokens})
+        train = train.model_copy(update={"tokens": EPOCHS * tokens})
     store, sae, features = root / "store", root / "sae", root / "features"
     new_folder(root.resolve())
     figures = Figures(root / "figures.json")
     console.rule("1/4  harvest: SmolLM2-135M over news")
-    harvested = harvest_with_bar(HARVEST, store, Means(workers=workers))
+    harvested = harvest_with_bar(harvest, store, Means(workers=workers))
     if harvested.rows_run:
         figures.set("harvest", harvested.digest, rate=harvested.rows_run / harvested.seconds)
     console.rule("2/4  train: a TopK sparse autoencoder")
-    trained = train_with_bar(TRAIN, store, sae, SITE, "auto")
+    trained = train_with_bar(train, store, sae, SITE, "auto")
     if not trained.finished:
         raise KeyboardInterrupt if trained.signal == signal.SIGINT else Terminated
     console.rule("3/4  features: tables of every latent")
@@ -216,13 +228,14 @@ def next_commands(store: Path, sae: Path, features: Path) -> Group:
     """What to type next."""
     sql = "SELECT latent, density, top_tokens FROM latents ORDER BY density DESC LIMIT 10"
     latent = [*interesting_latents(features), 0][0]
+    tables = shown(features)
     commands = [
-        f"sae-features serve --features {features}",
-        f"sae-features show {latent} --features {features}",
-        f'sae-features query "{sql}" --features {features}',
-        f"harvest show --store {store}",
-        f"harvest verify --store {store}",
-        f"sae-features build --store {store} --sae {sae} --out {features}-40 --top 40",
+        f"sae-features serve --features {tables}",
+        f"sae-features show {latent} --features {tables}",
+        f'sae-features query "{sql}" --features {tables}',
+        f"harvest show --store {shown(store)}",
+        f"harvest verify --store {shown(store)}",
+        f"sae-features build --store {shown(store)} --sae {shown(sae)} --out {tables}-40 --top 40",
     ]
     title = Text("\nTry next", style="bold")
     return Group(title, *(Text(f"  {command}") for command in commands))

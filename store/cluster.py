@@ -23,19 +23,27 @@ OBJECT_STORE_BYTES = 256 << 20  # shards travel as token ids, not as activations
 CONNECT_SECONDS = 10.0
 
 
-def connect(address: str | None, without: str) -> None:
-    """Join the cluster at an address, or start a Ray of our own for None; `RunError` if it fails.
+def connect(address: str | None, workers: int, without: str) -> None:
+    """Join the cluster at an address, or start a Ray of our own for None.
 
     Several runs can share a cluster: each is a Ray job with a namespace of its own.
 
     Args:
+        address: of the cluster's head; None for a Ray on this machine alone.
+        workers: number of workers that the run will ask for, each with one core or more.
         without: how to do without Ray, as the remedy of an error.
+
+    Raises:
+        RunError: this machine has fewer cores than workers, or Ray cannot be started or joined.
     """
     environment.set_defaults()
+    cores = os.cpu_count() or 1
+    if address is None and workers > cores:
+        raise RunError(f"--workers {workers} is more than the {cores} cores of this machine.")
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     own = {
         "address": "local",
-        "num_cpus": os.cpu_count() or 1,
+        "num_cpus": cores,
         "include_dashboard": False,
         "object_store_memory": OBJECT_STORE_BYTES,
         "_node_ip_address": "127.0.0.1",  # all of it is on this machine
@@ -78,7 +86,7 @@ def _not_joined(address: str, why: str) -> RunError:
     )
 
 
-def threads_per_worker(workers: int, gpu: bool, local: bool) -> int:
+def threads_per_worker(workers: int, gpu: bool) -> int:
     """Cores for each worker: as many as there are, so that all of them can be placed.
 
     Raises:
@@ -87,9 +95,6 @@ def threads_per_worker(workers: int, gpu: bool, local: bool) -> int:
     nodes = _nodes()
     if threads := share(nodes, workers, gpu):
         return threads
-    if local and not gpu:
-        cores = sum(cpus for cpus, _ in nodes)
-        raise RunError(f"--workers {workers} is more than the {cores} cores of this machine.")
     need = "one GPU and a core" if gpu else "a core"
     raise RunError(f"--workers {workers}: each needs {need}, and {resources()}; use fewer.")
 

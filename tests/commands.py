@@ -22,6 +22,8 @@ from store.cache import cache_dir
 
 SCRIPT = Path(sys.executable).with_name("harvest")
 
+PATIENCE = 600  # seconds until a test gives up waiting; never how long something may take
+
 
 def options(model: Path, corpus: object, store: object, **more: object) -> list[str]:
     """Arguments of `harvest run` for the fixture model: resid_post.1, 4 shards of 1,024 rows."""
@@ -40,7 +42,7 @@ def invoke(*arguments: object) -> Result:
 def harvest(*arguments: object, **place: Any) -> subprocess.CompletedProcess[str]:
     """The installed script, to its end."""
     command = [str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, **place)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, **place)
 
 
 @contextmanager
@@ -74,7 +76,7 @@ def digest_of(result: Result | subprocess.CompletedProcess[str]) -> str:
     return line[1]
 
 
-def wait_for(condition: Callable[[], object], seconds: float) -> bool:
+def wait_for(condition: Callable[[], object], seconds: float = PATIENCE) -> bool:
     """Whether the condition came true in time."""
     end = time.monotonic() + seconds
     while not condition():

@@ -19,6 +19,8 @@ from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray gives its workers the lowest priority but four; beside busy tests they would hardly run.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 # The same cases every time: a failure belongs to the change that is tested.
 settings.register_profile("same", derandomize=True, deadline=None)

@@ -1,10 +1,9 @@
-"""Shards of random tokens for the fixture model, and places that make workers slow or die."""
+"""Shards of random tokens for the fixture model, and places where workers die."""
 
 from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -59,23 +58,11 @@ def local_model(folder: Path) -> ResolvedModel:
     return resolve_model(str(folder))
 
 
-def slow(folder: Path, seconds: float) -> Objects:
-    """A place where publishing a shard's tokens takes a while.
+def deadly(folder: Path, shard: int, times: int) -> Objects:
+    """A place that kills whoever publishes one shard's tokens, so many times.
 
     Its class travels to the workers by value: they cannot import the tests.
     """
-
-    class SlowObjects(LocalObjects):
-        def publish(self, key: str, pieces: Any) -> bool:
-            if key.startswith("tokens/"):
-                time.sleep(seconds)
-            return super().publish(key, pieces)
-
-    return SlowObjects(folder)
-
-
-def deadly(folder: Path, shard: int, times: int) -> Objects:
-    """A place that kills whoever publishes one shard's tokens, so many times."""
 
     class DeadlyObjects(LocalObjects):
         def publish(self, key: str, pieces: Any) -> bool:

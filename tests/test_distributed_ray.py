@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.commands import PATIENCE
 from tests.forked import forked
 from tests.synthetic import make_plan, make_store
 from train.checkpoint import saved_steps
@@ -68,7 +69,7 @@ class Command:
     def end(self) -> tuple[int, str]:
         """Its exit code and what it said."""
         with self._stack:
-            said, errors = self.process.communicate(timeout=300)
+            said, errors = self.process.communicate(timeout=PATIENCE)
             return self.process.wait(), said + errors
 
     def wait_for_steps(self, steps: int) -> None:

@@ -34,7 +34,7 @@ from pipelines.features.config import FeatureConfig
 from tests import typist
 from tests.pages import PROGRAMS, ROOT, Block, blocks, commands, examples, spans, unfenced
 from tests.s3_server import S3Server, s3_server, without_aws
-from tests.typist import BATCH, MAINS, ROWS, STEPS, Typist
+from tests.typist import BATCH, MAINS, Typist
 from train.scaling import fit
 
 README = ROOT / "README.md"
@@ -89,9 +89,10 @@ def surroundings(corpus_file: Path, model: Path) -> Iterator[None]:
         patch.setattr(datasets, "load_dataset_builder", local)
         patch.setattr(harvest.models, "_from_gguf", packaged)
         patch.setattr(uvicorn.Server, "run", typist.serve_a_moment)
-        small = {"tokens": ROWS, "shard_rows": 512}
+        small = {"shard_rows": 512}
         patch.setattr(pipelines.demo, "HARVEST", pipelines.demo.HARVEST.model_copy(update=small))
-        small = {"n_latents": 256, "tokens": BATCH * STEPS, "batch_rows": BATCH}
+        patch.setattr(pipelines.demo, "EPOCHS", 1)
+        small = {"n_latents": 256, "batch_rows": BATCH}
         patch.setattr(pipelines.demo, "TRAIN", pipelines.demo.TRAIN.model_copy(update=small))
         patch.setattr(pipelines.demo, "N_DOWNSTREAM_CONTEXTS", 4)
         contexts = FeatureConfig(n_top=4, n_random=2, n_decile=1, n_inactive=2, n_hard=2)

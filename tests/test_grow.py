@@ -88,7 +88,7 @@ def test_a_harvest_killed_while_it_makes_a_store_longer_leaves_the_store(
     rng = random.Random(1)
     for _ in range(2):
         with forked("harvest", *arguments) as process:
-            assert wait_for(partial(reached, small, commits(small) + 1), 60)
+            assert wait_for(partial(reached, small, commits(small) + 1))
             time.sleep(rng.uniform(0, 0.01))
             process.kill()
         assert_nothing_wrong(small)

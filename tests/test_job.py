@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from safetensors import SafetensorError
 
 from store.errors import DamagedError, RunError, SaeHarvestError
+from tests.commands import PATIENCE
 from tests.forked import forked
 from tests.synthetic import make_plan, make_store
 from train import member, trainer
@@ -151,7 +152,7 @@ def test_a_real_process_ends_with_0_when_terminated_and_continues(job: Path) -> 
         assert "Another process is writing to" in last_line(second)
         assert "running" in invoke("status", job.parent / "out").stdout
         process.send_signal(signal.SIGTERM)
-        _, message = process.communicate(timeout=60)
+        _, message = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0
     assert "the same command continues." in message
     assert invoke("status", job.parent / "out").exit_code == 3

@@ -17,6 +17,7 @@ import pytest
 
 from store.reader import ActivationStore
 from tests.commands import (
+    PATIENCE,
     commits,
     dead_network,
     digest_of,
@@ -70,7 +71,7 @@ def two_workers(hostile_folder: Path, model_folder: Path, corpus_file: Path) -> 
         (hostile_folder / link).symlink_to(target)
     arguments = options(Path("mine"), Path(corpus_file.name), Path("out/store"), workers=2)
     with harvesting(*arguments, cwd=hostile_folder, env=dead_network()) as process:
-        stdout, stderr = process.communicate(timeout=240)
+        stdout, stderr = process.communicate(timeout=PATIENCE)
         left = session_processes(process.pid)
         return Run(stdout, stderr, process.returncode, left, hostile_folder)
 
@@ -135,7 +136,7 @@ def test_one_worker_runs_from_a_checkout_that_cannot_be_written(
     if os.geteuid() == 0 and allowed and allowed.returncode == 0:
         command = [*private, *command]
     result = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
     )
     assert result.returncode == 0, result.stderr
     assert digest_of(result) == reference
@@ -153,7 +154,7 @@ def test_weights_that_a_worker_cannot_read_are_refused_in_one_sentence(
     cut = Path(shutil.copytree(model_folder, tmp_path / "cut"))
     os.truncate(cut / "model.safetensors", 20_000)
     with harvesting(*options(cut, corpus_file, tmp_path / "store", workers=1)) as process:
-        stdout, stderr = process.communicate(timeout=240)
+        stdout, stderr = process.communicate(timeout=PATIENCE)
         assert session_processes(process.pid) == {}
     result = subprocess.CompletedProcess((), process.returncode, stdout, stderr)
     assert f"The model of {cut} can't be loaded" in refusal(result)
@@ -176,7 +177,7 @@ def test_an_interrupted_harvest_ends_soon_says_what_is_kept_and_can_be_continued
     store = tmp_path / "store"
     long = {"tokens": 7680, "shard_rows": 64}
     with harvesting(*options(model_folder, corpus_file, store, workers=workers, **long)) as process:
-        assert wait_for(lambda: commits(store) >= 3, 120)
+        assert wait_for(lambda: commits(store) >= 3)
         os.killpg(process.pid, number)  # as a terminal does, and a scheduler
         stdout, stderr = process.communicate(timeout=15)
         assert process.returncode == code

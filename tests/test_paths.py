@@ -100,11 +100,11 @@ def test_joining_ray_changes_neither_the_folder_nor_an_environment_that_is_set(
         assert list(Path(seen["working_dir"]).iterdir()) == []
 
     monkeypatch.setattr(ray, "init", init)
-    cluster.connect(None, "do without")
+    cluster.connect(None, 1, "do without")
     assert not Path(seen["working_dir"]).exists()
     # a job with a folder of its own keeps it
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"working_dir": "gcs://a"}}')
     before = dict(os.environ)
     monkeypatch.setattr(ray, "init", lambda **given: seen.update(found=given["runtime_env"]))
-    cluster.connect(None, "do without")
+    cluster.connect(None, 1, "do without")
     assert "working_dir" not in seen["found"]

@@ -211,7 +211,7 @@ def test_a_repair_killed_midway_is_done_again(tmp_path: Path, sealed: Path, dige
         delete(sealed / OBJECTS[3 + number % 3].format(number))
     gone = sealed / OBJECTS[0].format(0)
     with forked("harvest", *REPAIR, "--store", sealed) as process:
-        assert wait_for(lambda: not gone.exists() or process.poll() is not None, 120)
+        assert wait_for(lambda: not gone.exists() or process.poll() is not None)
         time.sleep(0.02)
         process.kill()
     assert invoke(*REPAIR, "--store", sealed).exit_code == 0

@@ -136,7 +136,7 @@ def test_killed_anywhere_and_continued_gives_the_same_store(
     for _ in range(KILLS):
         before = len(objects.keys("commits/"))
         with forked("harvest", *given, environment=environment) as process:
-            wait_for(lambda n=before: len(objects.keys("commits/")) > n, 60)
+            wait_for(lambda n=before: len(objects.keys("commits/")) > n)
             time.sleep(rng.random() * 0.1)
             process.send_signal(signal.SIGKILL)
             process.wait()

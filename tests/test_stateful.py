@@ -322,7 +322,7 @@ class InTurn(Executor):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("machine", "examples"), [(StoreMachine, 120), (QuantizedStoreMachine, 60)]
+    ("machine", "examples"), [(StoreMachine, 50), (QuantizedStoreMachine, 25)]
 )
 def test_nothing_that_can_happen_to_a_store_makes_it_lose_or_lie(
     machine: type[RuleBasedStateMachine],

@@ -79,6 +79,7 @@ CHANGED: dict[tuple[str, str], dict[str, Callable[[str], str | None]]] = {
     },
     ("sae-features", "build"): {"--workers": lambda _: "0"},
     ("sae-pipeline", "run"): {"--workers": lambda _: "0", "--set": lambda _: None},
+    ("sae-pipeline", "demo"): {"--tokens": lambda _: str(ROWS)},
 }
 # options that are added unless they are there after that
 HARVEST_SIZES = {"--tokens": str(ROWS), "--shard-rows": "512"}
@@ -89,7 +90,7 @@ ADDED: dict[tuple[str, str], dict[str, str]] = {
     ("sae-features", "build"): {"--top": "4", "--random": "2", "--decile": "1", "--silent": "2"},
     ("sae-features", "serve"): {"--port": "0"},
     ("sae-pipeline", "run"): {"--workers": "0"},
-    ("sae-pipeline", "demo"): {"--workers": "0"},
+    ("sae-pipeline", "demo"): {"--workers": "0", "--tokens": str(ROWS)},
 }
 # `sae-pipeline run`: sizes for every recipe, typed after those of the page
 RECIPE = {

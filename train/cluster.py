@@ -115,7 +115,7 @@ def train_on_workers(
     with explained(out):
         make_folder(out)
     environment.set_defaults()
-    with explained(out), _connected(address):
+    with explained(out), _connected(address, workers):
         gpu = device == "cuda" or (device == "auto" and cluster.has_gpus(workers))
         assignment = Assignment(
             config=config.model_dump(mode="json"),
@@ -124,7 +124,7 @@ def train_on_workers(
             site=site,
             device="cuda" if gpu else "cpu",
             parallel=parallel,
-            threads=cluster.threads_per_worker(workers, gpu, local=address is None),
+            threads=cluster.threads_per_worker(workers, gpu),
             number=secrets.token_hex(8),
         )
         assignment.seen.touch()
@@ -137,12 +137,12 @@ def train_on_workers(
 
 
 @contextlib.contextmanager
-def _connected(address: str | None) -> Iterator[None]:
+def _connected(address: str | None, workers: int) -> Iterator[None]:
     import ray
 
     from store import cluster
 
-    cluster.connect(address, WITHOUT)
+    cluster.connect(address, workers, WITHOUT)
     try:
         yield
     finally:

@@ -113,9 +113,9 @@ def open_pool(workers: int, address: str | None, gpu: bool) -> Iterator[Pool]:
 
     from store import cluster
 
-    cluster.connect(address, WITHOUT)
+    cluster.connect(address, workers, WITHOUT)
     try:
-        threads = cluster.threads_per_worker(workers, gpu, local=address is None)
+        threads = cluster.threads_per_worker(workers, gpu)
         yield OnRay(workers, threads, gpu)
     finally:
         ray.shutdown()
