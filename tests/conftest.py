@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -157,6 +158,28 @@ def folders(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 def unflushed(monkeypatch: pytest.MonkeyPatch) -> None:
     """No waiting for the disk: for tests that write much and pull no plug."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+class InTurn(Executor):
+    """Does everything at once, so that the n-th call on the disk is always the same one."""
+
+    def __init__(self, max_workers: int) -> None:
+        pass
+
+    def submit(self, work: Any, /, *arguments: Any, **named: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(work(*arguments, **named))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
+@pytest.fixture
+def in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards are written and verified without threads: for tests that write thousands."""
+    monkeypatch.setattr("store.writer.ThreadPoolExecutor", InTurn)
+    monkeypatch.setattr("store.verify.ThreadPoolExecutor", InTurn)
 
 
 @pytest.fixture

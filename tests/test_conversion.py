@@ -159,12 +159,17 @@ def test_the_packaged_model_loses_nothing_in_conversion(
     resolved = resolve_model("smollm2-135m")
     model = load_model(resolved, torch.float32, "cpu")
     source = gguf.GGUFReader(harvest.models._packaged_file())
-    tensors = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in source.tensors}
-    assert np.array_equal(model.lm_head.weight.numpy(), tensors["token_embd.weight"])
-    for layer, block in enumerate(model.model.layers):
+    tensors = {t.name: t for t in source.tensors}
+
+    def written(name: str) -> np.ndarray:
+        return gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
+
+    assert np.array_equal(model.lm_head.weight.numpy(), written("token_embd.weight"))
+    for layer in (0, 13, 29):
+        mlp = model.model.layers[layer].mlp
         for ours, theirs in (("gate_proj", "gate"), ("up_proj", "up"), ("down_proj", "down")):
-            weight = block.mlp.get_submodule(ours).weight.numpy()
-            assert np.array_equal(weight, tensors[f"blk.{layer}.ffn_{theirs}.weight"])
+            weight = mlp.get_submodule(ours).weight.numpy()
+            assert np.array_equal(weight, written(f"blk.{layer}.ffn_{theirs}.weight"))
     tokenizer = load_tokenizer(resolved)
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.no_grad():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from concurrent.futures import Executor, Future
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -305,33 +304,14 @@ class QuantizedStoreMachine(StoreMachine):
     dtype = "int8"
 
 
-class InTurn(Executor):
-    """Does everything at once, so that the n-th call on the disk is always the same one."""
-
-    def __init__(self, max_workers: int) -> None:
-        pass
-
-    def submit(self, work: Any, /, *arguments: Any, **named: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(work(*arguments, **named))
-        except BaseException as error:
-            future.set_exception(error)
-        return future
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("machine", "examples"), [(StoreMachine, 50), (QuantizedStoreMachine, 25)]
-)
+@pytest.mark.parametrize(("machine", "examples"), [(StoreMachine, 50), (QuantizedStoreMachine, 25)])
 def test_nothing_that_can_happen_to_a_store_makes_it_lose_or_lie(
     machine: type[RuleBasedStateMachine],
     examples: int,
     unflushed: None,
-    monkeypatch: pytest.MonkeyPatch,
+    in_turn: None,
 ) -> None:
-    monkeypatch.setattr("store.writer.ThreadPoolExecutor", InTurn)
-    monkeypatch.setattr("store.verify.ThreadPoolExecutor", InTurn)
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         machine,
         settings=settings(
