@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from bench.measurement import alternate, seconds
-from harvest.discovery import probe
-from harvest.models import load_model, resolve_model
-from harvest.sites import Site
-from harvest.worker import ShardWorker
-from store.commits import read_plan
-from store.memory import KEEP_MEMORY
-from store.objects import open_objects
+from sae_harvest.harvest.discovery import probe
+from sae_harvest.harvest.models import load_model, resolve_model
+from sae_harvest.harvest.sites import Site
+from sae_harvest.harvest.worker import ShardWorker
+from sae_harvest.store.commits import read_plan
+from sae_harvest.store.memory import KEEP_MEMORY
+from sae_harvest.store.objects import open_objects
 
 TURNS = 5
 BATCHES = 4  # each turn

@@ -14,14 +14,14 @@ from rich.table import Table
 from bench.forward import forward_rates
 from bench.inputs import gpt2_model, write_news
 from bench.measurement import Measurement
-from harvest.config import HarvestConfig
-from harvest.corpus import CorpusSpec
-from harvest.log import log_path
-from harvest.models import PACKAGED, resolve_model
-from harvest.run import Means, run
-from store.console import output
-from store.layout import Plan
-from store.objects import open_objects
+from sae_harvest.harvest.config import HarvestConfig
+from sae_harvest.harvest.corpus import CorpusSpec
+from sae_harvest.harvest.log import log_path
+from sae_harvest.harvest.models import PACKAGED, resolve_model
+from sae_harvest.harvest.run import Means, run
+from sae_harvest.store.console import output
+from sae_harvest.store.layout import Plan
+from sae_harvest.store.objects import open_objects
 
 SHARDS = 3
 SHARD_ROWS = 65_536

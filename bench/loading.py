@@ -11,15 +11,15 @@ import numpy as np
 import torch
 
 from bench.measurement import Measurement, alternate, seconds
-from store.commits import commit_shard
-from store.layout import Plan, SitePlan
-from store.loader import ShuffledLoader
-from store.objects import LocalObjects
-from store.reader import ActivationStore
-from store.rules import RowRule
-from store.seals import seal
-from store.tables import DOCUMENT_SCHEMA, PIECE_SCHEMA
-from store.writer import Shard, create_store, write_shard
+from sae_harvest.store.commits import commit_shard
+from sae_harvest.store.layout import Plan, SitePlan
+from sae_harvest.store.loader import ShuffledLoader
+from sae_harvest.store.objects import LocalObjects
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.rules import RowRule
+from sae_harvest.store.seals import seal
+from sae_harvest.store.tables import DOCUMENT_SCHEMA, PIECE_SCHEMA
+from sae_harvest.store.writer import Shard, create_store, write_shard
 
 SHARDS = 8  # so that taking two windows of memory is a small part of reading them
 SITE = SitePlan(name="resid_post.12", width=576)

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from store.console import output
-from store.loader import ShuffledLoader
-from store.reader import ActivationStore
-from store.rules import RowRule
+from sae_harvest.store.console import output
+from sae_harvest.store.loader import ShuffledLoader
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.rules import RowRule
 
 BATCH_ROWS = 4096
 WINDOWS = (4, 16, 64)  # chunks; the whole store is added

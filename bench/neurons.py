@@ -14,14 +14,14 @@ from typing import Any
 
 from bench.inputs import gpt2_model, write_long_news
 from bench.measurement import Measurement, peak_bytes
-from harvest.config import HarvestConfig
-from harvest.corpus import CorpusSpec
-from harvest.run import Means, run
-from pipelines.features.build import build
-from pipelines.features.config import FeatureConfig
-from store.console import output
-from store.memory import keep_memory
-from store.reader import ActivationStore
+from sae_harvest.harvest.config import HarvestConfig
+from sae_harvest.harvest.corpus import CorpusSpec
+from sae_harvest.harvest.run import Means, run
+from sae_harvest.pipelines.features.build import build
+from sae_harvest.pipelines.features.config import FeatureConfig
+from sae_harvest.store.console import output
+from sae_harvest.store.memory import keep_memory
+from sae_harvest.store.reader import ActivationStore
 
 LAYERS, NEURONS, ROWS = 48, 6_400, 4_096
 

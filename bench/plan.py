@@ -21,12 +21,12 @@ import torch
 from rich.table import Table
 
 from bench.measurement import Measurement, peak_bytes, seconds
-from store.console import output
-from train.config import TrainConfig
-from train.costs import memory, shape_of
-from train.learner import Learner
-from train.plan import Rates, step_seconds
-from train.rates import measure_rates
+from sae_harvest.store.console import output
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.costs import memory, shape_of
+from sae_harvest.train.learner import Learner
+from sae_harvest.train.plan import Rates, step_seconds
+from sae_harvest.train.rates import measure_rates
 
 # n_latents, k, d_in, batch_rows
 SHAPES = (

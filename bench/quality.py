@@ -32,14 +32,14 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from store.console import output
-from store.loader import ShuffledLoader
-from store.reader import ActivationStore
-from store.rules import RowRule
-from train.config import SAEConfig, TrainConfig
-from train.evaluate import Fvu
-from train.sae import SAE
-from train.trainer import train
+from sae_harvest.store.console import output
+from sae_harvest.store.loader import ShuffledLoader
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.rules import RowRule
+from sae_harvest.train.config import SAEConfig, TrainConfig
+from sae_harvest.train.evaluate import Fvu
+from sae_harvest.train.sae import SAE
+from sae_harvest.train.trainer import train
 
 N_LATENTS, K, BATCH_ROWS, STEPS = 4608, 32, 4096, 354
 SILENT_ROWS = 128 * BATCH_ROWS

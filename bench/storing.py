@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from bench.measurement import Measurement, alternate, seconds
-from store.commits import commit_shard
-from store.objects import LocalObjects
-from store.reader import ActivationStore
-from store.writer import Shard, create_store, write_shard
+from sae_harvest.store.commits import commit_shard
+from sae_harvest.store.objects import LocalObjects
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.writer import Shard, create_store, write_shard
 
 REPEATS = 5
 

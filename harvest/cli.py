@@ -9,9 +9,9 @@ from typing import Any
 import click
 from rich.table import Column, Table
 
-from harvest.cli_stores import export, merge
-from harvest.request import make_config, request_options
-from store.console import (
+from sae_harvest.harvest.cli_stores import export, merge
+from sae_harvest.harvest.request import make_config, request_options
+from sae_harvest.store.console import (
     SAME_COMMAND,
     Commands,
     Progress,
@@ -19,9 +19,9 @@ from store.console import (
     store_option,
     when_interrupted,
 )
-from store.numbers import CountRange
-from store.options import PlaceOption
-from store.paths import absolute, shown
+from sae_harvest.store.numbers import CountRange
+from sae_harvest.store.options import PlaceOption
+from sae_harvest.store.paths import absolute, shown
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -43,7 +43,7 @@ def plan(**given: Any) -> None:
     \b
     harvest plan --model smollm2-135m --layer 12 --tokens 262144
     """
-    from harvest.plan import estimate
+    from sae_harvest.harvest.plan import estimate
 
     def say(line: str) -> None:
         click.echo(line, err=True)
@@ -126,7 +126,7 @@ def parse_shards(text: str | None) -> range | None:
 
 def make_means(workers: int, device: str, address: str | None) -> Any:
     """The Means of the options; a usage error for a cluster without workers."""
-    from harvest.run import Means
+    from sae_harvest.harvest.run import Means
 
     if address is not None and workers == 0:
         raise click.UsageError(
@@ -137,7 +137,7 @@ def make_means(workers: int, device: str, address: str | None) -> Any:
 
 def harvest_with_bar(config: Any, store: str | Path, means: Any, only: range | None = None) -> Any:
     """`harvest.run.run` with its progress shown."""
-    from harvest.run import run as harvest
+    from sae_harvest.harvest.run import run as harvest
 
     with when_interrupted(lambda: kept(store)), Progress("tokens") as progress:
         report = progress.counting("harvesting", tokens_rate)
@@ -150,9 +150,9 @@ def tokens_rate(speed: float) -> str:
 
 def kept(store: str | Path) -> str:
     """The sentence that says what an interrupted harvest leaves, and how to go on."""
-    from store.commits import committed_shards
-    from store.errors import SaeHarvestError
-    from store.objects import open_objects
+    from sae_harvest.store.commits import committed_shards
+    from sae_harvest.store.errors import SaeHarvestError
+    from sae_harvest.store.objects import open_objects
 
     try:
         n = len(committed_shards(open_objects(store)))
@@ -169,9 +169,9 @@ def status(store: str) -> None:
     \b
     harvest status --store runs/demo/store
     """
-    from harvest.log import log_path
-    from harvest.status import describe_status
-    from store.objects import open_objects
+    from sae_harvest.harvest.log import log_path
+    from sae_harvest.harvest.status import describe_status
+    from sae_harvest.store.objects import open_objects
 
     objects = open_objects(store)
     output().print(f"{shown(store)}: {describe_status(objects)}.", soft_wrap=True)
@@ -193,9 +193,9 @@ def verify(store: str, repair: bool, workers: int, address: str | None, device: 
     \b
     harvest verify --store runs/demo/store
     """
-    from store.errors import DamagedError, UnfinishedError
-    from store.objects import open_objects
-    from store.verify import verify as check
+    from sae_harvest.store.errors import DamagedError, UnfinishedError
+    from sae_harvest.store.objects import open_objects
+    from sae_harvest.store.verify import verify as check
 
     name = shown(store)
     if repair:
@@ -231,7 +231,7 @@ def verify(store: str, repair: bool, workers: int, address: str | None, device: 
 
 def repair_with_bar(store: str, means: Any) -> Any:
     """`harvest.run.repair` with its progress; tells what was done; the report afterwards."""
-    from harvest.run import repair as mend
+    from sae_harvest.harvest.run import repair as mend
 
     with when_interrupted(SAME_COMMAND), Progress("tokens") as progress:
         before, after = mend(store, means, progress.counting("repairing", tokens_rate))
@@ -261,9 +261,9 @@ def show(store: str, row: int | None) -> None:
     harvest show --store runs/demo/store --row 1234
     """
     if row is None:
-        from harvest.show import describe
+        from sae_harvest.harvest.show import describe
     else:
-        from harvest.provenance import describe_row
+        from sae_harvest.harvest.provenance import describe_row
 
     for table in describe(store) if row is None else describe_row(store, row):
         output().print(table)

@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import click
 
-from store.console import SAME_COMMAND, Progress, output, store_option, when_interrupted
-from store.options import PlaceOption
-from store.paths import shown
+from sae_harvest.store.console import SAME_COMMAND, Progress, output, store_option, when_interrupted
+from sae_harvest.store.options import PlaceOption
+from sae_harvest.store.paths import shown
 
 
 @click.command()
@@ -28,10 +28,10 @@ def merge(into: str, sources: tuple[str, ...]) -> None:
     harvest run --model gpt2 --layer 8 --shards 8:16 --store s3://bucket/second-half
     harvest merge --into runs/whole runs/first-half s3://bucket/second-half
     """
-    from harvest.status import read_status
-    from store.errors import StoreError
-    from store.merge import merge as join
-    from store.objects import open_objects
+    from sae_harvest.harvest.status import read_status
+    from sae_harvest.store.errors import StoreError
+    from sae_harvest.store.merge import merge as join
+    from sae_harvest.store.objects import open_objects
 
     target, name = open_objects(into), shown(into)
     status = read_status(target)
@@ -83,9 +83,9 @@ def export(
     \b
     harvest export --store runs/demo/store --out runs/demo/rows --format parquet
     """
-    from harvest.cli import parse_shards
-    from harvest.export import ExportConfig
-    from harvest.export import export as write
+    from sae_harvest.harvest.cli import parse_shards
+    from sae_harvest.harvest.export import ExportConfig
+    from sae_harvest.harvest.export import export as write
 
     span = parse_shards(shards)
     config = ExportConfig.model_validate(

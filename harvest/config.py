@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from harvest.corpus import CorpusSpec
-from store.layout import MAX_SHARD_ROWS
-from store.numbers import Count
+from sae_harvest.harvest.corpus import CorpusSpec
+from sae_harvest.store.layout import MAX_SHARD_ROWS
+from sae_harvest.store.numbers import Count
 
 DEFAULT_BATCH_TOKENS = 2048
 GPU_SHARD_ROWS = 65_536

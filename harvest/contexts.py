@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from harvest.duplicates import Hashes
-from harvest.encoding import Columns
-from harvest.windows import WINDOW_CONTEXTS, Bos, Window, iter_contexts
-from store.errors import InputError
-from store.tables import DOCUMENT_SCHEMA, PIECE_SCHEMA, TEXT_FIELD
+from sae_harvest.harvest.duplicates import Hashes
+from sae_harvest.harvest.encoding import Columns
+from sae_harvest.harvest.windows import WINDOW_CONTEXTS, Bos, Window, iter_contexts
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.tables import DOCUMENT_SCHEMA, PIECE_SCHEMA, TEXT_FIELD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from harvest.documents import Corpus
+    from sae_harvest.harvest.documents import Corpus
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from store.cache import cache_dir
-from store.errors import InputError
-from store.objects import file_hash
-from store.parsing import parse_json, safe_name
-from store.pointers import refuse_pointer
+from sae_harvest.store.cache import cache_dir
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.objects import file_hash
+from sae_harvest.store.parsing import parse_json, safe_name
+from sae_harvest.store.pointers import refuse_pointer
 
 RECORD = "complete.json"
 

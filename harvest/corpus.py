@@ -17,10 +17,17 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
-from harvest.documents import Corpus, CorpusSpec, Cursor, Document, role_columns, row_documents
-from harvest.folders import Found, find_files, find_objects
-from harvest.hubtext import HubCorpus
-from harvest.inputs import (
+from sae_harvest.harvest.documents import (
+    Corpus,
+    CorpusSpec,
+    Cursor,
+    Document,
+    role_columns,
+    row_documents,
+)
+from sae_harvest.harvest.folders import Found, find_files, find_objects
+from sae_harvest.harvest.hubtext import HubCorpus
+from sae_harvest.harvest.inputs import (
     S3,
     TextFile,
     changed,
@@ -29,10 +36,10 @@ from harvest.inputs import (
     fingerprint,
     require_unchanged,
 )
-from harvest.textfiles import Place, csv_rows, read_rows, read_text
-from store.errors import InputError
-from store.objects import hash_stream
-from store.paths import absolute, exists
+from sae_harvest.harvest.textfiles import Place, csv_rows, read_rows, read_text
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.objects import hash_stream
+from sae_harvest.store.paths import absolute, exists
 
 NEWS = "news"
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from store.errors import InputError
+from sae_harvest.store.errors import InputError
 
 PROBE_TOKENS = 8
 # x + a + b rounds twice, and so does any other order of the three: 2 eps each, with room to spare

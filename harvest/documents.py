@@ -13,8 +13,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from pydantic import BaseModel, Field
 
-from store.errors import InputError
-from store.parsing import first_line
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.parsing import first_line
 
 Row = dict[str, Any]
 Cursor = dict[str, Any]

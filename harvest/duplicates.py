@@ -10,7 +10,7 @@ import numpy.typing as npt
 import xxhash
 
 if TYPE_CHECKING:
-    from harvest.documents import Cursor, Document
+    from sae_harvest.harvest.documents import Cursor, Document
 
 _RECENT_AT_LEAST = 65_536
 _RECENT_SHARE = 16  # one of so many hashes may be in the set of recent ones

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
-from harvest.segments import Segment, segments
-from store.errors import InputError
-from store.tables import TEXT_FIELD
+from sae_harvest.harvest.segments import Segment, segments
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.tables import TEXT_FIELD
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
-    from harvest.documents import Cursor, Document
+    from sae_harvest.harvest.documents import Cursor, Document
 
 Columns = dict[str, np.ndarray]
 

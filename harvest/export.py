@@ -22,13 +22,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
-from store.errors import InputError
-from store.objects import Buffer, Objects, open_objects, require_space
-from store.parsing import parse_json
-from store.reader import ActivationStore
-from store.records import digest_of
-from store.rules import RowRule
-from store.tables import encode_table
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.objects import Buffer, Objects, open_objects, require_space
+from sae_harvest.store.parsing import parse_json
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.records import digest_of
+from sae_harvest.store.rules import RowRule
+from sae_harvest.store.tables import encode_table
 
 EXPORT_KEY = "export.json"
 SMALL_BYTES_PER_ROW = 48  # of everything but the activation, generously

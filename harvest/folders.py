@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from harvest.documents import LeftOut
-from harvest.inputs import SUFFIXES, TextFile, file_format
-from store.errors import InputError
+from sae_harvest.harvest.documents import LeftOut
+from sae_harvest.harvest.inputs import SUFFIXES, TextFile, file_format
+from sae_harvest.store.errors import InputError
 
 NAMED = 5  # names of what is left out for one reason, in a sentence for the terminal
 
@@ -82,7 +82,7 @@ def find_files(path: Path) -> Found:
 
 def find_objects(url: str) -> Found:
     """The object at an s3:// URL, or those under it as a prefix."""
-    from store.s3 import list_inputs
+    from sae_harvest.store.s3 import list_inputs
 
     prefix = url.rstrip("/") + "/"
     files: list[TextFile] = []

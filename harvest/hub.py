@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from store.errors import InputError
+from sae_harvest.store.errors import InputError
 
 TIMEOUT_SECONDS = 10.0
 

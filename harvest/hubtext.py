@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from harvest.documents import Corpus, CorpusSpec, Cursor, Document, Row, row_documents
-from store.errors import InputError
+from sae_harvest.harvest.documents import Corpus, CorpusSpec, Cursor, Document, Row, row_documents
+from sae_harvest.store.errors import InputError
 
 if TYPE_CHECKING:
     import datasets

@@ -14,9 +14,9 @@ from typing import IO, Any, NamedTuple
 
 import xxhash
 
-from store.errors import InputError
-from store.objects import hash_stream
-from store.pointers import refuse_pointer
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.objects import hash_stream
+from sae_harvest.store.pointers import refuse_pointer
 
 S3 = "s3://"
 COMPRESSED = (".gz", ".zst")
@@ -222,7 +222,7 @@ class _Watched(io.RawIOBase):
 
 def _opened(file: TextFile) -> IO[bytes]:
     if file.where.startswith(S3):
-        from store.s3 import open_input
+        from sae_harvest.store.s3 import open_input
 
         return open_input(file.where, file.etag)
     refuse_pointer(Path(file.where))

@@ -13,8 +13,8 @@ from typing import IO
 
 import xxhash
 
-from store.cache import configured_cache_dir, kept_cache_dir
-from store.masking import masked
+from sae_harvest.store.cache import configured_cache_dir, kept_cache_dir
+from sae_harvest.store.masking import masked
 
 Report = Callable[[str], None]  # one sentence for people, about what the workers do
 

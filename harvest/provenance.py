@@ -20,9 +20,9 @@ import xxhash
 from rich.table import Column, Table
 from rich.text import Text
 
-from store.errors import DamagedError, InputError
-from store.reader import ActivationStore
-from store.rules import OUTLIER_MEDIANS
+from sae_harvest.store.errors import DamagedError, InputError
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.rules import OUTLIER_MEDIANS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -162,7 +162,7 @@ def tokenizer_of(store: ActivationStore) -> PreTrainedTokenizerFast:
     Raises:
         InputError: it is not where it was, or is another one now.
     """
-    from harvest.models import load_tokenizer, resolve_model, tokenizer_fingerprint
+    from sae_harvest.harvest.models import load_tokenizer, resolve_model, tokenizer_fingerprint
 
     model = store.plan["model"]
     tokenizer = load_tokenizer(resolve_model(model["name"], model.get("revision")))
@@ -214,8 +214,8 @@ def _document(store: ActivationStore, shard: int, number: int) -> dict[str, Any]
 
 def _corpus_text(store: ActivationStore, shard: int, piece: Piece) -> str:
     """The text of a piece's document, from the corpus; `InputError` if it is not there any more."""
-    from harvest.corpus import open_corpus
-    from harvest.documents import CorpusSpec
+    from sae_harvest.harvest.corpus import open_corpus
+    from sae_harvest.harvest.documents import CorpusSpec
 
     planned = store.plan["corpus"]
     spec = {name: planned[name] for name in CorpusSpec.model_fields if name in planned}
@@ -246,8 +246,8 @@ def _characters(
     tokenizer: PreTrainedTokenizerFast, text: str, index: int, token: int
 ) -> tuple[int, int]:
     """Characters [start, end) of a token of a text, given its index there."""
-    from harvest.documents import Document
-    from harvest.encoding import DocumentEncoder
+    from sae_harvest.harvest.documents import Document
+    from sae_harvest.harvest.encoding import DocumentEncoder
 
     # Contexts of one token make a piece of each.
     document = Document("", "", None, None, text)

@@ -1,66 +1,27 @@
-"""What `harvest.raypool` asks of Ray beside `store.cluster`: the actors' class, and who is fit."""
+"""Which Ray nodes can give the driver's bytes: those with the same versions of its libraries."""
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
-from harvest.prepare import LIBRARIES
+from sae_harvest.harvest.actor import ShardActor
+from sae_harvest.harvest.prepare import LIBRARIES
 
 
-def actor_class() -> type:
-    """The class of the actors.
-
-    Made in a function and standing on nothing of ours, it travels by value: a machine without
-    our packages, or with other versions, can say so.
-    """
-
-    class ShardWorker:
-        """`harvest.worker.ShardWorker`, once it is known that it is the driver's."""
-
-        @staticmethod
-        def versions(libraries: list[str]) -> dict[str, str | None]:
-            """Of the libraries on this machine; builds for other devices are no other version."""
-            from importlib.metadata import PackageNotFoundError, version
-
-            found: dict[str, str | None] = {}
-            for name in libraries:
-                try:
-                    found[name] = version(name).partition("+")[0]
-                except PackageNotFoundError:
-                    found[name] = None
-            return found
-
-        def start(self, expected: dict[str, str], worker: dict[str, Any]) -> dict[str, Any]:
-            import os
-            import platform
-
-            found = self.versions(list(expected))
-            if found == expected:
-                from harvest.models import ResolvedModel
-                from harvest.worker import ShardWorker as Worker
-
-                model = ResolvedModel(**worker["model"])
-                self._worker = Worker(**(worker | {"model": model}))
-            return {"host": platform.node(), "pid": os.getpid(), "versions": found}
-
-        def widths(self) -> Any:
-            return self._worker.widths()
-
-        def harvest(self, objects: Any, plan: Any, shard: Any) -> Any:
-            return self._worker.harvest(objects, plan, shard)
-
-        def rows_done(self) -> int:
-            return self._worker.rows_done()
-
-        def stop(self) -> None:
-            self._worker.stop()
-
-    return ShardWorker
-
-
-def versions() -> dict[str, str]:
+def versions() -> dict[str, str | None]:
     """Of the libraries that decide the bytes, on this machine."""
-    return actor_class().versions(list(LIBRARIES))  # type: ignore[attr-defined]
+    return ShardActor.versions(list(LIBRARIES))
+
+
+def without_package(error: Exception) -> str | None:
+    """A sentence if an actor died because its node has no sae-harvest, or None."""
+    if "No module named 'sae_harvest'" not in str(error):
+        return None
+    return (
+        f"A Ray node has no sae-harvest; install version {version('sae-harvest')} on every node, "
+        "in the Python that its Ray runs in."
+    )
 
 
 def mismatch(expected: dict[str, str], there: dict[str, Any]) -> str | None:
@@ -69,11 +30,6 @@ def mismatch(expected: dict[str, str], there: dict[str, Any]) -> str | None:
     if found == expected:
         return None
     host = there["host"]
-    if found["sae-harvest"] is None:
-        return (
-            f"The Ray node {host} has no sae-harvest; install version {expected['sae-harvest']} "
-            "there, in the Python that its Ray runs in."
-        )
     differing = [
         f"{name} {found[name] or 'missing'} instead of {expected[name]}"
         for name in expected

@@ -15,17 +15,18 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from harvest import raycluster
-from harvest.contexts import ShardInput
-from harvest.log import Report
-from harvest.models import ResolvedModel
-from harvest.pool import POLL_SECONDS, sentence
-from harvest.prepare import model_name
-from harvest.worker import IN_FLIGHT, Done
-from store import cluster
-from store.errors import RunError, SaeHarvestError
-from store.layout import Plan
-from store.objects import Objects
+from sae_harvest.harvest import raycluster
+from sae_harvest.harvest.actor import ShardActor
+from sae_harvest.harvest.contexts import ShardInput
+from sae_harvest.harvest.log import Report
+from sae_harvest.harvest.models import ResolvedModel
+from sae_harvest.harvest.pool import POLL_SECONDS, sentence
+from sae_harvest.harvest.prepare import model_name
+from sae_harvest.harvest.worker import IN_FLIGHT, Done
+from sae_harvest.store import cluster
+from sae_harvest.store.errors import RunError, SaeHarvestError
+from sae_harvest.store.layout import Plan
+from sae_harvest.store.objects import Objects
 
 START_SECONDS = 300.0  # without any worker; torch from a cold network drive takes a minute
 STOP_SECONDS = 5.0
@@ -87,7 +88,7 @@ class RayPool:
             }
             if address is not None:
                 model = replace(model, name=model_name(model))
-            # The model as a plain dict: a node without our packages has to be able to read it.
+            # The model as a plain dict: a node with other versions has to be able to read it.
             self._worker = {
                 "model": asdict(model),
                 "sites": sites,
@@ -155,7 +156,7 @@ class RayPool:
     def _hire(self) -> None:
         """Ask for one more worker; it joins when Ray has placed it and it has the model."""
         self._hired += 1
-        actor = ray.remote(raycluster.actor_class()).options(**self._options).remote()
+        actor = ray.remote(ShardActor).options(**self._options).remote()
         starting = actor.start.remote(self._expected, self._worker)
         self._workers.append(_Worker(self._hired, actor, starting, name=f"worker {self._hired}"))
 
@@ -203,6 +204,8 @@ class RayPool:
                     raise error.cause from None
                 raise
             except RayError as error:
+                if problem := raycluster.without_package(error):
+                    raise RunError(problem) from None
                 lost[worker] = error
                 continue
             if reference == worker.starting:

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from store.numbers import CountRange
-from store.options import NameOption
+from sae_harvest.store.numbers import CountRange
+from sae_harvest.store.options import NameOption
 
 DEFAULT_CORPUS = "news"
 
@@ -117,8 +117,8 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def make_config(given: dict[str, Any]) -> Any:
     """The HarvestConfig of the options; a usage error if no site was named."""
-    from harvest.config import HarvestConfig
-    from harvest.corpus import CorpusSpec
+    from sae_harvest.harvest.config import HarvestConfig
+    from sae_harvest.harvest.corpus import CorpusSpec
 
     sites = tuple(given["site"]) + tuple(f"resid_post.{layer}" for layer in given["layer"])
     if not sites:

@@ -9,26 +9,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harvest.ahead import Ahead
-from harvest.config import HarvestConfig
-from harvest.contexts import ShardInput
-from harvest.folders import sentence
-from harvest.log import HarvestLog
-from harvest.pool import Pool, open_pool
-from harvest.prepare import ALL_SHARDS, Prepared, prepare, prepare_again, versions
-from harvest.shards import missing, runs, shard_inputs
-from harvest.status import Heartbeat
-from store import layout
-from store.commits import commit_shard, committed_shards, read_commit, read_plan
-from store.device import choose_device
-from store.errors import InputError
-from store.layout import Plan
-from store.objects import Objects, open_objects, require_space
-from store.records import digest_of
-from store.repair import mend_commit, remove_damaged, remove_untrusted, reseal, restore_plan
-from store.seals import seal, trusted_commits
-from store.verify import Report, verify
-from store.writer import check_place, check_same, create_store, discard
+from sae_harvest.harvest.ahead import Ahead
+from sae_harvest.harvest.config import HarvestConfig
+from sae_harvest.harvest.contexts import ShardInput
+from sae_harvest.harvest.folders import sentence
+from sae_harvest.harvest.log import HarvestLog
+from sae_harvest.harvest.pool import Pool, open_pool
+from sae_harvest.harvest.prepare import ALL_SHARDS, Prepared, prepare, prepare_again, versions
+from sae_harvest.harvest.shards import missing, runs, shard_inputs
+from sae_harvest.harvest.status import Heartbeat
+from sae_harvest.store import layout
+from sae_harvest.store.commits import commit_shard, committed_shards, read_commit, read_plan
+from sae_harvest.store.device import choose_device
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.layout import Plan
+from sae_harvest.store.objects import Objects, open_objects, require_space
+from sae_harvest.store.records import digest_of
+from sae_harvest.store.repair import (
+    mend_commit,
+    remove_damaged,
+    remove_untrusted,
+    reseal,
+    restore_plan,
+)
+from sae_harvest.store.seals import seal, trusted_commits
+from sae_harvest.store.verify import Report, verify
+from sae_harvest.store.writer import check_place, check_same, create_store, discard
 
 SMALL_BYTES_PER_ROW = 16  # tokens, norms, tables and commit records, generously
 

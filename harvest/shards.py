@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from harvest.contexts import ShardInput, iter_shards
-from harvest.prepare import ALL_SHARDS, Prepared
-from store import layout
-from store.commits import committed_shards, load_commit, place_in_corpus, read_object
-from store.errors import DamagedError
-from store.layout import Plan
-from store.objects import Objects
-from store.seals import trusted_commits
-from store.tables import parse_table
+from sae_harvest.harvest.contexts import ShardInput, iter_shards
+from sae_harvest.harvest.prepare import ALL_SHARDS, Prepared
+from sae_harvest.store import layout
+from sae_harvest.store.commits import committed_shards, load_commit, place_in_corpus, read_object
+from sae_harvest.store.errors import DamagedError
+from sae_harvest.store.layout import Plan
+from sae_harvest.store.objects import Objects
+from sae_harvest.store.seals import trusted_commits
+from sae_harvest.store.tables import parse_table
 
 
 def missing(done: Sequence[int], span: range) -> list[range]:

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 from rich.table import Column, Table
 
-from harvest.documents import CorpusSpec
-from harvest.provenance import tokenizer_of
-from store.commits import read_plan_record
-from store.errors import InputError
-from store.layout import Plan
-from store.objects import Objects, open_objects
-from store.reader import ActivationStore
-from store.seals import read_seal, sealed_counts
-from store.stats import quantization_fvu
+from sae_harvest.harvest.documents import CorpusSpec
+from sae_harvest.harvest.provenance import tokenizer_of
+from sae_harvest.store.commits import read_plan_record
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.layout import Plan
+from sae_harvest.store.objects import Objects, open_objects
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.seals import read_seal, sealed_counts
+from sae_harvest.store.stats import quantization_fvu
 
 SHOWN = 6  # most frequent outlier positions and tokens
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from harvest.discovery import BlockLab, BlockParts, first_tensor, probe, probe_tokens
-from store.errors import InputError
+from sae_harvest.harvest.discovery import BlockLab, BlockParts, first_tensor, probe, probe_tokens
+from sae_harvest.store.errors import InputError
 
 SITE_KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_act")
 _INNER_KINDS = frozenset({"resid_mid", "attn_out", "mlp_out", "mlp_act"})

@@ -16,14 +16,14 @@ from types import TracebackType
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from harvest.log import Report
-from store.commits import committed_shards, read_plan
-from store.errors import DamagedError, StoreError
-from store.layout import STATUS_KEY, Plan
-from store.objects import Objects
-from store.parsing import first_line
-from store.records import decode_record, encode_record
-from store.seals import sealed_counts
+from sae_harvest.harvest.log import Report
+from sae_harvest.store.commits import committed_shards, read_plan
+from sae_harvest.store.errors import DamagedError, StoreError
+from sae_harvest.store.layout import STATUS_KEY, Plan
+from sae_harvest.store.objects import Objects
+from sae_harvest.store.parsing import first_line
+from sae_harvest.store.records import decode_record, encode_record
+from sae_harvest.store.seals import sealed_counts
 
 INTERVAL_SECONDS = 2.0
 INTERVAL_SECONDS_S3 = 10.0  # each is a request that costs money

@@ -16,11 +16,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, NamedTuple
 
-from harvest.documents import Row
-from harvest.inputs import COMPRESSED, TextFile, file_format, opened, unreadable
-from harvest.jsonarrays import array_values
-from store.errors import InputError
-from store.parsing import first_line
+from sae_harvest.harvest.documents import Row
+from sae_harvest.harvest.inputs import COMPRESSED, TextFile, file_format, opened, unreadable
+from sae_harvest.harvest.jsonarrays import array_values
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.parsing import first_line
 
 BLOCK_BYTES = 8 << 20
 MAX_DOCUMENT_BYTES = 256 << 20  # takes up to 2 GB of memory while it is parsed
@@ -62,7 +62,7 @@ def read_rows(file: TextFile, start: Place, columns: Columns) -> Iterator[tuple[
     """
     kind = file_format(file.where)
     if kind == ".parquet":
-        from harvest.parquetfiles import parquet_rows
+        from sae_harvest.harvest.parquetfiles import parquet_rows
 
         return ((label, row, Place(n)) for label, row, n in parquet_rows(file, start.rows, columns))
     if kind == ".csv":

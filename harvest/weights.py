@@ -9,9 +9,9 @@ from pathlib import Path
 
 import xxhash
 
-from store.errors import InputError
-from store.objects import file_hash
-from store.parsing import first_line, parse_json, safe_name
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.objects import file_hash
+from sae_harvest.store.parsing import first_line, parse_json, safe_name
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from harvest.duplicates import Hashes, without_duplicates
-from harvest.encoding import Batch, Columns, DocumentEncoder, Start
-from store.errors import InputError
-from store.permutation import permutation
+from sae_harvest.harvest.duplicates import Hashes, without_duplicates
+from sae_harvest.harvest.encoding import Batch, Columns, DocumentEncoder, Start
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.permutation import permutation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from harvest.documents import Corpus
+    from sae_harvest.harvest.documents import Corpus
 
 Bos = Literal["none", "context"]
 

@@ -17,14 +17,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from harvest.contexts import ShardInput
-from harvest.models import ResolvedModel, load_model, model_fingerprint, resolve_model
-from harvest.sites import Site, SiteTap
-from store import stats
-from store.errors import InputError, RunError, SaeHarvestError
-from store.layout import Plan
-from store.objects import Objects
-from store.writer import Shard, write_shard
+from sae_harvest.harvest.contexts import ShardInput
+from sae_harvest.harvest.models import ResolvedModel, load_model, model_fingerprint, resolve_model
+from sae_harvest.harvest.sites import Site, SiteTap
+from sae_harvest.store import stats
+from sae_harvest.store.errors import InputError, RunError, SaeHarvestError
+from sae_harvest.store.layout import Plan
+from sae_harvest.store.objects import Objects
+from sae_harvest.store.writer import Shard, write_shard
 
 IN_FLIGHT = 2  # shards a worker is given at a time: one in the model, one being written
 GPU_BATCHES_AHEAD = 4  # launched before their results have come; bounds the memory they hold

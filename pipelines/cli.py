@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from store.console import SAME_COMMAND, output, when_interrupted
-from store.numbers import CountRange
-from store.options import NameOption, PathOption
-from store.paths import shown
-from train.cli import stopped, stopped_code_option
-from train.job import Job, JobCommands
-from train.yamlfile import read_value
+from sae_harvest.store.console import SAME_COMMAND, output, when_interrupted
+from sae_harvest.store.numbers import CountRange
+from sae_harvest.store.options import NameOption, PathOption
+from sae_harvest.store.paths import shown
+from sae_harvest.train.cli import stopped, stopped_code_option
+from sae_harvest.train.job import Job, JobCommands
+from sae_harvest.train.yamlfile import read_value
 
 
 @click.group(cls=JobCommands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -57,7 +57,7 @@ def demo(out: Path, workers: int, tokens: int) -> None:
     sae-pipeline demo --out runs/demo
     sae-pipeline demo --out runs/demo-small --tokens 32768
     """
-    from pipelines.demo import run_demo
+    from sae_harvest.pipelines.demo import run_demo
 
     with when_interrupted(SAME_COMMAND):
         run_demo(out, workers, output(), tokens)
@@ -101,8 +101,8 @@ def run(
     sae-pipeline run gpt2-small --out runs/gpt2-small
     sae-pipeline run gpt2-small --out runs/one-layer --set layers=[8]
     """
-    from harvest.run import Means
-    from pipelines.recipe import SUITE_FILE, read_recipe, run_recipe, suite_table
+    from sae_harvest.harvest.run import Means
+    from sae_harvest.pipelines.recipe import SUITE_FILE, read_recipe, run_recipe, suite_table
 
     found = read_recipe(recipe, dict(map(_change, changes)))
     signal = run_recipe(found, out, Means(workers, device, address), output().print)

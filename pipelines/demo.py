@@ -11,25 +11,25 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from harvest.cli import harvest_with_bar
-from harvest.config import HarvestConfig
-from harvest.corpus import CorpusSpec
-from harvest.run import Means
-from pipelines.evaluate.downstream import downstream_loss
-from pipelines.features.cli import build_with_bar
-from pipelines.features.config import FeatureConfig
-from pipelines.features.query import connect, reading
-from pipelines.features.show import highlight
-from pipelines.features.texts import pieces
-from store.atomic import new_folder
-from store.console import Progress, Terminated
-from store.errors import RunError
-from store.parsing import first_line, parse_json
-from store.paths import shown
-from store.reader import ActivationStore
-from train.cli import train_with_bar
-from train.config import TrainConfig
-from train.files import write_json
+from sae_harvest.harvest.cli import harvest_with_bar
+from sae_harvest.harvest.config import HarvestConfig
+from sae_harvest.harvest.corpus import CorpusSpec
+from sae_harvest.harvest.run import Means
+from sae_harvest.pipelines.evaluate.downstream import downstream_loss
+from sae_harvest.pipelines.features.cli import build_with_bar
+from sae_harvest.pipelines.features.config import FeatureConfig
+from sae_harvest.pipelines.features.query import connect, reading
+from sae_harvest.pipelines.features.show import highlight
+from sae_harvest.pipelines.features.texts import pieces
+from sae_harvest.store.atomic import new_folder
+from sae_harvest.store.console import Progress, Terminated
+from sae_harvest.store.errors import RunError
+from sae_harvest.store.parsing import first_line, parse_json
+from sae_harvest.store.paths import shown
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.train.cli import train_with_bar
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.files import write_json
 
 SITE = "resid_post.12"
 HARVEST = HarvestConfig(

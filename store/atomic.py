@@ -12,8 +12,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from store.errors import RunError
-from store.objects import Buffer, make_folder, sync_folder
+from sae_harvest.store.errors import RunError
+from sae_harvest.store.objects import Buffer, make_folder, sync_folder
 
 
 def temporary_name(path: Path) -> Path:

@@ -15,8 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from store.errors import InputError
-from store.paths import absolute
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.paths import absolute
 
 PROBE_BYTES = 1 << 20  # a cache folder with less room than that is full
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from store.finite import require_finite
-from store.reader import ActivationStore, Scratch
-from store.rules import RowRule
+from sae_harvest.store.finite import require_finite
+from sae_harvest.store.reader import ActivationStore, Scratch
+from sae_harvest.store.rules import RowRule
 
 READS = 4  # requests under way at once
 

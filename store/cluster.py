@@ -8,15 +8,14 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, NodeDiedError, OutOfMemoryError, RayError
 
-from store import environment
-from store.errors import RunError
-from store.memory import KEEP_MEMORY
+from sae_harvest.store import environment
+from sae_harvest.store.errors import RunError
+from sae_harvest.store.memory import KEEP_MEMORY
 
 OBJECT_STORE_BYTES = 256 << 20  # shards travel as token ids, not as activations
 
@@ -52,8 +51,8 @@ def connect(address: str | None, workers: int, without: str) -> None:
         _check_listening(str(address))
     chosen = own if address is None else {"address": address}
     try:
-        with TemporaryDirectory(prefix="sae-harvest-") as empty, _own_sigterm():
-            ray.init(runtime_env=_workers_environment(empty), **chosen, **common)
+        with _own_sigterm():
+            ray.init(runtime_env={"env_vars": KEEP_MEMORY}, **chosen, **common)
         # Ray prints every death to standard output, `log_to_driver` or not, but where its own
         # debugger has set this; what there is to say of them is in our log.
         ray._private.worker._worker_logs_enabled = False
@@ -149,20 +148,6 @@ def _nodes() -> list[tuple[int, int]]:
     """Cores and GPUs of every living node."""
     found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in found]
-
-
-def _workers_environment(empty: str) -> dict[str, Any]:
-    """The runtime environment of the workers; `empty` is a folder with nothing in it.
-
-    Ray puts the driver's folder first on its workers' path, where a user's own store.py or train.py
-    would be taken for our packages. It does not where the workers have a folder of their own, so
-    they get a copy of an empty one. A job that `ray job submit` has started may have been given
-    one, which Ray allows nobody to replace.
-    """
-    found: dict[str, Any] = {"env_vars": KEEP_MEMORY}
-    if '"working_dir"' not in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""):
-        found["working_dir"] = empty
-    return found
 
 
 @contextlib.contextmanager

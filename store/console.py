@@ -26,10 +26,10 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
-from store import environment
-from store.errors import SaeHarvestError
-from store.masking import masked
-from store.options import PlaceOption
+from sae_harvest.store import environment
+from sae_harvest.store.errors import SaeHarvestError
+from sae_harvest.store.masking import masked
+from sae_harvest.store.options import PlaceOption
 
 # Libraries read these when they are imported. Their bars and remarks would be drawn over our own
 # progress, or fill a log. Processes that a command starts inherit them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from store.errors import InputError
+from sae_harvest.store.errors import InputError
 
 
 def choose_device(name: str) -> str:

@@ -12,7 +12,7 @@
 The command line prints `Error: <message>` and exits with 1; wrong options exit with 2.
 """
 
-from store.masking import masked
+from sae_harvest.store.masking import masked
 
 
 class SaeHarvestError(Exception):

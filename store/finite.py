@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from store.errors import DamagedError
+from sae_harvest.store.errors import DamagedError
 
 
 def require_finite(

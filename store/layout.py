@@ -26,8 +26,8 @@ from typing import Annotated, Any, Final, Literal
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from store.parsing import safe_name
-from store.records import digest_of
+from sae_harvest.store.parsing import safe_name
+from sae_harvest.store.records import digest_of
 
 FORMAT: Final = 3
 CHUNK_BYTES = 6 << 20  # 1.5 to 6 MiB read fastest: smaller pays per chunk, larger leaves the cache

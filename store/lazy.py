@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from store.reader import ActivationStore
+from sae_harvest.store.reader import ActivationStore
 
 if TYPE_CHECKING:
     import dask.array

@@ -18,14 +18,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from store.chunks import SelectedRows
-from store.errors import InputError, RunError
-from store.order import Order
-from store.readahead import ReadAhead
-from store.reader import ActivationStore
-from store.recycling import Recycled
-from store.rules import RowRule
-from store.upload import Sent, Upload
+from sae_harvest.store.chunks import SelectedRows
+from sae_harvest.store.errors import InputError, RunError
+from sae_harvest.store.order import Order
+from sae_harvest.store.readahead import ReadAhead
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.recycling import Recycled
+from sae_harvest.store.rules import RowRule
+from sae_harvest.store.upload import Sent, Upload
 
 STATE_VERSION = 2
 SMALL_NUMBERS = 32_767  # torch works on so many in one thread

@@ -11,13 +11,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from store import layout
-from store.commits import commit_shard, committed_shards, load_commit, read_plan, read_plan_record
-from store.errors import DamagedError, InputError, PlanMismatchError, StoreError
-from store.layout import Plan
-from store.objects import Objects, content_hash, require_space
-from store.seals import make_seals, read_seal, seal, sealed_counts, trusted_commits
-from store.writer import WRITERS, check_place, create_store
+from sae_harvest.store import layout
+from sae_harvest.store.commits import (
+    commit_shard,
+    committed_shards,
+    load_commit,
+    read_plan,
+    read_plan_record,
+)
+from sae_harvest.store.errors import DamagedError, InputError, PlanMismatchError, StoreError
+from sae_harvest.store.layout import Plan
+from sae_harvest.store.objects import Objects, content_hash, require_space
+from sae_harvest.store.seals import make_seals, read_seal, seal, sealed_counts, trusted_commits
+from sae_harvest.store.writer import WRITERS, check_place, create_store
 
 Progress = Callable[[int, int], None]  # bytes copied, bytes to copy
 

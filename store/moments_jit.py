@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from store.cache import use_numba_cache
+from sae_harvest.store.cache import use_numba_cache
 
 use_numba_cache()
 from numba import njit, types  # noqa: E402 - the cache folder must be set before

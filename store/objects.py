@@ -22,11 +22,11 @@ from typing import IO, Protocol
 import numpy as np
 import xxhash
 
-from store.errors import InputError, NotAStoreError, StoreError
-from store.naming import NoExclusiveNamesError, give_name
-from store.parsing import safe_name
-from store.paths import absolute
-from store.units import size_text
+from sae_harvest.store.errors import InputError, NotAStoreError, StoreError
+from sae_harvest.store.naming import NoExclusiveNamesError, give_name
+from sae_harvest.store.parsing import safe_name
+from sae_harvest.store.paths import absolute
+from sae_harvest.store.units import size_text
 
 Buffer = bytes | bytearray | memoryview
 
@@ -107,7 +107,7 @@ def open_objects(place: str | Path) -> Objects:
             f"--store {name}: a store lives in a folder or at s3://bucket/prefix, not at "
             f"{scheme}://."
         )
-    from store.s3 import S3Objects
+    from sae_harvest.store.s3 import S3Objects
 
     return S3Objects(name)
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 
-from store.parsing import MAX_NAME_BYTES
-from store.paths import absolute, absolute_name
+from sae_harvest.store.parsing import MAX_NAME_BYTES
+from sae_harvest.store.paths import absolute, absolute_name
 
 
 class PathOption(click.Path):

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from store.errors import InputError
-from store.permutation import permutation
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.permutation import permutation
 
 Int64s = npt.NDArray[np.int64]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from store.errors import InputError
+from sae_harvest.store.errors import InputError
 
 BEGINNING = b"version https://git-lfs.github.com/spec/v1"
 

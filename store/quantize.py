@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from store.stats import bits_of, moments_of_groups
+from sae_harvest.store.stats import bits_of, moments_of_groups
 
 LARGEST_CODE = 127  # -128 is the fill value, never a number of a row
 BINS = 500  # of a channel's range. No power of two: all channels would share few cache lines
@@ -33,7 +33,9 @@ def rows_apart(x: npt.NDArray[Any], is_outlier: npt.NDArray[np.bool_]) -> npt.ND
         x: float16 or float32 [rows, width].
         is_outlier: bool [rows], by norm.
     """
-    from store.quantize_jit import farthest  # numba takes a second to import; readers do without
+    from sae_harvest.store.quantize_jit import (
+        farthest,  # numba takes a second to import; readers do without
+    )
 
     ordinary, _ = moments_of_groups(x, is_outlier)
     score = np.empty(len(x), np.float32)
@@ -57,7 +59,7 @@ def calibrate(x: npt.NDArray[Any], is_apart: npt.NDArray[np.bool_]) -> npt.NDArr
         x: float16 or float32 [rows, width], finite.
         is_apart: bool [rows].
     """
-    from store.quantize_jit import best_parts, count_bins, widen
+    from sae_harvest.store.quantize_jit import best_parts, count_bins, widen
 
     width = x.shape[1]
     if is_apart.all():
@@ -87,7 +89,7 @@ def encode(
         is_apart: bool [rows].
         scale, offset: [width], from `calibrate`.
     """
-    from store.quantize_jit import nearest_codes
+    from sae_harvest.store.quantize_jit import nearest_codes
 
     codes = np.empty(x.shape, np.int8)
     limit = np.float32(LARGEST_CODE)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from store.moments_jit import EXACT, as_float, njit
+from sae_harvest.store.moments_jit import EXACT, as_float, njit
 
 ROUNDING = np.float32(1.5 * 2**23)  # adding it to a small number leaves its nearest integer
 NO_SIGN = np.uint32(0x7FFFFFFF)

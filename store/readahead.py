@@ -10,9 +10,9 @@ from queue import SimpleQueue
 import numpy as np
 import numpy.typing as npt
 
-from store.chunks import READS, RowBuffer, SelectedRows
-from store.order import Order, Window
-from store.reader import Scratch
+from sae_harvest.store.chunks import READS, RowBuffer, SelectedRows
+from sae_harvest.store.order import Order, Window
+from sae_harvest.store.reader import Scratch
 
 BUFFERS = 2  # windows in memory: one being consumed, one being read
 

@@ -12,16 +12,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from store import codec, layout, quantize
-from store.commits import load_commit, place_in_corpus, read_object, read_plan
-from store.errors import DamagedError, InputError
-from store.finite import require_finite
-from store.layout import Plan
-from store.objects import Buffer, Objects, open_objects
-from store.rules import RowRule, heldout_documents
-from store.seals import find_seal
-from store.stats import Moments
-from store.tables import exact_values, parse_table
+from sae_harvest.store import codec, layout, quantize
+from sae_harvest.store.commits import load_commit, place_in_corpus, read_object, read_plan
+from sae_harvest.store.errors import DamagedError, InputError
+from sae_harvest.store.finite import require_finite
+from sae_harvest.store.layout import Plan
+from sae_harvest.store.objects import Buffer, Objects, open_objects
+from sae_harvest.store.rules import RowRule, heldout_documents
+from sae_harvest.store.seals import find_seal
+from sae_harvest.store.stats import Moments
+from sae_harvest.store.tables import exact_values, parse_table
 
 
 class Scratch:

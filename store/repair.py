@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from store import layout
-from store.commits import load_commit, parse_plan, read_plan
-from store.errors import DamagedError, NotAStoreError
-from store.layout import Plan
-from store.objects import Objects
-from store.records import decode_record, digest_of, encode_record
-from store.seals import check_seal, make_seals, read_seal, sealed_counts, sweep
-from store.verify import Damage
-from store.zarrjson import write_zarr_metadata
+from sae_harvest.store import layout
+from sae_harvest.store.commits import load_commit, parse_plan, read_plan
+from sae_harvest.store.errors import DamagedError, NotAStoreError
+from sae_harvest.store.layout import Plan
+from sae_harvest.store.objects import Objects
+from sae_harvest.store.records import decode_record, digest_of, encode_record
+from sae_harvest.store.seals import check_seal, make_seals, read_seal, sealed_counts, sweep
+from sae_harvest.store.verify import Damage
+from sae_harvest.store.zarrjson import write_zarr_metadata
 
 
 def restore_plan(objects: Objects) -> bool:

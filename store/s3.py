@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from obstore.exceptions import AlreadyExistsError
 
-from store.bucket import (
+from sae_harvest.store.bucket import (
     GIVE_UP_SECONDS,
     SLOWEST_BYTES_A_SECOND,
     Bucket,
@@ -20,9 +20,9 @@ from store.bucket import (
     retried,
     seconds_for,
 )
-from store.errors import InputError, StoreError
-from store.objects import Buffer, total_bytes
-from store.parsing import safe_name
+from sae_harvest.store.errors import InputError, StoreError
+from sae_harvest.store.objects import Buffer, total_bytes
+from sae_harvest.store.parsing import safe_name
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, PutMode

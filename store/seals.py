@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from store import layout, stats
-from store.commits import (
+from sae_harvest.store import layout, stats
+from sae_harvest.store.commits import (
     Count,
     Counts,
     Hash,
@@ -29,11 +29,11 @@ from store.commits import (
     numbered,
     validate,
 )
-from store.errors import DamagedError, UnfinishedError
-from store.layout import Plan
-from store.objects import Objects
-from store.records import decode_record, digest_of, encode_record
-from store.zarrjson import write_zarr_metadata
+from sae_harvest.store.errors import DamagedError, UnfinishedError
+from sae_harvest.store.layout import Plan
+from sae_harvest.store.objects import Objects
+from sae_harvest.store.records import decode_record, digest_of, encode_record
+from sae_harvest.store.zarrjson import write_zarr_metadata
 
 REMEDY = "`harvest verify --repair` mends it."
 

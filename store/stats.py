@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from store.rules import OUTLIER_MEDIANS
+from sae_harvest.store.rules import OUTLIER_MEDIANS
 
 FloatArray = npt.NDArray[np.float64]
 HISTOGRAM_SHIFT = 15  # float32 bits dropped: 256 bins per power of two, 0.4 % wide
@@ -86,7 +86,9 @@ def moments_of_groups(
         x: any float type; others than float16 count as float32.
         is_apart: bool [rows].
     """
-    from store.moments_jit import add_moments  # numba takes a second to import; few need it
+    from sae_harvest.store.moments_jit import (
+        add_moments,  # numba takes a second to import; few need it
+    )
 
     rows = np.zeros(2, np.int64)
     mean, m2 = np.zeros((2, x.shape[1])), np.zeros((2, x.shape[1]))
@@ -110,7 +112,7 @@ def squared_error(x: npt.NDArray[Any], stored: npt.NDArray[Any]) -> list[float]:
 
     Of an int8 store: outlier rows, which are stored exactly, add nothing.
     """
-    from store.moments_jit import add_squared_error
+    from sae_harvest.store.moments_jit import add_squared_error
 
     error = np.zeros(x.shape[1])
     add_squared_error(bits_of(x), bits_of(stored), error)

@@ -14,8 +14,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from store.errors import DamagedError
-from store.layout import Plan
+from sae_harvest.store.errors import DamagedError
+from sae_harvest.store.layout import Plan
 
 PIECE_SCHEMA = pa.schema(
     {

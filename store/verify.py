@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from itertools import accumulate, chain, count, islice, takewhile
 from typing import Any
 
-from store import codec, layout
-from store.commits import committed_shards, load_commit, read_object, read_plan
-from store.errors import DamagedError
-from store.finite import all_finite
-from store.layout import Plan
-from store.objects import Objects
-from store.records import canonical, decode_record
-from store.seals import SealBuilder, read_seal, sealed_counts
-from store.tables import parse_table
-from store.zarrjson import zarr_metadata
+from sae_harvest.store import codec, layout
+from sae_harvest.store.commits import committed_shards, load_commit, read_object, read_plan
+from sae_harvest.store.errors import DamagedError
+from sae_harvest.store.finite import all_finite
+from sae_harvest.store.layout import Plan
+from sae_harvest.store.objects import Objects
+from sae_harvest.store.records import canonical, decode_record
+from sae_harvest.store.seals import SealBuilder, read_seal, sealed_counts
+from sae_harvest.store.tables import parse_table
+from sae_harvest.store.zarrjson import zarr_metadata
 
 READERS = 4  # objects read at once; a cold disk or a bucket needs several to be busy
 SHARDS_BELIEVED = 1000  # and twice those committed, when only a damaged seal's name tells of them

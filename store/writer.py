@@ -19,14 +19,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from store import codec, layout, quantize, stats
-from store.commits import read_plan
-from store.errors import DamagedError, NotAStoreError, PlanMismatchError
-from store.finite import all_finite
-from store.layout import Plan
-from store.objects import Buffer, Objects, content_hash, total_bytes
-from store.records import encode_record
-from store.tables import encode_table, exact_table, exact_values
+from sae_harvest.store import codec, layout, quantize, stats
+from sae_harvest.store.commits import read_plan
+from sae_harvest.store.errors import DamagedError, NotAStoreError, PlanMismatchError
+from sae_harvest.store.finite import all_finite
+from sae_harvest.store.layout import Plan
+from sae_harvest.store.objects import Buffer, Objects, content_hash, total_bytes
+from sae_harvest.store.records import encode_record
+from sae_harvest.store.tables import encode_table, exact_table, exact_values
 
 WRITERS = 4  # objects of a shard under way at once: their flushes overlap
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from store.layout import CODE_FILL, FORMAT, Plan
-from store.objects import Objects
-from store.records import canonical
+from sae_harvest.store.layout import CODE_FILL, FORMAT, Plan
+from sae_harvest.store.objects import Objects
+from sae_harvest.store.records import canonical
 
 # Integrity without compression: 7 % of space would cost four times the CPU of reading.
 _CRC = {"name": "crc32c"}

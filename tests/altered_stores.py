@@ -11,10 +11,10 @@ from typing import Any
 
 import google_crc32c
 
-from store import codec, layout
-from store.layout import Plan
-from store.objects import content_hash
-from store.records import CHECKSUM, canonical, digest_of
+from sae_harvest.store import codec, layout
+from sae_harvest.store.layout import Plan
+from sae_harvest.store.objects import content_hash
+from sae_harvest.store.records import CHECKSUM, canonical, digest_of
 
 VALUES: tuple[Any, ...] = (
     -5, 0, 1, 10**15, 2**63, 2**70, 1e308, -1.5, 0.5, True, None, "", "a", "\0", "\ud800", "0" * 32,

@@ -8,8 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from hashlib import sha1
 from itertools import chain
 from pathlib import Path
@@ -17,8 +17,8 @@ from typing import Any
 
 from click.testing import CliRunner, Result
 
-from harvest.cli import main
-from store.cache import cache_dir
+from sae_harvest.harvest.cli import main
+from sae_harvest.store.cache import cache_dir
 
 SCRIPT = Path(sys.executable).with_name("harvest")
 
@@ -45,11 +45,15 @@ def harvest(*arguments: object, **place: Any) -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, **place)
 
 
+def harvesting(*arguments: object, **place: Any) -> AbstractContextManager[subprocess.Popen[str]]:
+    """The installed script under way."""
+    return started([str(SCRIPT), *map(str, arguments)], **place)
+
+
 @contextmanager
-def harvesting(*arguments: object, **place: Any) -> Iterator[subprocess.Popen[str]]:
-    """The installed script under way, in a session (so also a process group) of its own."""
+def started(command: list[str], **place: Any) -> Iterator[subprocess.Popen[str]]:
+    """A command under way, in a session (so also a process group) of its own."""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [str(SCRIPT), *map(str, arguments)]
     process = subprocess.Popen(command, start_new_session=True, **pipes, **place)
     try:
         yield process
@@ -105,17 +109,16 @@ def session_processes(session: int) -> dict[int, str]:
     return found
 
 
-def locked_checkout(folder: Path, packages: Iterable[str]) -> dict[str, str]:
-    """Copies packages there, read only, and returns an environment in which they are found.
+def locked_checkout(folder: Path) -> dict[str, str]:
+    """Copies the package there, read only, and returns an environment in which it is found.
 
     Their cache is new but for what numba has compiled of the same files, which it keeps by the path
     of their folder: compiling it all again takes a minute.
     """
     repository, cache = Path(__file__).parent.parent, folder / "cache"
     checkout = folder / "checkout"
-    for package in packages:
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(repository / package, checkout / package, ignore=ignored)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(repository / "sae_harvest", checkout / "sae_harvest", ignore=ignored)
     for source in [path for path in checkout.rglob("*") if path.is_dir()]:
         compiled, same = (
             place / f"{source.name}_{sha1(str(path).encode()).hexdigest()}"
@@ -130,6 +133,7 @@ def locked_checkout(folder: Path, packages: Iterable[str]) -> dict[str, str]:
         path.chmod(path.stat().st_mode & ~0o222)
     return {
         "PYTHONPATH": str(checkout),
+        "PYTHONDONTWRITEBYTECODE": "",
         "SAE_HARVEST_CACHE": str(cache),
         "NUMBA_CACHE_DIR": str(cache / "numba"),  # this process may have set it to its own
     }

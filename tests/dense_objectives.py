@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from train.config import TrainConfig
-from train.kernels.oracle import project, top_k
-from train.sae import SAE
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.kernels.oracle import project, top_k
+from sae_harvest.train.sae import SAE
 
 
 class Jump(torch.autograd.Function):

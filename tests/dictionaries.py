@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from store.reader import ActivationStore
-from store.rules import RowRule
-from train.config import SAEConfig
-from train.sae import SAE
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.rules import RowRule
+from sae_harvest.train.config import SAEConfig
+from sae_harvest.train.sae import SAE
 
 SITE = "resid_post.1"
 

@@ -12,11 +12,11 @@ import click
 import numpy as np
 from click.testing import CliRunner, Result
 
-from pipelines.exports.cli import export_command
-from pipelines.exports.tables import BARS
-from pipelines.features.build import build
-from pipelines.features.folder import DECILES
-from store.console import Commands
+from sae_harvest.pipelines.exports.cli import export_command
+from sae_harvest.pipelines.exports.tables import BARS
+from sae_harvest.pipelines.features.build import build
+from sae_harvest.pipelines.features.folder import DECILES
+from sae_harvest.store.console import Commands
 from tests.feature_cases import BUILD_CONFIG, read_table, save_sae, sentence
 
 Triples = dict[tuple[int, int], float]  # activations by row and latent

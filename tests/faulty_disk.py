@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import store.naming
-import store.objects
+import sae_harvest.store.naming
+import sae_harvest.store.objects
 
 # Every call by which `store.objects` and `store.naming` change a disk; `replace` and `mkdir` are
 # methods of a Path.
@@ -88,8 +88,8 @@ def faulty(disk: FaultyDisk) -> Iterator[FaultyDisk]:
         return wrapped
 
     with (
-        patch.object(store.objects, "os", disk),
-        patch.object(store.naming, "os", disk),
+        patch.object(sae_harvest.store.objects, "os", disk),
+        patch.object(sae_harvest.store.naming, "os", disk),
         patch.object(Path, "replace", method("replace")),
         patch.object(Path, "mkdir", method("mkdir")),
         patch.object(Path, "unlink", method("unlink")),

@@ -16,20 +16,20 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from pipelines.features import tables
-from pipelines.features.candidates import TokenRows
-from pipelines.features.cli import main
-from pipelines.features.config import FeatureConfig
-from pipelines.features.contexts import contexts, wanted_rows
-from pipelines.features.encode import batches, encode
-from pipelines.features.firings import Blocks, publish
-from pipelines.features.folder import TABLES
-from pipelines.features.neighbours import Neighbours, neighbours
-from pipelines.features.profile import Profile, profile
-from pipelines.features.rows import COLUMNS, READ, SCORE, Rows
-from store.objects import LocalObjects
-from store.reader import ActivationStore
-from store.rules import RowRule
+from sae_harvest.pipelines.features import tables
+from sae_harvest.pipelines.features.candidates import TokenRows
+from sae_harvest.pipelines.features.cli import main
+from sae_harvest.pipelines.features.config import FeatureConfig
+from sae_harvest.pipelines.features.contexts import contexts, wanted_rows
+from sae_harvest.pipelines.features.encode import batches, encode
+from sae_harvest.pipelines.features.firings import Blocks, publish
+from sae_harvest.pipelines.features.folder import TABLES
+from sae_harvest.pipelines.features.neighbours import Neighbours, neighbours
+from sae_harvest.pipelines.features.profile import Profile, profile
+from sae_harvest.pipelines.features.rows import COLUMNS, READ, SCORE, Rows
+from sae_harvest.store.objects import LocalObjects
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.rules import RowRule
 from tests.dictionaries import random_sae
 
 N_LATENTS, K, LENGTH, CONTEXTS, VOCABULARY = 13, 4, 16, 40, 30

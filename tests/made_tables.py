@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from train.config import SAEConfig
-from train.sae import SAE
+from sae_harvest.train.config import SAEConfig
+from sae_harvest.train.sae import SAE
 
 ROW_GROUP = 2048
 CONTEXT_LENGTH = 128

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from harvest.contexts import ShardInput
-from harvest.models import ResolvedModel, model_fingerprint, resolve_model
-from store.layout import Plan, SitePlan
-from store.objects import LocalObjects, Objects
-from store.tables import DOCUMENT_SCHEMA, PIECE_SCHEMA
+from sae_harvest.harvest.contexts import ShardInput
+from sae_harvest.harvest.models import ResolvedModel, model_fingerprint, resolve_model
+from sae_harvest.store.layout import Plan, SitePlan
+from sae_harvest.store.objects import LocalObjects, Objects
+from sae_harvest.store.tables import DOCUMENT_SCHEMA, PIECE_SCHEMA
 
 SITES = ("resid_post.1",)
 LENGTH, CONTEXTS, WIDTH = 32, 8, 32

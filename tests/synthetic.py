@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from store import codec, layout
-from store.commits import commit_shard, read_commit
-from store.layout import Plan, SitePlan
-from store.objects import LocalObjects, Objects, content_hash
-from store.records import encode_record
-from store.repair import reseal
-from store.seals import seal
-from store.tables import DOCUMENT_SCHEMA, PIECE_SCHEMA
-from store.writer import Shard, create_store, write_shard
+from sae_harvest.store import codec, layout
+from sae_harvest.store.commits import commit_shard, read_commit
+from sae_harvest.store.layout import Plan, SitePlan
+from sae_harvest.store.objects import LocalObjects, Objects, content_hash
+from sae_harvest.store.records import encode_record
+from sae_harvest.store.repair import reseal
+from sae_harvest.store.seals import seal
+from sae_harvest.store.tables import DOCUMENT_SCHEMA, PIECE_SCHEMA
+from sae_harvest.store.writer import Shard, create_store, write_shard
 
 SITE = "resid_post.0"
 OTHER = "mlp_act.0"

@@ -10,11 +10,11 @@ import numba
 import pytest
 import torch
 
-from store.errors import RunError
+from sae_harvest.store.errors import RunError
+from sae_harvest.train.config import SAEConfig
+from sae_harvest.train.sae import SAE
 from tests.forked import SERVER
 from tests.test_objectives import config_of, k_of, make_sae, rows
-from train.config import SAEConfig
-from train.sae import SAE
 
 ACTIVATIONS = ["topk", "batchtopk", "jumprelu", "relu_l1", "gated"]
 

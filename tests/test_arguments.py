@@ -9,11 +9,11 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from harvest.cli import main as harvest
-from pipelines.cli import main as sae_pipeline
-from pipelines.features.cli import main as sae_features
+from sae_harvest.harvest.cli import main as harvest
+from sae_harvest.pipelines.cli import main as sae_pipeline
+from sae_harvest.pipelines.features.cli import main as sae_features
+from sae_harvest.train.cli import main as train_sae
 from tests.commands import refusal
-from train.cli import main as train_sae
 
 GROUPS = {
     "harvest": harvest,

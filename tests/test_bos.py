@@ -10,20 +10,20 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipelines.features.rows import Rows, for_scores, write_rows
-from store.commits import commit_shard
-from store.layout import Plan
-from store.loader import ShuffledLoader
-from store.objects import LocalObjects
-from store.reader import ActivationStore
-from store.rules import RowRule, heldout_documents
-from store.seals import seal
-from store.writer import create_store, write_shard
+from sae_harvest.pipelines.features.rows import Rows, for_scores, write_rows
+from sae_harvest.store.commits import commit_shard
+from sae_harvest.store.layout import Plan
+from sae_harvest.store.loader import ShuffledLoader
+from sae_harvest.store.objects import LocalObjects
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.rules import RowRule, heldout_documents
+from sae_harvest.store.seals import seal
+from sae_harvest.store.writer import create_store, write_shard
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.evaluate import evaluate
+from sae_harvest.train.sae import SAE
+from sae_harvest.train.trainer import train
 from tests.synthetic import SITE, make_plan, make_shard, make_store
-from train.config import TrainConfig
-from train.evaluate import evaluate
-from train.sae import SAE
-from train.trainer import train
 
 WIDTH, LENGTH, SHARDS = 768, 16, 24
 RULE = RowRule(heldout_fraction=0.3)

@@ -17,12 +17,12 @@ from zarr.core.buffer import cpu, default_buffer_prototype
 from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
 
-from store import codec, layout
-from store.errors import DamagedError
-from store.layout import Plan
-from store.objects import LocalObjects, total_bytes
-from store.reader import ActivationStore
-from store.zarrjson import zarr_metadata
+from sae_harvest.store import codec, layout
+from sae_harvest.store.errors import DamagedError
+from sae_harvest.store.layout import Plan
+from sae_harvest.store.objects import LocalObjects, total_bytes
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.zarrjson import zarr_metadata
 from tests.synthetic import CONTEXTS, SITE, make_plan, make_store, rows_of
 
 DTYPES = ["float16", "float32", "int8"]

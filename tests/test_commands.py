@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from store.reader import ActivationStore
+from sae_harvest.store.reader import ActivationStore
 from tests.commands import commits, dead_network, digest_of, harvest, invoke, options, refusal
 from tests.synthetic import make_store
 
@@ -123,7 +123,9 @@ def test_a_disk_too_small_is_refused_before_any_work(
 ) -> None:
     # 4,096 rows of 32 float16 and 16 bytes a row of the rest: 327,680 bytes
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=327_679))
-    monkeypatch.setattr("harvest.run._Work.run", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(
+        "sae_harvest.harvest.run._Work.run", lambda *_: pytest.fail("work was begun")
+    )
     message = refusal(invoke(*options(model_folder, corpus_file, store)))
     assert "needs 328 kB more and the disk has 328 kB free" in message
     assert not store.exists()

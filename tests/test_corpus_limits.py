@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from harvest import parquetfiles, textfiles
-from harvest.corpus import CorpusSpec, open_corpus
-from store.errors import InputError
+from sae_harvest.harvest import parquetfiles, textfiles
+from sae_harvest.harvest.corpus import CorpusSpec, open_corpus
+from sae_harvest.store.errors import InputError
 from tests.test_corpus import message, packed, read
 
 LIMIT = 1 << 20

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import pytest
 
-from store.errors import SaeHarvestError
-from store.reader import ActivationStore
+from sae_harvest.store.errors import SaeHarvestError
+from sae_harvest.store.reader import ActivationStore
 from tests.commands import (
     commits,
     digest_of,
@@ -73,13 +73,13 @@ def killed_driver(
 def ray_workers(session: int) -> list[int]:
     """Process ids of the workers that hold a model."""
     found = session_processes(session).items()
-    return [number for number, command in found if command.startswith("ray::ShardWorker")]
+    return [number for number, command in found if command.startswith("ray::ShardActor")]
 
 
 @pytest.mark.slow
 def test_a_killed_driver_takes_its_workers_along(killed_driver: KilledDriver) -> None:
     def at_work() -> list[str]:
-        names = ("ShardWorker", "raylet/raylet", "gcs_server")
+        names = ("ShardActor", "raylet/raylet", "gcs_server")
         found = session_processes(killed_driver.session).values()
         return [command for command in found if any(name in command for name in names)]
 

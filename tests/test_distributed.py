@@ -11,14 +11,14 @@ from datetime import timedelta
 import pytest
 import torch
 
-import train.distributed
-from store.errors import SaeHarvestError
+import sae_harvest.train.distributed
+from sae_harvest.store.errors import SaeHarvestError
+from sae_harvest.train.distributed import group_of
+from sae_harvest.train.group import Group
+from sae_harvest.train.job import may_pass
+from sae_harvest.train.learner import Learner
 from tests.processes import CPU, answers, start, together
 from tests.test_learner import MODEL, config_of, data, predicted
-from train.distributed import group_of
-from train.group import Group
-from train.job import may_pass
-from train.learner import Learner
 
 STEPS = 50
 WAYS = [("data", 2), ("data", 4), ("latents", 2), ("latents", 4)]
@@ -125,7 +125,7 @@ def test_every_objective_takes_the_steps_of_one_process(parallel, world):
 
 def kept(values, n_latents, k, block_keys):
     """Of this process's part of pairs [rows, n_latents], those that are kept, by whole number."""
-    train.distributed.BLOCK_KEYS = block_keys
+    sae_harvest.train.distributed.BLOCK_KEYS = block_keys
     group = group_of("latents", n_latents, 1, CPU)
     first, last = group.latents(n_latents)
     own = values[:, first:last].sort(dim=1, descending=True, stable=True)

@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sae_harvest.train.checkpoint import saved_steps
+from sae_harvest.train.cluster import WorkerError, _reported
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.job import EXIT_TRY_AGAIN, may_pass
+from sae_harvest.train.trainer import train
 from tests.commands import PATIENCE
 from tests.forked import forked
 from tests.synthetic import make_plan, make_store
-from train.checkpoint import saved_steps
-from train.cluster import WorkerError, _reported
-from train.config import TrainConfig
-from train.job import EXIT_TRY_AGAIN, may_pass
-from train.trainer import train
 
 STEPS = 150
 CONFIG = TrainConfig(
@@ -181,7 +181,7 @@ def test_the_sentence_that_says_most_is_reported():
     assert not may_pass(failed(echo, wrong))
     assert str(failed(echo, echo)) == "another one has ended"
     assert may_pass(failed(echo, echo))
-    missing = failed(echo, ModuleNotFoundError("No module named 'train'", name="train"))
-    assert "Worker 1 found no train on its machine; install" in str(missing)
+    missing = failed(echo, ModuleNotFoundError("No module named 'sae_harvest'", name="sae_harvest"))
+    assert "Worker 1 found no sae_harvest on its machine; install" in str(missing)
     bug = ValueError("a bug")
     assert failed(echo, bug) is bug

@@ -23,19 +23,19 @@ import uvicorn
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import harvest.models
-import pipelines.demo
-import train.rates
-import train.scaling
-from harvest.corpus import NewsCorpus
-from harvest.documents import Document
-from harvest.models import ResolvedModel
-from pipelines.features.config import FeatureConfig
+import sae_harvest.harvest.models
+import sae_harvest.pipelines.demo
+import sae_harvest.train.rates
+import sae_harvest.train.scaling
+from sae_harvest.harvest.corpus import NewsCorpus
+from sae_harvest.harvest.documents import Document
+from sae_harvest.harvest.models import ResolvedModel
+from sae_harvest.pipelines.features.config import FeatureConfig
+from sae_harvest.train.scaling import fit
 from tests import typist
 from tests.pages import PROGRAMS, ROOT, Block, blocks, commands, examples, spans, unfenced
 from tests.s3_server import S3Server, s3_server, without_aws
 from tests.typist import BATCH, MAINS, Typist
-from train.scaling import fit
 
 README = ROOT / "README.md"
 EVERY = [README, *sorted((ROOT / "docs").rglob("*.md"))]
@@ -87,16 +87,24 @@ def surroundings(corpus_file: Path, model: Path) -> Iterator[None]:
         for name, value in server.environment.items():
             patch.setenv(name, value)
         patch.setattr(datasets, "load_dataset_builder", local)
-        patch.setattr(harvest.models, "_from_gguf", packaged)
+        patch.setattr(sae_harvest.harvest.models, "_from_gguf", packaged)
         patch.setattr(uvicorn.Server, "run", typist.serve_a_moment)
         small = {"shard_rows": 512}
-        patch.setattr(pipelines.demo, "HARVEST", pipelines.demo.HARVEST.model_copy(update=small))
-        patch.setattr(pipelines.demo, "EPOCHS", 1)
+        patch.setattr(
+            sae_harvest.pipelines.demo,
+            "HARVEST",
+            sae_harvest.pipelines.demo.HARVEST.model_copy(update=small),
+        )
+        patch.setattr(sae_harvest.pipelines.demo, "EPOCHS", 1)
         small = {"n_latents": 256, "batch_rows": BATCH}
-        patch.setattr(pipelines.demo, "TRAIN", pipelines.demo.TRAIN.model_copy(update=small))
-        patch.setattr(pipelines.demo, "N_DOWNSTREAM_CONTEXTS", 4)
+        patch.setattr(
+            sae_harvest.pipelines.demo,
+            "TRAIN",
+            sae_harvest.pipelines.demo.TRAIN.model_copy(update=small),
+        )
+        patch.setattr(sae_harvest.pipelines.demo, "N_DOWNSTREAM_CONTEXTS", 4)
         contexts = FeatureConfig(n_top=4, n_random=2, n_decile=1, n_inactive=2, n_hard=2)
-        patch.setattr(pipelines.demo, "FEATURES", contexts)
+        patch.setattr(sae_harvest.pipelines.demo, "FEATURES", contexts)
 
         def few(found: tuple[Document, dict[str, int]]) -> bool:
             return found[1]["rows"] <= 300
@@ -104,8 +112,14 @@ def surroundings(corpus_file: Path, model: Path) -> Iterator[None]:
         # the first articles, few draws, and rates that are measured once
         read = NewsCorpus._read
         patch.setattr(NewsCorpus, "_read", lambda *of: takewhile(few, read(*of)))
-        patch.setattr(train.scaling, "fit", lambda law, losses, _, seed: fit(law, losses, 50, seed))
-        patch.setattr(train.rates, "measure_rates", cache(train.rates.measure_rates))
+        patch.setattr(
+            sae_harvest.train.scaling,
+            "fit",
+            lambda law, losses, _, seed: fit(law, losses, 50, seed),
+        )
+        patch.setattr(
+            sae_harvest.train.rates, "measure_rates", cache(sae_harvest.train.rates.measure_rates)
+        )
         yield
 
 

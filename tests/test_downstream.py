@@ -7,17 +7,17 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from harvest.config import HarvestConfig
-from harvest.corpus import CorpusSpec
-from harvest.models import load_model, resolve_model
-from harvest.run import Means, run
-from pipelines.evaluate import downstream
-from pipelines.evaluate.downstream import downstream_loss, heldout_contexts
-from store.errors import InputError, SaeHarvestError
-from store.reader import ActivationStore
-from store.rules import RowRule, heldout_documents
+from sae_harvest.harvest.config import HarvestConfig
+from sae_harvest.harvest.corpus import CorpusSpec
+from sae_harvest.harvest.models import load_model, resolve_model
+from sae_harvest.harvest.run import Means, run
+from sae_harvest.pipelines.evaluate import downstream
+from sae_harvest.pipelines.evaluate.downstream import downstream_loss, heldout_contexts
+from sae_harvest.store.errors import InputError, SaeHarvestError
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.rules import RowRule, heldout_documents
+from sae_harvest.train.sae import SAE
 from tests.dictionaries import SITE, config_for, random_sae
-from train.sae import SAE
 
 D_IN = 32
 EVERY_ROW = RowRule(max_norm_medians=None, heldout_fraction=0.4)

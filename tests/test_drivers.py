@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from harvest import status
-from harvest.config import HarvestConfig
-from harvest.contexts import ShardInput
-from harvest.corpus import CorpusSpec
-from harvest.run import Means, Result, run
-from harvest.worker import Done, ShardWorker
-from store.errors import InputError
-from store.layout import Plan
-from store.objects import LocalObjects, Objects
-from store.verify import verify
-from store.writer import create_store, discard, write_shard
+from sae_harvest.harvest import status
+from sae_harvest.harvest.config import HarvestConfig
+from sae_harvest.harvest.contexts import ShardInput
+from sae_harvest.harvest.corpus import CorpusSpec
+from sae_harvest.harvest.run import Means, Result, run
+from sae_harvest.harvest.worker import Done, ShardWorker
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.layout import Plan
+from sae_harvest.store.objects import LocalObjects, Objects
+from sae_harvest.store.verify import verify
+from sae_harvest.store.writer import create_store, discard, write_shard
 from tests.synthetic import make_plan, make_shard
 
 MEANS = Means(workers=0, device="cpu")

@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """No network, and a checkout that is read only: the packages are copied and locked."""
-    checkout = locked_checkout(tmp_path_factory.mktemp("copy"), PACKAGES)
+    checkout = locked_checkout(tmp_path_factory.mktemp("copy"))
     return dead_network() | checkout | {"PYTHONDONTWRITEBYTECODE": "1"}
 
 
@@ -75,7 +75,7 @@ def test_train_build_show_and_query(
 def test_commands_come_from_the_copy(environment: dict[str, str], folder: Path) -> None:
     # Otherwise the read-only copy above would prove nothing.
     printed = subprocess.run(
-        [sys.executable, "-P", "-c", "import train; print(train.__file__)"],
+        [sys.executable, "-P", "-c", "import sae_harvest; print(sae_harvest.__file__)"],
         cwd=folder,
         env=os.environ | environment,
         capture_output=True,

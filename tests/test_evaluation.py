@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.evaluate.downstream import heldout_contexts, replaced_rows
-from store.chunks import SelectedRows
-from store.errors import DamagedError
-from store.objects import LocalObjects
-from store.reader import ActivationStore
-from store.rules import RowRule
+from sae_harvest.pipelines.evaluate.downstream import heldout_contexts, replaced_rows
+from sae_harvest.store.chunks import SelectedRows
+from sae_harvest.store.errors import DamagedError
+from sae_harvest.store.objects import LocalObjects
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.rules import RowRule
+from sae_harvest.train.config import SAEConfig
+from sae_harvest.train.evaluate import evaluate, remarks
+from sae_harvest.train.sae import SAE
 from tests.synthetic import (
     OTHER,
     SITE,
@@ -24,9 +27,6 @@ from tests.synthetic import (
     replace_array,
     rows_of,
 )
-from train.config import SAEConfig
-from train.evaluate import evaluate, remarks
-from train.sae import SAE
 
 RULE = RowRule(heldout_fraction=0.4)
 HELDOUT = RULE.model_copy(update={"split": "heldout"})

@@ -18,15 +18,15 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from harvest.export import ExportConfig, Exported, export
-from store.commits import commit_shard
-from store.errors import InputError, StoreError, UnfinishedError
-from store.layout import Plan, SitePlan
-from store.objects import Buffer, LocalObjects, open_objects
-from store.reader import ActivationStore
-from store.rules import RowRule
-from store.seals import seal
-from store.writer import Shard, create_store, write_shard
+from sae_harvest.harvest.export import ExportConfig, Exported, export
+from sae_harvest.store.commits import commit_shard
+from sae_harvest.store.errors import InputError, StoreError, UnfinishedError
+from sae_harvest.store.layout import Plan, SitePlan
+from sae_harvest.store.objects import Buffer, LocalObjects, open_objects
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.rules import RowRule
+from sae_harvest.store.seals import seal
+from sae_harvest.store.writer import Shard, create_store, write_shard
 from tests.commands import invoke, refusal
 from tests.s3_server import s3_server
 from tests.synthetic import SITE, make_plan, make_shard, make_store, rows_of

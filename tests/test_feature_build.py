@@ -15,18 +15,19 @@ import torch
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from harvest.models import load_tokenizer, resolve_model
-from pipelines.features import neighbours as neighbours_module
-from pipelines.features import sources
-from pipelines.features.build import build
-from pipelines.features.cli import main
-from pipelines.features.contexts import STRATA
-from pipelines.features.folder import TABLES
-from pipelines.features.neighbours import counted_rows
-from pipelines.features.rows import for_scores
-from pipelines.features.show import highlight, render_latent
-from store.errors import RunError
-from store.reader import ActivationStore
+from sae_harvest.harvest.models import load_tokenizer, resolve_model
+from sae_harvest.pipelines.features import neighbours as neighbours_module
+from sae_harvest.pipelines.features import sources
+from sae_harvest.pipelines.features.build import build
+from sae_harvest.pipelines.features.cli import main
+from sae_harvest.pipelines.features.contexts import STRATA
+from sae_harvest.pipelines.features.folder import TABLES
+from sae_harvest.pipelines.features.neighbours import counted_rows
+from sae_harvest.pipelines.features.rows import for_scores
+from sae_harvest.pipelines.features.show import highlight, render_latent
+from sae_harvest.store.errors import RunError
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.train.sae import SAE
 from tests.dictionaries import SITE, random_sae
 from tests.feature_cases import (
     BUILD_CONFIG,
@@ -41,7 +42,6 @@ from tests.feature_cases import (
     save_sae,
     tokens_of,
 )
-from train.sae import SAE
 
 Folders = tuple[Path, Path, Path]
 Truth = tuple[ActivationStore, np.ndarray, np.ndarray]

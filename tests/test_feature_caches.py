@@ -12,17 +12,17 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
-from pipelines.exports import delphi
-from pipelines.features import sources
-from pipelines.features.cli import main
-from pipelines.features.delphi_cache import DelphiCache
-from pipelines.features.firings import Firings
-from pipelines.features.job import Job, encode_block
-from pipelines.features.rows import write_rows
-from pipelines.live import LiveModel
-from pipelines.viewer import compare, tables
-from store.errors import InputError
-from store.reader import ActivationStore
+from sae_harvest.pipelines.exports import delphi
+from sae_harvest.pipelines.features import sources
+from sae_harvest.pipelines.features.cli import main
+from sae_harvest.pipelines.features.delphi_cache import DelphiCache
+from sae_harvest.pipelines.features.firings import Firings
+from sae_harvest.pipelines.features.job import Job, encode_block
+from sae_harvest.pipelines.features.rows import write_rows
+from sae_harvest.pipelines.live import LiveModel
+from sae_harvest.pipelines.viewer import compare, tables
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.reader import ActivationStore
 from tests.export_cases import Triples, exported, half, triples_of
 from tests.feature_cases import BUILD_CONFIG, SAE_LATENTS, read_table, sentence
 from tests.forked import SERVER

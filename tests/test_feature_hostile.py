@@ -16,18 +16,18 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.features import kernels
-from pipelines.features.checks import BINS
-from pipelines.features.cli import main
-from pipelines.features.folder import STRATA, TABLES
-from pipelines.viewer import site
-from pipelines.viewer.latent import latent_page
-from pipelines.viewer.listing import Listing, list_latents
-from pipelines.viewer.overview import overview
-from pipelines.viewer.search import search
-from pipelines.viewer.site import write_site
-from pipelines.viewer.tables import Tables
-from store.errors import SaeHarvestError
+from sae_harvest.pipelines.features import kernels
+from sae_harvest.pipelines.features.checks import BINS
+from sae_harvest.pipelines.features.cli import main
+from sae_harvest.pipelines.features.folder import STRATA, TABLES
+from sae_harvest.pipelines.viewer import site
+from sae_harvest.pipelines.viewer.latent import latent_page
+from sae_harvest.pipelines.viewer.listing import Listing, list_latents
+from sae_harvest.pipelines.viewer.overview import overview
+from sae_harvest.pipelines.viewer.search import search
+from sae_harvest.pipelines.viewer.site import write_site
+from sae_harvest.pipelines.viewer.tables import Tables
+from sae_harvest.store.errors import SaeHarvestError
 from tests.feature_cases import refusal
 from tests.made_tables import run_json, write_tables
 

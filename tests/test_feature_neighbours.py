@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.features.firings import Blocks, Firings, publish
-from pipelines.features.neighbours import (
+from sae_harvest.pipelines.features.firings import Blocks, Firings, publish
+from sae_harvest.pipelines.features.neighbours import (
     MOST_PAIRS,
     counted_rows,
     counted_share,
     decoder_neighbours,
     neighbours,
 )
-from store.objects import LocalObjects
+from sae_harvest.store.objects import LocalObjects
 from tests.feature_cases import (
     CONFIG,
     LENGTH,

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.exports import neuronpedia
-from pipelines.exports.tables import BARS
+from sae_harvest.pipelines.exports import neuronpedia
+from sae_harvest.pipelines.exports.tables import BARS
 from tests.export_cases import (
     SHOWN,
     as_float32,

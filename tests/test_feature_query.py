@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
-from pipelines.features.cli import main
-from pipelines.features.query import asked, connect, connect_fenced
-from pipelines.features.results import json_value
-from store.errors import InputError, RunError
-from store.paths import exact_file
+from sae_harvest.pipelines.features.cli import main
+from sae_harvest.pipelines.features.query import asked, connect, connect_fenced
+from sae_harvest.pipelines.features.results import json_value
+from sae_harvest.store.errors import InputError, RunError
+from sae_harvest.store.paths import exact_file
 from tests.feature_cases import refusal
 from tests.made_tables import write_tables
 

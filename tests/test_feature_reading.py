@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.features.build import BLOOM
-from pipelines.features.contexts import lists
-from pipelines.features.folder import TABLES
-from pipelines.features.query import connect
-from pipelines.features.tables import ROW_GROUP, TableWriter
+from sae_harvest.pipelines.features.build import BLOOM
+from sae_harvest.pipelines.features.contexts import lists
+from sae_harvest.pipelines.features.folder import TABLES
+from sae_harvest.pipelines.features.query import connect
+from sae_harvest.pipelines.features.tables import ROW_GROUP, TableWriter
 from tests.made_tables import run_json
 
 LATENTS, CONTEXTS, BINS, NEIGHBOURS, TOKENS = 24_576, 40, 30, 15, 20

@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from pipelines.features import sources
-from pipelines.features.build import build
-from pipelines.features.cli import main
-from pipelines.features.dictionary import Dictionary, Neurons
-from store.errors import DamagedError, RunError
-from store.reader import ActivationStore
-from store.rules import RowRule
+from sae_harvest.pipelines.features import sources
+from sae_harvest.pipelines.features.build import build
+from sae_harvest.pipelines.features.cli import main
+from sae_harvest.pipelines.features.dictionary import Dictionary, Neurons
+from sae_harvest.store.errors import DamagedError, RunError
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.rules import RowRule
 from tests.dictionaries import SITE, random_sae
 from tests.feature_cases import (
     BUILD_CONFIG,

@@ -16,12 +16,12 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 
-from pipelines.features import build as build_module
-from pipelines.features.build import build
-from pipelines.features.config import FeatureConfig
-from pipelines.features.folder import BUILDING_FILE
-from pipelines.features.tables import TableWriter
-from store.errors import RunError, SaeHarvestError
+from sae_harvest.pipelines.features import build as build_module
+from sae_harvest.pipelines.features.build import build
+from sae_harvest.pipelines.features.config import FeatureConfig
+from sae_harvest.pipelines.features.folder import BUILDING_FILE
+from sae_harvest.pipelines.features.tables import TableWriter
+from sae_harvest.store.errors import RunError, SaeHarvestError
 from tests.commands import wait_for
 from tests.feature_cases import (
     BUILD_CONFIG,

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.features import kernels
-from pipelines.features.candidates import SPARE, TokenRows, by_neighbour, by_token
-from pipelines.features.config import FeatureConfig
-from pipelines.features.contexts import STRATA
-from pipelines.features.profile import decile_edges
+from sae_harvest.pipelines.features import kernels
+from sae_harvest.pipelines.features.candidates import SPARE, TokenRows, by_neighbour, by_token
+from sae_harvest.pipelines.features.config import FeatureConfig
+from sae_harvest.pipelines.features.contexts import STRATA
+from sae_harvest.pipelines.features.profile import decile_edges
 from tests.feature_cases import (
     ALWAYS,
     CONFIG,

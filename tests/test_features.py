@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.features import firings as firings_module
-from pipelines.features import tables
-from pipelines.features.config import FeatureConfig
-from pipelines.features.encode import stacked
-from pipelines.features.profile import bin_edge
-from pipelines.features.rows import for_scores
-from store.rules import heldout_documents
+from sae_harvest.pipelines.features import firings as firings_module
+from sae_harvest.pipelines.features import tables
+from sae_harvest.pipelines.features.config import FeatureConfig
+from sae_harvest.pipelines.features.encode import stacked
+from sae_harvest.pipelines.features.profile import bin_edge
+from sae_harvest.pipelines.features.rows import for_scores
+from sae_harvest.store.rules import heldout_documents
 from tests.feature_cases import (
     ALIKE,
     CONFIG,

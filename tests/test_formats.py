@@ -11,8 +11,13 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from store.errors import InputError
-from store.rules import RowRule
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.rules import RowRule
+from sae_harvest.train.cli_formats import add_format_commands
+from sae_harvest.train.formats import FORMATS, export_sae, format_named, import_sae
+from sae_harvest.train.formats.reading import Origin
+from sae_harvest.train.formats.saelens import hook_name, site_of
+from sae_harvest.train.sae import SAE
 from tests.interop.exchange import (
     ORIGIN,
     D,
@@ -24,11 +29,6 @@ from tests.interop.exchange import (
     run,
     written,
 )
-from train.cli_formats import add_format_commands
-from train.formats import FORMATS, export_sae, format_named, import_sae
-from train.formats.reading import Origin
-from train.formats.saelens import hook_name, site_of
-from train.sae import SAE
 
 ACTIVATIONS = ("topk", "batchtopk", "jumprelu", "relu", "gated")
 NORMALIZATIONS = ("none", "scale", "layer_norm", "unit_norm")

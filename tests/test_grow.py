@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import zarr
 
-from store.errors import RunError
-from store.reader import ActivationStore
+from sae_harvest.store.errors import RunError
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.trainer import open_store, train
 from tests.commands import commits, digest_of, invoke, options, refusal, wait_for
 from tests.forked import forked
 from tests.synthetic import make_plan, make_store
 from tests.test_crash import reached
 from tests.test_faults import assert_nothing_wrong, assert_whole
-from train.config import TrainConfig
-from train.trainer import open_store, train
 
 SITE = "resid_post.1"
 ALL_TOKENS = 28_672  # whole contexts of 32 in the fixture corpus

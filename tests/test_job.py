@@ -17,17 +17,17 @@ import yaml
 from click.testing import CliRunner, Result
 from safetensors import SafetensorError
 
-from store.errors import DamagedError, RunError, SaeHarvestError
+from sae_harvest.store.errors import DamagedError, RunError, SaeHarvestError
+from sae_harvest.train import member, trainer
+from sae_harvest.train.cli import main
+from sae_harvest.train.folder import locked
+from sae_harvest.train.job import EXIT_TRY_AGAIN, may_pass
+from sae_harvest.train.learner import Diverged
+from sae_harvest.train.options import CONFIG, PLACES, Source
+from sae_harvest.train.sweepfile import read_sweep_file
 from tests.commands import PATIENCE
 from tests.forked import forked
 from tests.synthetic import make_plan, make_store
-from train import member, trainer
-from train.cli import main
-from train.folder import locked
-from train.job import EXIT_TRY_AGAIN, may_pass
-from train.learner import Diverged
-from train.options import CONFIG, PLACES, Source
-from train.sweepfile import read_sweep_file
 
 ROOT = Path(__file__).parents[1]
 JOBS = ROOT / "docker" / "jobs"

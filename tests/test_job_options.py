@@ -11,9 +11,9 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from store.rules import RowRule
-from train.config import TrainConfig
-from train.options import (
+from sae_harvest.store.rules import RowRule
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.options import (
     CONFIG,
     PLACES,
     Places,

@@ -8,9 +8,9 @@ import dask.array
 import numpy as np
 import pytest
 
-from store.errors import DamagedError, InputError
-from store.lazy import open_dask
-from store.reader import ActivationStore
+from sae_harvest.store.errors import DamagedError, InputError
+from sae_harvest.store.lazy import open_dask
+from sae_harvest.store.reader import ActivationStore
 from tests.synthetic import SITE, make_plan, make_store
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from store.errors import InputError, RunError
-from train.config import SAEConfig, TrainConfig
-from train.initial import prepare, random_rows
-from train.learner import Learner
-from train.sae import SAE
+from sae_harvest.store.errors import InputError, RunError
+from sae_harvest.train.config import SAEConfig, TrainConfig
+from sae_harvest.train.initial import prepare, random_rows
+from sae_harvest.train.learner import Learner
+from sae_harvest.train.sae import SAE
 
 CPU = torch.device("cpu")
 MODEL = {"name": "none", "weights": "none"}

@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from harvest.config import HarvestConfig
-from harvest.corpus import CorpusSpec
-from harvest.models import PACKAGED_INSTALL
-from harvest.run import Means, run
-from pipelines.features.folder import RUN_FILE
-from pipelines.live import LiveModel
-from store.errors import InputError, RunError
-from store.reader import ActivationStore
-from store.rules import RowRule
+from sae_harvest.harvest.config import HarvestConfig
+from sae_harvest.harvest.corpus import CorpusSpec
+from sae_harvest.harvest.models import PACKAGED_INSTALL
+from sae_harvest.harvest.run import Means, run
+from sae_harvest.pipelines.features.folder import RUN_FILE
+from sae_harvest.pipelines.live import LiveModel
+from sae_harvest.store.errors import InputError, RunError
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.rules import RowRule
+from sae_harvest.train.sae import SAE
 from tests.dictionaries import random_sae
 from tests.made_tables import run_json
-from train.sae import SAE
 
 SITE = "resid_post.1"
 N_LATENTS, K = 64, 6

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from store.errors import DamagedError, InputError, RunError
-from store.loader import ShuffledLoader
-from store.objects import LocalObjects
-from store.reader import ActivationStore
-from store.rules import RowRule
+from sae_harvest.store.errors import DamagedError, InputError, RunError
+from sae_harvest.store.loader import ShuffledLoader
+from sae_harvest.store.objects import LocalObjects
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.rules import RowRule
 from tests.synthetic import (
     OTHER,
     SITE,

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from store import layout
-from store.chunks import READS, SelectedRows
-from store.errors import DamagedError, InputError
-from store.loader import Batch, ShuffledLoader
-from store.objects import Buffer, LocalObjects
-from store.order import Order
-from store.reader import ActivationStore
-from store.rules import RowRule
+from sae_harvest.store import layout
+from sae_harvest.store.chunks import READS, SelectedRows
+from sae_harvest.store.errors import DamagedError, InputError
+from sae_harvest.store.loader import Batch, ShuffledLoader
+from sae_harvest.store.objects import Buffer, LocalObjects
+from sae_harvest.store.order import Order
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.rules import RowRule
 from tests.synthetic import (
     OTHER,
     SITE,
@@ -189,7 +189,7 @@ def test_a_few_requests_are_under_way_at_once(
         return places[0]
 
     expected = take(ShuffledLoader(store, SITE, 100, 0, ALL, 4), 16)
-    monkeypatch.setattr("store.reader.open_objects", remote)
+    monkeypatch.setattr("sae_harvest.store.reader.open_objects", remote)
     loader = ShuffledLoader(ActivationStore.open(store.place), SITE, 100, 0, ALL, 4)
     for there, here in zip(take(loader, 16), expected, strict=True):
         assert torch.equal(there.x, here.x)
@@ -220,7 +220,7 @@ class PretendUpload:
 def test_sending_ahead_changes_neither_batches_nor_states(
     store: ActivationStore, monkeypatch: pytest.MonkeyPatch, window_chunks: int
 ) -> None:
-    monkeypatch.setattr("store.loader.Upload", PretendUpload)
+    monkeypatch.setattr("sae_harvest.store.loader.Upload", PretendUpload)
     arguments = (store, SITE, 100, 0, ALL, window_chunks)
     here, there = ShuffledLoader(*arguments), ShuffledLoader(*arguments, device="cuda")
     for step in range(40):
@@ -240,7 +240,7 @@ def test_damage_ahead_does_not_cost_a_batch(
     make_store(tmp_path / "s")
     damaged = tmp_path / "s" / f"activations/{SITE}/c.5.0"
     damaged.write_bytes(damaged.read_bytes()[:-3000])
-    monkeypatch.setattr("store.loader.Upload", PretendUpload)
+    monkeypatch.setattr("sae_harvest.store.loader.Upload", PretendUpload)
     arguments = (ActivationStore.open(tmp_path / "s"), SITE, 32, 0, ALL, 2)
     steps = []
     for device in ("cpu", "cuda"):

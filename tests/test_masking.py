@@ -10,13 +10,13 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-import pipelines.features.cli
-import train.cli
-from harvest import log
-from store import cluster
-from store.errors import RunError, SaeHarvestError
-from store.masking import masked
-from store.objects import open_objects
+import sae_harvest.pipelines.features.cli
+import sae_harvest.train.cli
+from sae_harvest.harvest import log
+from sae_harvest.store import cluster
+from sae_harvest.store.errors import RunError, SaeHarvestError
+from sae_harvest.store.masking import masked
+from sae_harvest.store.objects import open_objects
 from tests.commands import invoke
 
 SECRET = "s3cr3t"
@@ -72,7 +72,9 @@ def test_commands_do_not_print_it(
     assert SECRET not in result.output
 
 
-@pytest.mark.parametrize("command", [train.cli.main, pipelines.features.cli.main])
+@pytest.mark.parametrize(
+    "command", [sae_harvest.train.cli.main, sae_harvest.pipelines.features.cli.main]
+)
 def test_neither_do_the_other_commands(command: Any) -> None:
     result = CliRunner().invoke(command, ["nonsense", f"s3://me:{SECRET}@bucket"])
     assert result.exit_code == 2
@@ -87,7 +89,7 @@ def test_an_address_of_a_cluster_is_masked(address: str) -> None:
 
 
 def test_an_endpoint_that_does_not_answer_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("store.bucket.GIVE_UP_SECONDS", 1)
+    monkeypatch.setattr("sae_harvest.store.bucket.GIVE_UP_SECONDS", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", ENDPOINT)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "key")

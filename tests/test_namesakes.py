@@ -1,6 +1,6 @@
-"""Where the command is run from, and what it may not need: names, network, a writable checkout.
+"""Where a harvest is run from, what it may not need, and how it ends.
 
-The Ray runs here are the dear part (about ten seconds each), so each serves several tests.
+A user's folder may hold a train.py and a store.py; network and a writable checkout may be missing.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from typing import NamedTuple
 
 import pytest
 
-from store.reader import ActivationStore
+from sae_harvest.store.reader import ActivationStore
 from tests.commands import (
     PATIENCE,
     commits,
     dead_network,
     digest_of,
-    harvest,
     harvesting,
     invoke,
     locked_checkout,
     options,
     refusal,
     session_processes,
+    started,
     wait_for,
 )
 
 pytestmark = pytest.mark.slow
 
-NAMESAKES = ("train", "store", "harvest", "pipelines", "tests", "click", "zarr")
+NAMESAKES = ("train", "store", "harvest", "pipelines", "tests")
 
 
 class Run(NamedTuple):
@@ -56,24 +56,42 @@ def reference(
 
 
 @pytest.fixture(scope="module")
-def hostile_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder whose files bear the names of packages, and fail when imported."""
+def two_workers(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Path, corpus_file: Path
+) -> Run:
+    """Two Ray workers in a user's folder, whose files bear our names and fail when imported.
+
+    Without a network, from a checkout that cannot be written; every path is relative.
+    """
     folder = tmp_path_factory.mktemp("mine")
     for name in NAMESAKES:
         (folder / f"{name}.py").write_text(f"raise RuntimeError('the user’s own {name}.py')\n")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def two_workers(hostile_folder: Path, model_folder: Path, corpus_file: Path) -> Run:
-    """Two Ray workers, started in that folder, without a network; every path is relative."""
     for link, target in (("mine", model_folder), (corpus_file.name, corpus_file)):
-        (hostile_folder / link).symlink_to(target)
+        (folder / link).symlink_to(target)
     arguments = options(Path("mine"), Path(corpus_file.name), Path("out/store"), workers=2)
-    with harvesting(*arguments, cwd=hostile_folder, env=dead_network()) as process:
+    environment = dead_network() | locked_checkout(tmp_path_factory.mktemp("locked"))
+    checkout = Path(environment["PYTHONPATH"])
+    before = {path: path.stat().st_mtime_ns for path in checkout.rglob("*")}
+    program = (
+        "import sys, sae_harvest.harvest.cli as cli\n"
+        f"assert cli.__file__.startswith({str(checkout)!r}), cli.__file__\n"
+        "cli.main()\n"
+    )
+    command = [sys.executable, "-P", "-c", program, *arguments]
+    # Root writes through file modes: there, a read-only mount where the system allows one.
+    mount = f'mount --bind "{checkout}" "{checkout}" && mount -o remount,ro,bind "{checkout}"'
+    private = ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$0" "$@"']
+    allowed = shutil.which("unshare") and subprocess.run(
+        [*private, "true"], capture_output=True, check=False
+    )
+    if os.geteuid() == 0 and allowed and allowed.returncode == 0:
+        command = [*private, *command]
+    with started(command, cwd=folder, env=environment) as process:
         stdout, stderr = process.communicate(timeout=PATIENCE)
         left = session_processes(process.pid)
-        return Run(stdout, stderr, process.returncode, left, hostile_folder)
+    if command[0] == "unshare" or os.geteuid() != 0:
+        assert {path: path.stat().st_mtime_ns for path in checkout.rglob("*")} == before
+    return Run(stdout, stderr, process.returncode, left, folder)
 
 
 def test_two_workers_give_the_bytes_of_one_process(two_workers: Run, reference: str) -> None:
@@ -92,60 +110,6 @@ def test_standard_output_holds_the_result_and_nothing_else(
 
 def test_no_process_is_left_when_the_command_ends(two_workers: Run) -> None:
     assert two_workers.left == {}
-
-
-@pytest.mark.parametrize("command", ["status", "verify", "show"])
-def test_the_other_commands_work_beside_namesakes(two_workers: Run, command: str) -> None:
-    result = harvest(command, "--store", "out/store", cwd=two_workers.folder, env=dead_network())
-    assert result.returncode == 0, result.stderr
-    assert "out/store" in result.stdout
-
-
-def test_plan_works_beside_namesakes(
-    hostile_folder: Path, model_folder: Path, corpus_file: Path
-) -> None:
-    arguments = ("--model", model_folder, "--corpus", corpus_file, "--layer", 1, "--tokens", 64)
-    result = harvest(
-        "plan", *arguments, "--context-length", 32, cwd=hostile_folder, env=dead_network()
-    )
-    assert result.returncode == 0, result.stderr
-    assert "64 (2 contexts of 32)" in result.stdout
-
-
-def test_one_worker_runs_from_a_checkout_that_cannot_be_written(
-    tmp_path: Path, model_folder: Path, corpus_file: Path, reference: str
-) -> None:
-    environment = dead_network() | locked_checkout(tmp_path, ("harvest", "store"))
-    checkout = Path(environment["PYTHONPATH"])
-    before = {path: path.stat().st_mtime_ns for path in checkout.rglob("*")}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
-
-    program = (
-        "import sys, harvest.cli, store.console\n"
-        f"assert harvest.cli.__file__.startswith({str(checkout)!r}), harvest.cli.__file__\n"
-        "harvest.cli.main()\n"
-    )
-    store = tmp_path / "store"
-    command = [sys.executable, "-c", program, *options(model_folder, corpus_file, store, workers=1)]
-    # Root writes through file modes: there, a read-only mount where the system allows one.
-    mount = f'mount --bind "{checkout}" "{checkout}" && mount -o remount,ro,bind "{checkout}"'
-    private = ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$0" "$@"']
-    allowed = shutil.which("unshare") and subprocess.run(
-        [*private, "true"], capture_output=True, check=False
-    )
-    if os.geteuid() == 0 and allowed and allowed.returncode == 0:
-        command = [*private, *command]
-    result = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
-    )
-    assert result.returncode == 0, result.stderr
-    assert digest_of(result) == reference
-    bytecode = {path for path in checkout.rglob("*") if "__pycache__" in path.parts}
-    if command[0] == "unshare" or os.geteuid() != 0:
-        assert not bytecode
-    after = {path: path.stat().st_mtime_ns for path in checkout.rglob("*") if path in before}
-    kept = {path for path in before if path.is_file()}
-    assert {path: after[path] for path in kept} == {path: before[path] for path in kept}
 
 
 def test_weights_that_a_worker_cannot_read_are_refused_in_one_sentence(

@@ -12,13 +12,13 @@ from typing import Any, NoReturn
 import pyarrow.parquet as pq
 import pytest
 
-import store.naming
-from pipelines.features.build import build
-from store.errors import StoreError
-from store.naming import NO_LINKS, NoExclusiveNamesError
-from store.objects import LocalObjects
-from store.reader import ActivationStore
-from store.verify import verify
+import sae_harvest.store.naming
+from sae_harvest.pipelines.features.build import build
+from sae_harvest.store.errors import StoreError
+from sae_harvest.store.naming import NO_LINKS, NoExclusiveNamesError
+from sae_harvest.store.objects import LocalObjects
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.verify import verify
 from tests.faulty_disk import FaultyDisk, Killed, faulty
 from tests.feature_cases import BUILD_CONFIG
 from tests.synthetic import make_plan, make_store
@@ -50,7 +50,7 @@ def unable(*names: Any) -> NoReturn:
 def no_conditions(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system whose rename knows no conditions, as FUSE's of before 2014."""
 
-    monkeypatch.setattr(store.naming, "_renamed", unable)
+    monkeypatch.setattr(sae_harvest.store.naming, "_renamed", unable)
 
 
 def test_a_store_made_without_hard_links_is_the_same(tmp_path: Path, no_links: None) -> None:
@@ -143,6 +143,6 @@ def test_tables_are_built_without_hard_links_or_the_cause_is_told(
     build(place, sae, tmp_path / "a", BUILD_CONFIG)
     for table in ("latents.parquet", "firings"):
         assert pq.read_table(tmp_path / "a" / table).equals(pq.read_table(features / table))
-    monkeypatch.setattr(store.naming, "_renamed", unable)
+    monkeypatch.setattr(sae_harvest.store.naming, "_renamed", unable)
     with pytest.raises(StoreError, match="has neither hard links nor a rename"):
         build(place, sae, tmp_path / "b", BUILD_CONFIG)

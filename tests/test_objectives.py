@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from store.errors import RunError
+from sae_harvest.store.errors import RunError
+from sae_harvest.train.batch import Workspace
+from sae_harvest.train.config import SAEConfig, TrainConfig
+from sae_harvest.train.kernels.cpu import CpuKernels
+from sae_harvest.train.kernels.torch_ops import TorchKernels
+from sae_harvest.train.sae import SAE
+from sae_harvest.train.step import train_step
 from tests.dense_objectives import Dense
-from train.batch import Workspace
-from train.config import SAEConfig, TrainConfig
-from train.kernels.cpu import CpuKernels
-from train.kernels.torch_ops import TorchKernels
-from train.sae import SAE
-from train.step import train_step
 
 BACKENDS = [CpuKernels, TorchKernels]
 N_LATENTS, D_IN, ROWS, K = 300, 24, 100, 8

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from store.errors import StoreError
-from store.objects import LocalObjects
+from sae_harvest.store.errors import StoreError
+from sae_harvest.store.objects import LocalObjects
 
 pytestmark = pytest.mark.usefixtures("unflushed")
 

@@ -11,15 +11,22 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from train import costs
-from train.cli_plan import GPUS
-from train.cli_plan import plan as plan_command
-from train.config import TrainConfig
-from train.costs import available_bytes, memory, memory_bytes, shape_of, step_flops, step_work
-from train.kernels.cpu import CpuKernels
-from train.learner import Learner
-from train.plan import PUBLISHED, Rates, plan, published_rates, step_seconds
-from train.rates import measure_rates
+from sae_harvest.train import costs
+from sae_harvest.train.cli_plan import GPUS
+from sae_harvest.train.cli_plan import plan as plan_command
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.costs import (
+    available_bytes,
+    memory,
+    memory_bytes,
+    shape_of,
+    step_flops,
+    step_work,
+)
+from sae_harvest.train.kernels.cpu import CpuKernels
+from sae_harvest.train.learner import Learner
+from sae_harvest.train.plan import PUBLISHED, Rates, plan, published_rates, step_seconds
+from sae_harvest.train.rates import measure_rates
 
 D_IN, D_OUT = 48, 32
 RATES = Rates(

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from harvest import raycluster, raypool
-from harvest.contexts import ShardInput
-from harvest.pool import Pool, open_pool
-from harvest.worker import ShardWorker
-from store import cluster
-from store.errors import InputError, RunError
-from store.layout import Plan
-from store.objects import LocalObjects, Objects
+from sae_harvest.harvest import raycluster, raypool
+from sae_harvest.harvest.contexts import ShardInput
+from sae_harvest.harvest.pool import Pool, open_pool
+from sae_harvest.harvest.worker import ShardWorker
+from sae_harvest.store import cluster
+from sae_harvest.store.errors import InputError, RunError
+from sae_harvest.store.layout import Plan
+from sae_harvest.store.objects import LocalObjects, Objects
 from tests.commands import wait_for
 from tests.shards import SITES, deadly, local_model, make_inputs, make_plan
 from tests.told import alive, gone, started
@@ -165,10 +165,6 @@ def test_a_node_with_other_software_is_named() -> None:
     found = raycluster.mismatch(expected, there)
     assert found == (
         "The Ray node node7 has sae-harvest 0.1.0 instead of 0.2.0; install the same on every node."
-    )
-    there["versions"] = {"sae-harvest": None, "torch": None}
-    assert "node7 has no sae-harvest; install version 0.2.0" in str(
-        raycluster.mismatch(expected, there)
     )
 
 

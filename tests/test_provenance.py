@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from harvest.config import HarvestConfig
-from harvest.corpus import CorpusSpec
-from harvest.provenance import Provenance, trace_row
-from harvest.run import Means, run
-from store.errors import DamagedError, InputError
-from store.reader import ActivationStore
+from sae_harvest.harvest.config import HarvestConfig
+from sae_harvest.harvest.corpus import CorpusSpec
+from sae_harvest.harvest.provenance import Provenance, trace_row
+from sae_harvest.harvest.run import Means, run
+from sae_harvest.store.errors import DamagedError, InputError
+from sae_harvest.store.reader import ActivationStore
 from tests.commands import invoke, refusal
 from tests.conftest import CONTEXT_LENGTH
 

@@ -9,13 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
-from pipelines.cli import main
-from pipelines.recipe import packaged_recipes, read_recipe
-from store.errors import InputError
-from store.reader import ActivationStore
+from sae_harvest.pipelines.cli import main
+from sae_harvest.pipelines.recipe import packaged_recipes, read_recipe
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.train.sae import SAE
+from sae_harvest.train.sweepfile import parse_sweep
 from tests.commands import refusal
-from train.sae import SAE
-from train.sweepfile import parse_sweep
 
 KINDS = ("attn_out", "mlp_out", "resid_mid", "resid_post")
 

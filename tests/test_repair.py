@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from store.errors import DamagedError
-from store.objects import LocalObjects
-from store.reader import ActivationStore
-from store.records import encode_record
-from store.verify import verify
+from sae_harvest.store.errors import DamagedError
+from sae_harvest.store.objects import LocalObjects
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.records import encode_record
+from sae_harvest.store.verify import verify
 from tests.commands import digest_of, invoke, options, refusal, wait_for
 from tests.faulty_disk import FaultyDisk, Killed, faulty
 from tests.forked import forked
@@ -104,7 +104,9 @@ def test_what_is_damaged_is_made_again_and_nothing_else(
 def test_metadata_is_written_again_without_a_model(
     sealed: Path, digest: str, name: str, harm: Harm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harvest.run.prepare_again", lambda *_: pytest.fail("no model is needed"))
+    monkeypatch.setattr(
+        "sae_harvest.harvest.run.prepare_again", lambda *_: pytest.fail("no model is needed")
+    )
     before = inodes(sealed)
     harm(sealed / name)
     result = invoke(*REPAIR, "--store", sealed)

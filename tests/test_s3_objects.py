@@ -20,8 +20,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from store.errors import InputError, SaeHarvestError, StoreError
-from store.s3 import INPUT_BLOCK_BYTES, SMALL_BYTES, Buffer, S3Objects, list_inputs, open_input
+from sae_harvest.store.errors import InputError, SaeHarvestError, StoreError
+from sae_harvest.store.s3 import (
+    INPUT_BLOCK_BYTES,
+    SMALL_BYTES,
+    Buffer,
+    S3Objects,
+    list_inputs,
+    open_input,
+)
 from tests.s3_server import S3Server, s3_server, without_aws
 
 RESET = struct.pack("ii", 1, 0)  # linger for no time at all
@@ -136,7 +143,7 @@ def test_of_many_threads_one_wins_each_key(objects: S3Objects) -> None:
 def test_of_many_processes_one_wins_each_key(objects: S3Objects) -> None:
     script = """
 import json, sys
-from store.s3 import S3Objects
+from sae_harvest.store.s3 import S3Objects
 objects = S3Objects(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()

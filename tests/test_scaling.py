@@ -11,16 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from store.errors import InputError, RunError
+from sae_harvest.store.errors import InputError, RunError
+from sae_harvest.train.cli import main
+from sae_harvest.train.cli_scaling import scaling
+from sae_harvest.train.config import SAEConfig, TrainConfig
+from sae_harvest.train.costs import step_flops
+from sae_harvest.train.scaling import analyse, fits, table
+from sae_harvest.train.scaling_envelope import envelope
+from sae_harvest.train.scaling_points import RunPoint, read_sweep
+from sae_harvest.train.sweep import sweep as train_all
 from tests.synthetic import make_plan, make_store
-from train.cli import main
-from train.cli_scaling import scaling
-from train.config import SAEConfig, TrainConfig
-from train.costs import step_flops
-from train.scaling import analyse, fits, table
-from train.scaling_envelope import envelope
-from train.scaling_points import RunPoint, read_sweep
-from train.sweep import sweep as train_all
 
 D_IN, ROWS, STEPS = 64, 256, 200
 SIZES = [64, 128, 256, 512, 1024, 2048]

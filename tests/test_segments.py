@@ -20,12 +20,12 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from harvest import encoding
-from harvest import segments as segments_module
-from harvest.documents import Document
-from harvest.encoding import Batch, DocumentEncoder
-from harvest.models import load_tokenizer, resolve_model
-from harvest.segments import segments
+from sae_harvest.harvest import encoding
+from sae_harvest.harvest import segments as segments_module
+from sae_harvest.harvest.documents import Document
+from sae_harvest.harvest.encoding import Batch, DocumentEncoder
+from sae_harvest.harvest.models import load_tokenizer, resolve_model
+from sae_harvest.harvest.segments import segments
 
 END = "<|endoftext|>"
 PIECES = [

@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pipelines.features.cli import main
-from pipelines.features.folder import read_run
-from pipelines.live import LiveModel
-from pipelines.source import NOTHING_MOVED, Moved, relative_places, sae_of, store_of
-from pipelines.viewer import run as run_module
-from pipelines.viewer.compare import Comparison
-from pipelines.viewer.server import Viewer
-from pipelines.viewer.tables import Tables
-from store.errors import InputError, RunError, SaeHarvestError
-from store.reader import ActivationStore
-from store.rules import RowRule
+from sae_harvest.pipelines.features.cli import main
+from sae_harvest.pipelines.features.folder import read_run
+from sae_harvest.pipelines.live import LiveModel
+from sae_harvest.pipelines.source import NOTHING_MOVED, Moved, relative_places, sae_of, store_of
+from sae_harvest.pipelines.viewer import run as run_module
+from sae_harvest.pipelines.viewer.compare import Comparison
+from sae_harvest.pipelines.viewer.server import Viewer
+from sae_harvest.pipelines.viewer.tables import Tables
+from sae_harvest.store.errors import InputError, RunError, SaeHarvestError
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.rules import RowRule
 from tests.dictionaries import random_sae
 from tests.made_tables import write_tables
 from tests.viewer_cases import N

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from store.reader import ActivationStore
-from store.stats import (
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.stats import (
     Merge,
     Moments,
     histogram_quantile,

@@ -12,15 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from harvest import status
-from harvest.status import Heartbeat, Status, describe_status, duration, read_status
-from store.commits import commit_shard
-from store.errors import DamagedError, StoreError
-from store.layout import STATUS_KEY
-from store.objects import Buffer, LocalObjects
-from store.records import encode_record
-from store.seals import seal
-from store.writer import create_store, write_shard
+from sae_harvest.harvest import status
+from sae_harvest.harvest.status import Heartbeat, Status, describe_status, duration, read_status
+from sae_harvest.store.commits import commit_shard
+from sae_harvest.store.errors import DamagedError, StoreError
+from sae_harvest.store.layout import STATUS_KEY
+from sae_harvest.store.objects import Buffer, LocalObjects
+from sae_harvest.store.records import encode_record
+from sae_harvest.store.seals import seal
+from sae_harvest.store.writer import create_store, write_shard
 from tests.commands import wait_for
 from tests.synthetic import make_plan, make_shard
 

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from harvest.models import PACKAGED_INSTALL
-from harvest.sites import Site, SiteTap
-from pipelines.live import LiveModel
-from pipelines.steer import Clamp, added, clamped, clamping, generate
-from store.errors import InputError
-from store.rules import RowRule
+from sae_harvest.harvest.models import PACKAGED_INSTALL
+from sae_harvest.harvest.sites import Site, SiteTap
+from sae_harvest.pipelines.live import LiveModel
+from sae_harvest.pipelines.steer import Clamp, added, clamped, clamping, generate
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.rules import RowRule
+from sae_harvest.train.sae import SAE
 from tests.dictionaries import random_sae
 from tests.small_models import byte_tokenizer
 from tests.steer_cases import N_LATENTS, K, made_sae, shift_by_hand
 from tests.test_live import harvested, tables_of
 from tests.test_sites import FAMILIES, build, by_hand, offered
-from train.sae import SAE
 
 LAYER = 1
 KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_act")

@@ -15,9 +15,9 @@ from typing import NoReturn
 import numpy as np
 import pytest
 
-from store import layout
-from store.commits import commit_shard, read_plan
-from store.errors import (
+from sae_harvest.store import layout
+from sae_harvest.store.commits import commit_shard, read_plan
+from sae_harvest.store.errors import (
     DamagedError,
     InputError,
     NotAStoreError,
@@ -25,13 +25,13 @@ from store.errors import (
     StoreError,
     UnfinishedError,
 )
-from store.objects import LocalObjects, open_objects
-from store.reader import ActivationStore
-from store.records import decode_record, digest_of, encode_record
-from store.rules import RowRule
-from store.seals import seal
-from store.verify import verify
-from store.writer import create_store, write_shard
+from sae_harvest.store.objects import LocalObjects, open_objects
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.records import decode_record, digest_of, encode_record
+from sae_harvest.store.rules import RowRule
+from sae_harvest.store.seals import seal
+from sae_harvest.store.verify import verify
+from sae_harvest.store.writer import create_store, write_shard
 from tests.synthetic import CONTEXTS, SITE, add_shards, make_plan, make_shard, make_store, rows_of
 
 

@@ -14,18 +14,18 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from store.errors import RunError
+from sae_harvest.store.errors import RunError
+from sae_harvest.train import member as members_of_passes
+from sae_harvest.train import sweep as sweeps
+from sae_harvest.train.checkpoint import saved_steps
+from sae_harvest.train.cli import main
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.learner import Diverged
+from sae_harvest.train.sweep import common_step, passes, sweep
+from sae_harvest.train.sweepfile import read_sweep_file
+from sae_harvest.train.trainer import train
 from tests.forked import ended, forked
 from tests.synthetic import make_plan, make_store
-from train import member as members_of_passes
-from train import sweep as sweeps
-from train.checkpoint import saved_steps
-from train.cli import main
-from train.config import TrainConfig
-from train.learner import Diverged
-from train.sweep import common_step, passes, sweep
-from train.sweepfile import read_sweep_file
-from train.trainer import train
 
 STEPS, ROWS = 30, 64
 BASE = TrainConfig(

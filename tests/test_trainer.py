@@ -13,17 +13,17 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from store.errors import InputError, NotAStoreError, RunError
-from store.reader import ActivationStore
-from store.rules import RowRule
+from sae_harvest.store.errors import InputError, NotAStoreError, RunError
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.rules import RowRule
+from sae_harvest.train.cli import main
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.evaluate import Fvu, evaluate
+from sae_harvest.train.folder import locked
+from sae_harvest.train.initial import geometric_median, prepare
+from sae_harvest.train.sae import SAE
+from sae_harvest.train.trainer import train
 from tests.synthetic import SITE, make_plan, make_store, rows_of
-from train.cli import main
-from train.config import TrainConfig
-from train.evaluate import Fvu, evaluate
-from train.folder import locked
-from train.initial import geometric_median, prepare
-from train.sae import SAE
-from train.trainer import train
 
 STEPS = 200
 # few enough rows until death that AuxK takes part

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.trainer import train
 from tests.forked import ended, forked
-from train.config import TrainConfig
-from train.trainer import train
 
 SITE, TARGET = "resid_mid.1", "mlp_out.1"
 STEPS, ROWS = 90, 64
@@ -57,9 +57,9 @@ def store_path(
     tmp_path_factory: pytest.TempPathFactory, model_folder: Path, corpus_file: Path
 ) -> Path:
     """Two sites of the fixture model: 3 shards of 1,024 rows, width 32."""
-    from harvest.config import HarvestConfig
-    from harvest.corpus import CorpusSpec
-    from harvest.run import Means, run
+    from sae_harvest.harvest.config import HarvestConfig
+    from sae_harvest.harvest.corpus import CorpusSpec
+    from sae_harvest.harvest.run import Means, run
 
     path = tmp_path_factory.mktemp("two-sites") / "store"
     config = HarvestConfig(

@@ -11,16 +11,16 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-import train.member as members
-from store.errors import RunError
-from store.units import size_text
+import sae_harvest.train.member as members
+from sae_harvest.store.errors import RunError
+from sae_harvest.store.units import size_text
+from sae_harvest.train.checkpoint import saved_steps
+from sae_harvest.train.cli import main
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.distributed import PeerLost, reaching_peers
+from sae_harvest.train.faults import explained
+from sae_harvest.train.trainer import train
 from tests.synthetic import make_plan, make_store
-from train.checkpoint import saved_steps
-from train.cli import main
-from train.config import TrainConfig
-from train.distributed import PeerLost, reaching_peers
-from train.faults import explained
-from train.trainer import train
 
 CONFIG = TrainConfig(n_latents=24, k=4, tokens=30 * 64, batch_rows=64, checkpoint_every=10)
 OPTIONS = ("--n-latents", 24, "--k", 4, "--tokens", 1920, "--batch-rows", 64, "--device", "cpu")

@@ -11,15 +11,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.viewer import latent as latent_queries
-from pipelines.viewer.latent import compact, latent_page, merged
-from pipelines.viewer.listing import Listing, list_latents
-from pipelines.viewer.notes import Notes
-from pipelines.viewer.overview import overview
-from pipelines.viewer.search import search
-from pipelines.viewer.sql import FencedSQL
-from pipelines.viewer.tables import Tables
-from store.errors import InputError, RunError
+from sae_harvest.pipelines.viewer import latent as latent_queries
+from sae_harvest.pipelines.viewer.latent import compact, latent_page, merged
+from sae_harvest.pipelines.viewer.listing import Listing, list_latents
+from sae_harvest.pipelines.viewer.notes import Notes
+from sae_harvest.pipelines.viewer.overview import overview
+from sae_harvest.pipelines.viewer.search import search
+from sae_harvest.pipelines.viewer.sql import FencedSQL
+from sae_harvest.pipelines.viewer.tables import Tables
+from sae_harvest.store.errors import InputError, RunError
 from tests.feature_cases import tokens_of
 from tests.made_tables import (
     HOSTILE,

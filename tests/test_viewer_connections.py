@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("starlette", reason="the viewer's server is an extra: .[viewer]")
 pytest.importorskip("uvicorn", reason="the viewer's server is an extra: .[viewer]")
 
-from pipelines.viewer.connections import CONNECTIONS, STRANGERS, Connection
-from pipelines.viewer.server import open_viewer
+from sae_harvest.pipelines.viewer.connections import CONNECTIONS, STRANGERS, Connection
+from sae_harvest.pipelines.viewer.server import open_viewer
 from tests.made_tables import write_tables
 from tests.viewer_cases import N, served
 

@@ -10,8 +10,8 @@ import threading
 
 import pytest
 
-from pipelines.viewer.notes import NOTES_FILE, Notes
-from store.errors import InputError, RunError
+from sae_harvest.pipelines.viewer.notes import NOTES_FILE, Notes
+from sae_harvest.store.errors import InputError, RunError
 
 
 def test_notes_and_tags_are_those_of_one_sae(tmp_path):
@@ -52,7 +52,8 @@ def test_a_damaged_file_of_notes_is_named(tmp_path):
 
 def test_what_was_saved_survives_a_kill(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from pipelines.viewer.notes import Notes\n"
+        "import sys; from pathlib import Path\n"
+        "from sae_harvest.pipelines.viewer.notes import Notes\n"
         "notes = Notes.beside(Path(sys.argv[1]), 'sae')\n"
         "for n in range(10**6):\n"
         "    notes.put(n, f'note {n}', ['tag'])\n"

@@ -9,9 +9,9 @@ import pytest
 pytest.importorskip("starlette", reason="the viewer's server is an extra: .[viewer]")
 pytest.importorskip("uvicorn", reason="the viewer's server is an extra: .[viewer]")
 
-from pipelines.viewer import models
-from pipelines.viewer.server import open_viewer
-from pipelines.viewer.site import write_site
+from sae_harvest.pipelines.viewer import models
+from sae_harvest.pipelines.viewer.server import open_viewer
+from sae_harvest.pipelines.viewer.site import write_site
 from tests.made_tables import STRATA, write_sae, write_tables
 from tests.viewer_cases import Writer, command, go, served, texts
 

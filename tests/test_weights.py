@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from harvest.models import resolve_model
-from harvest.weights import weights_hash
-from store.errors import InputError
+from sae_harvest.harvest.models import resolve_model
+from sae_harvest.harvest.weights import weights_hash
+from sae_harvest.store.errors import InputError
 from tests.commands import invoke, options, refusal
 from tests.hostile import outcome
 

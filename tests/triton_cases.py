@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.config import TrainConfig
-from train.kernels import AdamNumbers, Gradients, Pairs, triton_scores
-from train.kernels import triton_gradients as by_latent
-from train.kernels.cpu import CpuKernels
-from train.kernels.oracle import pair_gradients
-from train.kernels.triton_low import GroupedLow, shorten
-from train.kernels.triton_ops import FP8_CAPABILITY, TritonKernels
-from train.kernels.triton_select import group_choice_pays
-from train.learner import Learner
-from train.sae import SAE
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.kernels import AdamNumbers, Gradients, Pairs, triton_scores
+from sae_harvest.train.kernels import triton_gradients as by_latent
+from sae_harvest.train.kernels.cpu import CpuKernels
+from sae_harvest.train.kernels.oracle import pair_gradients
+from sae_harvest.train.kernels.triton_low import GroupedLow, shorten
+from sae_harvest.train.kernels.triton_ops import FP8_CAPABILITY, TritonKernels
+from sae_harvest.train.kernels.triton_select import group_choice_pays
+from sae_harvest.train.learner import Learner
+from sae_harvest.train.sae import SAE
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 HAS_FP8 = DEVICE.type == "cpu" or torch.cuda.get_device_capability() >= FP8_CAPABILITY

@@ -41,17 +41,17 @@ import uvicorn
 import yaml
 from click.testing import CliRunner
 
-import harvest.cli
-import pipelines.cli
-import pipelines.features.cli
-import train.cli
+import sae_harvest.harvest.cli
+import sae_harvest.pipelines.cli
+import sae_harvest.pipelines.features.cli
+import sae_harvest.train.cli
 from tests.pages import ROOT, Block, commands
 
 MAINS = {
-    "harvest": harvest.cli.main,
-    "train-sae": train.cli.main,
-    "sae-features": pipelines.features.cli.main,
-    "sae-pipeline": pipelines.cli.main,
+    "harvest": sae_harvest.harvest.cli.main,
+    "train-sae": sae_harvest.train.cli.main,
+    "sae-features": sae_harvest.pipelines.features.cli.main,
+    "sae-pipeline": sae_harvest.pipelines.cli.main,
 }
 ROWS = 8192  # of every store
 BATCH = 256

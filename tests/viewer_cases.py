@@ -17,13 +17,13 @@ from pathlib import Path
 
 import uvicorn
 
-from pipelines.steer import Generated
-from pipelines.viewer.connections import Connection
-from pipelines.viewer.run import configuration, listen
-from pipelines.viewer.server import make_app
+from sae_harvest.pipelines.steer import Generated
+from sae_harvest.pipelines.viewer.connections import Connection
+from sae_harvest.pipelines.viewer.run import configuration, listen
+from sae_harvest.pipelines.viewer.server import make_app
 
 N = 48
-SERVE = "import sys; from pipelines.viewer.cli import serve; serve(sys.argv[1:])"
+SERVE = "import sys; from sae_harvest.pipelines.viewer.cli import serve; serve(sys.argv[1:])"
 
 
 @dataclass

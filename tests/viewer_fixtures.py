@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.viewer.server import open_viewer
-from pipelines.viewer.site import write_site
-from store.reader import ActivationStore
-from store.rules import RowRule
+from sae_harvest.pipelines.viewer.server import open_viewer
+from sae_harvest.pipelines.viewer.site import write_site
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.rules import RowRule
 from tests.dictionaries import random_sae
 from tests.made_tables import HOSTILE, HOSTILE_LATENT, write_tables
 from tests.viewer_cases import N, served

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from train.batch import Batch
-from train.kernels import Pairs
+from sae_harvest.train.batch import Batch
+from sae_harvest.train.kernels import Pairs
 
 
 def add_auxiliary(batch: Batch, slope: Tensor, dead: Tensor) -> float:

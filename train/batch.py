@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from store.errors import RunError
-from train.config import TrainConfig
-from train.group import Group
-from train.kernels import Gradients
-from train.sae import SAE
+from sae_harvest.store.errors import RunError
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.group import Group
+from sae_harvest.train.kernels import Gradients
+from sae_harvest.train.sae import SAE
 
 ROUNDING = 1e-5  # share of a sum of squares that float32 rounding may leave of its spread
 DENSE_PAIRS = 512  # active latents per row that are few, however many latents there are

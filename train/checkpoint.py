@@ -14,14 +14,14 @@ from typing import Any
 
 from torch import Tensor
 
-from store.errors import RunError
-from store.objects import sync_folder
-from train.files import read_record, write_json
-from train.group import Group
-from train.records import State
-from train.sae import CONFIG_FILE, SAE, TENSORS_FILE
-from train.sharded import load_part, save_part
-from train.slices import hash_files, read_slices, write_slices
+from sae_harvest.store.errors import RunError
+from sae_harvest.store.objects import sync_folder
+from sae_harvest.train.files import read_record, write_json
+from sae_harvest.train.group import Group
+from sae_harvest.train.records import State
+from sae_harvest.train.sae import CONFIG_FILE, SAE, TENSORS_FILE
+from sae_harvest.train.sharded import load_part, save_part
+from sae_harvest.train.slices import hash_files, read_slices, write_slices
 
 FOLDER, STATE_FILE, OPTIMIZER_FILE = "checkpoints", "state.json", "optimizer.safetensors"
 TEMPORARY = ".unfinished-"

@@ -10,16 +10,16 @@ from typing import Any
 import click
 from rich.table import Column, Table
 
-from store.console import EXIT_FAILURE, EXIT_INTERRUPTED, Progress, output, store_option
-from store.numbers import CountRange
-from store.options import PathOption
-from store.paths import shown
-from train.cli_formats import add_format_commands
-from train.cli_plan import plan
-from train.cli_scaling import scaling
-from train.config import TrainConfig
-from train.job import EXIT_UNFINISHED, Job, JobCommands, stopped_code_option
-from train.options import (
+from sae_harvest.store.console import EXIT_FAILURE, EXIT_INTERRUPTED, Progress, output, store_option
+from sae_harvest.store.numbers import CountRange
+from sae_harvest.store.options import PathOption
+from sae_harvest.store.paths import shown
+from sae_harvest.train.cli_formats import add_format_commands
+from sae_harvest.train.cli_plan import plan
+from sae_harvest.train.cli_scaling import scaling
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.job import EXIT_UNFINISHED, Job, JobCommands, stopped_code_option
+from sae_harvest.train.options import (
     CONFIG,
     PLACES,
     config_file_option,
@@ -104,7 +104,7 @@ def sweep(context: click.Context, file: Path, stopped_code: int, **given: Any) -
     \b
     train-sae sweep sweep.yaml --store runs/demo/store --out runs/demo/sweep
     """
-    from train.sweepfile import read_sweep_file
+    from sae_harvest.train.sweepfile import read_sweep_file
 
     found = read_sweep_file(file, given_options(context))
     out = Path(found.places.out)
@@ -132,7 +132,7 @@ def status(out: Path) -> None:
     \b
     train-sae status runs/demo/sae
     """
-    from train.status import read_status
+    from sae_harvest.train.status import read_status
 
     runs = read_status(out)
     rest = ("state", "step", "of", "saved", "tokens", "fvu", "l0", "dead")
@@ -183,11 +183,11 @@ def evaluation(sae_folder: Path, store: str, rows: int, device: str, out: Path |
     \b
     train-sae eval --sae runs/demo/sae --store runs/demo/store
     """
-    from store.device import choose_device
-    from store.reader import ActivationStore
-    from train.evaluate import evaluate
-    from train.files import write_json
-    from train.sae import SAE
+    from sae_harvest.store.device import choose_device
+    from sae_harvest.store.reader import ActivationStore
+    from sae_harvest.train.evaluate import evaluate
+    from sae_harvest.train.files import write_json
+    from sae_harvest.train.sae import SAE
 
     sae = SAE.load(sae_folder, choose_device(device))
     with Progress("rows") as progress:
@@ -216,11 +216,11 @@ def train_with_bar(
     """`train.trainer.train` with its progress shown; with `cluster`, `train.cluster`'s."""
     with Progress() as progress:
         if cluster is None:
-            from train.trainer import train
+            from sae_harvest.train.trainer import train
 
             result = train(config, store, out, site, device, progress)
         else:
-            from train.cluster import train_on_workers
+            from sae_harvest.train.cluster import train_on_workers
 
             result = train_on_workers(config, store, out, site, device, report=progress, **cluster)
     warn({shown(out): result.evaluation})
@@ -229,7 +229,7 @@ def train_with_bar(
 
 def sweep_with_bar(found: Any, out: Path) -> Any:
     """`train.sweep.sweep` with its progress shown."""
-    from train.sweep import sweep as train_all
+    from sae_harvest.train.sweep import sweep as train_all
 
     places = found.places
     with Progress() as progress:
@@ -248,7 +248,7 @@ def sweep_with_bar(found: Any, out: Path) -> Any:
 
 def warn(evaluations: dict[str, Any]) -> None:
     """Say on standard error what evaluations show to have gone wrong."""
-    from train.evaluate import remarks
+    from sae_harvest.train.evaluate import remarks
 
     for name, evaluation in evaluations.items():
         for sentence in remarks(evaluation) if evaluation is not None else ():

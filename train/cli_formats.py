@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from store.options import PathOption
-from store.paths import shown
-from train.formats import FORMATS, export_sae, import_sae
+from sae_harvest.store.options import PathOption
+from sae_harvest.store.paths import shown
+from sae_harvest.train.formats import FORMATS, export_sae, import_sae
 
 format_option = click.option(
     "--format", "name", type=click.Choice(FORMATS), required=True, help="Whose format."
@@ -71,7 +71,7 @@ def import_command(
     \b
     train-sae import --format sparsify --from runs/demo/sparsify --out runs/imported
     """
-    from train.formats.reading import Origin
+    from sae_harvest.train.formats.reading import Origin
 
     sae = import_sae(name, path, out, Origin(site, target_site, model))
     click.echo(f"Saved SAE {sae.digest} in {shown(out)}, for {sae.config.site}.")

@@ -7,10 +7,10 @@ from typing import Any
 import click
 from rich.table import Table
 
-from store.console import output
-from store.numbers import CountRange
-from store.options import PlaceOption
-from store.units import size_text
+from sae_harvest.store.console import output
+from sae_harvest.store.numbers import CountRange
+from sae_harvest.store.options import PlaceOption
+from sae_harvest.store.units import size_text
 
 GPUS = ("a100", "h100", "h200", "b200")
 
@@ -87,8 +87,8 @@ def plan(store: str | None, site: str | None, d_in: int | None, **given: Any) ->
         )
     if given["gpu"] and given["device"] != "auto":
         raise click.UsageError("--gpu estimates and --device measures; give one of them.")
-    from train.config import TrainConfig
-    from train.plan import plan as make_plan
+    from sae_harvest.train.config import TrainConfig
+    from sae_harvest.train.plan import plan as make_plan
 
     stored_bytes = 2
     if store is not None:
@@ -118,7 +118,7 @@ def plan(store: str | None, site: str | None, d_in: int | None, **given: Any) ->
 
 def _of_store(place: str, site: str | None) -> tuple[int, int]:
     """Width of a site's activations, and the bytes of one number."""
-    from store.reader import ActivationStore
+    from sae_harvest.store.reader import ActivationStore
 
     store = ActivationStore.open(place)
     site = store.site(site)
@@ -129,15 +129,15 @@ def _rates(gpu: str | None, device: str, link: float | None) -> Any:
     """Published or measured rates."""
     from dataclasses import replace
 
-    from train.plan import published_rates
+    from sae_harvest.train.plan import published_rates
 
     if gpu is not None:
         rates = published_rates(gpu)
     else:
         import torch
 
-        from store.device import choose_device
-        from train.rates import measure_rates
+        from sae_harvest.store.device import choose_device
+        from sae_harvest.train.rates import measure_rates
 
         rates = measure_rates(torch.device(choose_device(device)))
     return rates if link is None else replace(rates, link=link * 1e9)

@@ -9,11 +9,11 @@ from typing import Any
 import click
 from rich.table import Table
 
-from store.console import output
-from store.errors import InputError
-from store.numbers import CountRange
-from store.options import PathOption
-from store.paths import shown
+from sae_harvest.store.console import output
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.numbers import CountRange
+from sae_harvest.store.options import PathOption
+from sae_harvest.store.paths import shown
 
 
 @click.command()
@@ -43,8 +43,8 @@ def scaling(sweep: Path, out: Path, plots: bool, seed: int) -> None:
             "Plots are drawn with matplotlib, which is not installed; "
             "pip install matplotlib, or give --no-plots."
         )
-    from train.scaling import analyse, fits, write
-    from train.scaling_points import read_sweep
+    from sae_harvest.train.scaling import analyse, fits, write
+    from sae_harvest.train.scaling_points import read_sweep
 
     found = analyse(read_sweep(sweep), seed=seed)
     write(found, out)
@@ -55,7 +55,7 @@ def scaling(sweep: Path, out: Path, plots: bool, seed: int) -> None:
     for doubt in found.doubts:
         output().print(f"Doubtful: {doubt}.", soft_wrap=True)
     if plots:
-        from train.scaling_plots import plot
+        from sae_harvest.train.scaling_plots import plot
 
         for path in plot(found, out):
             output().print(shown(path), soft_wrap=True)

@@ -24,20 +24,28 @@ from typing import Any
 
 import torch
 
-from store.device import choose_device
-from store.errors import InputError, RunError, SaeHarvestError
-from store.objects import make_folder
-from train.checkpoint import saved_steps
-from train.config import TrainConfig
-from train.distributed import TIMEOUT, Parallel, PeerFailed, PeerLost, appears, group_of, passing
-from train.faults import explained
-from train.files import read_record
-from train.folder import EVALUATION_FILE, METRICS_FILE
-from train.interrupt import Interruption
-from train.job import may_pass
-from train.metrics import last_metrics
-from train.records import Evaluation
-from train.trainer import Report, RunResult, silent, train
+from sae_harvest.store.device import choose_device
+from sae_harvest.store.errors import InputError, RunError, SaeHarvestError
+from sae_harvest.store.objects import make_folder
+from sae_harvest.train.checkpoint import saved_steps
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.distributed import (
+    TIMEOUT,
+    Parallel,
+    PeerFailed,
+    PeerLost,
+    appears,
+    group_of,
+    passing,
+)
+from sae_harvest.train.faults import explained
+from sae_harvest.train.files import read_record
+from sae_harvest.train.folder import EVALUATION_FILE, METRICS_FILE
+from sae_harvest.train.interrupt import Interruption
+from sae_harvest.train.job import may_pass
+from sae_harvest.train.metrics import last_metrics
+from sae_harvest.train.records import Evaluation
+from sae_harvest.train.trainer import Report, RunResult, silent, train
 
 POLL_SECONDS = 0.2
 WITHOUT = "leave out --workers to train in one process"
@@ -109,7 +117,7 @@ def train_on_workers(
     Raises:
         SaeHarvestError: as `train`; or a worker is gone, which may pass.
     """
-    from store import cluster, environment
+    from sae_harvest.store import cluster, environment
 
     out = Path(out).absolute()
     with explained(out):
@@ -140,7 +148,7 @@ def train_on_workers(
 def _connected(address: str | None, workers: int) -> Iterator[None]:
     import ray
 
-    from store import cluster
+    from sae_harvest.store import cluster
 
     cluster.connect(address, workers, WITHOUT)
     try:
@@ -264,7 +272,7 @@ def _gone(rank: int, error: BaseException) -> BaseException:
     """Of a worker that could not say anything itself."""
     from ray.exceptions import RayError
 
-    from store import cluster
+    from sae_harvest.store import cluster
 
     if isinstance(error, ModuleNotFoundError):
         return RunError(

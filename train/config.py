@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from store.numbers import Count
-from store.rules import RowRule
+from sae_harvest.store.numbers import Count
+from sae_harvest.store.rules import RowRule
 
 Normalization = Literal["none", "scale", "unit_norm", "layer_norm"]
 Activation = Literal["topk", "batchtopk", "jumprelu", "relu", "gated"]

@@ -13,8 +13,8 @@ from typing import Literal
 
 import torch
 
-from train.config import TrainConfig
-from train.kernels.low import candidates
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.kernels.low import candidates
 
 FLOAT, INDEX, COUNTER = 4, 4, 8  # bytes of a weight, of a latent's number, of `last_fired`
 LOW = 2  # bytes of a low-precision weight, bfloat16; int8 takes half

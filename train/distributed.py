@@ -26,11 +26,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
-from store.errors import InputError, SaeHarvestError
-from train.faults import is_of_gpu, lacks_memory
-from train.group import Group
-from train.job import may_pass
-from train.kernels import Gradients
+from sae_harvest.store.errors import InputError, SaeHarvestError
+from sae_harvest.train.faults import is_of_gpu, lacks_memory
+from sae_harvest.train.group import Group
+from sae_harvest.train.job import may_pass
+from sae_harvest.train.kernels import Gradients
 
 T = TypeVar("T")
 Parallel = Literal["data", "latents"]

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from store.errors import RunError
-from store.parsing import first_line
+from sae_harvest.store.errors import RunError
+from sae_harvest.store.parsing import first_line
 
 # in the text of a RuntimeError that has no class of its own
 NO_MEMORY = (

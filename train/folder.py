@@ -18,15 +18,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from store.errors import RunError, UnfinishedError
-from store.objects import make_folder
-from store.parsing import first_line
-from store.reader import ActivationStore
-from train.config import READERS, TrainConfig
-from train.files import read_json, read_record, write_json
-from train.records import Evaluation, Failure
-from train.sae import CONFIG_FILE
-from train.sharded import digest_of
+from sae_harvest.store.errors import RunError, UnfinishedError
+from sae_harvest.store.objects import make_folder
+from sae_harvest.store.parsing import first_line
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.train.config import READERS, TrainConfig
+from sae_harvest.train.files import read_json, read_record, write_json
+from sae_harvest.train.records import Evaluation, Failure
+from sae_harvest.train.sae import CONFIG_FILE
+from sae_harvest.train.sharded import digest_of
 
 RUN_FILE, METRICS_FILE, EVALUATION_FILE = "run.json", "metrics.jsonl", "evaluation.json"
 FAILED_FILE, LOCK_FILE = "failed.json", ".lock"

@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from train.kernels import Gradients
+from sae_harvest.train.kernels import Gradients
 
 T = TypeVar("T")
 GREATEST_KEY = 0x7F800000  # the bits of float32 infinity

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize as unit_length
 
-from store.errors import InputError
-from train.config import SAEConfig, TrainConfig
-from train.group import Group
-from train.normalization import normalise_rows
-from train.sae import SAE
+from sae_harvest.store.errors import InputError
+from sae_harvest.train.config import SAEConfig, TrainConfig
+from sae_harvest.train.group import Group
+from sae_harvest.train.normalization import normalise_rows
+from sae_harvest.train.sae import SAE
 
 SAMPLE_ROWS = 32_768
 WEISZFELD_STEPS = 50

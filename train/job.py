@@ -16,8 +16,8 @@ from typing import Any
 
 import click
 
-from store.console import Commands, Terminated, ending, when_interrupted
-from store.errors import SaeHarvestError
+from sae_harvest.store.console import Commands, Terminated, ending, when_interrupted
+from sae_harvest.store.errors import SaeHarvestError
 
 EXIT_UNFINISHED = 3
 EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
@@ -37,7 +37,7 @@ def may_pass(error: BaseException) -> bool:
     from obstore.exceptions import BaseError  # here, since --help needs neither
     from safetensors import SafetensorError
 
-    from store.bucket import passes
+    from sae_harvest.store.bucket import passes
 
     cause: BaseException | None = error
     while cause is not None:

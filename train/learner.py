@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from store.errors import RunError
-from train.batch import Workspace
-from train.config import TrainConfig
-from train.group import Group
-from train.initial import initial_sae, prepare
-from train.optimizer import Optimizer
-from train.sae import SAE
-from train.step import StepResult, train_step
+from sae_harvest.store.errors import RunError
+from sae_harvest.train.batch import Workspace
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.group import Group
+from sae_harvest.train.initial import initial_sae, prepare
+from sae_harvest.train.optimizer import Optimizer
+from sae_harvest.train.sae import SAE
+from sae_harvest.train.step import StepResult, train_step
 
 THRESHOLD_DECAY = 0.999  # share of BatchTopK's threshold kept each step, less in the beginning
 

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from store.loader import Batch, ShuffledLoader
-from store.reader import ActivationStore
-from train.checkpoint import discard_after, load_checkpoint, save_checkpoint
-from train.config import TrainConfig
-from train.files import write_json
-from train.folder import FAILED_FILE, METRICS_FILE, finished_evaluation
-from train.group import Group
-from train.initial import SAMPLE_ROWS
-from train.learner import Diverged, Learner
-from train.metrics import MetricsFile
-from train.sharded import Dictionary, ShardedSAE, digest_of, save_part
+from sae_harvest.store.loader import Batch, ShuffledLoader
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.train.checkpoint import discard_after, load_checkpoint, save_checkpoint
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.files import write_json
+from sae_harvest.train.folder import FAILED_FILE, METRICS_FILE, finished_evaluation
+from sae_harvest.train.group import Group
+from sae_harvest.train.initial import SAMPLE_ROWS
+from sae_harvest.train.learner import Diverged, Learner
+from sae_harvest.train.metrics import MetricsFile
+from sae_harvest.train.sharded import Dictionary, ShardedSAE, digest_of, save_part
 
 ALONE = Group()
 

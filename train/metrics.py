@@ -12,11 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from store.atomic import write_bytes
-from store.errors import RunError
-from store.objects import sync_folder
-from store.parsing import parse_json
-from train.records import Line
+from sae_harvest.store.atomic import write_bytes
+from sae_harvest.store.errors import RunError
+from sae_harvest.store.objects import sync_folder
+from sae_harvest.store.parsing import parse_json
+from sae_harvest.train.records import Line
 
 TAIL_BYTES = 1 << 16  # more than a line of metrics has
 

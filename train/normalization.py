@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from train.config import SAEConfig
+from sae_harvest.train.config import SAEConfig
 
 LAYER_NORM_EPS = 1e-5
 LEAST_NORM = 1e-12  # a row of zeros stays one

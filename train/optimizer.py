@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from train.batch import Workspace
-from train.config import TrainConfig
-from train.kernels import AdamNumbers
-from train.sae import SAE
+from sae_harvest.train.batch import Workspace
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.kernels import AdamNumbers
+from sae_harvest.train.sae import SAE
 
 
 class Optimizer:

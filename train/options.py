@@ -21,10 +21,10 @@ from click.core import ParameterSource
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from store.options import PathOption
-from store.paths import absolute, shown
-from train.config import MAX_WEIGHT, READERS, TrainConfig
-from train.yamlfile import read_yaml
+from sae_harvest.store.options import PathOption
+from sae_harvest.store.paths import absolute, shown
+from sae_harvest.train.config import MAX_WEIGHT, READERS, TrainConfig
+from sae_harvest.train.yamlfile import read_yaml
 
 T = TypeVar("T", bound=BaseModel)
 NONE = "none"

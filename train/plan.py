@@ -15,9 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from store.loader import WINDOW_ROWS
-from train.config import TrainConfig
-from train.costs import COUNTER, FLOAT, LOW, Shape, memory, shape_of, step_work
+from sae_harvest.store.loader import WINDOW_ROWS
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.costs import COUNTER, FLOAT, LOW, Shape, memory, shape_of, step_work
 
 MOVING = ("exact values", "decode", "gradients", "Adam", "batch")  # parts bound by memory
 WINDOWS = 2  # of the loader: one is used while the next is read

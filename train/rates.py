@@ -11,10 +11,10 @@ from math import inf
 
 import torch
 
-from train.config import TrainConfig
-from train.costs import BATCH_PASSES, available_bytes, shape_of, step_work
-from train.kernels import AdamNumbers, Gradients, Kernels, Pairs, kernels_for
-from train.plan import Rates
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.costs import BATCH_PASSES, available_bytes, shape_of, step_work
+from sae_harvest.train.kernels import AdamNumbers, Gradients, Kernels, Pairs, kernels_for
+from sae_harvest.train.plan import Rates
 
 ROWS, N_LATENTS, K, WIDTH = 2048, 8192, 32, 512
 NARROW, WIDE = 256, 1024  # widths, between which a product and its selection are told apart

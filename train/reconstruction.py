@@ -14,8 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from train.batch import Batch
-from train.kernels import Pairs
+from sae_harvest.train.batch import Batch
+from sae_harvest.train.kernels import Pairs
 
 
 @dataclass

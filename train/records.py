@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from store.parsing import safe_name
+from sae_harvest.store.parsing import safe_name
 
 Name = Annotated[str, AfterValidator(safe_name)]  # of a folder inside the record's own
 Finite = Annotated[float, Field(allow_inf_nan=False)]

@@ -19,13 +19,13 @@ import xxhash
 from pydantic import ValidationError
 from torch import Tensor
 
-from store.atomic import new_folder, write_text
-from store.errors import InputError, RunError
-from store.parsing import first_line
-from train.config import ROW_NORMALIZATIONS, SAEConfig
-from train.files import read_json, read_tensors, require_finite, write_tensors
-from train.kernels import Low, kernels_for
-from train.normalization import normalise, restore
+from sae_harvest.store.atomic import new_folder, write_text
+from sae_harvest.store.errors import InputError, RunError
+from sae_harvest.store.parsing import first_line
+from sae_harvest.train.config import ROW_NORMALIZATIONS, SAEConfig
+from sae_harvest.train.files import read_json, read_tensors, require_finite, write_tensors
+from sae_harvest.train.kernels import Low, kernels_for
+from sae_harvest.train.normalization import normalise, restore
 
 CONFIG_FILE, TENSORS_FILE = "config.json", "sae.safetensors"
 REMEDY = "copy or train the SAE again"

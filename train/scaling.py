@@ -17,14 +17,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from store.atomic import new_folder, replacing
-from store.errors import InputError
-from store.paths import exact_file
-from train.files import write_json
-from train.scaling_envelope import Envelope, envelope
-from train.scaling_fit import DRAWS, Fit, fit
-from train.scaling_laws import JointLaw, PowerLaw
-from train.scaling_points import RunPoint
+from sae_harvest.store.atomic import new_folder, replacing
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.paths import exact_file
+from sae_harvest.train.files import write_json
+from sae_harvest.train.scaling_envelope import Envelope, envelope
+from sae_harvest.train.scaling_fit import DRAWS, Fit, fit
+from sae_harvest.train.scaling_laws import JointLaw, PowerLaw
+from sae_harvest.train.scaling_points import RunPoint
 
 LEAST_SIZES = 4  # three parameters and one to spare
 LEAST_K, LEAST_PAIRS = 3, 8  # of L(n, k), six parameters

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from train.scaling_laws import Array
-from train.scaling_points import RunPoint
+from sae_harvest.train.scaling_laws import Array
+from sae_harvest.train.scaling_points import RunPoint
 
 PER_OCTAVE = 2  # points of the envelope per doubling of compute
 WINDOW = 0.5  # octaves of compute that one point of a curve is smoothed over

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from train.scaling_laws import Array, Law
+from sae_harvest.train.scaling_laws import Array, Law
 
 HUBER = 1.345  # in scales; 95 % as efficient as squares where noise is Gaussian
 HUBER_SQUARE = 0.71016  # E[min(|z|, HUBER)^2] of a standard Gaussian z

@@ -16,10 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
-from store.atomic import replacing
-from train.scaling import Scaling
-from train.scaling_envelope import curve_flops
-from train.scaling_fit import LEVEL, Fit
+from sae_harvest.store.atomic import replacing
+from sae_harvest.train.scaling import Scaling
+from sae_harvest.train.scaling_envelope import curve_flops
+from sae_harvest.train.scaling_fit import LEVEL, Fit
 
 LATENTS_PLOT, JOINT_PLOT, COMPUTE_PLOT = "loss_latents.png", "loss_joint.png", "loss_compute.png"
 SIZE, DPI = (7.0, 4.8), 160

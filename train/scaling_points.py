@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from store.errors import InputError, RunError
-from store.parsing import first_line, parse_json
-from train.config import TrainConfig
-from train.costs import step_flops
-from train.files import read_record
-from train.folder import EVALUATION_FILE, FAILED_FILE, METRICS_FILE, RUN_FILE, config_of
-from train.records import Evaluation, Line, Run
-from train.sae import SAE
-from train.scaling_laws import Array
+from sae_harvest.store.errors import InputError, RunError
+from sae_harvest.store.parsing import first_line, parse_json
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.costs import step_flops
+from sae_harvest.train.files import read_record
+from sae_harvest.train.folder import EVALUATION_FILE, FAILED_FILE, METRICS_FILE, RUN_FILE, config_of
+from sae_harvest.train.records import Evaluation, Line, Run
+from sae_harvest.train.sae import SAE
+from sae_harvest.train.scaling_laws import Array
 
 REMEDY = "train it again or move it away"
 # what may differ between the runs of one law

@@ -9,14 +9,14 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-from store.atomic import new_folder, write_text
-from store.errors import RunError
-from train.config import SAEConfig
-from train.files import reading_tensors, require_finite
-from train.group import Group
-from train.normalization import restore
-from train.sae import CONFIG_FILE, REMEDY, SAE, TENSORS_FILE
-from train.slices import read_slices, write_slices
+from sae_harvest.store.atomic import new_folder, write_text
+from sae_harvest.store.errors import RunError
+from sae_harvest.train.config import SAEConfig
+from sae_harvest.train.files import reading_tensors, require_finite
+from sae_harvest.train.group import Group
+from sae_harvest.train.normalization import restore
+from sae_harvest.train.sae import CONFIG_FILE, REMEDY, SAE, TENSORS_FILE
+from sae_harvest.train.slices import read_slices, write_slices
 
 READ_BYTES = 64 << 20
 

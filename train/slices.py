@@ -22,10 +22,10 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-from store.atomic import publish, temporary_name
-from store.errors import RunError
-from train.files import reading_tensors
-from train.group import Group
+from sae_harvest.store.atomic import publish, temporary_name
+from sae_harvest.store.errors import RunError
+from sae_harvest.train.files import reading_tensors
+from sae_harvest.train.group import Group
 
 BLOCK_BYTES = 64 << 20  # written at a time, by way of the processor's memory
 HASH_BYTES = 1 << 30  # of a file that one process hashes at a time; part of the format

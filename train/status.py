@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from store.errors import InputError
-from train.checkpoint import saved_steps
-from train.config import TrainConfig
-from train.files import read_record
-from train.folder import (
+from sae_harvest.store.errors import InputError
+from sae_harvest.train.checkpoint import saved_steps
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.files import read_record
+from sae_harvest.train.folder import (
     EVALUATION_FILE,
     METRICS_FILE,
     RUN_FILE,
@@ -18,9 +18,9 @@ from train.folder import (
     failure_of,
     is_locked,
 )
-from train.metrics import last_metrics
-from train.records import Evaluation, Run, Sweep
-from train.sweep import SWEEP_FILE
+from sae_harvest.train.metrics import last_metrics
+from sae_harvest.train.records import Evaluation, Run, Sweep
+from sae_harvest.train.sweep import SWEEP_FILE
 
 REMEDY = "run it again with another --out"
 

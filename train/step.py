@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from train.auxiliary import add_auxiliary
-from train.batch import Batch, Workspace
-from train.config import TrainConfig
-from train.group import Group
-from train.normalization import normalise_target
-from train.objectives import OBJECTIVES
-from train.sae import SAE
+from sae_harvest.train.auxiliary import add_auxiliary
+from sae_harvest.train.batch import Batch, Workspace
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.group import Group
+from sae_harvest.train.normalization import normalise_target
+from sae_harvest.train.objectives import OBJECTIVES
+from sae_harvest.train.sae import SAE
 
 __all__ = ["StepResult", "Workspace", "train_step"]
 

@@ -18,16 +18,16 @@ from typing import Any
 
 import torch
 
-from store.device import choose_device
-from store.errors import RunError
-from store.reader import ActivationStore
-from store.units import size_text
-from train.checkpoint import saved_steps
-from train.config import TrainConfig
-from train.costs import available_bytes, memory_bytes
-from train.faults import explained
-from train.files import read_record, write_json
-from train.folder import (
+from sae_harvest.store.device import choose_device
+from sae_harvest.store.errors import RunError
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.units import size_text
+from sae_harvest.train.checkpoint import saved_steps
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.costs import available_bytes, memory_bytes
+from sae_harvest.train.faults import explained
+from sae_harvest.train.files import read_record, write_json
+from sae_harvest.train.folder import (
     FORMAT,
     claim,
     describe_run,
@@ -35,10 +35,10 @@ from train.folder import (
     finished_evaluation,
     open_store,
 )
-from train.member import Member, Stream
-from train.records import Sweep as SweepRecord
-from train.sharded import Dictionary
-from train.trainer import Report, evaluate_into, run_pass, silent
+from sae_harvest.train.member import Member, Stream
+from sae_harvest.train.records import Sweep as SweepRecord
+from sae_harvest.train.sharded import Dictionary
+from sae_harvest.train.trainer import Report, evaluate_into, run_pass, silent
 
 SWEEP_FILE, PASSES = "sweep.json", "passes"
 USABLE = 0.9  # of the memory that is free: what else runs on the machine needs some, too

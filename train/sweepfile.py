@@ -25,10 +25,10 @@ from typing import Any
 
 import click
 
-from store.paths import shown
-from train.config import TrainConfig
-from train.options import KEYS, Places, Source
-from train.yamlfile import read_yaml
+from sae_harvest.store.paths import shown
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.options import KEYS, Places, Source
+from sae_harvest.train.yamlfile import read_yaml
 
 GRID, RUNS, NAME = "grid", "runs", "name"
 # the stream of batches, and when all are saved and what all are judged on

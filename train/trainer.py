@@ -16,18 +16,24 @@ from typing import Any
 
 import torch
 
-from store.device import choose_device
-from store.reader import ActivationStore
-from train.checkpoint import saved_steps
-from train.config import TrainConfig
-from train.evaluate import evaluate_all
-from train.faults import explained
-from train.files import write_json
-from train.folder import EVALUATION_FILE, claim, describe_run, finished_evaluation, open_store
-from train.group import Group
-from train.interrupt import Interruption
-from train.member import ALONE, Member, Stream
-from train.sharded import Dictionary
+from sae_harvest.store.device import choose_device
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.train.checkpoint import saved_steps
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.evaluate import evaluate_all
+from sae_harvest.train.faults import explained
+from sae_harvest.train.files import write_json
+from sae_harvest.train.folder import (
+    EVALUATION_FILE,
+    claim,
+    describe_run,
+    finished_evaluation,
+    open_store,
+)
+from sae_harvest.train.group import Group
+from sae_harvest.train.interrupt import Interruption
+from sae_harvest.train.member import ALONE, Member, Stream
+from sae_harvest.train.sharded import Dictionary
 
 Report = Callable[[str, int, int, str], None]
 

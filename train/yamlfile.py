@@ -17,8 +17,8 @@ import yaml
 from yaml.constructor import ConstructorError
 from yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode
 
-from store.parsing import first_line
-from store.paths import shown
+from sae_harvest.store.parsing import first_line
+from sae_harvest.store.paths import shown
 
 MAX_BYTES = 1 << 20  # a sweep of 10,000 members, one a line, takes half of it
 MAX_DEPTH = 20  # recipes have 4

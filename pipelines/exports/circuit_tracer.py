@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.exports.files import gzipped, json_bytes
-from pipelines.exports.tables import Context, Latent, Tables, fiftieths, heights
-from pipelines.features.folder import DECILES
-from store.errors import InputError
+from sae_harvest.pipelines.exports.files import gzipped, json_bytes
+from sae_harvest.pipelines.exports.tables import Context, Latent, Tables, fiftieths, heights
+from sae_harvest.pipelines.features.folder import DECILES
+from sae_harvest.store.errors import InputError
 
 INDEX = "index.json.gz"
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from store.console import Progress, output, when_interrupted
-from store.options import NameOption, PathOption, PlaceOption
-from store.paths import shown
+from sae_harvest.store.console import Progress, output, when_interrupted
+from sae_harvest.store.options import NameOption, PathOption, PlaceOption
+from sae_harvest.store.paths import shown
 
 FORMATS = ("neuronpedia", "delphi", "openai", "circuit-tracer")
 
@@ -51,7 +51,7 @@ def export_command(
     \b
     sae-features export --features runs/demo/features --format delphi --out runs/demo/delphi
     """
-    from pipelines.exports.export import export
+    from sae_harvest.pipelines.exports.export import export
 
     unit = "blocks" if format_name == "delphi" else "latents"
     with when_interrupted("Nothing was written."), Progress(unit) as progress:

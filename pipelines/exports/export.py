@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipelines.exports import circuit_tracer, delphi, neuronpedia, openai
-from pipelines.exports.files import new_folder
-from pipelines.exports.selection import parse_latents
-from pipelines.exports.tables import Tables
-from pipelines.features.folder import firing_files
-from pipelines.source import Moved
-from store.errors import InputError
-from store.parsing import safe_name
+from sae_harvest.pipelines.exports import circuit_tracer, delphi, neuronpedia, openai
+from sae_harvest.pipelines.exports.files import new_folder
+from sae_harvest.pipelines.exports.selection import parse_latents
+from sae_harvest.pipelines.exports.tables import Tables
+from sae_harvest.pipelines.features.folder import firing_files
+from sae_harvest.pipelines.source import Moved
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.parsing import safe_name
 
 BY_LATENT = {
     "neuronpedia": neuronpedia.write,

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from store.errors import RunError
-from store.objects import make_folder
+from sae_harvest.store.errors import RunError
+from sae_harvest.store.objects import make_folder
 
 LEVEL = 5
 

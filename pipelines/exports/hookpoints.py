@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from harvest.discovery import BlockLab, probe
-from harvest.models import ResolvedModel, load_model
-from harvest.sites import Site
-from store.errors import InputError
+from sae_harvest.harvest.discovery import BlockLab, probe
+from sae_harvest.harvest.models import ResolvedModel, load_model
+from sae_harvest.harvest.sites import Site
+from sae_harvest.store.errors import InputError
 
 
 def hookpoint(model: ResolvedModel, site: Site) -> str:

@@ -18,10 +18,18 @@ from typing import Any
 import pyarrow.compute as pc
 import xxhash
 
-from pipelines.exports.files import write_lines
-from pipelines.exports.tables import BARS, Context, Latent, Tables, fiftieths, heights, shortest
-from pipelines.features.folder import DECILES
-from store.errors import InputError
+from sae_harvest.pipelines.exports.files import write_lines
+from sae_harvest.pipelines.exports.tables import (
+    BARS,
+    Context,
+    Latent,
+    Tables,
+    fiftieths,
+    heights,
+    shortest,
+)
+from sae_harvest.pipelines.features.folder import DECILES
+from sae_harvest.store.errors import InputError
 
 LONGEST = 80  # letters of a name, which becomes one of a folder
 BATCH = 256  # latents of a file

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from harvest.sites import Site
-from pipelines.exports.selection import pieces
-from pipelines.features import kernels
-from pipelines.features.checks import (
+from sae_harvest.harvest.sites import Site
+from sae_harvest.pipelines.exports.selection import pieces
+from sae_harvest.pipelines.features import kernels
+from sae_harvest.pipelines.features.checks import (
     check_columns,
     check_context,
     check_histogram,
@@ -24,12 +24,12 @@ from pipelines.features.checks import (
     require_tables,
     require_whole,
 )
-from pipelines.features.folder import EXPLANATIONS, FIRINGS, firing_files
-from pipelines.features.profile import decile_edges
-from pipelines.features.tables import quantiles
-from pipelines.features.texts import pieces as texts_of_tokens
-from store.errors import RunError
-from store.paths import exact_file
+from sae_harvest.pipelines.features.folder import EXPLANATIONS, FIRINGS, firing_files
+from sae_harvest.pipelines.features.profile import decile_edges
+from sae_harvest.pipelines.features.tables import quantiles
+from sae_harvest.pipelines.features.texts import pieces as texts_of_tokens
+from sae_harvest.store.errors import RunError
+from sae_harvest.store.paths import exact_file
 
 HISTOGRAM_COLUMNS = ("latent", "bin", "low", "high", "count")
 LARGEST_BAR = 2**32

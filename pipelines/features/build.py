@@ -23,14 +23,14 @@ import numpy.typing as npt
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from harvest.models import load_tokenizer
-from pipelines.features import job as jobs
-from pipelines.features import rows, tables
-from pipelines.features.aside import aside
-from pipelines.features.candidates import TokenRows
-from pipelines.features.config import FeatureConfig
-from pipelines.features.contexts import AT_ONCE, Wanted, wanted_rows
-from pipelines.features.folder import (
+from sae_harvest.harvest.models import load_tokenizer
+from sae_harvest.pipelines.features import job as jobs
+from sae_harvest.pipelines.features import rows, tables
+from sae_harvest.pipelines.features.aside import aside
+from sae_harvest.pipelines.features.candidates import TokenRows
+from sae_harvest.pipelines.features.config import FeatureConfig
+from sae_harvest.pipelines.features.contexts import AT_ONCE, Wanted, wanted_rows
+from sae_harvest.pipelines.features.folder import (
     BUILDING_FILE,
     DELPHI,
     FORMAT,
@@ -40,19 +40,19 @@ from pipelines.features.folder import (
     read_record,
     read_run,
 )
-from pipelines.features.job import Job, Work, held
-from pipelines.features.lens import logit_lens
-from pipelines.features.neighbours import counted_rows, counted_share
-from pipelines.features.pool import Pool, open_pool
-from pipelines.features.profile import Kept, Profile, latents_at_once
-from pipelines.features.sources import Given, open_source
-from pipelines.features.texts import TokenTexts
-from pipelines.source import relative_places
-from store.device import choose_device
-from store.differences import differences
-from store.errors import RunError
-from store.objects import LocalObjects, make_folder
-from train.files import write_json
+from sae_harvest.pipelines.features.job import Job, Work, held
+from sae_harvest.pipelines.features.lens import logit_lens
+from sae_harvest.pipelines.features.neighbours import counted_rows, counted_share
+from sae_harvest.pipelines.features.pool import Pool, open_pool
+from sae_harvest.pipelines.features.profile import Kept, Profile, latents_at_once
+from sae_harvest.pipelines.features.sources import Given, open_source
+from sae_harvest.pipelines.features.texts import TokenTexts
+from sae_harvest.pipelines.source import relative_places
+from sae_harvest.store.device import choose_device
+from sae_harvest.store.differences import differences
+from sae_harvest.store.errors import RunError
+from sae_harvest.store.objects import LocalObjects, make_folder
+from sae_harvest.train.files import write_json
 
 BLOOM = {"ndv": tables.ROW_GROUP, "fpp": 0.01}
 FOLLOWED = 2  # neighbours of either kind whose rows are looked at for hard negatives

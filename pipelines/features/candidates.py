@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.features import kernels
-from pipelines.features.rows import Rows
+from sae_harvest.pipelines.features import kernels
+from sae_harvest.pipelines.features.rows import Rows
 
 ROWS_PER_TOKEN = 8
 SPARE = 4  # times as many rows are looked at as wanted

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.features.folder import (
+from sae_harvest.pipelines.features.folder import (
     EXPLANATIONS,
     FIRINGS,
     STRATA,
@@ -25,10 +25,10 @@ from pipelines.features.folder import (
     firing_files,
     require_run,
 )
-from store.errors import RunError
-from store.finite import all_finite
-from store.parsing import first_line
-from store.paths import exact_file
+from sae_harvest.store.errors import RunError
+from sae_harvest.store.finite import all_finite
+from sae_harvest.store.parsing import first_line
+from sae_harvest.store.paths import exact_file
 
 BINS = 384  # that a histogram may have: 16 an octave, 24 octaves
 LARGEST = 1e78  # activations are float32, and their squares below this

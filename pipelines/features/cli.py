@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from pipelines.exports.cli import export_command
-from pipelines.features.cli_query import query
-from pipelines.options import features_option
-from pipelines.viewer.cli import serve, site
-from store.console import (
+from sae_harvest.pipelines.exports.cli import export_command
+from sae_harvest.pipelines.features.cli_query import query
+from sae_harvest.pipelines.options import features_option
+from sae_harvest.pipelines.viewer.cli import serve, site
+from sae_harvest.store.console import (
     SAME_COMMAND,
     Commands,
     Progress,
@@ -19,9 +19,9 @@ from store.console import (
     store_option,
     when_interrupted,
 )
-from store.numbers import CountRange
-from store.options import NameOption, PathOption
-from store.paths import shown
+from sae_harvest.store.numbers import CountRange
+from sae_harvest.store.options import NameOption, PathOption
+from sae_harvest.store.paths import shown
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -129,7 +129,7 @@ def build(
     \b
     sae-features build --store runs/demo/store --sae runs/demo/sae --out runs/demo/features
     """
-    from pipelines.features.config import FeatureConfig
+    from sae_harvest.pipelines.features.config import FeatureConfig
 
     config = FeatureConfig(
         n_top=top,
@@ -154,8 +154,8 @@ def build(
 
 def build_with_bar(store: str | Path, sae: Path | str, out: Path, config: Any, **means: Any) -> Any:
     """`pipelines.features.build.build` with its progress, in a process that keeps its memory."""
-    from pipelines.features.build import build as run_build
-    from store.memory import keep_memory
+    from sae_harvest.pipelines.features.build import build as run_build
+    from sae_harvest.store.memory import keep_memory
 
     keep_memory()
     with when_interrupted(SAME_COMMAND), Progress() as progress:
@@ -182,6 +182,6 @@ def show(latent: int, features: Path, contexts: int) -> None:
     \b
     sae-features show 123 --features runs/demo/features
     """
-    from pipelines.features.show import render_latent
+    from sae_harvest.pipelines.features.show import render_latent
 
     output().print(render_latent(features, latent, contexts))

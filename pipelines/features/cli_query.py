@@ -10,14 +10,14 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.options import features_option
-from store.console import output
-from store.errors import InputError
-from store.numbers import CountRange
-from store.options import PathOption
+from sae_harvest.pipelines.options import features_option
+from sae_harvest.store.console import output
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.numbers import CountRange
+from sae_harvest.store.options import PathOption
 
 if TYPE_CHECKING:
-    from pipelines.features.query import Question
+    from sae_harvest.pipelines.features.query import Question
 
 TABLE_ROWS = 50
 MAX_SQL_BYTES = 1 << 20
@@ -62,8 +62,8 @@ def query(
     sae-features query --output dense.parquet "SELECT * FROM latents WHERE density > 0.1"
     echo "SELECT count(*) FROM latents" | sae-features query --format json
     """
-    from pipelines.features.query import asked
-    from pipelines.features.results import WRITERS, new_file
+    from sae_harvest.pipelines.features.query import asked
+    from sae_harvest.pipelines.features.results import WRITERS, new_file
 
     format_name = _format(format_name, target)
     with asked(features, _question(sql)) as question:
@@ -111,7 +111,7 @@ def _format(name: str | None, target: Path | None) -> str:
 
 def _print_table(question: Question, limit: int) -> None:
     """Rows for people to read."""
-    from pipelines.features.show import visible
+    from sae_harvest.pipelines.features.show import visible
 
     columns, found = question.rows(limit + 1)
     rows = list(found)

@@ -8,14 +8,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipelines.features import kernels
-from pipelines.features.candidates import TokenRows, by_neighbour, by_token, inactive
-from pipelines.features.config import FeatureConfig
-from pipelines.features.firings import Blocks
-from pipelines.features.folder import DECILES, FIRING, STRATA
-from pipelines.features.profile import Kept, ShortLists
-from pipelines.features.rows import Rows
-from pipelines.features.texts import TokenTexts
+from sae_harvest.pipelines.features import kernels
+from sae_harvest.pipelines.features.candidates import TokenRows, by_neighbour, by_token, inactive
+from sae_harvest.pipelines.features.config import FeatureConfig
+from sae_harvest.pipelines.features.firings import Blocks
+from sae_harvest.pipelines.features.folder import DECILES, FIRING, STRATA
+from sae_harvest.pipelines.features.profile import Kept, ShortLists
+from sae_harvest.pipelines.features.rows import Rows
+from sae_harvest.pipelines.features.texts import TokenTexts
 
 WINDOW_BEFORE = 0.7  # share of the window before the row: a causal model has seen only that
 AT_ONCE = 2048  # latents whose windows are in memory

@@ -19,11 +19,11 @@ import xxhash
 from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 
-from pipelines.features.firings import Firings
-from pipelines.features.folder import MAX_LATENTS, Text
-from store.errors import InputError
-from store.finite import all_finite
-from store.parsing import first_line, parse_json
+from sae_harvest.pipelines.features.firings import Firings
+from sae_harvest.pipelines.features.folder import MAX_LATENTS, Text
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.finite import all_finite
+from sae_harvest.store.parsing import first_line, parse_json
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 1 << 20

@@ -10,15 +10,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from harvest.models import load_model
-from harvest.sites import Site, locate
-from pipelines.features.encode import Encoder
-from pipelines.features.folder import IDENTITY
-from pipelines.source import model_of
-from store.errors import InputError, RunError
-from store.reader import ActivationStore
-from store.rules import RowRule
-from train.sae import SAE
+from sae_harvest.harvest.models import load_model
+from sae_harvest.harvest.sites import Site, locate
+from sae_harvest.pipelines.features.encode import Encoder
+from sae_harvest.pipelines.features.folder import IDENTITY
+from sae_harvest.pipelines.source import model_of
+from sae_harvest.store.errors import InputError, RunError
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.rules import RowRule
+from sae_harvest.train.sae import SAE
 
 ACTIVE = 1024  # latents per row that a block has room for where no k is given
 BLOCK = 512  # neurons whose output weights are read at a time

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipelines.features.firings import Firings
-from train.kernels.gradient_jit import pairs_by_latent
+from sae_harvest.pipelines.features.firings import Firings
+from sae_harvest.train.kernels.gradient_jit import pairs_by_latent
 
 # rows within a block, int32 [batch], and their activations, float32 [batch, d_in]
 Batch = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]

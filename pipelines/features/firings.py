@@ -22,11 +22,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.features import kernels
-from pipelines.features.folder import with_version
-from store.errors import RunError
-from store.objects import LocalObjects
-from store.paths import exact_file
+from sae_harvest.pipelines.features import kernels
+from sae_harvest.pipelines.features.folder import with_version
+from sae_harvest.store.errors import RunError
+from sae_harvest.store.objects import LocalObjects
+from sae_harvest.store.paths import exact_file
 
 FOLDER = "firings"
 ROW_GROUP = 1 << 16  # pairs that a read of a few latents decodes at least

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import pyarrow as pa
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from store.errors import RunError
-from store.parsing import first_line, parse_json
+from sae_harvest.store.errors import RunError
+from sae_harvest.store.parsing import first_line, parse_json
 
 FORMAT = "3"
 TABLES = ("latents", "contexts", "histograms", "neighbours", "tokens", "documents")

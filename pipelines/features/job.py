@@ -11,17 +11,17 @@ from threading import Event, Lock
 
 import pyarrow as pa
 
-from harvest.models import load_tokenizer
-from pipelines.features.config import FeatureConfig
-from pipelines.features.contexts import Wanted, contexts
-from pipelines.features.firings import Blocks, publish
-from pipelines.features.neighbours import Neighbours, neighbours
-from pipelines.features.profile import Profile, profile
-from pipelines.features.rows import Rows
-from pipelines.features.sources import Given, Source, open_source
-from pipelines.features.texts import TokenTexts
-from store.errors import RunError
-from store.objects import LocalObjects
+from sae_harvest.harvest.models import load_tokenizer
+from sae_harvest.pipelines.features.config import FeatureConfig
+from sae_harvest.pipelines.features.contexts import Wanted, contexts
+from sae_harvest.pipelines.features.firings import Blocks, publish
+from sae_harvest.pipelines.features.neighbours import Neighbours, neighbours
+from sae_harvest.pipelines.features.profile import Profile, profile
+from sae_harvest.pipelines.features.rows import Rows
+from sae_harvest.pipelines.features.sources import Given, Source, open_source
+from sae_harvest.pipelines.features.texts import TokenTexts
+from sae_harvest.store.errors import RunError
+from sae_harvest.store.objects import LocalObjects
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from store.cache import use_numba_cache
+from sae_harvest.store.cache import use_numba_cache
 
 use_numba_cache()
 

@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from harvest.models import ResolvedModel, load_model
-from pipelines.features.products import extreme_products
+from sae_harvest.harvest.models import ResolvedModel, load_model
+from sae_harvest.pipelines.features.products import extreme_products
 
 WRITES_TO_RESIDUAL = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 from numba import get_num_threads
 
-from pipelines.features.firings import READS, Blocks
-from pipelines.features.together import most_together, transposed
-from train.kernels import cpu_choice
-from train.kernels.cpu import CpuKernels
+from sae_harvest.pipelines.features.firings import READS, Blocks
+from sae_harvest.pipelines.features.together import most_together, transposed
+from sae_harvest.train.kernels import cpu_choice
+from sae_harvest.train.kernels.cpu import CpuKernels
 
 BLOCK, BATCH = 2048, 8192  # latents, and those they are compared with, at a time
 SPARE = 2  # times as many are looked at exactly as wanted

@@ -17,8 +17,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from store.errors import RunError, SaeHarvestError
-from train.kernels.by_rows import torch_threads
+from sae_harvest.store.errors import RunError, SaeHarvestError
+from sae_harvest.train.kernels.by_rows import torch_threads
 
 T = TypeVar("T")
 AT_ONCE = 4  # pieces of work that a worker does, at most: each takes memory
@@ -78,7 +78,7 @@ class OnRay:
         import ray
         from ray.exceptions import RayError, RayTaskError
 
-        from store import cluster
+        from sae_harvest.store import cluster
 
         left = iter(arguments)
         running: deque[Any] = deque()
@@ -111,7 +111,7 @@ def open_pool(workers: int, address: str | None, gpu: bool) -> Iterator[Pool]:
         return
     import ray
 
-    from store import cluster
+    from sae_harvest.store import cluster
 
     cluster.connect(address, workers, WITHOUT)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from train.kernels.cpu import CpuKernels
+from sae_harvest.train.kernels.cpu import CpuKernels
 
 BATCH = 4096
 SPARE = 2  # times as many are looked at exactly as wanted

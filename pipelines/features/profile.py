@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.features import kernels
-from pipelines.features.config import FeatureConfig
-from pipelines.features.firings import Blocks, Firings
-from pipelines.features.folder import DECILES
-from pipelines.features.rows import Rows
-from pipelines.features.token_counts import TokenCounts
+from sae_harvest.pipelines.features import kernels
+from sae_harvest.pipelines.features.config import FeatureConfig
+from sae_harvest.pipelines.features.firings import Blocks, Firings
+from sae_harvest.pipelines.features.folder import DECILES
+from sae_harvest.pipelines.features.rows import Rows
+from sae_harvest.pipelines.features.token_counts import TokenCounts
 
 LATENTS = 8192  # at a time; 4 kB of statistics each
 PAIRS = 1 << 22  # (latent, token), at most so many in all

@@ -16,7 +16,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from pipelines.features.folder import (
+from sae_harvest.pipelines.features.folder import (
     EXPLANATIONS,
     FIRINGS,
     TABLES,
@@ -24,7 +24,7 @@ from pipelines.features.folder import (
     firing_files,
     require_run,
 )
-from store.errors import InputError, RunError
+from sae_harvest.store.errors import InputError, RunError
 
 PATTERN = frozenset("*?[")  # in a path, DuckDB looks for other files by them
 OPEN_FOLDERS = "/proc/self/fd"

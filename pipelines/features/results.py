@@ -18,9 +18,9 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.features.query import Question
-from store.atomic import replacing
-from store.errors import InputError, RunError
+from sae_harvest.pipelines.features.query import Question
+from sae_harvest.store.atomic import replacing
+from sae_harvest.store.errors import InputError, RunError
 
 
 def write_csv(question: Question, limit: int | None, sink: IO[bytes]) -> None:

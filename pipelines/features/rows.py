@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from store.rules import heldout_documents
+from sae_harvest.store.rules import heldout_documents
 
 FOLDER = "rows"
 SCORE_FRACTION = 0.5

@@ -11,15 +11,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.features.checks import (
+from sae_harvest.pipelines.features.checks import (
     check_context,
     check_histogram,
     check_latent,
     require_tables,
 )
-from pipelines.features.query import connect, reading
-from pipelines.features.texts import pieces
-from store.errors import InputError
+from sae_harvest.pipelines.features.query import connect, reading
+from sae_harvest.pipelines.features.texts import pieces
+from sae_harvest.store.errors import InputError
 
 BARS = "▁▂▃▄▅▆▇█"
 COARSE = 4  # bins of the table in one bar

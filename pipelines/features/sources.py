@@ -14,20 +14,20 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from harvest.models import ResolvedModel, load_tokenizer, resolve_model
-from harvest.sites import Site
-from pipelines.features.delphi_cache import DelphiCache
-from pipelines.features.dictionary import Dictionary, load_dictionary
-from pipelines.features.encode import OneAtATime, batches, encode
-from pipelines.features.firings import Firings, block_rows
-from pipelines.features.folder import DELPHI
-from pipelines.features.rows import RowsPart
-from pipelines.features.texts import TokenTexts
-from pipelines.source import model_of
-from store.errors import InputError, RunError
-from store.finite import require_finite
-from store.reader import ActivationStore
-from store.rules import RowRule
+from sae_harvest.harvest.models import ResolvedModel, load_tokenizer, resolve_model
+from sae_harvest.harvest.sites import Site
+from sae_harvest.pipelines.features.delphi_cache import DelphiCache
+from sae_harvest.pipelines.features.dictionary import Dictionary, load_dictionary
+from sae_harvest.pipelines.features.encode import OneAtATime, batches, encode
+from sae_harvest.pipelines.features.firings import Firings, block_rows
+from sae_harvest.pipelines.features.folder import DELPHI
+from sae_harvest.pipelines.features.rows import RowsPart
+from sae_harvest.pipelines.features.texts import TokenTexts
+from sae_harvest.pipelines.source import model_of
+from sae_harvest.store.errors import InputError, RunError
+from sae_harvest.store.finite import require_finite
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.rules import RowRule
 
 BLOCK_FIRINGS = 1 << 22  # of a block of a cache, about
 CONTEXTS = 4096  # of a cache, whose rows are told of at a time

@@ -11,15 +11,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.features.config import FeatureConfig
-from pipelines.features.contexts import lists
-from pipelines.features.folder import with_version
-from pipelines.features.lens import LogitLens
-from pipelines.features.neighbours import Neighbours
-from pipelines.features.profile import Profile, bin_edge
-from pipelines.features.texts import TokenTexts
-from store.atomic import publish, temporary_name
-from store.paths import exact_file
+from sae_harvest.pipelines.features.config import FeatureConfig
+from sae_harvest.pipelines.features.contexts import lists
+from sae_harvest.pipelines.features.folder import with_version
+from sae_harvest.pipelines.features.lens import LogitLens
+from sae_harvest.pipelines.features.neighbours import Neighbours
+from sae_harvest.pipelines.features.profile import Profile, bin_edge
+from sae_harvest.pipelines.features.texts import TokenTexts
+from sae_harvest.store.atomic import publish, temporary_name
+from sae_harvest.store.paths import exact_file
 
 ROW_GROUP = 2048  # a point query reads one group: about 30 latents' contexts
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)

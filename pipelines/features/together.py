@@ -7,8 +7,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.features.prefetch import LINE, prefetch
-from store.cache import use_numba_cache
+from sae_harvest.pipelines.features.prefetch import LINE, prefetch
+from sae_harvest.store.cache import use_numba_cache
 
 use_numba_cache()
 

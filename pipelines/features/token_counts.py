@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.features.firings import Firings
-from pipelines.features.prefetch import prefetch
-from store.cache import use_numba_cache
+from sae_harvest.pipelines.features.firings import Firings
+from sae_harvest.pipelines.features.prefetch import prefetch
+from sae_harvest.store.cache import use_numba_cache
 
 use_numba_cache()
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import click
 
-from pipelines.options import features_option
-from store.console import Progress, output, when_interrupted
-from store.errors import InputError
-from store.options import NameOption, PathOption, PlaceOption
-from store.paths import shown
+from sae_harvest.pipelines.options import features_option
+from sae_harvest.store.console import Progress, output, when_interrupted
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.options import NameOption, PathOption, PlaceOption
+from sae_harvest.store.paths import shown
 
 compare_option = click.option(
     "--compare",
@@ -84,10 +84,10 @@ def serve(
             f"`sae-features serve` needs {' and '.join(missing)}, which this Python lacks; "
             f"pip install {' '.join(missing)}."
         )
-    from pipelines.live import LiveModel
-    from pipelines.source import Moved
-    from pipelines.viewer.run import run_server
-    from pipelines.viewer.server import open_viewer
+    from sae_harvest.pipelines.live import LiveModel
+    from sae_harvest.pipelines.source import Moved
+    from sae_harvest.pipelines.viewer.run import run_server
+    from sae_harvest.pipelines.viewer.server import open_viewer
 
     open_model = partial(LiveModel.open, moved=Moved(saes, stores, models))
     viewer = open_viewer(features, compare, allow_sql, device, open_model, saes)
@@ -107,7 +107,7 @@ def site(features: Path, compare: Path | None, saes: tuple[Path, ...], out: Path
     \b
     sae-features site --features runs/demo/features --out runs/demo/site
     """
-    from pipelines.viewer.site import write_site
+    from sae_harvest.pipelines.viewer.site import write_site
 
     nothing = f"Nothing was written into {out}; run the same command again."
     with when_interrupted(nothing), Progress("latents") as progress:

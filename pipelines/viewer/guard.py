@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipelines.viewer.connections import ADMIT
+from sae_harvest.pipelines.viewer.connections import ADMIT
 
 LONGEST_BODY = 64 * 1024
 BODY_SECONDS = 10.0  # for a body to arrive

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.viewer.tables import SUMMARY, Tables, plain
+from sae_harvest.pipelines.viewer.tables import SUMMARY, Tables, plain
 
 BINS = 40
 POINTS = 12_000  # of the scatter plot; more are thinned out evenly

@@ -16,15 +16,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from pipelines.live import LiveModel
-from pipelines.viewer.compare import Comparison
-from pipelines.viewer.guard import BODY_SECONDS, Guard
-from pipelines.viewer.latent import latent_page
-from pipelines.viewer.listing import PAGE, list_latents
-from pipelines.viewer.models import BusyError, Models
-from pipelines.viewer.notes import Notes
-from pipelines.viewer.overview import overview
-from pipelines.viewer.parameters import (
+from sae_harvest.pipelines.live import LiveModel
+from sae_harvest.pipelines.viewer.compare import Comparison
+from sae_harvest.pipelines.viewer.guard import BODY_SECONDS, Guard
+from sae_harvest.pipelines.viewer.latent import latent_page
+from sae_harvest.pipelines.viewer.listing import PAGE, list_latents
+from sae_harvest.pipelines.viewer.models import BusyError, Models
+from sae_harvest.pipelines.viewer.notes import Notes
+from sae_harvest.pipelines.viewer.overview import overview
+from sae_harvest.pipelines.viewer.parameters import (
     body_of,
     clamps_of,
     latent_of,
@@ -37,11 +37,11 @@ from pipelines.viewer.parameters import (
     whole,
     whole_of,
 )
-from pipelines.viewer.search import search
-from pipelines.viewer.sql import FencedSQL
-from pipelines.viewer.stream import Stream
-from pipelines.viewer.tables import Tables
-from store.errors import InputError, RunError, SaeHarvestError
+from sae_harvest.pipelines.viewer.search import search
+from sae_harvest.pipelines.viewer.sql import FencedSQL
+from sae_harvest.pipelines.viewer.stream import Stream
+from sae_harvest.pipelines.viewer.tables import Tables
+from sae_harvest.store.errors import InputError, RunError, SaeHarvestError
 
 STATIC = Path(__file__).parent / "static"
 

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.exports.files import new_folder
-from pipelines.viewer.compare import Comparison
-from pipelines.viewer.latent import BIN, CONTEXT, NEIGHBOUR, assemble
-from pipelines.viewer.overview import overview
-from pipelines.viewer.search import FOUND, SPECIFIC
-from pipelines.viewer.tables import SUMMARY, Tables
+from sae_harvest.pipelines.exports.files import new_folder
+from sae_harvest.pipelines.viewer.compare import Comparison
+from sae_harvest.pipelines.viewer.latent import BIN, CONTEXT, NEIGHBOUR, assemble
+from sae_harvest.pipelines.viewer.overview import overview
+from sae_harvest.pipelines.viewer.search import FOUND, SPECIFIC
+from sae_harvest.pipelines.viewer.tables import SUMMARY, Tables
 
 STATIC = Path(__file__).parent / "static"
 PER_FILE = 4  # latents whose pages share a file

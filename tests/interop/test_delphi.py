@@ -11,9 +11,9 @@ import torch
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
-from pipelines.exports import delphi
-from pipelines.features.delphi_cache import DelphiCache
-from store.reader import ActivationStore
+from sae_harvest.pipelines.exports import delphi
+from sae_harvest.pipelines.features.delphi_cache import DelphiCache
+from sae_harvest.store.reader import ActivationStore
 from tests.export_cases import built, exported
 from tests.feature_cases import read_table
 from tests.interop.exchange import SCRIPTS, python_of

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from sae_harvest.train.formats.reading import Origin
 from tests.interop.exchange import check_ours, check_theirs, exchange, random_sae
-from train.formats.reading import Origin
 
 pytestmark = pytest.mark.slow  # imports that package
 

@@ -19,13 +19,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
-from store.atomic import new_folder, temporary_name, writing
-from store.errors import InputError
-from store.objects import sync_folder
+from sae_harvest.store.atomic import new_folder, temporary_name, writing
+from sae_harvest.store.errors import InputError
+from sae_harvest.store.objects import sync_folder
 
 if TYPE_CHECKING:
-    from train.formats.reading import Origin
-    from train.sae import SAE
+    from sae_harvest.train.formats.reading import Origin
+    from sae_harvest.train.sae import SAE
 
 FORMATS = ("openai", "saelens", "sparsify", "dictionary_learning")
 
@@ -44,7 +44,7 @@ def format_named(name: str) -> Format:
     """The module of a format. Raises InputError, naming the formats there are."""
     if name not in FORMATS:
         raise InputError(f"There is no format {name!r}; choose one of {', '.join(FORMATS)}.")
-    return cast(Format, import_module(f"train.formats.{name}"))
+    return cast(Format, import_module(f"sae_harvest.train.formats.{name}"))
 
 
 def export_sae(folder: Path, name: str, out: Path) -> SAE:
@@ -53,7 +53,7 @@ def export_sae(folder: Path, name: str, out: Path) -> SAE:
     Raises:
         InputError: the folder holds no SAE, the format cannot hold it, or `out` exists.
     """
-    from train.sae import SAE
+    from sae_harvest.train.sae import SAE
 
     peer = format_named(name)
     sae = SAE.load(folder)

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from store.atomic import new_folder
-from store.errors import RunError
-from train.config import COUNTED, ROW_NORMALIZATIONS
-from train.files import write_json
-from train.formats.folding import absorb, in_model_units
-from train.formats.pickles import read_pt, write_pt
-from train.formats.reading import (
+from sae_harvest.store.atomic import new_folder
+from sae_harvest.store.errors import RunError
+from sae_harvest.train.config import COUNTED, ROW_NORMALIZATIONS
+from sae_harvest.train.files import write_json
+from sae_harvest.train.formats.folding import absorb, in_model_units
+from sae_harvest.train.formats.pickles import read_pt, write_pt
+from sae_harvest.train.formats.reading import (
     NOTE,
     REMEDY,
     Origin,
@@ -40,7 +40,7 @@ from train.formats.reading import (
     refusal,
     settings,
 )
-from train.sae import SAE
+from sae_harvest.train.sae import SAE
 
 PACKAGE = "dictionary_learning"
 CONFIG_FILE, TENSORS_FILE = "config.json", "ae.pt"

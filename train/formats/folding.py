@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from train.sae import SAE
+from sae_harvest.train.sae import SAE
 
 UNIT_TOLERANCE = 1e-4  # float32 rounding of a norm over a few thousand dimensions is below it
 

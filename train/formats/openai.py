@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from store.errors import RunError
-from train.config import ROW_NORMALIZATIONS
-from train.formats.folding import in_model_units
-from train.formats.pickles import read_pt, write_pt
-from train.formats.reading import REMEDY, Origin, Tensors, build, origin_fields, refusal
-from train.sae import SAE
+from sae_harvest.store.errors import RunError
+from sae_harvest.train.config import ROW_NORMALIZATIONS
+from sae_harvest.train.formats.folding import in_model_units
+from sae_harvest.train.formats.pickles import read_pt, write_pt
+from sae_harvest.train.formats.reading import REMEDY, Origin, Tensors, build, origin_fields, refusal
+from sae_harvest.train.sae import SAE
 
 PACKAGE = "OpenAI's sparse_autoencoder"
 STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")

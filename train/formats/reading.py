@@ -11,11 +11,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from store.errors import InputError, RunError
-from store.parsing import first_line
-from train.config import SAEConfig
-from train.files import read_json
-from train.sae import SAE
+from sae_harvest.store.errors import InputError, RunError
+from sae_harvest.store.parsing import first_line
+from sae_harvest.train.config import SAEConfig
+from sae_harvest.train.files import read_json
+from sae_harvest.train.sae import SAE
 
 NOTE = "sae_harvest"  # the key under which an exported JSON file says where the SAE comes from
 NOTED = ("site", "target_site", "model", "model_weights", "rule")

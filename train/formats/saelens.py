@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from store.atomic import new_folder
-from train.files import read_tensors, write_json, write_tensors
-from train.formats.folding import absorb, in_model_units, rescaled
-from train.formats.reading import (
+from sae_harvest.store.atomic import new_folder
+from sae_harvest.train.files import read_tensors, write_json, write_tensors
+from sae_harvest.train.formats.folding import absorb, in_model_units, rescaled
+from sae_harvest.train.formats.reading import (
     NOTE,
     REMEDY,
     Fields,
@@ -40,7 +40,7 @@ from train.formats.reading import (
     refusal,
     settings,
 )
-from train.sae import SAE
+from sae_harvest.train.sae import SAE
 
 PACKAGE = "SAELens"
 CONFIG_FILE, TENSORS_FILE = "cfg.json", "sae_weights.safetensors"

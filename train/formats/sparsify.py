@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from store.atomic import new_folder
-from train.config import ROW_NORMALIZATIONS
-from train.files import read_tensors, write_json, write_tensors
-from train.formats.folding import in_model_units, unit_rows
-from train.formats.reading import (
+from sae_harvest.store.atomic import new_folder
+from sae_harvest.train.config import ROW_NORMALIZATIONS
+from sae_harvest.train.files import read_tensors, write_json, write_tensors
+from sae_harvest.train.formats.folding import in_model_units, unit_rows
+from sae_harvest.train.formats.reading import (
     NOTE,
     REMEDY,
     Origin,
@@ -28,7 +28,7 @@ from train.formats.reading import (
     refusal,
     settings,
 )
-from train.sae import SAE
+from sae_harvest.train.sae import SAE
 
 PACKAGE = "sparsify"
 CONFIG_FILE, TENSORS_FILE = "cfg.json", "sae.safetensors"

@@ -184,13 +184,13 @@ def kernels_for(device: torch.device) -> Kernels:
     """The kernels of a device: compiled loops on the processor, Triton's on NVIDIA GPUs where it is
     installed, plain torch elsewhere."""
     if device.type == "cpu":
-        from train.kernels.cpu import CpuKernels
+        from sae_harvest.train.kernels.cpu import CpuKernels
 
         return CpuKernels()
     if device.type == "cuda" and find_spec("triton") is not None:
-        from train.kernels.triton_ops import TritonKernels
+        from sae_harvest.train.kernels.triton_ops import TritonKernels
 
         return TritonKernels(device)
-    from train.kernels.torch_ops import TorchKernels
+    from sae_harvest.train.kernels.torch_ops import TorchKernels
 
     return TorchKernels()

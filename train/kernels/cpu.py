@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.kernels import AdamNumbers, Gradients, Pairs, cpu_choice
-from train.kernels.by_rows import by_rows
-from train.kernels.cpu_low import Float32, Int8
-from train.kernels.exact_jit import decode_rows, exact_pairs, exact_rows
-from train.kernels.gradient_jit import (
+from sae_harvest.train.kernels import AdamNumbers, Gradients, Pairs, cpu_choice
+from sae_harvest.train.kernels.by_rows import by_rows
+from sae_harvest.train.kernels.cpu_low import Float32, Int8
+from sae_harvest.train.kernels.exact_jit import decode_rows, exact_pairs, exact_rows
+from sae_harvest.train.kernels.gradient_jit import (
     adam_rows,
     add_by_latent,
     count_live,

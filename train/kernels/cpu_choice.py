@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.kernels.by_rows import by_rows
-from train.kernels.cpu_low import Factors
-from train.kernels.selection_jit import (
+from sae_harvest.train.kernels.by_rows import by_rows
+from sae_harvest.train.kernels.cpu_low import Factors
+from sae_harvest.train.kernels.selection_jit import (
     LEAST,
     append_above,
     finish_largest,

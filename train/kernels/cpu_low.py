@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.kernels.by_rows import by_rows
-from train.kernels.low import DEVIATIONS, candidates
-from train.kernels.quantize_jit import (
+from sae_harvest.train.kernels.by_rows import by_rows
+from sae_harvest.train.kernels.low import DEVIATIONS, candidates
+from sae_harvest.train.kernels.quantize_jit import (
     blocks_of,
     padded_width,
     quantize_rows,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from train.kernels.jit import FAST, njit, prange
+from sae_harvest.train.kernels.jit import FAST, njit, prange
 
 
 @njit(**FAST)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from store.cache import use_numba_cache
+from sae_harvest.store.cache import use_numba_cache
 
 use_numba_cache()
 from numba import njit, prange  # noqa: E402 - the cache folder must be set before

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from train.kernels import Pairs
+from sae_harvest.train.kernels import Pairs
 
 
 def top_k(preactivations: Tensor, k: int) -> Tensor:

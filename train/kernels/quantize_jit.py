@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from train.kernels.jit import FAST, njit, prange
+from sae_harvest.train.kernels.jit import FAST, njit, prange
 
 MOST_BLOCKS = 64  # a power of two, as the transform needs
 LEAST_BLOCK = 8  # numbers that the transform adds at a time

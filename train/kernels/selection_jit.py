@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from train.kernels.jit import FAST, njit
+from sae_harvest.train.kernels.jit import FAST, njit
 
 BLOCK = 64  # latents whose maximum stands for them: a few vector registers
 GROUP = 16  # latents whose maximum stands for them in the first tile

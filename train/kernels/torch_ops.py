@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from train.kernels import AdamNumbers, Gradients, Pairs
-from train.kernels.low import ShortFloat
+from sae_harvest.train.kernels import AdamNumbers, Gradients, Pairs
+from sae_harvest.train.kernels.low import ShortFloat
 
 CHUNK_BYTES = 256 << 20
 SCORE_ROUNDING = 2**-8  # of a pre-activation, written in bfloat16

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.kernels import AdamNumbers
+from sae_harvest.train.kernels import AdamNumbers
 
 BLOCK = 1024
 

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.kernels import Gradients, Pairs
-from train.kernels.triton_sort import Sorted
+from sae_harvest.train.kernels import Gradients, Pairs
+from sae_harvest.train.kernels.triton_sort import Sorted
 
 LONG = 256  # pairs that one program adds up
 TILE_ELEMENTS = 4096  # of gathered rows held at a time

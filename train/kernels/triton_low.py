@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from train.kernels.low import DEVIATIONS, candidates, fourth_norm
+from sae_harvest.train.kernels.low import DEVIATIONS, candidates, fourth_norm
 
 MEMBERS, LANES, GROUP_STEP, DEPTH_STEP = 32, 4, 8, 128
 FP8_LARGEST = 448.0  # of e4m3

@@ -7,14 +7,18 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from train.kernels import AdamNumbers, Gradients, Pairs
-from train.kernels.triton_adam import adam_step
-from train.kernels.triton_gradients import gradients_by_latent
-from train.kernels.triton_low import GroupedLow, shorten
-from train.kernels.triton_pairs import decode_pairs, largest, pair_dots
-from train.kernels.triton_reaching import choose_reaching
-from train.kernels.triton_select import choose_by_groups, choose_by_rows, group_choice_pays
-from train.kernels.triton_sort import sum_by_latent
+from sae_harvest.train.kernels import AdamNumbers, Gradients, Pairs
+from sae_harvest.train.kernels.triton_adam import adam_step
+from sae_harvest.train.kernels.triton_gradients import gradients_by_latent
+from sae_harvest.train.kernels.triton_low import GroupedLow, shorten
+from sae_harvest.train.kernels.triton_pairs import decode_pairs, largest, pair_dots
+from sae_harvest.train.kernels.triton_reaching import choose_reaching
+from sae_harvest.train.kernels.triton_select import (
+    choose_by_groups,
+    choose_by_rows,
+    group_choice_pays,
+)
+from sae_harvest.train.kernels.triton_sort import sum_by_latent
 
 FP8_CAPABILITY = (8, 9)  # from here on tensor cores multiply e4m3
 

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.kernels.triton_low import GroupedLow
-from train.kernels.triton_scores import reaching
+from sae_harvest.train.kernels.triton_low import GroupedLow
+from sae_harvest.train.kernels.triton_scores import reaching
 
 WORDS_BYTES = 1 << 30  # words of one chunk of rows
 WORDS = 1024  # words that one program reads at a time

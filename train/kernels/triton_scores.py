@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from train.kernels.triton_low import GroupedLow
+from sae_harvest.train.kernels.triton_low import GroupedLow
 
 ROW_STEP = 128  # rows of the outputs are filled up to a multiple
 TILE_BYTES = 128  # depth of a tile: what the shared memory's swizzle spans

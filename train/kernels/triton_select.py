@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.kernels.triton_low import GroupedLow
-from train.kernels.triton_scores import LEAST_KEY, group_maxima, ordered
+from sae_harvest.train.kernels.triton_low import GroupedLow
+from sae_harvest.train.kernels.triton_scores import LEAST_KEY, group_maxima, ordered
 
 KEYS_BYTES = 1 << 30  # keys of one chunk of rows
 LEAST_CLASSES = 1024  # of a row's keys

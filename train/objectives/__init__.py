@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from train.batch import Batch
-from train.objectives.batchtopk import batchtopk
-from train.objectives.gated import gated
-from train.objectives.jumprelu import jumprelu
-from train.objectives.outcome import Outcome
-from train.objectives.relu_kl import relu_kl
-from train.objectives.relu_l1 import relu_l1
-from train.objectives.topk import topk
+from sae_harvest.train.batch import Batch
+from sae_harvest.train.objectives.batchtopk import batchtopk
+from sae_harvest.train.objectives.gated import gated
+from sae_harvest.train.objectives.jumprelu import jumprelu
+from sae_harvest.train.objectives.outcome import Outcome
+from sae_harvest.train.objectives.relu_kl import relu_kl
+from sae_harvest.train.objectives.relu_l1 import relu_l1
+from sae_harvest.train.objectives.topk import topk
 
 OBJECTIVES: dict[str, Callable[[Batch], Outcome]] = {
     "topk": topk,

@@ -15,10 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from train.batch import Batch
-from train.kernels import Pairs
-from train.objectives.outcome import Outcome, outcome
-from train.reconstruction import reconstruct
+from sae_harvest.train.batch import Batch
+from sae_harvest.train.kernels import Pairs
+from sae_harvest.train.objectives.outcome import Outcome, outcome
+from sae_harvest.train.reconstruction import reconstruct
 
 EVERY = 16  # one row in so many is looked at for the estimate
 MOST_OF_MEAN = 4  # largest values of such a row, in units of k

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import torch
 
-from train.batch import Batch
-from train.kernels import Pairs
-from train.objectives.outcome import Outcome
-from train.objectives.relu_l1 import l1_slope
-from train.reconstruction import error_of, reconstruct
+from sae_harvest.train.batch import Batch
+from sae_harvest.train.kernels import Pairs
+from sae_harvest.train.objectives.outcome import Outcome
+from sae_harvest.train.objectives.relu_l1 import l1_slope
+from sae_harvest.train.reconstruction import error_of, reconstruct
 
 
 def gated(batch: Batch) -> Outcome:

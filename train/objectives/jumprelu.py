@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import torch
 
-from train.batch import Batch
-from train.kernels import Pairs
-from train.objectives.outcome import Outcome, outcome
-from train.reconstruction import reconstruct
+from sae_harvest.train.batch import Batch
+from sae_harvest.train.kernels import Pairs
+from sae_harvest.train.objectives.outcome import Outcome, outcome
+from sae_harvest.train.reconstruction import reconstruct
 
 
 def jumprelu(batch: Batch) -> Outcome:

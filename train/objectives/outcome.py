@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from train.batch import Batch
-from train.reconstruction import Reconstruction
+from sae_harvest.train.batch import Batch
+from sae_harvest.train.reconstruction import Reconstruction
 
 
 @dataclass

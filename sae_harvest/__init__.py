@@ -1,0 +1,1 @@
+"""Any open language model as a searchable table of concepts."""

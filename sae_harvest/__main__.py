@@ -1,0 +1,27 @@
+"""`python -m sae_harvest` offers the four commands as one."""
+
+import click
+
+from sae_harvest.harvest.cli import main as harvest
+from sae_harvest.pipelines.cli import main as sae_pipeline
+from sae_harvest.pipelines.features.cli import main as sae_features
+from sae_harvest.train.cli import main as train_sae
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="sae-harvest")
+def main() -> None:
+    """The four commands of sae-harvest.
+
+    \b
+    python -m sae_harvest harvest run --model gpt2 --layer 8
+    """
+
+
+main.add_command(harvest, "harvest")
+main.add_command(train_sae, "train-sae")
+main.add_command(sae_features, "sae-features")
+main.add_command(sae_pipeline, "sae-pipeline")
+
+if __name__ == "__main__":
+    main(prog_name="python -m sae_harvest")
