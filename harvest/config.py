@@ -15,7 +15,14 @@ GPU_SHARD_ROWS = 65_536
 
 
 class HarvestConfig(BaseModel):
-    """A request. The store's plan is made from it, with everything automatic decided."""
+    """The configuration of a harvest. The store's plan is made from it, with "auto" decided.
+
+    >>> from sae_harvest import CorpusSpec
+    >>> HarvestConfig(
+    ...     model="gpt2", corpus=CorpusSpec(name="news"), sites=("resid_post.8",), tokens="1M"
+    ... ).tokens
+    1000000
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

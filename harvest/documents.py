@@ -27,7 +27,11 @@ SHOWN_CHARS = 60  # of the name of one
 
 
 class CorpusSpec(BaseModel, frozen=True):
-    """Which text to read. `config`, `split` and `revision` are for datasets of the hub only."""
+    """The text of a harvest. `config`, `split` and `revision` are for datasets of the Hub only.
+
+    >>> CorpusSpec(name="HuggingFaceFW/fineweb", config="sample-10BT").split
+    'train'
+    """
 
     name: str = Field(
         min_length=1,

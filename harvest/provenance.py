@@ -56,7 +56,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where a row comes from.
+    """The origin of a row: token, context, document and characters.
+
+    >>> trace_row("runs/demo/store", 37).norms["resid_post.1"].outlier
+    False
 
     Attributes:
         kind: "text", or which mark the token is; marks belong to no characters, and a BOS to no
@@ -85,14 +88,23 @@ class Provenance:
     reason: str | None
 
 
-def trace_row(place: str | Path, row: int) -> Provenance:
-    """Where a row of a sealed store comes from.
+def trace_row(store: ActivationStore | str | Path, row: int) -> Provenance:
+    """Find where a row of a sealed store comes from.
+
+    >>> found = trace_row("runs/demo/store", 37)
+    >>> found.context, found.position, found.kind
+    (1, 5, 'text')
+
+    Args:
+        store: an open store, or the path or `s3://bucket/prefix` of one.
+        row: number of the row, from 0.
 
     Raises:
         InputError: there is no such row.
         NotAStoreError, UnfinishedError, DamagedError: as `ActivationStore.open` and reading.
     """
-    store = ActivationStore.open(place)
+    if not isinstance(store, ActivationStore):
+        store = ActivationStore.open(store)
     if not 0 <= row < store.n_rows:
         raise InputError(f"{store.place} has the rows 0 to {store.n_rows - 1}, got --row {row}.")
     context, position = divmod(row, store.context_length)

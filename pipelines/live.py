@@ -35,7 +35,12 @@ from sae_harvest.train.sae import SAE
 
 @dataclass(frozen=True, slots=True)
 class LiveText:
-    """What an SAE finds in a text.
+    """The latents that fire on each token of a text.
+
+    >>> import sae_harvest as sh
+    >>> found = sh.open_features("runs/demo/features").activations("the cat sees")
+    >>> "".join(found.token_texts), found.indices.dtype, found.values.dtype
+    ('the cat sees', dtype('int32'), dtype('float32'))
 
     token_ids: the text's tokens; the one before them is not among them.
     token_texts: theirs; joined, they are the text.

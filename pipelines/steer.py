@@ -51,7 +51,10 @@ class Clamp:
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """What a model wrote, without the prompt; `token_texts`, joined, are `text`.
+    """The text that a model wrote, without the prompt; `token_texts`, joined, are `text`.
+
+    >>> Generated(" Paris.", [" Paris", "."]).text
+    ' Paris.'
 
     It ends with the model's own end token if the model came to one.
     """

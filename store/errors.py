@@ -18,6 +18,13 @@ from sae_harvest.store.masking import masked
 class SaeHarvestError(Exception):
     """Base of every error meant for the user: says what was wrong, where, and what to do.
 
+    >>> import sae_harvest as sh
+    >>> try:
+    ...     sh.open_store("nothing-here")
+    ... except sh.SaeHarvestError as error:
+    ...     print(type(error).__name__)
+    NotAStoreError
+
     As text it holds no password: an endpoint, a place or an address may contain one.
     """
 

@@ -7,7 +7,6 @@ What zarr and dask open by themselves is float16 or int8: a sum over float16 row
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,21 +18,10 @@ if TYPE_CHECKING:
     import dask.array
 
 
-def open_dask(place: str | Path, site: str | None = None) -> dask.array.Array:
-    """The rows of a site, float32 [rows, width], read and checked block by block when computed.
-
-    >>> open_dask("runs/demo/store").mean(0).compute()  # doctest: +SKIP
-
-    Args:
-        place: of a sealed store, a folder or `s3://bucket/prefix`.
-        site: None for the store's only site.
-
-    Raises:
-        SaeHarvestError: the store cannot be opened; also while computing, where it is damaged.
-    """
+def lazy_rows(store: ActivationStore, site: str | None = None) -> dask.array.Array:
+    """See `ActivationStore.dask`."""
     import dask.array
 
-    store = ActivationStore.open(place)
     site = store.site(site)
     whole, rest = divmod(store.n_rows, rows := store.chunk_rows(site))
     return dask.array.map_blocks(

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from sae_harvest.store.rules import RowRule, heldout_documents
 from sae_harvest.store.seals import find_seal
 from sae_harvest.store.stats import Moments
 from sae_harvest.store.tables import exact_values, parse_table
+
+if TYPE_CHECKING:
+    import dask.array
 
 
 class Scratch:
@@ -56,6 +59,12 @@ class _Committed:
 
 class ActivationStore:
     """A sealed store, in a folder or a bucket.
+
+    >>> store = ActivationStore.open("runs/demo/store")
+    >>> store.sites, store.n_rows, store.width("resid_post.1")
+    (('resid_post.1',), 8192, 32)
+    >>> store.read("resid_post.1", 0, 2).shape, store.tokens(0, 2).shape
+    ((2, 32), (2, 32))
 
     What is read is what was sealed: the seal lists the digest of each commit record, the record
     the crc32c of each chunk and the hash of each table. An object that is missing, cut short,
@@ -183,6 +192,26 @@ class ActivationStore:
             else:
                 into[:] = stored
         return x
+
+    def dask(self, site: str | None = None) -> dask.array.Array:
+        """The rows of a site as a lazy array, float32 [n_rows, width].
+
+        A chunk is read and checked when it is computed. What zarr and dask open by themselves is
+        float16 or int8, which overflows in sums and lacks its scale.
+
+        >>> ActivationStore.open("runs/demo/store").dask().mean(0).compute().dtype
+        dtype('float32')
+
+        Args:
+            site: None for the store's only site.
+
+        Raises:
+            InputError: there is no such site.
+            DamagedError: while computing, where the store is damaged.
+        """
+        from sae_harvest.store.lazy import lazy_rows
+
+        return lazy_rows(self, site)
 
     def norms(self, site: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """L2 norms before casting, float32 [stop - start]."""

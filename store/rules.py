@@ -14,6 +14,9 @@ OUTLIER_MEDIANS = 5.0
 class RowRule(BaseModel):
     """A choice of rows, by norm and by document.
 
+    >>> RowRule(split="heldout", max_norm_medians=None).split
+    'heldout'
+
     Massive activations (attention sinks: position 0, end-of-text) are about 1 % of rows and
     97 % of the variance, so that whatever is fitted to all rows is fitted to them. They are
     stored, and left out here. Documents are split by the hash of their text, so that a text

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from sae_harvest.store.errors import DamagedError, InputError
-from sae_harvest.store.lazy import open_dask
 from sae_harvest.store.reader import ActivationStore
 from tests.synthetic import SITE, make_plan, make_store
 
@@ -18,7 +17,7 @@ from tests.synthetic import SITE, make_plan, make_store
 def test_rows_are_those_of_the_reader_in_float32(tmp_path: Path, dtype: str) -> None:
     make_store(tmp_path / "store", make_plan(dtype=dtype))
     store = ActivationStore.open(tmp_path / "store")
-    lazy = open_dask(tmp_path / "store")
+    lazy = ActivationStore.open(tmp_path / "store").dask()
     assert lazy.dtype == np.float32
     assert lazy.shape == (store.n_rows, store.width(SITE))
     wanted = np.asarray(store.read(SITE, 0, store.n_rows), np.float32)
@@ -38,15 +37,15 @@ def test_a_mean_that_overflows_in_float16_does_not_in_float32(
     with np.errstate(over="ignore"):
         overflown = (plain * np.float16(factor)).mean(0).compute(scheduler="sync")
     assert not np.isfinite(overflown).all()
-    mean = (open_dask(tiny_store) * factor).mean(0).compute(scheduler="sync")
+    mean = (ActivationStore.open(tiny_store).dask() * factor).mean(0).compute(scheduler="sync")
     np.testing.assert_allclose(mean, rows.mean(0) * factor, rtol=1e-4, atol=1e-4)
 
 
 def test_damage_and_wrong_sites_are_named(tmp_path: Path) -> None:
     make_store(tmp_path / "store", make_plan())
     with pytest.raises(InputError, match="resid_post"):
-        open_dask(tmp_path / "store", "mlp_out.1")
-    lazy = open_dask(tmp_path / "store")
+        ActivationStore.open(tmp_path / "store").dask("mlp_out.1")
+    lazy = ActivationStore.open(tmp_path / "store").dask()
     path = tmp_path / "store" / "activations" / SITE / "c.0.0"
     data = bytearray(path.read_bytes())
     data[5] ^= 1

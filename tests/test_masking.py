@@ -84,7 +84,7 @@ def test_neither_do_the_other_commands(command: Any) -> None:
 @pytest.mark.parametrize("address", [f"ray://me:{SECRET}@host:1", f"me:{SECRET}@127.0.0.1:9"])
 def test_an_address_of_a_cluster_is_masked(address: str) -> None:
     with pytest.raises(RunError) as caught:
-        cluster.connect(address, "without")
+        cluster.connect(address, 1, "without")
     assert SECRET not in str(caught.value)
 
 

@@ -78,8 +78,8 @@ def test_a_harvest_that_loses_a_node_ends_with_the_digest_of_an_undisturbed_one(
     assert run.returncode == 0, told
     workers = started(said())
     assert len(set(victims) & set(workers)) == 1
-    (death,) = gone(said())
-    assert re.search(r"is gone: .*shards? .* to be done by another", death)
+    deaths = gone(said())  # on busy cores, also of a worker that was about to start there
+    assert any(re.search(r"is gone: .*shards? .* to be done by another", d) for d in deaths)
     undisturbed = invoke(*options(model_folder, corpus_file, tmp_path / "other", **sizes))
     assert digest_of(undisturbed) in printed
 

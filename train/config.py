@@ -44,7 +44,11 @@ READERS: dict[str, tuple[Objective, ...]] = {
 
 
 class SAEConfig(BaseModel):
-    """What is needed to use the weights: shape, activation function, normalisation."""
+    """The configuration of an SAE: shape, activation function, normalisation, origin.
+
+    >>> SAEConfig(d_in=768, n_latents=16_384, k=32, site="resid_post.8").is_transcoder
+    False
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -138,7 +142,10 @@ class SAEConfig(BaseModel):
 
 
 class TrainConfig(BaseModel):
-    """One training run. Saved as `run.json` beside what it made.
+    """The configuration of a training run. It is saved as `run.json` beside the SAE.
+
+    >>> TrainConfig(n_latents=16_384, k=32, tokens=10_000_000).steps
+    2441
 
     The loss is the squared error of the normalised rows over their total variance, plus
     penalties; see `train.objectives` for each formula.

@@ -34,6 +34,13 @@ REMEDY = "copy or train the SAE again"
 class SAE:
     """A sparse autoencoder, or a transcoder.
 
+    >>> import torch
+    >>> sae = SAE.load("runs/demo/sae")
+    >>> x = torch.ones(3, sae.config.d_in)
+    >>> indices, values = sae.encode(x)
+    >>> indices.dtype, values.dtype, sae.decode(indices, values).shape == x.shape
+    (torch.int32, torch.float32, True)
+
     Args:
         config: shape, activation function, normalisation.
         W_enc: float32 [n_latents, d_in]; W_dec: float32 [n_latents, d_out]; a latent is a row.
@@ -218,6 +225,54 @@ class SAE:
         out = self.b_dec.repeat(len(indices), 1)  # [batch, d_out]
         self.kernels.decode(indices.int().contiguous(), values.contiguous(), self.W_dec, out)
         return restore(out, x, self.config)
+
+    def encode_dense(self, x: Tensor) -> Tensor:
+        """The activation of every latent on each row, 0 where it does not fire.
+
+        >>> import torch
+        >>> sae = SAE.load("runs/demo/sae")
+        >>> sae.encode_dense(torch.zeros(2, sae.config.d_in)).shape[1] == sae.config.n_latents
+        True
+
+        Args:
+            x: [batch, d_in], floating point.
+
+        Returns:
+            float32 [batch, n_latents] on the SAE's device.
+
+        Raises:
+            InputError: x is not [batch, d_in].
+        """
+        indices, values = self.encode(x)
+        dense = torch.zeros(len(indices), self.config.n_latents, device=self.device)
+        return dense.scatter_add_(1, indices.long(), values)  # places without a latent hold 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The reconstruction of each row; of a transcoder, the prediction.
+
+        Args:
+            x: floating point, [..., d_in]: rows, or contexts of rows.
+
+        Returns:
+            float32 [..., d_out] on the SAE's device, without gradients.
+
+        Raises:
+            InputError: the last dimension of x is not d_in.
+        """
+        rows = self.check_rows(x.reshape(-1, x.shape[-1]) if x.dim() > 2 else x)
+        with torch.no_grad():
+            out = self.decode(*self.encode(rows), rows)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    __call__ = forward
+
+    def to(self, device: str | torch.device) -> SAE:
+        """The same SAE with its tensors on a device; this one stays as it is.
+
+        >>> SAE.load("runs/demo/sae").to("cpu").device
+        device(type='cpu')
+        """
+        return SAE(self.config, **{name: t.to(device) for name, t in self.tensors().items()})
 
     def save(self, path: str | Path) -> None:
         """Writes `sae.safetensors`, then `config.json`, into the folder (made if missing)."""

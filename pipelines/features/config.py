@@ -6,7 +6,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class FeatureConfig(BaseModel):
-    """How many contexts per latent, and how long."""
+    """The configuration of feature tables: contexts per latent, and their length.
+
+    >>> FeatureConfig(n_top=40).window_tokens
+    64
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

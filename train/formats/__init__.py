@@ -24,6 +24,8 @@ from sae_harvest.store.errors import InputError
 from sae_harvest.store.objects import sync_folder
 
 if TYPE_CHECKING:
+    import torch
+
     from sae_harvest.train.formats.reading import Origin
     from sae_harvest.train.sae import SAE
 
@@ -45,6 +47,60 @@ def format_named(name: str) -> Format:
     if name not in FORMATS:
         raise InputError(f"There is no format {name!r}; choose one of {', '.join(FORMATS)}.")
     return cast(Format, import_module(f"sae_harvest.train.formats.{name}"))
+
+
+def detect_format(path: Path) -> str | None:
+    """Name of the format of a file or folder, by the files that are there; None for ours.
+
+    Raises:
+        InputError: it is none of them.
+    """
+    names = {item.name for item in path.iterdir()} if path.is_dir() else set()
+    if "config.json" in names and "sae.safetensors" in names:
+        return None
+    if "ae.pt" in names:
+        return "dictionary_learning"
+    if "cfg.json" in names:
+        return "saelens" if "sae_weights.safetensors" in names else "sparsify"
+    if path.is_file() and path.suffix == ".pt":
+        return "openai"
+    raise InputError(
+        f"{path} holds no SAE that can be recognised; give a folder of sae-harvest, SAELens, "
+        "sparsify or dictionary_learning, or a .pt file of OpenAI's sparse_autoencoder."
+    )
+
+
+def load_sae(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    site: str | None = None,
+    target_site: str | None = None,
+) -> SAE:
+    """Load an SAE of ours or of another package, whichever the path holds.
+
+    >>> load_sae("runs/demo/sae").config.activation
+    'topk'
+
+    Args:
+        path: folder of sae-harvest, SAELens 6, sparsify or dictionary_learning, or a `.pt` file of
+            OpenAI's sparse_autoencoder.
+        device: where its tensors are wanted, "cpu" or "cuda".
+        site: which activations it reads, such as "resid_post.12", if its files do not say.
+        target_site: which activations a transcoder predicts, if its files do not say.
+
+    Raises:
+        InputError: the path holds no SAE, or one that ours cannot be, or the site is not known.
+        RunError: a file is damaged.
+    """
+    from sae_harvest.train.formats.reading import Origin
+    from sae_harvest.train.sae import SAE
+
+    path = Path(path)
+    name = detect_format(path)
+    if name is None:
+        return SAE.load(path, device)
+    return format_named(name).read(path, Origin(site, target_site)).to(device)
 
 
 def export_sae(folder: Path, name: str, out: Path) -> SAE:
