@@ -34,7 +34,7 @@ class ShardActor:
                 found[name] = None
         return found
 
-    def start(self, expected: dict[str, str], worker: dict[str, Any]) -> dict[str, Any]:
+    def start(self, expected: dict[str, str | None], worker: dict[str, Any]) -> dict[str, Any]:
         """Host, process id and versions; makes the worker if the versions are the expected ones."""
         found = self.versions(list(expected))
         if found == expected:

@@ -24,7 +24,7 @@ def without_package(error: Exception) -> str | None:
     )
 
 
-def mismatch(expected: dict[str, str], there: dict[str, Any]) -> str | None:
+def mismatch(expected: dict[str, str | None], there: dict[str, Any]) -> str | None:
     """A sentence about what a worker's machine lacks to give the driver's bytes, or None."""
     found = there["versions"]
     if found == expected:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from sae_harvest.store.errors import InputError
-from sae_harvest.store.parsing import first_line
 from sae_harvest.store.reader import ActivationStore
 
 if TYPE_CHECKING:
@@ -206,4 +205,4 @@ def _checked(kind: Any, **fields: Any) -> Any:
             raise InputError(
                 f"There is no option {name}; {kind.__name__} has {', '.join(kind.model_fields)}."
             ) from None
-        raise InputError(f"{name}: {first_line(problem['msg'])}.") from None
+        raise InputError(f"{name}: {problem['msg']}.") from None

@@ -45,11 +45,11 @@ def test_counts_are_typed_as_people_write_them(
 def test_the_package_run_as_a_module_has_every_command(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["sae_harvest", command, "--version"])
+    monkeypatch.setattr("sys.argv", ["sae_harvest", command, "--help"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("sae_harvest", run_name="__main__")
     assert ended.value.code == 0
-    assert capsys.readouterr().out.startswith(f"{command}, version ")
+    assert capsys.readouterr().out.startswith(f"Usage: python -m sae_harvest {command} ")
 
 
 def test_contexts_of_a_model_without_a_limit_may_be_of_any_length() -> None:

@@ -141,7 +141,7 @@ def test_an_sae_of_any_format_is_recognised(name: str, user: Path) -> None:
 
     ours = sh.load_sae("runs/demo/sae")
     if name == "openai":
-        config = ours.config.model_copy(update={"normalization": "layer_norm", "input_scale": None})
+        config = ours.config.model_copy(update={"normalization": "layer_norm", "input_scale": 1.0})
         ours = sh.SAE(config, **ours.tensors())
     out = Path("peer.pt" if name == "openai" else "peer")
     if name != "openai":
