@@ -21,18 +21,18 @@ import torch
 
 from bench.inputs import gpt2_model, write_long_news
 from bench.measurement import Measurement, peak_bytes, seconds
-from sae_harvest.harvest.config import HarvestConfig
-from sae_harvest.harvest.corpus import CorpusSpec
-from sae_harvest.harvest.run import Means, run
-from sae_harvest.pipelines.features.build import build
-from sae_harvest.pipelines.features.config import FeatureConfig
-from sae_harvest.pipelines.features.encode import batches
-from sae_harvest.store.console import output
-from sae_harvest.store.memory import keep_memory
+from sae_harvest.common.console import output
+from sae_harvest.common.memory import keep_memory
+from sae_harvest.harvest.run.config import HarvestConfig
+from sae_harvest.harvest.run.driver import Means, run
+from sae_harvest.harvest.text.corpus import CorpusSpec
+from sae_harvest.pipelines.features.building.build import build
+from sae_harvest.pipelines.features.building.config import FeatureConfig
+from sae_harvest.pipelines.features.encoding.encode import batches
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule
 from sae_harvest.train.config import SAEConfig
-from sae_harvest.train.sae import SAE
+from sae_harvest.train.sae.sae import SAE
 
 SMALL, LARGE = 1 << 18, 1 << 21  # rows
 WIDTH, N_LATENTS, K = 768, 24_576, 32

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 
 from bench.measurement import alternate, seconds
-from sae_harvest.harvest.discovery import probe
-from sae_harvest.harvest.models import load_model, resolve_model
-from sae_harvest.harvest.sites import Site
-from sae_harvest.harvest.worker import ShardWorker
+from sae_harvest.common.memory import KEEP_MEMORY
+from sae_harvest.harvest.model.discovery import probe
+from sae_harvest.harvest.model.models import load_model, resolve_model
+from sae_harvest.harvest.model.sites import Site
+from sae_harvest.harvest.run.worker import ShardWorker
 from sae_harvest.store.commits import read_plan
-from sae_harvest.store.memory import KEEP_MEMORY
 from sae_harvest.store.objects import open_objects
 
 TURNS = 5

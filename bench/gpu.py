@@ -27,10 +27,10 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from sae_harvest.store.console import output
+from sae_harvest.common.console import output
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.learner import Learner
-from sae_harvest.train.sae import SAE
+from sae_harvest.train.sae.sae import SAE
+from sae_harvest.train.step.learner import Learner
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS, WARM_UP = 12, 3
@@ -103,7 +103,7 @@ def _milliseconds(work: Callable[[], object]) -> float:
 
 def time_step(shape: Shape, fp8: bool) -> dict[str, Any]:
     """Milliseconds of a step, its parts, and the product; recall of the choice."""
-    from sae_harvest.train.kernels.triton_ops import TritonKernels
+    from sae_harvest.train.sae.kernels.triton_ops import TritonKernels
 
     device = torch.device("cuda")
     generator = torch.Generator(device).manual_seed(0)
@@ -167,8 +167,8 @@ def time_tiles(shape: Shape, fp8: bool) -> list[dict[str, Any]]:
     """TFLOP/s of the product fused with its group maxima, for each tile that fits the device."""
     from triton import OutOfResources
 
-    from sae_harvest.train.kernels.triton_low import GroupedLow, shorten
-    from sae_harvest.train.kernels.triton_scores import TILES, group_maxima
+    from sae_harvest.train.sae.kernels.triton_low import GroupedLow, shorten
+    from sae_harvest.train.sae.kernels.triton_scores import TILES, group_maxima
 
     device = torch.device("cuda")
     rows = min(32_768, shape.batch_rows)

@@ -14,12 +14,12 @@ from rich.table import Table
 from bench.forward import forward_rates
 from bench.inputs import gpt2_model, write_news
 from bench.measurement import Measurement
-from sae_harvest.harvest.config import HarvestConfig
-from sae_harvest.harvest.corpus import CorpusSpec
-from sae_harvest.harvest.log import log_path
-from sae_harvest.harvest.models import PACKAGED, resolve_model
-from sae_harvest.harvest.run import Means, run
-from sae_harvest.store.console import output
+from sae_harvest.common.console import output
+from sae_harvest.harvest.model.models import PACKAGED, resolve_model
+from sae_harvest.harvest.run.config import HarvestConfig
+from sae_harvest.harvest.run.driver import Means, run
+from sae_harvest.harvest.run.log import log_path
+from sae_harvest.harvest.text.corpus import CorpusSpec
 from sae_harvest.store.layout import Plan
 from sae_harvest.store.objects import open_objects
 

@@ -12,8 +12,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
-from sae_harvest.harvest.corpus import CorpusSpec, open_corpus
-from sae_harvest.harvest.models import PACKAGED, load_tokenizer, resolve_model
+from sae_harvest.harvest.model.models import PACKAGED, load_tokenizer, resolve_model
+from sae_harvest.harvest.text.corpus import CorpusSpec, open_corpus
 
 CHARACTERS_PER_TOKEN = 5  # of the news; it has 4.64, so that there is a little more than enough
 

@@ -13,7 +13,7 @@ import torch
 from bench.measurement import Measurement, alternate, seconds
 from sae_harvest.store.commits import commit_shard
 from sae_harvest.store.layout import Plan, SitePlan
-from sae_harvest.store.loader import ShuffledLoader
+from sae_harvest.store.loading.loader import ShuffledLoader
 from sae_harvest.store.objects import LocalObjects
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from bench.inputs import gpt2_model, write_long_news
 from bench.measurement import Measurement, peak_bytes
-from sae_harvest.harvest.worker import ShardWorker
-from sae_harvest.store.console import output
+from sae_harvest.common.console import output
+from sae_harvest.harvest.run.worker import ShardWorker
 
 SMALL, LARGE = 1_000_000, 10_000_000  # tokens
 MODEL = {"n_layer": 1, "n_embd": 64, "n_head": 1}  # cheap: memory is measured, not speed

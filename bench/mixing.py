@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from sae_harvest.store.console import output
-from sae_harvest.store.loader import ShuffledLoader
+from sae_harvest.common.console import output
+from sae_harvest.store.loading.loader import ShuffledLoader
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule
 

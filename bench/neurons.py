@@ -14,13 +14,13 @@ from typing import Any
 
 from bench.inputs import gpt2_model, write_long_news
 from bench.measurement import Measurement, peak_bytes
-from sae_harvest.harvest.config import HarvestConfig
-from sae_harvest.harvest.corpus import CorpusSpec
-from sae_harvest.harvest.run import Means, run
-from sae_harvest.pipelines.features.build import build
-from sae_harvest.pipelines.features.config import FeatureConfig
-from sae_harvest.store.console import output
-from sae_harvest.store.memory import keep_memory
+from sae_harvest.common.console import output
+from sae_harvest.common.memory import keep_memory
+from sae_harvest.harvest.run.config import HarvestConfig
+from sae_harvest.harvest.run.driver import Means, run
+from sae_harvest.harvest.text.corpus import CorpusSpec
+from sae_harvest.pipelines.features.building.build import build
+from sae_harvest.pipelines.features.building.config import FeatureConfig
 from sae_harvest.store.reader import ActivationStore
 
 LAYERS, NEURONS, ROWS = 48, 6_400, 4_096

@@ -21,12 +21,12 @@ import torch
 from rich.table import Table
 
 from bench.measurement import Measurement, peak_bytes, seconds
-from sae_harvest.store.console import output
+from sae_harvest.common.console import output
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.costs import memory, shape_of
-from sae_harvest.train.learner import Learner
-from sae_harvest.train.plan import Rates, step_seconds
-from sae_harvest.train.rates import measure_rates
+from sae_harvest.train.planning.costs import memory, shape_of
+from sae_harvest.train.planning.plan import Rates, step_seconds
+from sae_harvest.train.planning.rates import measure_rates
+from sae_harvest.train.step.learner import Learner
 
 # n_latents, k, d_in, batch_rows
 SHAPES = (

@@ -32,14 +32,14 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from sae_harvest.store.console import output
-from sae_harvest.store.loader import ShuffledLoader
+from sae_harvest.common.console import output
+from sae_harvest.store.loading.loader import ShuffledLoader
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule
 from sae_harvest.train.config import SAEConfig, TrainConfig
 from sae_harvest.train.evaluate import Fvu
-from sae_harvest.train.sae import SAE
-from sae_harvest.train.trainer import train
+from sae_harvest.train.run.trainer import train
+from sae_harvest.train.sae.sae import SAE
 
 N_LATENTS, K, BATCH_ROWS, STEPS = 4608, 32, 4096, 354
 SILENT_ROWS = 128 * BATCH_ROWS

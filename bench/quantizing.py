@@ -15,10 +15,10 @@ from sae_harvest.store.layout import Plan
 from sae_harvest.store.objects import LocalObjects
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.seals import seal
-from sae_harvest.store.stats import quantization_fvu
+from sae_harvest.store.statistics.stats import quantization_fvu
 from sae_harvest.store.writer import Shard, create_store, write_shard
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.trainer import train
+from sae_harvest.train.run.trainer import train
 
 MAX_BYTES, MAX_MEDIAN_FVU, MAX_WORST_FVU, MAX_SAE_CHANGE = 0.52, 3e-4, 5e-3, 0.01
 TRAINING = TrainConfig(n_latents=2304, k=32, tokens=786_432, batch_rows=4096)

@@ -17,13 +17,13 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from sae_harvest.store.console import output
+from sae_harvest.common.console import output
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule
-from sae_harvest.train.kernels import Kernels
-from sae_harvest.train.kernels.cpu import CpuKernels
-from sae_harvest.train.kernels.torch_ops import TorchKernels
-from sae_harvest.train.sae import SAE
+from sae_harvest.train.sae.kernels import Kernels
+from sae_harvest.train.sae.kernels.cpu import CpuKernels
+from sae_harvest.train.sae.kernels.torch_ops import TorchKernels
+from sae_harvest.train.sae.sae import SAE
 
 ROWS, STEP = 2048, 512
 MARGINS = (0, 2, 4, 8, 16)

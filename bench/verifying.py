@@ -6,8 +6,8 @@ from pathlib import Path
 
 from bench.loading import cold, read_through
 from bench.measurement import Measurement, alternate, seconds
+from sae_harvest.store.maintenance.verify import verify
 from sae_harvest.store.objects import LocalObjects
-from sae_harvest.store.verify import verify
 
 REPEATS = 5
 

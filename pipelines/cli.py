@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from sae_harvest.store.console import SAME_COMMAND, output, when_interrupted
-from sae_harvest.store.numbers import CountRange
-from sae_harvest.store.options import NameOption, PathOption
-from sae_harvest.store.paths import shown
-from sae_harvest.train.cli import stopped, stopped_code_option
-from sae_harvest.train.job import Job, JobCommands
-from sae_harvest.train.yamlfile import read_value
+from sae_harvest.common.console import SAME_COMMAND, output, when_interrupted
+from sae_harvest.common.numbers import CountRange
+from sae_harvest.common.options import NameOption, PathOption
+from sae_harvest.common.paths import shown
+from sae_harvest.train.commands.cli import stopped, stopped_code_option
+from sae_harvest.train.commands.job import Job, JobCommands
+from sae_harvest.train.commands.yamlfile import read_value
 
 
 @click.group(cls=JobCommands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -101,7 +101,7 @@ def run(
     sae-pipeline run gpt2-small --out runs/gpt2-small
     sae-pipeline run gpt2-small --out runs/one-layer --set layers=[8]
     """
-    from sae_harvest.harvest.run import Means
+    from sae_harvest.harvest.run.driver import Means
     from sae_harvest.pipelines.recipe import SUITE_FILE, read_recipe, run_recipe, suite_table
 
     found = read_recipe(recipe, dict(map(_change, changes)))

@@ -11,25 +11,25 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from sae_harvest.harvest.cli import harvest_with_bar
-from sae_harvest.harvest.config import HarvestConfig
-from sae_harvest.harvest.corpus import CorpusSpec
-from sae_harvest.harvest.run import Means
+from sae_harvest.common.console import Progress, Terminated
+from sae_harvest.common.errors import RunError
+from sae_harvest.common.parsing import first_line, parse_json
+from sae_harvest.common.paths import shown
+from sae_harvest.harvest.commands.cli import harvest_with_bar
+from sae_harvest.harvest.run.config import HarvestConfig
+from sae_harvest.harvest.run.driver import Means
+from sae_harvest.harvest.text.corpus import CorpusSpec
 from sae_harvest.pipelines.evaluate.downstream import downstream_loss
-from sae_harvest.pipelines.features.cli import build_with_bar
-from sae_harvest.pipelines.features.config import FeatureConfig
-from sae_harvest.pipelines.features.query import connect, reading
-from sae_harvest.pipelines.features.show import highlight
-from sae_harvest.pipelines.features.texts import pieces
+from sae_harvest.pipelines.features.building.config import FeatureConfig
+from sae_harvest.pipelines.features.commands.cli import build_with_bar
+from sae_harvest.pipelines.features.reading.query import connect, reading
+from sae_harvest.pipelines.features.reading.show import highlight
+from sae_harvest.pipelines.features.tables.texts import pieces
 from sae_harvest.store.atomic import new_folder
-from sae_harvest.store.console import Progress, Terminated
-from sae_harvest.store.errors import RunError
-from sae_harvest.store.parsing import first_line, parse_json
-from sae_harvest.store.paths import shown
 from sae_harvest.store.reader import ActivationStore
-from sae_harvest.train.cli import train_with_bar
+from sae_harvest.train.commands.cli import train_with_bar
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.files import write_json
+from sae_harvest.train.run.files import write_json
 
 SITE = "resid_post.12"
 HARVEST = HarvestConfig(

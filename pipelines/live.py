@@ -20,17 +20,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sae_harvest.harvest.documents import Document
-from sae_harvest.harvest.encoding import DocumentEncoder
-from sae_harvest.harvest.models import load_model, load_tokenizer, tokenizer_fingerprint
-from sae_harvest.harvest.sites import Site, SiteTap
-from sae_harvest.pipelines.features.folder import require_run
-from sae_harvest.pipelines.features.texts import TokenTexts
+from sae_harvest.common.device import choose_device
+from sae_harvest.common.errors import InputError
+from sae_harvest.harvest.model.models import load_model, load_tokenizer, tokenizer_fingerprint
+from sae_harvest.harvest.model.sites import Site, SiteTap
+from sae_harvest.harvest.text.documents import Document
+from sae_harvest.harvest.tokens.encoding import DocumentEncoder
+from sae_harvest.pipelines.features.tables.folder import require_run
+from sae_harvest.pipelines.features.tables.texts import TokenTexts
 from sae_harvest.pipelines.source import NOTHING_MOVED, Moved, model_of, sae_of, store_of
-from sae_harvest.store.device import choose_device
-from sae_harvest.store.errors import InputError
 from sae_harvest.store.reader import ActivationStore
-from sae_harvest.train.sae import SAE
+from sae_harvest.train.sae.sae import SAE
 
 
 @dataclass(frozen=True, slots=True)

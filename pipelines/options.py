@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from sae_harvest.store.options import PathOption
+from sae_harvest.common.options import PathOption
 
 features_option = click.option(
     "--features",

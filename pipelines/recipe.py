@@ -21,24 +21,24 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from rich.table import Table
 
-from sae_harvest.harvest.cli import harvest_with_bar
-from sae_harvest.harvest.config import HarvestConfig
-from sae_harvest.harvest.models import load_config, resolve_model
-from sae_harvest.harvest.run import Means
-from sae_harvest.harvest.sites import SITE_KINDS
+from sae_harvest.common.differences import differences
+from sae_harvest.common.errors import InputError, RunError
+from sae_harvest.common.numbers import Count
+from sae_harvest.common.parsing import first_line
+from sae_harvest.common.paths import exact_file
+from sae_harvest.harvest.commands.cli import harvest_with_bar
+from sae_harvest.harvest.model.models import load_config, resolve_model
+from sae_harvest.harvest.model.sites import SITE_KINDS
+from sae_harvest.harvest.run.config import HarvestConfig
+from sae_harvest.harvest.run.driver import Means
 from sae_harvest.store.atomic import replacing
-from sae_harvest.store.differences import differences
-from sae_harvest.store.errors import InputError, RunError
-from sae_harvest.store.numbers import Count
 from sae_harvest.store.objects import make_folder
-from sae_harvest.store.parsing import first_line
-from sae_harvest.store.paths import exact_file
-from sae_harvest.train.cli import sweep_with_bar
-from sae_harvest.train.files import read_json, write_json
-from sae_harvest.train.folder import finished_evaluation
-from sae_harvest.train.sweep import SweepResult
-from sae_harvest.train.sweepfile import Sweep, parse_sweep
-from sae_harvest.train.yamlfile import MAX_DEPTH, read_yaml
+from sae_harvest.train.commands.cli import sweep_with_bar
+from sae_harvest.train.commands.yamlfile import MAX_DEPTH, read_yaml
+from sae_harvest.train.run.files import read_json, write_json
+from sae_harvest.train.run.folder import finished_evaluation
+from sae_harvest.train.sweeps.sweep import SweepResult
+from sae_harvest.train.sweeps.sweepfile import Sweep, parse_sweep
 
 RECIPE_FILE, SUITE_FILE, STORE = "recipe.json", "suite.parquet", "store"
 FIGURES = ("fvu", "l0", "dead_share")

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_harvest.harvest.models import ResolvedModel, model_fingerprint, resolve_model
-from sae_harvest.pipelines.features.folder import WITHOUT_SAE
-from sae_harvest.store.errors import InputError, NotAStoreError, RunError, UnfinishedError
+from sae_harvest.common.errors import InputError, NotAStoreError, RunError, UnfinishedError
+from sae_harvest.harvest.model.models import ResolvedModel, model_fingerprint, resolve_model
+from sae_harvest.pipelines.features.tables.folder import WITHOUT_SAE
 from sae_harvest.store.reader import ActivationStore
-from sae_harvest.train.sae import SAE
+from sae_harvest.train.sae.sae import SAE
 
 
 @dataclass(frozen=True)

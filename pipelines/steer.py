@@ -29,13 +29,13 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from sae_harvest.harvest.discovery import first_tensor
-from sae_harvest.harvest.sites import Located, Site, locate
-from sae_harvest.pipelines.features.texts import INCOMPLETE
+from sae_harvest.common.errors import InputError
+from sae_harvest.harvest.model.discovery import first_tensor
+from sae_harvest.harvest.model.sites import Located, Site, locate
+from sae_harvest.pipelines.features.tables.texts import INCOMPLETE
 from sae_harvest.pipelines.live import LiveModel
-from sae_harvest.store.errors import InputError
-from sae_harvest.train.normalization import restore
-from sae_harvest.train.sae import SAE
+from sae_harvest.train.sae.normalization import restore
+from sae_harvest.train.sae.sae import SAE
 
 MAX_SEED = 2**63  # what a torch generator takes, and more than anyone needs
 Shift = Callable[[Tensor], Tensor | None]  # rows [rows, width] to what is added, None for nothing

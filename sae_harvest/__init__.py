@@ -22,16 +22,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sae_harvest.dataset import ActivationDataset
-    from sae_harvest.features import Features, Latent, open_features
-    from sae_harvest.harvest.config import HarvestConfig
-    from sae_harvest.harvest.corpus import CorpusSpec
-    from sae_harvest.harvest.provenance import Provenance, trace_row
-    from sae_harvest.pipelines.features.config import FeatureConfig
-    from sae_harvest.pipelines.live import LiveText
-    from sae_harvest.pipelines.steer import Generated
-    from sae_harvest.steps import build_features, harvest_activations, open_store, train_sae
-    from sae_harvest.store.errors import (
+    from sae_harvest.common.errors import (
         DamagedError,
         InputError,
         NotAStoreError,
@@ -41,11 +32,20 @@ if TYPE_CHECKING:
         StoreError,
         UnfinishedError,
     )
+    from sae_harvest.dataset import ActivationDataset
+    from sae_harvest.features import Features, Latent, open_features
+    from sae_harvest.harvest.inspect.provenance import Provenance, trace_row
+    from sae_harvest.harvest.run.config import HarvestConfig
+    from sae_harvest.harvest.text.corpus import CorpusSpec
+    from sae_harvest.pipelines.features.building.config import FeatureConfig
+    from sae_harvest.pipelines.live import LiveText
+    from sae_harvest.pipelines.steer import Generated
+    from sae_harvest.steps import build_features, harvest_activations, open_store, train_sae
     from sae_harvest.store.reader import ActivationStore
     from sae_harvest.store.rules import RowRule
     from sae_harvest.train.config import SAEConfig, TrainConfig
-    from sae_harvest.train.formats import load_sae
-    from sae_harvest.train.sae import SAE
+    from sae_harvest.train.sae.formats import load_sae
+    from sae_harvest.train.sae.sae import SAE
 
 # Name → module. They are imported when first asked for: the whole takes seconds.
 _MODULES = {

@@ -2,10 +2,10 @@
 
 import click
 
-from sae_harvest.harvest.cli import main as harvest
+from sae_harvest.harvest.commands.cli import main as harvest
 from sae_harvest.pipelines.cli import main as sae_pipeline
-from sae_harvest.pipelines.features.cli import main as sae_features
-from sae_harvest.train.cli import main as train_sae
+from sae_harvest.pipelines.features.commands.cli import main as sae_features
+from sae_harvest.train.commands.cli import main as train_sae
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from sae_harvest.store.errors import InputError
-from sae_harvest.store.loader import ShuffledLoader
+from sae_harvest.common.errors import InputError
+from sae_harvest.store.loading.loader import ShuffledLoader
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule
 

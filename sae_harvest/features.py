@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from sae_harvest.pipelines.features.folder import require_run
-from sae_harvest.pipelines.features.query import asked, connect, reading
-from sae_harvest.store.errors import InputError
+from sae_harvest.common.errors import InputError
+from sae_harvest.pipelines.features.reading.query import asked, connect, reading
+from sae_harvest.pipelines.features.tables.folder import require_run
 
 if TYPE_CHECKING:
     from sae_harvest.pipelines.live import LiveModel, LiveText

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from sae_harvest.store.errors import InputError
+from sae_harvest.common.errors import InputError
 from sae_harvest.store.reader import ActivationStore
 
 if TYPE_CHECKING:
     from sae_harvest.features import Features
-    from sae_harvest.train.sae import SAE
+    from sae_harvest.train.sae.sae import SAE
 
 __all__ = ["build_features", "harvest_activations", "open_store", "train_sae"]
 
@@ -82,9 +82,9 @@ def harvest_activations(
         PlanMismatchError: `out` holds a store of another plan.
         SaeHarvestError: the store cannot be written.
     """
-    from sae_harvest.harvest.config import HarvestConfig
-    from sae_harvest.harvest.corpus import CorpusSpec
-    from sae_harvest.harvest.run import Means, run
+    from sae_harvest.harvest.run.config import HarvestConfig
+    from sae_harvest.harvest.run.driver import Means, run
+    from sae_harvest.harvest.text.corpus import CorpusSpec
 
     named = [] if layer is None else [f"resid_post.{layer}"]
     of_corpus = {name: options.pop(name) for name in [*options] if name in CorpusSpec.model_fields}
@@ -133,8 +133,8 @@ def train_sae(
         KeyboardInterrupt: a signal stopped the run; the same call continues it.
     """
     from sae_harvest.train.config import TrainConfig
-    from sae_harvest.train.sae import SAE
-    from sae_harvest.train.trainer import train
+    from sae_harvest.train.run.trainer import train
+    from sae_harvest.train.sae.sae import SAE
 
     place = store.place if isinstance(store, ActivationStore) else store
     result = train(_checked(TrainConfig, **options), place, out, site, device)
@@ -177,8 +177,8 @@ def build_features(
         SaeHarvestError: the store or the SAE cannot be read, or the tables cannot be written.
     """
     from sae_harvest.features import Features
-    from sae_harvest.pipelines.features.build import build
-    from sae_harvest.pipelines.features.config import FeatureConfig
+    from sae_harvest.pipelines.features.building.build import build
+    from sae_harvest.pipelines.features.building.config import FeatureConfig
 
     place = store.place if isinstance(store, ActivationStore) else store
     build(

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sae_harvest.store.errors import RunError
+from sae_harvest.common.errors import RunError
 from sae_harvest.store.objects import Buffer, make_folder, sync_folder
 
 

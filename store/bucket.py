@@ -27,7 +27,7 @@ from obstore.exceptions import (
 )
 from obstore.store import S3Store
 
-from sae_harvest.store.errors import InputError, SaeHarvestError
+from sae_harvest.common.errors import InputError, SaeHarvestError
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta

@@ -16,8 +16,8 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from sae_harvest.common.errors import DamagedError
 from sae_harvest.store import layout
-from sae_harvest.store.errors import DamagedError
 from sae_harvest.store.layout import Plan
 from sae_harvest.store.objects import Buffer
 

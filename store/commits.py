@@ -12,13 +12,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sae_harvest.common.errors import DamagedError, NotAStoreError, StoreError
+from sae_harvest.common.parsing import first_line
 from sae_harvest.store import codec, layout
-from sae_harvest.store.errors import DamagedError, NotAStoreError, StoreError
 from sae_harvest.store.layout import Plan
 from sae_harvest.store.objects import Objects, content_hash
-from sae_harvest.store.parsing import first_line
 from sae_harvest.store.records import decode_record, decode_with_digest, digest_of, encode_record
-from sae_harvest.store.stats import HISTOGRAM_BINS
+from sae_harvest.store.statistics.stats import HISTOGRAM_BINS
 
 MAX_DIGITS = 18  # of a number in a name
 LARGEST = 1e120  # of a stored statistic; float32 rows stay far below it, and their sums finite
@@ -44,7 +44,7 @@ class _Entry(StrictModel):
 
 
 class MomentsRecord(StrictModel):
-    """`store.stats.Moments` in a record."""
+    """`store.statistics.stats.Moments` in a record."""
 
     rows: Count
     mean: list[Real]

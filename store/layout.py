@@ -26,7 +26,7 @@ from typing import Annotated, Any, Final, Literal
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from sae_harvest.store.parsing import safe_name
+from sae_harvest.common.parsing import safe_name
 from sae_harvest.store.records import digest_of
 
 FORMAT: Final = 3

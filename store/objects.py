@@ -22,11 +22,11 @@ from typing import IO, Protocol
 import numpy as np
 import xxhash
 
-from sae_harvest.store.errors import InputError, NotAStoreError, StoreError
+from sae_harvest.common.errors import InputError, NotAStoreError, StoreError
+from sae_harvest.common.parsing import safe_name
+from sae_harvest.common.paths import absolute
+from sae_harvest.common.units import size_text
 from sae_harvest.store.naming import NoExclusiveNamesError, give_name
-from sae_harvest.store.parsing import safe_name
-from sae_harvest.store.paths import absolute
-from sae_harvest.store.units import size_text
 
 Buffer = bytes | bytearray | memoryview
 

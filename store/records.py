@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from sae_harvest.store.errors import DamagedError
+from sae_harvest.common.errors import DamagedError
 
 CHECKSUM = "xxh3"
 

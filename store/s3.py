@@ -12,6 +12,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from obstore.exceptions import AlreadyExistsError
 
+from sae_harvest.common.errors import InputError, StoreError
+from sae_harvest.common.parsing import safe_name
 from sae_harvest.store.bucket import (
     GIVE_UP_SECONDS,
     SLOWEST_BYTES_A_SECOND,
@@ -20,9 +22,7 @@ from sae_harvest.store.bucket import (
     retried,
     seconds_for,
 )
-from sae_harvest.store.errors import InputError, StoreError
 from sae_harvest.store.objects import Buffer, total_bytes
-from sae_harvest.store.parsing import safe_name
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, PutMode

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from sae_harvest.store import layout, stats
+from sae_harvest.common.errors import DamagedError, UnfinishedError
+from sae_harvest.store import layout
 from sae_harvest.store.commits import (
     Count,
     Counts,
@@ -29,10 +30,10 @@ from sae_harvest.store.commits import (
     numbered,
     validate,
 )
-from sae_harvest.store.errors import DamagedError, UnfinishedError
 from sae_harvest.store.layout import Plan
 from sae_harvest.store.objects import Objects
 from sae_harvest.store.records import decode_record, digest_of, encode_record
+from sae_harvest.store.statistics import stats
 from sae_harvest.store.zarrjson import write_zarr_metadata
 
 REMEDY = "`harvest verify --repair` mends it."

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sae_harvest.store.errors import DamagedError
+from sae_harvest.common.errors import DamagedError
 from sae_harvest.store.layout import Plan
 
 PIECE_SCHEMA = pa.schema(

@@ -17,8 +17,8 @@ from typing import Any
 
 from click.testing import CliRunner, Result
 
-from sae_harvest.harvest.cli import main
-from sae_harvest.store.cache import cache_dir
+from sae_harvest.common.cache import cache_dir
+from sae_harvest.harvest.commands.cli import main
 
 SCRIPT = Path(sys.executable).with_name("harvest")
 

@@ -121,9 +121,9 @@ def tiny_store(
     tmp_path_factory: pytest.TempPathFactory, model_folder: Path, corpus_file: Path
 ) -> Path:
     """A sealed store of 8 shards of 1,024 rows: resid_post.1, width 32, float16."""
-    from sae_harvest.harvest.config import HarvestConfig
-    from sae_harvest.harvest.corpus import CorpusSpec
-    from sae_harvest.harvest.run import Means, run
+    from sae_harvest.harvest.run.config import HarvestConfig
+    from sae_harvest.harvest.run.driver import Means, run
+    from sae_harvest.harvest.text.corpus import CorpusSpec
 
     config = HarvestConfig(
         model=str(model_folder),
@@ -144,7 +144,7 @@ def tiny_store(
 @pytest.fixture(scope="session")
 def folders(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """(store, sae, features): tables of a random dictionary with one latent that never fires."""
-    from sae_harvest.pipelines.features.build import build
+    from sae_harvest.pipelines.features.building.build import build
     from tests.feature_cases import BUILD_CONFIG, save_sae
 
     def make(folder: Path) -> None:
@@ -179,7 +179,7 @@ class InTurn(Executor):
 def in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards are written and verified without threads: for tests that write thousands."""
     monkeypatch.setattr("sae_harvest.store.writer.ThreadPoolExecutor", InTurn)
-    monkeypatch.setattr("sae_harvest.store.verify.ThreadPoolExecutor", InTurn)
+    monkeypatch.setattr("sae_harvest.store.maintenance.verify.ThreadPoolExecutor", InTurn)
 
 
 @pytest.fixture

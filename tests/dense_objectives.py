@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.kernels.oracle import project, top_k
-from sae_harvest.train.sae import SAE
+from sae_harvest.train.sae.kernels.oracle import project, top_k
+from sae_harvest.train.sae.sae import SAE
 
 
 class Jump(torch.autograd.Function):

@@ -7,7 +7,7 @@ import torch
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule
 from sae_harvest.train.config import SAEConfig
-from sae_harvest.train.sae import SAE
+from sae_harvest.train.sae.sae import SAE
 
 SITE = "resid_post.1"
 

@@ -12,11 +12,11 @@ import click
 import numpy as np
 from click.testing import CliRunner, Result
 
+from sae_harvest.common.console import Commands
 from sae_harvest.pipelines.exports.cli import export_command
 from sae_harvest.pipelines.exports.tables import BARS
-from sae_harvest.pipelines.features.build import build
-from sae_harvest.pipelines.features.folder import DECILES
-from sae_harvest.store.console import Commands
+from sae_harvest.pipelines.features.building.build import build
+from sae_harvest.pipelines.features.tables.folder import DECILES
 from tests.feature_cases import BUILD_CONFIG, read_table, save_sae, sentence
 
 Triples = dict[tuple[int, int], float]  # activations by row and latent

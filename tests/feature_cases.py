@@ -16,17 +16,17 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from sae_harvest.pipelines.features import tables
-from sae_harvest.pipelines.features.candidates import TokenRows
-from sae_harvest.pipelines.features.cli import main
-from sae_harvest.pipelines.features.config import FeatureConfig
-from sae_harvest.pipelines.features.contexts import contexts, wanted_rows
-from sae_harvest.pipelines.features.encode import batches, encode
-from sae_harvest.pipelines.features.firings import Blocks, publish
-from sae_harvest.pipelines.features.folder import TABLES
-from sae_harvest.pipelines.features.neighbours import Neighbours, neighbours
-from sae_harvest.pipelines.features.profile import Profile, profile
-from sae_harvest.pipelines.features.rows import COLUMNS, READ, SCORE, Rows
+from sae_harvest.pipelines.features.building.config import FeatureConfig
+from sae_harvest.pipelines.features.commands.cli import main
+from sae_harvest.pipelines.features.counting.candidates import TokenRows
+from sae_harvest.pipelines.features.counting.neighbours import Neighbours, neighbours
+from sae_harvest.pipelines.features.counting.profile import Profile, profile
+from sae_harvest.pipelines.features.encoding.encode import batches, encode
+from sae_harvest.pipelines.features.encoding.firings import Blocks, publish
+from sae_harvest.pipelines.features.tables import writers as tables
+from sae_harvest.pipelines.features.tables.contexts import contexts, wanted_rows
+from sae_harvest.pipelines.features.tables.folder import TABLES
+from sae_harvest.pipelines.features.tables.rows import COLUMNS, READ, SCORE, Rows
 from sae_harvest.store.objects import LocalObjects
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule

@@ -22,10 +22,10 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
         "tests.processes",
-        "sae_harvest.harvest.run",
-        "sae_harvest.train.trainer",
-        "sae_harvest.train.distributed",
-        "sae_harvest.pipelines.features.build",
+        "sae_harvest.harvest.run.driver",
+        "sae_harvest.train.run.trainer",
+        "sae_harvest.train.parallel.distributed",
+        "sae_harvest.pipelines.features.building.build",
         "transformers.models.gpt2.modeling_gpt2",
     ]
 )

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from hypothesis import strategies as st
 
-from sae_harvest.store.errors import SaeHarvestError
+from sae_harvest.common.errors import SaeHarvestError
 
 NUMBERS = st.sampled_from(
     [0, 1, -1, 2, 0.5, -0.5, 1e308, 2**31, 2**63, 10**30, 10**400, True, False]

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from sae_harvest.train.config import SAEConfig
-from sae_harvest.train.sae import SAE
+from sae_harvest.train.sae.sae import SAE
 
 ROW_GROUP = 2048
 CONTEXT_LENGTH = 128

@@ -9,8 +9,8 @@ from typing import Any
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
-from sae_harvest.harvest.contexts import ShardInput, iter_shards
-from sae_harvest.harvest.documents import Corpus, CorpusSpec, Cursor, Document
+from sae_harvest.harvest.text.documents import Corpus, CorpusSpec, Cursor, Document
+from sae_harvest.harvest.tokens.contexts import ShardInput, iter_shards
 
 LENGTH = 16
 LONG = 60  # number of the document that is longer than a window

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from sae_harvest.harvest.contexts import ShardInput
-from sae_harvest.harvest.models import ResolvedModel, model_fingerprint, resolve_model
+from sae_harvest.harvest.model.models import ResolvedModel, model_fingerprint, resolve_model
+from sae_harvest.harvest.tokens.contexts import ShardInput
 from sae_harvest.store.layout import Plan, SitePlan
 from sae_harvest.store.objects import LocalObjects, Objects
 from sae_harvest.store.tables import DOCUMENT_SCHEMA, PIECE_SCHEMA

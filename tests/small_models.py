@@ -9,8 +9,8 @@ import tokenizers
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from sae_harvest.harvest.models import load_config, load_model, load_tokenizer, resolve_model
-from sae_harvest.store.errors import InputError
+from sae_harvest.common.errors import InputError
+from sae_harvest.harvest.model.models import load_config, load_model, load_tokenizer, resolve_model
 
 VOCABULARY, WIDTH, LAYERS = 258, 32, 2
 IDS = torch.arange(3, 19).view(2, 8)

@@ -9,7 +9,7 @@ import torch
 
 from sae_harvest.store.rules import RowRule
 from sae_harvest.train.config import SAEConfig
-from sae_harvest.train.sae import SAE
+from sae_harvest.train.sae.sae import SAE
 
 N_LATENTS, K = 40, 5
 EVERY_ROW = RowRule(max_norm_medians=None)

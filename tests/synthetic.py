@@ -12,9 +12,9 @@ import pyarrow as pa
 from sae_harvest.store import codec, layout
 from sae_harvest.store.commits import commit_shard, read_commit
 from sae_harvest.store.layout import Plan, SitePlan
+from sae_harvest.store.maintenance.repair import reseal
 from sae_harvest.store.objects import LocalObjects, Objects, content_hash
 from sae_harvest.store.records import encode_record
-from sae_harvest.store.repair import reseal
 from sae_harvest.store.seals import seal
 from sae_harvest.store.tables import DOCUMENT_SCHEMA, PIECE_SCHEMA
 from sae_harvest.store.writer import Shard, create_store, write_shard

@@ -10,9 +10,9 @@ import numba
 import pytest
 import torch
 
-from sae_harvest.store.errors import RunError
+from sae_harvest.common.errors import RunError
 from sae_harvest.train.config import SAEConfig
-from sae_harvest.train.sae import SAE
+from sae_harvest.train.sae.sae import SAE
 from tests.forked import SERVER
 from tests.test_objectives import config_of, k_of, make_sae, rows
 
@@ -35,7 +35,7 @@ def sae(request, d_out):
 
 
 def dense_values(sae, x):
-    """v by the formulas of `train.sae`, float64 [batch, n_latents]."""
+    """v by the formulas of `train.sae.sae`, float64 [batch, n_latents]."""
     w = {name: tensor.double() for name, tensor in sae.tensors().items()}
     centred = x.double() / sae.config.input_scale - w.get("b_in", w["b_dec"])
     pi = centred @ w["W_enc"].T + w["b_enc"]

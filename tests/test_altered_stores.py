@@ -18,27 +18,27 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, Phase, given, note, settings
 
-from sae_harvest.harvest.export import ExportConfig, export
-from sae_harvest.harvest.show import describe
-from sae_harvest.harvest.status import describe_status
+from sae_harvest.common.errors import DamagedError, SaeHarvestError
+from sae_harvest.harvest.inspect.export import ExportConfig, export
+from sae_harvest.harvest.inspect.show import describe
+from sae_harvest.harvest.run.status import describe_status
 from sae_harvest.store import layout
 from sae_harvest.store.commits import commit_shard, read_plan
-from sae_harvest.store.errors import DamagedError, SaeHarvestError
-from sae_harvest.store.loader import ShuffledLoader
-from sae_harvest.store.merge import merge
-from sae_harvest.store.objects import LocalObjects
-from sae_harvest.store.reader import ActivationStore
-from sae_harvest.store.records import digest_of, encode_record
-from sae_harvest.store.repair import (
+from sae_harvest.store.loading.loader import ShuffledLoader
+from sae_harvest.store.maintenance.merge import merge
+from sae_harvest.store.maintenance.repair import (
     mend_commit,
     remove_damaged,
     remove_untrusted,
     reseal,
     restore_plan,
 )
+from sae_harvest.store.maintenance.verify import verify
+from sae_harvest.store.objects import LocalObjects
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.records import digest_of, encode_record
 from sae_harvest.store.rules import RowRule
 from sae_harvest.store.seals import seal, trusted_commits
-from sae_harvest.store.verify import verify
 from sae_harvest.store.writer import create_store, write_shard
 from tests.altered_stores import KINDS, Alteration, Altered, apply
 from tests.faulty_disk import sentence_of

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from sae_harvest.common.errors import RunError
 from sae_harvest.store.atomic import replacing, write_text
-from sae_harvest.store.errors import RunError
 from sae_harvest.store.objects import LocalObjects
-from sae_harvest.train.checkpoint import save_checkpoint
 from sae_harvest.train.config import SAEConfig
-from sae_harvest.train.files import write_json, write_tensors
-from sae_harvest.train.formats import export_sae
-from sae_harvest.train.formats.pickles import write_pt
-from sae_harvest.train.sae import SAE
+from sae_harvest.train.run.checkpoint import save_checkpoint
+from sae_harvest.train.run.files import write_json, write_tensors
+from sae_harvest.train.sae.formats import export_sae
+from sae_harvest.train.sae.formats.pickles import write_pt
+from sae_harvest.train.sae.sae import SAE
 
 
 @pytest.fixture(params=[0o022, 0o002, 0o077])

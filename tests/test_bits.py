@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sae_harvest.common.errors import DamagedError, SaeHarvestError
 from sae_harvest.store import layout
-from sae_harvest.store.errors import DamagedError, SaeHarvestError
+from sae_harvest.store.maintenance.verify import verify
 from sae_harvest.store.objects import LocalObjects
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.records import encode_record
-from sae_harvest.store.verify import verify
 from tests.commands import invoke
 from tests.faulty_disk import sentence_of
 from tests.synthetic import SITE, make_plan, make_store

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from sae_harvest.pipelines.features.rows import Rows, for_scores, write_rows
+from sae_harvest.pipelines.features.tables.rows import Rows, for_scores, write_rows
 from sae_harvest.store.commits import commit_shard
 from sae_harvest.store.layout import Plan
-from sae_harvest.store.loader import ShuffledLoader
+from sae_harvest.store.loading.loader import ShuffledLoader
 from sae_harvest.store.objects import LocalObjects
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule, heldout_documents
@@ -21,8 +21,8 @@ from sae_harvest.store.seals import seal
 from sae_harvest.store.writer import create_store, write_shard
 from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.evaluate import evaluate
-from sae_harvest.train.sae import SAE
-from sae_harvest.train.trainer import train
+from sae_harvest.train.run.trainer import train
+from sae_harvest.train.sae.sae import SAE
 from tests.synthetic import SITE, make_plan, make_shard, make_store
 
 WIDTH, LENGTH, SHARDS = 768, 16, 24

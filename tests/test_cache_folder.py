@@ -13,9 +13,9 @@ from typing import IO, Any
 import pytest
 from click.testing import Result
 
-from sae_harvest.harvest import log
-from sae_harvest.store import cache
-from sae_harvest.store.errors import InputError
+from sae_harvest.common import cache
+from sae_harvest.common.errors import InputError
+from sae_harvest.harvest.run import log
 from tests.commands import digest_of, invoke, options
 
 UNWRITABLE = "/proc/nobody"  # not even root can make it
@@ -68,7 +68,7 @@ def test_a_process_without_any_home_works(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_note_is_printed_once_and_the_folder_goes_with_the_process() -> None:
     code = (
-        "from sae_harvest.store.cache import cache_dir, use_numba_cache\n"
+        "from sae_harvest.common.cache import cache_dir, use_numba_cache\n"
         "use_numba_cache(); use_numba_cache(); print(cache_dir())\n"
         "(cache_dir() / 'models').mkdir()\n"
     )

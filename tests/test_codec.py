@@ -17,8 +17,8 @@ from zarr.core.buffer import cpu, default_buffer_prototype
 from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
 
+from sae_harvest.common.errors import DamagedError
 from sae_harvest.store import codec, layout
-from sae_harvest.store.errors import DamagedError
 from sae_harvest.store.layout import Plan
 from sae_harvest.store.objects import LocalObjects, total_bytes
 from sae_harvest.store.reader import ActivationStore

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sae_harvest.harvest.prepare import check_context_length
-from sae_harvest.store.errors import InputError
+from sae_harvest.common.errors import InputError
+from sae_harvest.harvest.run.prepare import check_context_length
 from sae_harvest.store.objects import LocalObjects
 from sae_harvest.store.writer import create_store, read_plan
 from tests.commands import invoke, options, refusal

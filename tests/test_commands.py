@@ -124,7 +124,7 @@ def test_a_disk_too_small_is_refused_before_any_work(
     # 4,096 rows of 32 float16 and 16 bytes a row of the rest: 327,680 bytes
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=327_679))
     monkeypatch.setattr(
-        "sae_harvest.harvest.run._Work.run", lambda *_: pytest.fail("work was begun")
+        "sae_harvest.harvest.run.driver._Work.run", lambda *_: pytest.fail("work was begun")
     )
     message = refusal(invoke(*options(model_folder, corpus_file, store)))
     assert "needs 328 kB more and the disk has 328 kB free" in message

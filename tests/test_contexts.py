@@ -19,13 +19,13 @@ from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from sae_harvest.harvest.contexts import ShardInput, default_bos, iter_shards
-from sae_harvest.harvest.corpus import CorpusSpec, open_corpus
-from sae_harvest.harvest.documents import Cursor, Document
-from sae_harvest.harvest.encoding import end_of_text_id
-from sae_harvest.harvest.models import load_tokenizer, resolve_model
-from sae_harvest.harvest.windows import iter_contexts
-from sae_harvest.store.errors import InputError
+from sae_harvest.common.errors import InputError
+from sae_harvest.harvest.model.models import load_tokenizer, resolve_model
+from sae_harvest.harvest.text.corpus import CorpusSpec, open_corpus
+from sae_harvest.harvest.text.documents import Cursor, Document
+from sae_harvest.harvest.tokens.contexts import ShardInput, default_bos, iter_shards
+from sae_harvest.harvest.tokens.encoding import end_of_text_id
+from sae_harvest.harvest.tokens.windows import iter_contexts
 from tests.made_texts import (
     END,
     LENGTH,
@@ -324,8 +324,8 @@ def test_another_process_makes_the_same_shards(tmp_path: Path) -> None:
     code = f"""
 import xxhash
 from transformers import AutoTokenizer
-from sae_harvest.harvest.contexts import iter_shards
-from sae_harvest.harvest.corpus import CorpusSpec, open_corpus
+from sae_harvest.harvest.tokens.contexts import iter_shards
+from sae_harvest.harvest.text.corpus import CorpusSpec, open_corpus
 corpus = open_corpus(CorpusSpec(name={str(tmp_path / "a.jsonl")!r}))
 tokenizer = AutoTokenizer.from_pretrained({str(tmp_path / "tokenizer")!r})
 digest = xxhash.xxh3_64()

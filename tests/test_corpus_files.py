@@ -11,10 +11,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from sae_harvest.harvest import jsonarrays
-from sae_harvest.harvest.corpus import CorpusSpec, open_corpus
-from sae_harvest.harvest.folders import sentence
-from sae_harvest.harvest.inputs import SUFFIXES
+from sae_harvest.harvest.text import jsonarrays
+from sae_harvest.harvest.text.corpus import CorpusSpec, open_corpus
+from sae_harvest.harvest.text.folders import sentence
+from sae_harvest.harvest.text.inputs import SUFFIXES
 from tests.commands import invoke, options
 from tests.test_corpus import message, packed, read
 

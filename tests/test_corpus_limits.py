@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from sae_harvest.harvest import parquetfiles, textfiles
-from sae_harvest.harvest.corpus import CorpusSpec, open_corpus
-from sae_harvest.store.errors import InputError
+from sae_harvest.common.errors import InputError
+from sae_harvest.harvest.text import parquetfiles, textfiles
+from sae_harvest.harvest.text.corpus import CorpusSpec, open_corpus
 from tests.test_corpus import message, packed, read
 
 LIMIT = 1 << 20

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
-from sae_harvest.store.errors import SaeHarvestError
+from sae_harvest.common.errors import SaeHarvestError
 from sae_harvest.store.reader import ActivationStore
 from tests.commands import (
     commits,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from sae_harvest.common.errors import RunError
 from sae_harvest.pipelines.demo import Figures
-from sae_harvest.store.errors import RunError
 
 
 def test_figures_are_kept_with_what_they_were_measured_on(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ from datetime import timedelta
 import pytest
 import torch
 
-import sae_harvest.train.distributed
-from sae_harvest.store.errors import SaeHarvestError
-from sae_harvest.train.distributed import group_of
-from sae_harvest.train.group import Group
-from sae_harvest.train.job import may_pass
-from sae_harvest.train.learner import Learner
+import sae_harvest.train.parallel.distributed
+from sae_harvest.common.errors import SaeHarvestError
+from sae_harvest.train.commands.job import may_pass
+from sae_harvest.train.parallel.distributed import group_of
+from sae_harvest.train.parallel.group import Group
+from sae_harvest.train.step.learner import Learner
 from tests.processes import CPU, answers, start, together
 from tests.test_learner import MODEL, config_of, data, predicted
 
@@ -125,7 +125,7 @@ def test_every_objective_takes_the_steps_of_one_process(parallel, world):
 
 def kept(values, n_latents, k, block_keys):
     """Of this process's part of pairs [rows, n_latents], those that are kept, by whole number."""
-    sae_harvest.train.distributed.BLOCK_KEYS = block_keys
+    sae_harvest.train.parallel.distributed.BLOCK_KEYS = block_keys
     group = group_of("latents", n_latents, 1, CPU)
     first, last = group.latents(n_latents)
     own = values[:, first:last].sort(dim=1, descending=True, stable=True)

@@ -23,15 +23,15 @@ import uvicorn
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import sae_harvest.harvest.models
+import sae_harvest.harvest.model.models
 import sae_harvest.pipelines.demo
-import sae_harvest.train.rates
-import sae_harvest.train.scaling
-from sae_harvest.harvest.corpus import NewsCorpus
-from sae_harvest.harvest.documents import Document
-from sae_harvest.harvest.models import ResolvedModel
-from sae_harvest.pipelines.features.config import FeatureConfig
-from sae_harvest.train.scaling import fit
+import sae_harvest.train.planning.rates
+import sae_harvest.train.scaling.fits
+from sae_harvest.harvest.model.models import ResolvedModel
+from sae_harvest.harvest.text.corpus import NewsCorpus
+from sae_harvest.harvest.text.documents import Document
+from sae_harvest.pipelines.features.building.config import FeatureConfig
+from sae_harvest.train.scaling.fits import fit
 from tests import typist
 from tests.pages import PROGRAMS, ROOT, Block, blocks, commands, examples, spans, unfenced
 from tests.s3_server import S3Server, s3_server, without_aws
@@ -87,7 +87,7 @@ def surroundings(corpus_file: Path, model: Path) -> Iterator[None]:
         for name, value in server.environment.items():
             patch.setenv(name, value)
         patch.setattr(datasets, "load_dataset_builder", local)
-        patch.setattr(sae_harvest.harvest.models, "_from_gguf", packaged)
+        patch.setattr(sae_harvest.harvest.model.models, "_from_gguf", packaged)
         patch.setattr(uvicorn.Server, "run", typist.serve_a_moment)
         small = {"shard_rows": 512}
         patch.setattr(
@@ -113,12 +113,14 @@ def surroundings(corpus_file: Path, model: Path) -> Iterator[None]:
         read = NewsCorpus._read
         patch.setattr(NewsCorpus, "_read", lambda *of: takewhile(few, read(*of)))
         patch.setattr(
-            sae_harvest.train.scaling,
+            sae_harvest.train.scaling.fits,
             "fit",
             lambda law, losses, _, seed: fit(law, losses, 50, seed),
         )
         patch.setattr(
-            sae_harvest.train.rates, "measure_rates", cache(sae_harvest.train.rates.measure_rates)
+            sae_harvest.train.planning.rates,
+            "measure_rates",
+            cache(sae_harvest.train.planning.rates.measure_rates),
         )
         yield
 

@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from sae_harvest.harvest.config import HarvestConfig
-from sae_harvest.harvest.corpus import CorpusSpec
-from sae_harvest.harvest.models import load_model, resolve_model
-from sae_harvest.harvest.run import Means, run
+from sae_harvest.common.errors import InputError, SaeHarvestError
+from sae_harvest.harvest.model.models import load_model, resolve_model
+from sae_harvest.harvest.run.config import HarvestConfig
+from sae_harvest.harvest.run.driver import Means, run
+from sae_harvest.harvest.text.corpus import CorpusSpec
 from sae_harvest.pipelines.evaluate import downstream
 from sae_harvest.pipelines.evaluate.downstream import downstream_loss, heldout_contexts
-from sae_harvest.store.errors import InputError, SaeHarvestError
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule, heldout_documents
-from sae_harvest.train.sae import SAE
+from sae_harvest.train.sae.sae import SAE
 from tests.dictionaries import SITE, config_for, random_sae
 
 D_IN = 32

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from sae_harvest.harvest import status
-from sae_harvest.harvest.config import HarvestConfig
-from sae_harvest.harvest.contexts import ShardInput
-from sae_harvest.harvest.corpus import CorpusSpec
-from sae_harvest.harvest.run import Means, Result, run
-from sae_harvest.harvest.worker import Done, ShardWorker
-from sae_harvest.store.errors import InputError
+from sae_harvest.common.errors import InputError
+from sae_harvest.harvest.run import status
+from sae_harvest.harvest.run.config import HarvestConfig
+from sae_harvest.harvest.run.driver import Means, Result, run
+from sae_harvest.harvest.run.worker import Done, ShardWorker
+from sae_harvest.harvest.text.corpus import CorpusSpec
+from sae_harvest.harvest.tokens.contexts import ShardInput
 from sae_harvest.store.layout import Plan
+from sae_harvest.store.maintenance.verify import verify
 from sae_harvest.store.objects import LocalObjects, Objects
-from sae_harvest.store.verify import verify
 from sae_harvest.store.writer import create_store, discard, write_shard
 from tests.synthetic import make_plan, make_shard
 

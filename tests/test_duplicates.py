@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import xxhash
 
-from sae_harvest.harvest import duplicates
-from sae_harvest.harvest.documents import Document
-from sae_harvest.harvest.duplicates import HashSet, without_duplicates
+from sae_harvest.harvest.text import duplicates
+from sae_harvest.harvest.text.documents import Document
+from sae_harvest.harvest.text.duplicates import HashSet, without_duplicates
 
 
 def test_it_knows_what_a_set_of_python_knows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from sae_harvest.common.errors import DamagedError
 from sae_harvest.pipelines.evaluate.downstream import heldout_contexts, replaced_rows
-from sae_harvest.store.chunks import SelectedRows
-from sae_harvest.store.errors import DamagedError
+from sae_harvest.store.loading.chunks import SelectedRows
 from sae_harvest.store.objects import LocalObjects
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule
 from sae_harvest.train.config import SAEConfig
 from sae_harvest.train.evaluate import evaluate, remarks
-from sae_harvest.train.sae import SAE
+from sae_harvest.train.sae.sae import SAE
 from tests.synthetic import (
     OTHER,
     SITE,

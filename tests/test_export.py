@@ -18,9 +18,9 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from sae_harvest.harvest.export import ExportConfig, Exported, export
+from sae_harvest.common.errors import InputError, StoreError, UnfinishedError
+from sae_harvest.harvest.inspect.export import ExportConfig, Exported, export
 from sae_harvest.store.commits import commit_shard
-from sae_harvest.store.errors import InputError, StoreError, UnfinishedError
 from sae_harvest.store.layout import Plan, SitePlan
 from sae_harvest.store.objects import Buffer, LocalObjects, open_objects
 from sae_harvest.store.reader import ActivationStore

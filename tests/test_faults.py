@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sae_harvest.common.errors import StoreError
 from sae_harvest.store import layout
 from sae_harvest.store.commits import commit_shard
-from sae_harvest.store.errors import StoreError
 from sae_harvest.store.layout import Plan
+from sae_harvest.store.maintenance.verify import verify
 from sae_harvest.store.objects import LocalObjects
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.seals import seal
-from sae_harvest.store.verify import verify
 from sae_harvest.store.writer import Shard, create_store, write_shard
 from tests.faulty_disk import CODES, WRITING, FaultyDisk, Killed, faulty
 from tests.synthetic import SITE, make_plan, make_shard, make_store

@@ -15,19 +15,19 @@ import torch
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from sae_harvest.harvest.models import load_tokenizer, resolve_model
-from sae_harvest.pipelines.features import neighbours as neighbours_module
-from sae_harvest.pipelines.features import sources
-from sae_harvest.pipelines.features.build import build
-from sae_harvest.pipelines.features.cli import main
-from sae_harvest.pipelines.features.contexts import STRATA
-from sae_harvest.pipelines.features.folder import TABLES
-from sae_harvest.pipelines.features.neighbours import counted_rows
-from sae_harvest.pipelines.features.rows import for_scores
-from sae_harvest.pipelines.features.show import highlight, render_latent
-from sae_harvest.store.errors import RunError
+from sae_harvest.common.errors import RunError
+from sae_harvest.harvest.model.models import load_tokenizer, resolve_model
+from sae_harvest.pipelines.features.building.build import build
+from sae_harvest.pipelines.features.commands.cli import main
+from sae_harvest.pipelines.features.counting import neighbours as neighbours_module
+from sae_harvest.pipelines.features.counting.neighbours import counted_rows
+from sae_harvest.pipelines.features.encoding import sources
+from sae_harvest.pipelines.features.reading.show import highlight, render_latent
+from sae_harvest.pipelines.features.tables.contexts import STRATA
+from sae_harvest.pipelines.features.tables.folder import TABLES
+from sae_harvest.pipelines.features.tables.rows import for_scores
 from sae_harvest.store.reader import ActivationStore
-from sae_harvest.train.sae import SAE
+from sae_harvest.train.sae.sae import SAE
 from tests.dictionaries import SITE, random_sae
 from tests.feature_cases import (
     BUILD_CONFIG,

@@ -12,16 +12,16 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
+from sae_harvest.common.errors import InputError
 from sae_harvest.pipelines.exports import delphi
-from sae_harvest.pipelines.features import sources
-from sae_harvest.pipelines.features.cli import main
-from sae_harvest.pipelines.features.delphi_cache import DelphiCache
-from sae_harvest.pipelines.features.firings import Firings
-from sae_harvest.pipelines.features.job import Job, encode_block
-from sae_harvest.pipelines.features.rows import write_rows
+from sae_harvest.pipelines.features.building.job import Job, encode_block
+from sae_harvest.pipelines.features.commands.cli import main
+from sae_harvest.pipelines.features.encoding import sources
+from sae_harvest.pipelines.features.encoding.delphi_cache import DelphiCache
+from sae_harvest.pipelines.features.encoding.firings import Firings
+from sae_harvest.pipelines.features.tables.rows import write_rows
 from sae_harvest.pipelines.live import LiveModel
 from sae_harvest.pipelines.viewer import compare, tables
-from sae_harvest.store.errors import InputError
 from sae_harvest.store.reader import ActivationStore
 from tests.export_cases import Triples, exported, half, triples_of
 from tests.feature_cases import BUILD_CONFIG, SAE_LATENTS, read_table, sentence

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from sae_harvest.harvest.models import resolve_model
-from sae_harvest.harvest.sites import Site
+from sae_harvest.common.errors import InputError
+from sae_harvest.harvest.model.models import resolve_model
+from sae_harvest.harvest.model.sites import Site
 from sae_harvest.pipelines.exports import delphi
 from sae_harvest.pipelines.exports.hookpoints import hookpoint
-from sae_harvest.store.errors import InputError
 from sae_harvest.store.reader import ActivationStore
 from tests.export_cases import Triples, built, exported, half, refusal, triples_of
 from tests.feature_cases import DEAD, SAE_LATENTS

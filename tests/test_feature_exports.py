@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sae_harvest.common.errors import InputError
 from sae_harvest.pipelines.exports.export import export
 from sae_harvest.pipelines.exports.selection import parse_latents, pieces
 from sae_harvest.pipelines.exports.tables import BARS
-from sae_harvest.store.errors import InputError
 from tests.export_cases import (
     SHOWN,
     as_float32,

@@ -16,10 +16,11 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_harvest.pipelines.features import kernels
-from sae_harvest.pipelines.features.checks import BINS
-from sae_harvest.pipelines.features.cli import main
-from sae_harvest.pipelines.features.folder import STRATA, TABLES
+from sae_harvest.common.errors import SaeHarvestError
+from sae_harvest.pipelines.features.commands.cli import main
+from sae_harvest.pipelines.features.counting import kernels
+from sae_harvest.pipelines.features.tables.checks import BINS
+from sae_harvest.pipelines.features.tables.folder import STRATA, TABLES
 from sae_harvest.pipelines.viewer import site
 from sae_harvest.pipelines.viewer.latent import latent_page
 from sae_harvest.pipelines.viewer.listing import Listing, list_latents
@@ -27,7 +28,6 @@ from sae_harvest.pipelines.viewer.overview import overview
 from sae_harvest.pipelines.viewer.search import search
 from sae_harvest.pipelines.viewer.site import write_site
 from sae_harvest.pipelines.viewer.tables import Tables
-from sae_harvest.store.errors import SaeHarvestError
 from tests.feature_cases import refusal
 from tests.made_tables import run_json, write_tables
 

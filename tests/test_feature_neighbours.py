@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from sae_harvest.pipelines.features.firings import Blocks, Firings, publish
-from sae_harvest.pipelines.features.neighbours import (
+from sae_harvest.pipelines.features.counting.neighbours import (
     MOST_PAIRS,
     counted_rows,
     counted_share,
     decoder_neighbours,
     neighbours,
 )
+from sae_harvest.pipelines.features.encoding.firings import Blocks, Firings, publish
 from sae_harvest.store.objects import LocalObjects
 from tests.feature_cases import (
     CONFIG,

@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
-from sae_harvest.pipelines.features.cli import main
-from sae_harvest.pipelines.features.query import asked, connect, connect_fenced
-from sae_harvest.pipelines.features.results import json_value
-from sae_harvest.store.errors import InputError, RunError
-from sae_harvest.store.paths import exact_file
+from sae_harvest.common.errors import InputError, RunError
+from sae_harvest.common.paths import exact_file
+from sae_harvest.pipelines.features.commands.cli import main
+from sae_harvest.pipelines.features.reading.query import asked, connect, connect_fenced
+from sae_harvest.pipelines.features.reading.results import json_value
 from tests.feature_cases import refusal
 from tests.made_tables import write_tables
 

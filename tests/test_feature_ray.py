@@ -14,8 +14,8 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from sae_harvest.pipelines.features.build import build
-from sae_harvest.store.errors import RunError
+from sae_harvest.common.errors import RunError
+from sae_harvest.pipelines.features.building.build import build
 from tests.commands import session_processes
 from tests.feature_cases import (
     BUILD_CONFIG,

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sae_harvest.pipelines.features.build import BLOOM
-from sae_harvest.pipelines.features.contexts import lists
-from sae_harvest.pipelines.features.folder import TABLES
-from sae_harvest.pipelines.features.query import connect
-from sae_harvest.pipelines.features.tables import ROW_GROUP, TableWriter
+from sae_harvest.pipelines.features.building.build import BLOOM
+from sae_harvest.pipelines.features.reading.query import connect
+from sae_harvest.pipelines.features.tables.contexts import lists
+from sae_harvest.pipelines.features.tables.folder import TABLES
+from sae_harvest.pipelines.features.tables.writers import ROW_GROUP, TableWriter
 from tests.made_tables import run_json
 
 LATENTS, CONTEXTS, BINS, NEIGHBOURS, TOKENS = 24_576, 40, 30, 15, 20

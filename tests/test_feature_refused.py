@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from sae_harvest.pipelines.features import sources
-from sae_harvest.pipelines.features.build import build
-from sae_harvest.pipelines.features.cli import main
-from sae_harvest.pipelines.features.dictionary import Dictionary, Neurons
-from sae_harvest.store.errors import DamagedError, RunError
+from sae_harvest.common.errors import DamagedError, RunError
+from sae_harvest.pipelines.features.building.build import build
+from sae_harvest.pipelines.features.commands.cli import main
+from sae_harvest.pipelines.features.encoding import sources
+from sae_harvest.pipelines.features.encoding.dictionary import Dictionary, Neurons
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule
 from tests.dictionaries import SITE, random_sae

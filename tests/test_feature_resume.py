@@ -16,12 +16,12 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 
-from sae_harvest.pipelines.features import build as build_module
-from sae_harvest.pipelines.features.build import build
-from sae_harvest.pipelines.features.config import FeatureConfig
-from sae_harvest.pipelines.features.folder import BUILDING_FILE
-from sae_harvest.pipelines.features.tables import TableWriter
-from sae_harvest.store.errors import RunError, SaeHarvestError
+from sae_harvest.common.errors import RunError, SaeHarvestError
+from sae_harvest.pipelines.features.building import build as build_module
+from sae_harvest.pipelines.features.building.build import build
+from sae_harvest.pipelines.features.building.config import FeatureConfig
+from sae_harvest.pipelines.features.tables.folder import BUILDING_FILE
+from sae_harvest.pipelines.features.tables.writers import TableWriter
 from tests.commands import wait_for
 from tests.feature_cases import (
     BUILD_CONFIG,

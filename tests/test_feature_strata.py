@@ -10,11 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sae_harvest.pipelines.features import kernels
-from sae_harvest.pipelines.features.candidates import SPARE, TokenRows, by_neighbour, by_token
-from sae_harvest.pipelines.features.config import FeatureConfig
-from sae_harvest.pipelines.features.contexts import STRATA
-from sae_harvest.pipelines.features.profile import decile_edges
+from sae_harvest.pipelines.features.building.config import FeatureConfig
+from sae_harvest.pipelines.features.counting import kernels
+from sae_harvest.pipelines.features.counting.candidates import (
+    SPARE,
+    TokenRows,
+    by_neighbour,
+    by_token,
+)
+from sae_harvest.pipelines.features.counting.profile import decile_edges
+from sae_harvest.pipelines.features.tables.contexts import STRATA
 from tests.feature_cases import (
     ALWAYS,
     CONFIG,

@@ -12,9 +12,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sae_harvest.harvest.models import load_tokenizer, resolve_model
-from sae_harvest.pipelines.features.lens import logit_lens
-from sae_harvest.pipelines.features.texts import TokenTexts
+from sae_harvest.harvest.model.models import load_tokenizer, resolve_model
+from sae_harvest.pipelines.features.counting.lens import logit_lens
+from sae_harvest.pipelines.features.tables.texts import TokenTexts
 
 TEXT = "the café of 東京 — 🙂🙃 naïve ça Ωmega \ufffd ok\n\tthe bridge 漢字かな"
 

@@ -12,9 +12,9 @@ from threading import Barrier, Event
 import pytest
 import torch
 
-from sae_harvest.pipelines.features.build import build
-from sae_harvest.pipelines.features.pool import AT_ONCE, Here
-from sae_harvest.store.errors import RunError
+from sae_harvest.common.errors import RunError
+from sae_harvest.pipelines.features.building.build import build
+from sae_harvest.pipelines.features.building.pool import AT_ONCE, Here
 from tests.feature_cases import BUILD_CONFIG, assert_same_files
 
 Folders = tuple[Path, Path, Path]

@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from sae_harvest.pipelines.features import firings as firings_module
-from sae_harvest.pipelines.features import tables
-from sae_harvest.pipelines.features.config import FeatureConfig
-from sae_harvest.pipelines.features.encode import stacked
-from sae_harvest.pipelines.features.profile import bin_edge
-from sae_harvest.pipelines.features.rows import for_scores
+from sae_harvest.pipelines.features.building.config import FeatureConfig
+from sae_harvest.pipelines.features.counting.profile import bin_edge
+from sae_harvest.pipelines.features.encoding import firings as firings_module
+from sae_harvest.pipelines.features.encoding.encode import stacked
+from sae_harvest.pipelines.features.tables import writers as tables
+from sae_harvest.pipelines.features.tables.rows import for_scores
 from sae_harvest.store.rules import heldout_documents
 from tests.feature_cases import (
     ALIKE,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sae_harvest.store.errors import DamagedError
-from sae_harvest.store.finite import all_finite, require_finite
+from sae_harvest.common.errors import DamagedError
+from sae_harvest.common.finite import all_finite, require_finite
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

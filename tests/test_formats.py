@@ -11,13 +11,13 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from sae_harvest.store.errors import InputError
+from sae_harvest.common.errors import InputError
 from sae_harvest.store.rules import RowRule
-from sae_harvest.train.cli_formats import add_format_commands
-from sae_harvest.train.formats import FORMATS, export_sae, format_named, import_sae
-from sae_harvest.train.formats.reading import Origin
-from sae_harvest.train.formats.saelens import hook_name, site_of
-from sae_harvest.train.sae import SAE
+from sae_harvest.train.commands.cli_formats import add_format_commands
+from sae_harvest.train.sae.formats import FORMATS, export_sae, format_named, import_sae
+from sae_harvest.train.sae.formats.reading import Origin
+from sae_harvest.train.sae.formats.saelens import hook_name, site_of
+from sae_harvest.train.sae.sae import SAE
 from tests.interop.exchange import (
     ORIGIN,
     D,

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae_harvest.store.errors import InputError, RunError, SaeHarvestError
-from sae_harvest.train.formats import FORMATS, export_sae, format_named, import_sae
-from sae_harvest.train.formats.pickles import read_pt
+from sae_harvest.common.errors import InputError, RunError, SaeHarvestError
+from sae_harvest.train.sae.formats import FORMATS, export_sae, format_named, import_sae
+from sae_harvest.train.sae.formats.pickles import read_pt
 from tests.interop.exchange import ORIGIN, D, assert_equal_outputs, random_sae, rows, run, written
 
 

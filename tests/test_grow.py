@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import zarr
 
-from sae_harvest.store.errors import RunError
+from sae_harvest.common.errors import RunError
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.trainer import open_store, train
+from sae_harvest.train.run.trainer import open_store, train
 from tests.commands import commits, digest_of, invoke, options, refusal, wait_for
 from tests.forked import forked
 from tests.synthetic import make_plan, make_store

@@ -14,17 +14,17 @@ import google_crc32c
 import numpy as np
 import pytest
 
+from sae_harvest.common.errors import DamagedError
 from sae_harvest.store import codec, layout
 from sae_harvest.store.commits import commit_shard, read_plan
-from sae_harvest.store.errors import DamagedError
-from sae_harvest.store.loader import ShuffledLoader
+from sae_harvest.store.loading.loader import ShuffledLoader
+from sae_harvest.store.maintenance.repair import mend_commit, remove_damaged, reseal
+from sae_harvest.store.maintenance.verify import verify
 from sae_harvest.store.objects import LocalObjects, content_hash
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.records import CHECKSUM, digest_of, encode_record
-from sae_harvest.store.repair import mend_commit, remove_damaged, reseal
 from sae_harvest.store.rules import RowRule
 from sae_harvest.store.seals import seal
-from sae_harvest.store.verify import verify
 from sae_harvest.store.writer import create_store, write_shard
 from tests.commands import invoke, refusal
 from tests.synthetic import SITE, make_plan, make_shard, make_store, replace_array

@@ -13,21 +13,21 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sae_harvest.common.errors import RunError
 from sae_harvest.pipelines.recipe import read_recipe
-from sae_harvest.store.errors import RunError
-from sae_harvest.train.checkpoint import load_checkpoint, save_checkpoint, saved_steps
+from sae_harvest.train.commands.yamlfile import MAX_BYTES, MAX_DEPTH, read_value, read_yaml
 from sae_harvest.train.config import SAEConfig, TrainConfig
-from sae_harvest.train.folder import FAILED_FILE, failure_of, finished_evaluation
-from sae_harvest.train.formats import format_named
-from sae_harvest.train.formats.pickles import read_pt, write_pt
-from sae_harvest.train.formats.reading import Origin
-from sae_harvest.train.metrics import MetricsFile, last_metrics
-from sae_harvest.train.sae import CONFIG_FILE, SAE, TENSORS_FILE
-from sae_harvest.train.scaling_points import read_sweep
-from sae_harvest.train.sharded import digest_of
-from sae_harvest.train.status import read_status
-from sae_harvest.train.sweepfile import parse_sweep, read_sweep_file
-from sae_harvest.train.yamlfile import MAX_BYTES, MAX_DEPTH, read_value, read_yaml
+from sae_harvest.train.run.checkpoint import load_checkpoint, save_checkpoint, saved_steps
+from sae_harvest.train.run.folder import FAILED_FILE, failure_of, finished_evaluation
+from sae_harvest.train.run.metrics import MetricsFile, last_metrics
+from sae_harvest.train.run.status import read_status
+from sae_harvest.train.sae.formats import format_named
+from sae_harvest.train.sae.formats.pickles import read_pt, write_pt
+from sae_harvest.train.sae.formats.reading import Origin
+from sae_harvest.train.sae.sae import CONFIG_FILE, SAE, TENSORS_FILE
+from sae_harvest.train.sae.sharded import digest_of
+from sae_harvest.train.scaling.points import read_sweep
+from sae_harvest.train.sweeps.sweepfile import parse_sweep, read_sweep_file
 from tests.hostile import RAW, VALUES, altered, damaged, json_text, outcome
 
 quickly = settings(

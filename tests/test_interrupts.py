@@ -12,12 +12,12 @@ import pytest
 from click.testing import CliRunner
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
 
-from sae_harvest.harvest import run
-from sae_harvest.harvest.ahead import Ahead
-from sae_harvest.harvest.cli import kept, main
-from sae_harvest.harvest.corpus import CorpusSpec, open_corpus
-from sae_harvest.harvest.prepare import default_shard_rows
-from sae_harvest.harvest.worker import ShardWorker, Stopped
+from sae_harvest.harvest.commands.cli import kept, main
+from sae_harvest.harvest.run import driver as run
+from sae_harvest.harvest.run.ahead import Ahead
+from sae_harvest.harvest.run.prepare import default_shard_rows
+from sae_harvest.harvest.run.worker import ShardWorker, Stopped
+from sae_harvest.harvest.text.corpus import CorpusSpec, open_corpus
 from sae_harvest.store.objects import LocalObjects
 from sae_harvest.store.writer import read_plan
 from tests.commands import invoke, options
@@ -83,7 +83,7 @@ def test_a_store_goes_on_with_the_shards_it_has(
     arguments = options(model_folder, corpus_file, tmp_path / "store", shard_rows=None)
     assert invoke(*arguments).exit_code == 0
     assert read_plan(LocalObjects(tmp_path / "store")).shard_rows == 4096
-    monkeypatch.setattr("sae_harvest.harvest.prepare.default_shard_rows", lambda *_: 1024)
+    monkeypatch.setattr("sae_harvest.harvest.run.prepare.default_shard_rows", lambda *_: 1024)
     result = invoke(*arguments)
     assert "0 of them now" in result.stdout, result.output
 

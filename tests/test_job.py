@@ -17,14 +17,14 @@ import yaml
 from click.testing import CliRunner, Result
 from safetensors import SafetensorError
 
-from sae_harvest.store.errors import DamagedError, RunError, SaeHarvestError
-from sae_harvest.train import member, trainer
-from sae_harvest.train.cli import main
-from sae_harvest.train.folder import locked
-from sae_harvest.train.job import EXIT_TRY_AGAIN, may_pass
-from sae_harvest.train.learner import Diverged
-from sae_harvest.train.options import CONFIG, PLACES, Source
-from sae_harvest.train.sweepfile import read_sweep_file
+from sae_harvest.common.errors import DamagedError, RunError, SaeHarvestError
+from sae_harvest.train.commands.cli import main
+from sae_harvest.train.commands.job import EXIT_TRY_AGAIN, may_pass
+from sae_harvest.train.commands.options import CONFIG, PLACES, Source
+from sae_harvest.train.run import member, trainer
+from sae_harvest.train.run.folder import locked
+from sae_harvest.train.step.learner import Diverged
+from sae_harvest.train.sweeps.sweepfile import read_sweep_file
 from tests.commands import PATIENCE
 from tests.forked import forked
 from tests.synthetic import make_plan, make_store

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from sae_harvest.train.kernels import AdamNumbers, Gradients, Pairs
-from sae_harvest.train.kernels.cpu import CpuKernels
-from sae_harvest.train.kernels.oracle import pair_gradients
-from sae_harvest.train.kernels.torch_ops import TorchKernels
+from sae_harvest.train.sae.kernels import AdamNumbers, Gradients, Pairs
+from sae_harvest.train.sae.kernels.cpu import CpuKernels
+from sae_harvest.train.sae.kernels.oracle import pair_gradients
+from sae_harvest.train.sae.kernels.torch_ops import TorchKernels
 
 
 class WithoutShortProducts(CpuKernels):
@@ -353,8 +353,8 @@ def test_adam_equals_torch_adam(kernels, unit_rows):
 BITS = """
 import torch, xxhash
 from tests.test_kernels import normal, some_pairs, unit
-from sae_harvest.train.kernels import Gradients, Pairs
-from sae_harvest.train.kernels.cpu import CpuKernels
+from sae_harvest.train.sae.kernels import Gradients, Pairs
+from sae_harvest.train.sae.kernels.cpu import CpuKernels
 kernels = CpuKernels()
 x, weight, bias = normal(700, 40), unit(3000, 40), 0.1 * normal(3000)
 low = kernels.low_precision(weight)

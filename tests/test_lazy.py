@@ -8,7 +8,7 @@ import dask.array
 import numpy as np
 import pytest
 
-from sae_harvest.store.errors import DamagedError, InputError
+from sae_harvest.common.errors import DamagedError, InputError
 from sae_harvest.store.reader import ActivationStore
 from tests.synthetic import SITE, make_plan, make_store
 

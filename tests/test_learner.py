@@ -8,11 +8,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from sae_harvest.store.errors import InputError, RunError
+from sae_harvest.common.errors import InputError, RunError
 from sae_harvest.train.config import SAEConfig, TrainConfig
-from sae_harvest.train.initial import prepare, random_rows
-from sae_harvest.train.learner import Learner
-from sae_harvest.train.sae import SAE
+from sae_harvest.train.sae.sae import SAE
+from sae_harvest.train.step.initial import prepare, random_rows
+from sae_harvest.train.step.learner import Learner
 
 CPU = torch.device("cpu")
 MODEL = {"name": "none", "weights": "none"}

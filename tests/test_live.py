@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from sae_harvest.harvest.config import HarvestConfig
-from sae_harvest.harvest.corpus import CorpusSpec
-from sae_harvest.harvest.models import PACKAGED_INSTALL
-from sae_harvest.harvest.run import Means, run
-from sae_harvest.pipelines.features.folder import RUN_FILE
+from sae_harvest.common.errors import InputError, RunError
+from sae_harvest.harvest.model.models import PACKAGED_INSTALL
+from sae_harvest.harvest.run.config import HarvestConfig
+from sae_harvest.harvest.run.driver import Means, run
+from sae_harvest.harvest.text.corpus import CorpusSpec
+from sae_harvest.pipelines.features.tables.folder import RUN_FILE
 from sae_harvest.pipelines.live import LiveModel
-from sae_harvest.store.errors import InputError, RunError
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule
-from sae_harvest.train.sae import SAE
+from sae_harvest.train.sae.sae import SAE
 from tests.dictionaries import random_sae
 from tests.made_tables import run_json
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from sae_harvest.store.errors import DamagedError, InputError, RunError
-from sae_harvest.store.loader import ShuffledLoader
+from sae_harvest.common.errors import DamagedError, InputError, RunError
+from sae_harvest.store.loading.loader import ShuffledLoader
 from sae_harvest.store.objects import LocalObjects
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule

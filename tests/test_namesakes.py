@@ -73,7 +73,7 @@ def two_workers(
     checkout = Path(environment["PYTHONPATH"])
     before = {path: path.stat().st_mtime_ns for path in checkout.rglob("*")}
     program = (
-        "import sys, sae_harvest.harvest.cli as cli\n"
+        "import sys, sae_harvest.harvest.commands.cli as cli\n"
         f"assert cli.__file__.startswith({str(checkout)!r}), cli.__file__\n"
         "cli.main()\n"
     )

@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 import sae_harvest.store.naming
-from sae_harvest.pipelines.features.build import build
-from sae_harvest.store.errors import StoreError
+from sae_harvest.common.errors import StoreError
+from sae_harvest.pipelines.features.building.build import build
+from sae_harvest.store.maintenance.verify import verify
 from sae_harvest.store.naming import NO_LINKS, NoExclusiveNamesError
 from sae_harvest.store.objects import LocalObjects
 from sae_harvest.store.reader import ActivationStore
-from sae_harvest.store.verify import verify
 from tests.faulty_disk import FaultyDisk, Killed, faulty
 from tests.feature_cases import BUILD_CONFIG
 from tests.synthetic import make_plan, make_store

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, ValidationError
 
-from sae_harvest.store.numbers import Count, CountRange, parse_count
+from sae_harvest.common.numbers import Count, CountRange, parse_count
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae_harvest.store.errors import RunError
-from sae_harvest.train.batch import Workspace
+from sae_harvest.common.errors import RunError
 from sae_harvest.train.config import SAEConfig, TrainConfig
-from sae_harvest.train.kernels.cpu import CpuKernels
-from sae_harvest.train.kernels.torch_ops import TorchKernels
-from sae_harvest.train.sae import SAE
-from sae_harvest.train.step import train_step
+from sae_harvest.train.sae.kernels.cpu import CpuKernels
+from sae_harvest.train.sae.kernels.torch_ops import TorchKernels
+from sae_harvest.train.sae.sae import SAE
+from sae_harvest.train.step.batch import Workspace
+from sae_harvest.train.step.step import train_step
 from tests.dense_objectives import Dense
 
 BACKENDS = [CpuKernels, TorchKernels]

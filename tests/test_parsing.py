@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from sae_harvest.store.parsing import first_line, parse_json, safe_name
+from sae_harvest.common.parsing import first_line, parse_json, safe_name
 
 
 @pytest.mark.parametrize(

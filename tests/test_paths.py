@@ -11,19 +11,19 @@ import click
 import pytest
 import ray
 
-import sae_harvest.harvest.cli
+import sae_harvest.harvest.commands.cli
 import sae_harvest.pipelines.cli
-import sae_harvest.pipelines.features.cli
-import sae_harvest.train.cli
-from sae_harvest.store import cluster, environment
-from sae_harvest.store.options import NameOption, PathOption, PlaceOption
-from sae_harvest.store.paths import shown
+import sae_harvest.pipelines.features.commands.cli
+import sae_harvest.train.commands.cli
+from sae_harvest.common import cluster, environment
+from sae_harvest.common.options import NameOption, PathOption, PlaceOption
+from sae_harvest.common.paths import shown
 
 COMMANDS = (
-    sae_harvest.harvest.cli.main,
-    sae_harvest.train.cli.main,
+    sae_harvest.harvest.commands.cli.main,
+    sae_harvest.train.commands.cli.main,
     sae_harvest.pipelines.cli.main,
-    sae_harvest.pipelines.features.cli.main,
+    sae_harvest.pipelines.features.commands.cli.main,
 )
 PATHS = {
     *("store", "out", "sae", "sae_folder", "features", "compare", "corpus", "model", "into"),

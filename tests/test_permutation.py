@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sae_harvest.store.permutation import permutation
+from sae_harvest.store.loading.permutation import permutation
 
 
 def philox(*key: int) -> np.random.Philox:

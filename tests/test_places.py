@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_harvest.store.errors import StoreError
+from sae_harvest.common.errors import StoreError
 from sae_harvest.store.objects import LocalObjects
 
 pytestmark = pytest.mark.usefixtures("unflushed")

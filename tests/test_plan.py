@@ -11,11 +11,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from sae_harvest.train import costs
-from sae_harvest.train.cli_plan import GPUS
-from sae_harvest.train.cli_plan import plan as plan_command
+from sae_harvest.train.commands.cli_plan import GPUS
+from sae_harvest.train.commands.cli_plan import plan as plan_command
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.costs import (
+from sae_harvest.train.planning import costs
+from sae_harvest.train.planning.costs import (
     available_bytes,
     memory,
     memory_bytes,
@@ -23,10 +23,10 @@ from sae_harvest.train.costs import (
     step_flops,
     step_work,
 )
-from sae_harvest.train.kernels.cpu import CpuKernels
-from sae_harvest.train.learner import Learner
-from sae_harvest.train.plan import PUBLISHED, Rates, plan, published_rates, step_seconds
-from sae_harvest.train.rates import measure_rates
+from sae_harvest.train.planning.plan import PUBLISHED, Rates, plan, published_rates, step_seconds
+from sae_harvest.train.planning.rates import measure_rates
+from sae_harvest.train.sae.kernels.cpu import CpuKernels
+from sae_harvest.train.step.learner import Learner
 
 D_IN, D_OUT = 48, 32
 RATES = Rates(

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from sae_harvest.harvest import raycluster, raypool
-from sae_harvest.harvest.contexts import ShardInput
-from sae_harvest.harvest.pool import Pool, open_pool
-from sae_harvest.harvest.worker import ShardWorker
-from sae_harvest.store import cluster
-from sae_harvest.store.errors import InputError, RunError
+from sae_harvest.common import cluster
+from sae_harvest.common.errors import InputError, RunError
+from sae_harvest.harvest.run import raycluster, raypool
+from sae_harvest.harvest.run.pool import Pool, open_pool
+from sae_harvest.harvest.run.worker import ShardWorker
+from sae_harvest.harvest.tokens.contexts import ShardInput
 from sae_harvest.store.layout import Plan
 from sae_harvest.store.objects import LocalObjects, Objects
 from tests.commands import wait_for

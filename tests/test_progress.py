@@ -18,11 +18,11 @@ import click
 import pytest
 from click.testing import CliRunner
 
-import sae_harvest.harvest.cli
-import sae_harvest.pipelines.features.cli
-import sae_harvest.train.cli
-from sae_harvest.store import console
-from sae_harvest.store.console import Commands, Progress, Terminated, when_interrupted
+from sae_harvest.common import console
+from sae_harvest.common.console import Commands, Progress, Terminated, when_interrupted
+from sae_harvest.harvest.commands.cli import main as harvest_main
+from sae_harvest.pipelines.features.commands.cli import main as features_main
+from sae_harvest.train.commands.cli import main as train_main
 from tests.commands import options
 from tests.feature_cases import save_sae
 
@@ -49,10 +49,6 @@ def test_long_commands_print_lines_without_a_terminal(
     folders: tuple[Path, Path, Path], model_folder: Path, corpus_file: Path, tmp_path: Path
 ) -> None:
     store, sae, features = folders
-    harvest_main, features_main = (
-        sae_harvest.harvest.cli.main,
-        sae_harvest.pipelines.features.cli.main,
-    )
     short = options(model_folder, corpus_file, tmp_path / "store", tokens=1024)
     told = {
         "harvesting": lines(harvest_main, *short),
@@ -64,7 +60,7 @@ def test_long_commands_print_lines_without_a_terminal(
             "--format", "parquet",
         ),
         "evaluating": lines(
-            sae_harvest.train.cli.main, "eval", "--sae", sae, "--store", store, "--device", "cpu"
+            train_main, "eval", "--sae", sae, "--store", store, "--device", "cpu"
         ),
         "encoding": lines(
             features_main, "build", "--store", store, "--sae", save_sae(store, tmp_path / "sae"),
@@ -140,7 +136,7 @@ def test_a_rate_is_told_once_it_is_known(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_bars_of_libraries_are_off_in_our_commands() -> None:
     """A GGUF file is converted under a bare tqdm, weights load under transformers' own."""
     code = (
-        "import sae_harvest.store.console, tqdm.auto\n"
+        "import sae_harvest.common.console, tqdm.auto\n"
         "list(tqdm.auto.tqdm(range(3), desc='Converting'))\n"
         "import huggingface_hub.utils as hub\n"
         "assert hub.are_progress_bars_disabled()\n"

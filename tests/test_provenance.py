@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from sae_harvest.harvest.config import HarvestConfig
-from sae_harvest.harvest.corpus import CorpusSpec
-from sae_harvest.harvest.provenance import Provenance, trace_row
-from sae_harvest.harvest.run import Means, run
-from sae_harvest.store.errors import DamagedError, InputError
+from sae_harvest.common.errors import DamagedError, InputError
+from sae_harvest.harvest.inspect.provenance import Provenance, trace_row
+from sae_harvest.harvest.run.config import HarvestConfig
+from sae_harvest.harvest.run.driver import Means, run
+from sae_harvest.harvest.text.corpus import CorpusSpec
 from sae_harvest.store.reader import ActivationStore
 from tests.commands import invoke, refusal
 from tests.conftest import CONTEXT_LENGTH

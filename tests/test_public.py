@@ -137,7 +137,7 @@ def test_forward_and_dense_activations_are_those_of_encode_and_decode(user: Path
 
 @pytest.mark.parametrize("name", ["saelens", "sparsify", "dictionary_learning", "openai"])
 def test_an_sae_of_any_format_is_recognised(name: str, user: Path) -> None:
-    from sae_harvest.train.formats import format_named
+    from sae_harvest.train.sae.formats import format_named
 
     ours = sh.load_sae("runs/demo/sae")
     if name == "openai":

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from sae_harvest.store.quantize import calibrate, decode, encode, rows_apart
-from sae_harvest.store.stats import moments_of_groups, squared_error
+from sae_harvest.store.statistics.quantize import calibrate, decode, encode, rows_apart
+from sae_harvest.store.statistics.stats import moments_of_groups, squared_error
 
 Array = npt.NDArray[Any]
 

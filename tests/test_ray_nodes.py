@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
-from sae_harvest.harvest.log import log_path
-from sae_harvest.harvest.pool import open_pool
-from sae_harvest.store.errors import RunError
+from sae_harvest.common.errors import RunError
+from sae_harvest.harvest.run.log import log_path
+from sae_harvest.harvest.run.pool import open_pool
 from tests.commands import PATIENCE, digest_of, invoke, options, wait_for
 from tests.forked import forked
 from tests.shards import SITES, local_model

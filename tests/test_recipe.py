@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
+from sae_harvest.common.errors import InputError
 from sae_harvest.pipelines.cli import main
 from sae_harvest.pipelines.recipe import packaged_recipes, read_recipe
-from sae_harvest.store.errors import InputError
 from sae_harvest.store.reader import ActivationStore
-from sae_harvest.train.sae import SAE
-from sae_harvest.train.sweepfile import parse_sweep
+from sae_harvest.train.sae.sae import SAE
+from sae_harvest.train.sweeps.sweepfile import parse_sweep
 from tests.commands import refusal
 
 KINDS = ("attn_out", "mlp_out", "resid_mid", "resid_post")

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from sae_harvest.store.errors import DamagedError
+from sae_harvest.common.errors import DamagedError
+from sae_harvest.store.maintenance.verify import verify
 from sae_harvest.store.objects import LocalObjects
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.records import encode_record
-from sae_harvest.store.verify import verify
 from tests.commands import digest_of, invoke, options, refusal, wait_for
 from tests.faulty_disk import FaultyDisk, Killed, faulty
 from tests.forked import forked
@@ -105,7 +105,7 @@ def test_metadata_is_written_again_without_a_model(
     sealed: Path, digest: str, name: str, harm: Harm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "sae_harvest.harvest.run.prepare_again", lambda *_: pytest.fail("no model is needed")
+        "sae_harvest.harvest.run.driver.prepare_again", lambda *_: pytest.fail("no model is needed")
     )
     before = inodes(sealed)
     harm(sealed / name)

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from sae_harvest.harvest.contexts import ShardInput, iter_shards
-from sae_harvest.harvest.corpus import Corpus, CorpusSpec, HubCorpus, open_corpus
-from sae_harvest.harvest.models import load_tokenizer, resolve_model
+from sae_harvest.harvest.model.models import load_tokenizer, resolve_model
+from sae_harvest.harvest.text.corpus import Corpus, CorpusSpec, HubCorpus, open_corpus
+from sae_harvest.harvest.tokens.contexts import ShardInput, iter_shards
 from tests.made_texts import (
     Texts,
     make_tokenizer,

@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from sae_harvest.store.errors import InputError, SaeHarvestError, StoreError
+from sae_harvest.common.errors import InputError, SaeHarvestError, StoreError
 from sae_harvest.store.s3 import (
     INPUT_BLOCK_BYTES,
     SMALL_BYTES,

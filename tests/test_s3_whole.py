@@ -17,10 +17,10 @@ import zarr
 from obstore.store import S3Store
 from zarr.storage import ObjectStore
 
-from sae_harvest.store.errors import StoreError
+from sae_harvest.common.errors import StoreError
+from sae_harvest.store.maintenance.verify import verify
 from sae_harvest.store.objects import open_objects
 from sae_harvest.store.reader import ActivationStore
-from sae_harvest.store.verify import verify
 from tests.commands import digest_of, invoke, options, refusal, wait_for
 from tests.forked import ended, forked
 from tests.s3_server import S3Server, s3_server, without_aws

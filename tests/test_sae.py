@@ -8,9 +8,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from sae_harvest.store.errors import InputError, RunError, SaeHarvestError
+from sae_harvest.common.errors import InputError, RunError, SaeHarvestError
 from sae_harvest.train.config import SAEConfig, TrainConfig
-from sae_harvest.train.sae import SAE
+from sae_harvest.train.sae.sae import SAE
 
 
 def make_sae(n_latents=3000, d_in=48, k=16, scale=2.5):

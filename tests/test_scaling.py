@@ -11,15 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from sae_harvest.store.errors import InputError, RunError
-from sae_harvest.train.cli import main
-from sae_harvest.train.cli_scaling import scaling
+from sae_harvest.common.errors import InputError, RunError
+from sae_harvest.train.commands.cli import main
+from sae_harvest.train.commands.cli_scaling import scaling
 from sae_harvest.train.config import SAEConfig, TrainConfig
-from sae_harvest.train.costs import step_flops
-from sae_harvest.train.scaling import analyse, fits, table
-from sae_harvest.train.scaling_envelope import envelope
-from sae_harvest.train.scaling_points import RunPoint, read_sweep
-from sae_harvest.train.sweep import sweep as train_all
+from sae_harvest.train.planning.costs import step_flops
+from sae_harvest.train.scaling.envelope import envelope
+from sae_harvest.train.scaling.fits import analyse, fits, table
+from sae_harvest.train.scaling.points import RunPoint, read_sweep
+from sae_harvest.train.sweeps.sweep import sweep as train_all
 from tests.synthetic import make_plan, make_store
 
 D_IN, ROWS, STEPS = 64, 256, 200

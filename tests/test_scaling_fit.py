@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sae_harvest.train.scaling_fit import fit
-from sae_harvest.train.scaling_laws import JointLaw, PowerLaw
+from sae_harvest.train.scaling.laws import JointLaw, PowerLaw
+from sae_harvest.train.scaling.least_squares import fit
 
 SIZES = 2.0 ** np.arange(8, 15)  # 256 to 16,384
 E, A, B = 0.09, 3.0, 0.4

@@ -20,12 +20,12 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from sae_harvest.harvest import encoding
-from sae_harvest.harvest import segments as segments_module
-from sae_harvest.harvest.documents import Document
-from sae_harvest.harvest.encoding import Batch, DocumentEncoder
-from sae_harvest.harvest.models import load_tokenizer, resolve_model
-from sae_harvest.harvest.segments import segments
+from sae_harvest.harvest.model.models import load_tokenizer, resolve_model
+from sae_harvest.harvest.text.documents import Document
+from sae_harvest.harvest.tokens import encoding
+from sae_harvest.harvest.tokens import segments as segments_module
+from sae_harvest.harvest.tokens.encoding import Batch, DocumentEncoder
+from sae_harvest.harvest.tokens.segments import segments
 
 END = "<|endoftext|>"
 PIECES = [

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
-from sae_harvest.harvest.sites import SITE_KINDS, Site, SiteTap
-from sae_harvest.store.errors import InputError
+from sae_harvest.common.errors import InputError
+from sae_harvest.harvest.model.sites import SITE_KINDS, Site, SiteTap
 
 LAYERS, WIDTH, NEURONS, VOCABULARY = 3, 32, 48, 97
 BATCH, CONTEXT = 2, 12

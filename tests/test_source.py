@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from sae_harvest.pipelines.features.cli import main
-from sae_harvest.pipelines.features.folder import read_run
+from sae_harvest.common.errors import InputError, RunError, SaeHarvestError
+from sae_harvest.pipelines.features.commands.cli import main
+from sae_harvest.pipelines.features.tables.folder import read_run
 from sae_harvest.pipelines.live import LiveModel
 from sae_harvest.pipelines.source import NOTHING_MOVED, Moved, relative_places, sae_of, store_of
 from sae_harvest.pipelines.viewer import run as run_module
 from sae_harvest.pipelines.viewer.compare import Comparison
 from sae_harvest.pipelines.viewer.server import Viewer
 from sae_harvest.pipelines.viewer.tables import Tables
-from sae_harvest.store.errors import InputError, RunError, SaeHarvestError
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule
 from tests.dictionaries import random_sae

@@ -24,14 +24,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from sae_harvest.common.errors import DamagedError, SaeHarvestError, StoreError
 from sae_harvest.store import layout
 from sae_harvest.store.commits import commit_shard
-from sae_harvest.store.errors import DamagedError, SaeHarvestError, StoreError
+from sae_harvest.store.maintenance.repair import mend_commit, remove_damaged, reseal, restore_plan
+from sae_harvest.store.maintenance.verify import verify
 from sae_harvest.store.objects import LocalObjects
 from sae_harvest.store.reader import ActivationStore
-from sae_harvest.store.repair import mend_commit, remove_damaged, reseal, restore_plan
 from sae_harvest.store.seals import seal
-from sae_harvest.store.verify import verify
 from sae_harvest.store.writer import create_store, write_shard
 from tests.faulty_disk import CODES, FaultyDisk, Killed, faulty, sentence_of
 from tests.synthetic import SITE, make_plan, make_shard, make_store

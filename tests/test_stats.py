@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 
 from sae_harvest.store.reader import ActivationStore
-from sae_harvest.store.stats import (
+from sae_harvest.store.statistics.stats import (
     Merge,
     Moments,
     histogram_quantile,

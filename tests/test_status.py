@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from sae_harvest.harvest import status
-from sae_harvest.harvest.status import Heartbeat, Status, describe_status, duration, read_status
+from sae_harvest.common.errors import DamagedError, StoreError
+from sae_harvest.harvest.run import status
+from sae_harvest.harvest.run.status import Heartbeat, Status, describe_status, duration, read_status
 from sae_harvest.store.commits import commit_shard
-from sae_harvest.store.errors import DamagedError, StoreError
 from sae_harvest.store.layout import STATUS_KEY
 from sae_harvest.store.objects import Buffer, LocalObjects
 from sae_harvest.store.records import encode_record

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sae_harvest.harvest.models import PACKAGED_INSTALL
-from sae_harvest.harvest.sites import Site, SiteTap
+from sae_harvest.common.errors import InputError
+from sae_harvest.harvest.model.models import PACKAGED_INSTALL
+from sae_harvest.harvest.model.sites import Site, SiteTap
 from sae_harvest.pipelines.live import LiveModel
 from sae_harvest.pipelines.steer import Clamp, added, clamped, clamping, generate
-from sae_harvest.store.errors import InputError
 from sae_harvest.store.rules import RowRule
-from sae_harvest.train.sae import SAE
+from sae_harvest.train.sae.sae import SAE
 from tests.dictionaries import random_sae
 from tests.small_models import byte_tokenizer
 from tests.steer_cases import N_LATENTS, K, made_sae, shift_by_hand

@@ -15,9 +15,7 @@ from typing import NoReturn
 import numpy as np
 import pytest
 
-from sae_harvest.store import layout
-from sae_harvest.store.commits import commit_shard, read_plan
-from sae_harvest.store.errors import (
+from sae_harvest.common.errors import (
     DamagedError,
     InputError,
     NotAStoreError,
@@ -25,12 +23,14 @@ from sae_harvest.store.errors import (
     StoreError,
     UnfinishedError,
 )
+from sae_harvest.store import layout
+from sae_harvest.store.commits import commit_shard, read_plan
+from sae_harvest.store.maintenance.verify import verify
 from sae_harvest.store.objects import LocalObjects, open_objects
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.records import decode_record, digest_of, encode_record
 from sae_harvest.store.rules import RowRule
 from sae_harvest.store.seals import seal
-from sae_harvest.store.verify import verify
 from sae_harvest.store.writer import create_store, write_shard
 from tests.synthetic import CONTEXTS, SITE, add_shards, make_plan, make_shard, make_store, rows_of
 

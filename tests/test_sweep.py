@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from sae_harvest.store.errors import RunError
-from sae_harvest.train import member as members_of_passes
-from sae_harvest.train import sweep as sweeps
-from sae_harvest.train.checkpoint import saved_steps
-from sae_harvest.train.cli import main
+from sae_harvest.common.errors import RunError
+from sae_harvest.train.commands.cli import main
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.learner import Diverged
-from sae_harvest.train.sweep import common_step, passes, sweep
-from sae_harvest.train.sweepfile import read_sweep_file
-from sae_harvest.train.trainer import train
+from sae_harvest.train.run import member as members_of_passes
+from sae_harvest.train.run.checkpoint import saved_steps
+from sae_harvest.train.run.trainer import train
+from sae_harvest.train.step.learner import Diverged
+from sae_harvest.train.sweeps import sweep as sweeps
+from sae_harvest.train.sweeps.sweep import common_step, passes, sweep
+from sae_harvest.train.sweeps.sweepfile import read_sweep_file
 from tests.forked import ended, forked
 from tests.synthetic import make_plan, make_store
 

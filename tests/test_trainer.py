@@ -13,16 +13,16 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from sae_harvest.store.errors import InputError, NotAStoreError, RunError
+from sae_harvest.common.errors import InputError, NotAStoreError, RunError
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule
-from sae_harvest.train.cli import main
+from sae_harvest.train.commands.cli import main
 from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.evaluate import Fvu, evaluate
-from sae_harvest.train.folder import locked
-from sae_harvest.train.initial import geometric_median, prepare
-from sae_harvest.train.sae import SAE
-from sae_harvest.train.trainer import train
+from sae_harvest.train.run.folder import locked
+from sae_harvest.train.run.trainer import train
+from sae_harvest.train.sae.sae import SAE
+from sae_harvest.train.step.initial import geometric_median, prepare
 from tests.synthetic import SITE, make_plan, make_store, rows_of
 
 STEPS = 200

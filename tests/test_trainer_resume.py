@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.trainer import train
+from sae_harvest.train.run.trainer import train
 from tests.forked import ended, forked
 
 SITE, TARGET = "resid_mid.1", "mlp_out.1"
@@ -57,9 +57,9 @@ def store_path(
     tmp_path_factory: pytest.TempPathFactory, model_folder: Path, corpus_file: Path
 ) -> Path:
     """Two sites of the fixture model: 3 shards of 1,024 rows, width 32."""
-    from sae_harvest.harvest.config import HarvestConfig
-    from sae_harvest.harvest.corpus import CorpusSpec
-    from sae_harvest.harvest.run import Means, run
+    from sae_harvest.harvest.run.config import HarvestConfig
+    from sae_harvest.harvest.run.driver import Means, run
+    from sae_harvest.harvest.text.corpus import CorpusSpec
 
     path = tmp_path_factory.mktemp("two-sites") / "store"
     config = HarvestConfig(

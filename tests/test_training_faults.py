@@ -11,15 +11,15 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-import sae_harvest.train.member as members
-from sae_harvest.store.errors import RunError
-from sae_harvest.store.units import size_text
-from sae_harvest.train.checkpoint import saved_steps
-from sae_harvest.train.cli import main
+import sae_harvest.train.run.member as members
+from sae_harvest.common.errors import RunError
+from sae_harvest.common.units import size_text
+from sae_harvest.train.commands.cli import main
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.distributed import PeerLost, reaching_peers
-from sae_harvest.train.faults import explained
-from sae_harvest.train.trainer import train
+from sae_harvest.train.parallel.distributed import PeerLost, reaching_peers
+from sae_harvest.train.run.checkpoint import saved_steps
+from sae_harvest.train.run.faults import explained
+from sae_harvest.train.run.trainer import train
 from tests.synthetic import make_plan, make_store
 
 CONFIG = TrainConfig(n_latents=24, k=4, tokens=30 * 64, batch_rows=64, checkpoint_every=10)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_harvest.train.kernels import kernels_for
-from sae_harvest.train.kernels.cpu import CpuKernels
+from sae_harvest.train.sae.kernels import kernels_for
+from sae_harvest.train.sae.kernels.cpu import CpuKernels
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed (Linux has it)", allow_module_level=True)

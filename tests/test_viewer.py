@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from sae_harvest.common.errors import InputError, RunError
 from sae_harvest.pipelines.viewer import latent as latent_queries
 from sae_harvest.pipelines.viewer.latent import compact, latent_page, merged
 from sae_harvest.pipelines.viewer.listing import Listing, list_latents
@@ -19,7 +20,6 @@ from sae_harvest.pipelines.viewer.overview import overview
 from sae_harvest.pipelines.viewer.search import search
 from sae_harvest.pipelines.viewer.sql import FencedSQL
 from sae_harvest.pipelines.viewer.tables import Tables
-from sae_harvest.store.errors import InputError, RunError
 from tests.feature_cases import tokens_of
 from tests.made_tables import (
     HOSTILE,

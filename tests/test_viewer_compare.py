@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from sae_harvest.common.errors import InputError, RunError
 from sae_harvest.pipelines.viewer.compare import Comparison, nearest_rows
 from sae_harvest.pipelines.viewer.tables import Tables
-from sae_harvest.store.errors import InputError, RunError
 from tests.made_tables import word_of, write_sae, write_tables
 
 

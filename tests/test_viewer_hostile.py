@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 pytest.importorskip("starlette", reason="the viewer's server is an extra: .[viewer]")
 pytest.importorskip("uvicorn", reason="the viewer's server is an extra: .[viewer]")
 
+from sae_harvest.common.errors import RunError
 from sae_harvest.pipelines.steer import Generated
 from sae_harvest.pipelines.viewer import models
 from sae_harvest.pipelines.viewer.notes import NOTES_FILE, Notes
 from sae_harvest.pipelines.viewer.server import open_viewer
-from sae_harvest.store.errors import RunError
 from tests.made_tables import write_tables
 from tests.viewer_cases import N, served
 

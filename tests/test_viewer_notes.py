@@ -10,8 +10,8 @@ import threading
 
 import pytest
 
+from sae_harvest.common.errors import InputError, RunError
 from sae_harvest.pipelines.viewer.notes import NOTES_FILE, Notes
-from sae_harvest.store.errors import InputError, RunError
 
 
 def test_notes_and_tags_are_those_of_one_sae(tmp_path):

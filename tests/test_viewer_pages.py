@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("starlette", reason="the viewer's server is an extra: .[viewer]")
 pytest.importorskip("uvicorn", reason="the viewer's server is an extra: .[viewer]")
 
+from sae_harvest.common.errors import RunError
 from sae_harvest.pipelines.viewer.site import write_site
-from sae_harvest.store.errors import RunError
 from tests.made_tables import (
     HOSTILE_LATENT,
     STRATA,

@@ -8,12 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sae_harvest.common.errors import InputError
 from sae_harvest.pipelines.viewer import site
 from sae_harvest.pipelines.viewer.latent import latent_page
 from sae_harvest.pipelines.viewer.search import search
 from sae_harvest.pipelines.viewer.site import BY_TOKEN, write_site
 from sae_harvest.pipelines.viewer.tables import Tables
-from sae_harvest.store.errors import InputError
 from tests.feature_cases import tokens_of
 from tests.made_tables import HOSTILE, write_tables
 

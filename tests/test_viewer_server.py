@@ -16,11 +16,11 @@ import torch
 pytest.importorskip("starlette", reason="the viewer's server is an extra: .[viewer]")
 pytest.importorskip("uvicorn", reason="the viewer's server is an extra: .[viewer]")
 
+from sae_harvest.common.errors import InputError, RunError
 from sae_harvest.pipelines.live import LiveModel, LiveText
 from sae_harvest.pipelines.viewer.models import LONGEST_TEXT, MOST_TOKENS
 from sae_harvest.pipelines.viewer.run import listen, model_threads
 from sae_harvest.pipelines.viewer.server import open_viewer
-from sae_harvest.store.errors import InputError, RunError
 from tests.made_tables import write_sae, write_tables
 from tests.viewer_cases import Client, N, command, served
 

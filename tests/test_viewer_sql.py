@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 
+from sae_harvest.common.errors import InputError
 from sae_harvest.pipelines.viewer import sqlworker
 from sae_harvest.pipelines.viewer.models import BusyError
 from sae_harvest.pipelines.viewer.sql import SQL_ROWS, FencedSQL
-from sae_harvest.store.errors import InputError
 from tests.made_tables import write_tables
 
 N = 48

@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("starlette", reason="the viewer's server is an extra: .[viewer]")
 pytest.importorskip("uvicorn", reason="the viewer's server is an extra: .[viewer]")
 
+from sae_harvest.common.errors import InputError
 from sae_harvest.pipelines.viewer import models
 from sae_harvest.pipelines.viewer.server import open_viewer
-from sae_harvest.store.errors import InputError
 from tests.made_tables import write_tables
 from tests.viewer_cases import N, Writer, served
 

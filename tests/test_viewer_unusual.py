@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from sae_harvest.common.errors import RunError
 from sae_harvest.pipelines.live import LiveText
 from sae_harvest.pipelines.viewer.models import Models
 from sae_harvest.pipelines.viewer.tables import Tables
 from sae_harvest.pipelines.viewer.unusual import Unusual
-from sae_harvest.store.errors import RunError
 from tests.made_tables import write_tables
 
 N = 48

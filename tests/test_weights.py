@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from sae_harvest.harvest.models import resolve_model
-from sae_harvest.harvest.weights import weights_hash
-from sae_harvest.store.errors import InputError
+from sae_harvest.common.errors import InputError
+from sae_harvest.harvest.model.models import resolve_model
+from sae_harvest.harvest.model.weights import weights_hash
 from tests.commands import invoke, options, refusal
 from tests.hostile import outcome
 

@@ -8,13 +8,13 @@ from typing import Any, NoReturn
 
 import pytest
 
-import sae_harvest.harvest.run
-from sae_harvest.harvest.config import HarvestConfig
-from sae_harvest.harvest.corpus import CorpusSpec, HubCorpus
-from sae_harvest.harvest.prepare import prepare
-from sae_harvest.harvest.shards import missing, runs
-from sae_harvest.harvest.status import describe_status
-from sae_harvest.store.errors import InputError
+import sae_harvest.harvest.run.driver
+from sae_harvest.common.errors import InputError
+from sae_harvest.harvest.run.config import HarvestConfig
+from sae_harvest.harvest.run.prepare import prepare
+from sae_harvest.harvest.run.status import describe_status
+from sae_harvest.harvest.text.corpus import CorpusSpec, HubCorpus
+from sae_harvest.harvest.tokens.shards import missing, runs
 from sae_harvest.store.objects import open_objects
 from sae_harvest.store.reader import ActivationStore
 from tests.commands import invoke, options, refusal
@@ -60,7 +60,7 @@ def test_the_same_command_again_has_nothing_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path, first = whole
-    monkeypatch.setattr(sae_harvest.harvest.run, "open_pool", no_workers)
+    monkeypatch.setattr(sae_harvest.harvest.run.driver, "open_pool", no_workers)
     for tokens in (None, "all"):
         again = invoke(*options(model_folder, short_corpus, path, tokens=tokens))
         assert again.exit_code == 0, again.output
@@ -93,7 +93,7 @@ def test_a_corpus_of_whole_shards_ends_with_a_full_one(
     rows = ActivationStore.open(whole[0]).n_rows
     given = options(model_folder, short_corpus, tmp_path / "s", tokens=None, shard_rows=rows)
     first = digest_of_whole(invoke(*given))
-    monkeypatch.setattr(sae_harvest.harvest.run, "open_pool", no_workers)
+    monkeypatch.setattr(sae_harvest.harvest.run.driver, "open_pool", no_workers)
     assert digest_of_whole(invoke(*given)) == first
     status = describe_status(open_objects(tmp_path / "s"))
     assert status == "1 shard committed, all sealed; not running"
@@ -111,7 +111,7 @@ def test_an_interrupted_harvest_of_all_goes_on(
     short_corpus: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    commit, count = sae_harvest.harvest.run.commit_shard, 0
+    commit, count = sae_harvest.harvest.run.driver.commit_shard, 0
 
     def interrupted(*arguments: Any) -> Any:
         nonlocal count
@@ -122,7 +122,7 @@ def test_an_interrupted_harvest_of_all_goes_on(
 
     given = options(model_folder, short_corpus, tmp_path / "s", tokens="all")
     with monkeypatch.context() as patch:
-        patch.setattr(sae_harvest.harvest.run, "commit_shard", interrupted)
+        patch.setattr(sae_harvest.harvest.run.driver, "commit_shard", interrupted)
         assert invoke(*given).exit_code == 130
     status = describe_status(open_objects(tmp_path / "s"))
     assert status.startswith("1 shard committed, of as many as the corpus fills; not running")
@@ -137,7 +137,7 @@ def test_a_number_that_the_corpus_lacks_is_said_before_any_work(
     short_corpus: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sae_harvest.harvest.run, "open_pool", no_workers)
+    monkeypatch.setattr(sae_harvest.harvest.run.driver, "open_pool", no_workers)
     rows = ActivationStore.open(whole[0]).n_rows
     given = options(model_folder, short_corpus, tmp_path / "s", tokens="1M")
     text = refusal(invoke(*given))
@@ -167,7 +167,7 @@ def test_a_dataset_of_the_hub_is_read_to_its_end_only_where_that_is_said(
 ) -> None:
     (tmp_path / "train.jsonl").write_text(json.dumps({"text": "the cat"}) + "\n")
     # a local dataset goes the way of a hub one inside `datasets`
-    monkeypatch.setattr("sae_harvest.harvest.prepare.open_corpus", HubCorpus)
+    monkeypatch.setattr("sae_harvest.harvest.run.prepare.open_corpus", HubCorpus)
     given: dict[str, Any] = {
         "model": str(model_folder),
         "corpus": CorpusSpec(name=str(tmp_path)),

@@ -22,8 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from sae_harvest.train.kernels import AdamNumbers, Gradients, Pairs
-from sae_harvest.train.kernels.triton_ops import TritonKernels
+from sae_harvest.train.sae.kernels import AdamNumbers, Gradients, Pairs
+from sae_harvest.train.sae.kernels.triton_ops import TritonKernels
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ROWS, D_IN, N_LATENTS, K = 128, 768, 16_384, 32

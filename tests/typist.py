@@ -41,16 +41,16 @@ import uvicorn
 import yaml
 from click.testing import CliRunner
 
-import sae_harvest.harvest.cli
+import sae_harvest.harvest.commands.cli
 import sae_harvest.pipelines.cli
-import sae_harvest.pipelines.features.cli
-import sae_harvest.train.cli
+import sae_harvest.pipelines.features.commands.cli
+import sae_harvest.train.commands.cli
 from tests.pages import ROOT, Block, commands
 
 MAINS = {
-    "harvest": sae_harvest.harvest.cli.main,
-    "train-sae": sae_harvest.train.cli.main,
-    "sae-features": sae_harvest.pipelines.features.cli.main,
+    "harvest": sae_harvest.harvest.commands.cli.main,
+    "train-sae": sae_harvest.train.commands.cli.main,
+    "sae-features": sae_harvest.pipelines.features.commands.cli.main,
     "sae-pipeline": sae_harvest.pipelines.cli.main,
 }
 ROWS = 8192  # of every store

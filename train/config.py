@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sae_harvest.store.numbers import Count
+from sae_harvest.common.numbers import Count
 from sae_harvest.store.rules import RowRule
 
 Normalization = Literal["none", "scale", "unit_norm", "layer_norm"]
@@ -148,7 +148,7 @@ class TrainConfig(BaseModel):
     2441
 
     The loss is the squared error of the normalised rows over their total variance, plus
-    penalties; see `train.objectives` for each formula.
+    penalties; see `train.step.objectives` for each formula.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -17,14 +17,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from sae_harvest.harvest.discovery import probe
-from sae_harvest.harvest.models import load_model
-from sae_harvest.harvest.sites import Site
-from sae_harvest.pipelines.features.dictionary import sae_fits
+from sae_harvest.common.errors import InputError
+from sae_harvest.harvest.model.discovery import probe
+from sae_harvest.harvest.model.models import load_model
+from sae_harvest.harvest.model.sites import Site
+from sae_harvest.pipelines.features.encoding.dictionary import sae_fits
 from sae_harvest.pipelines.source import model_of
-from sae_harvest.store.errors import InputError
 from sae_harvest.store.reader import ActivationStore
-from sae_harvest.train.sae import SAE
+from sae_harvest.train.sae.sae import SAE
 
 BATCH_TOKENS = 1024  # logits are [tokens, vocabulary], in float32
 RESIDUAL = ("resid_pre", "resid_post")

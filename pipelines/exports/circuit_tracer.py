@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from sae_harvest.common.errors import InputError
 from sae_harvest.pipelines.exports.files import gzipped, json_bytes
 from sae_harvest.pipelines.exports.tables import Context, Latent, Tables, fiftieths, heights
-from sae_harvest.pipelines.features.folder import DECILES
-from sae_harvest.store.errors import InputError
+from sae_harvest.pipelines.features.tables.folder import DECILES
 
 INDEX = "index.json.gz"
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from sae_harvest.store.console import Progress, output, when_interrupted
-from sae_harvest.store.options import NameOption, PathOption, PlaceOption
-from sae_harvest.store.paths import shown
+from sae_harvest.common.console import Progress, output, when_interrupted
+from sae_harvest.common.options import NameOption, PathOption, PlaceOption
+from sae_harvest.common.paths import shown
 
 FORMATS = ("neuronpedia", "delphi", "openai", "circuit-tracer")
 

@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sae_harvest.harvest.models import ResolvedModel, resolve_model
+from sae_harvest.common.errors import InputError, RunError
+from sae_harvest.harvest.model.models import ResolvedModel, resolve_model
 from sae_harvest.pipelines.exports.hookpoints import hookpoint
 from sae_harvest.pipelines.exports.tables import Tables
 from sae_harvest.pipelines.source import Moved, store_of
-from sae_harvest.store.errors import InputError, RunError
 from sae_harvest.store.reader import ActivationStore
-from sae_harvest.train.files import write_json
+from sae_harvest.train.run.files import write_json
 
 FOLDER = "latents"
 SPLIT_FIRINGS = 1 << 24  # of a file, which delphi holds in memory, with 28 bytes each

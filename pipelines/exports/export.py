@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sae_harvest.common.errors import InputError
+from sae_harvest.common.parsing import safe_name
 from sae_harvest.pipelines.exports import circuit_tracer, delphi, neuronpedia, openai
 from sae_harvest.pipelines.exports.files import new_folder
 from sae_harvest.pipelines.exports.selection import parse_latents
 from sae_harvest.pipelines.exports.tables import Tables
-from sae_harvest.pipelines.features.folder import firing_files
+from sae_harvest.pipelines.features.tables.folder import firing_files
 from sae_harvest.pipelines.source import Moved
-from sae_harvest.store.errors import InputError
-from sae_harvest.store.parsing import safe_name
 
 BY_LATENT = {
     "neuronpedia": neuronpedia.write,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sae_harvest.store.errors import RunError
+from sae_harvest.common.errors import RunError
 from sae_harvest.store.objects import make_folder
 
 LEVEL = 5

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from sae_harvest.harvest.discovery import BlockLab, probe
-from sae_harvest.harvest.models import ResolvedModel, load_model
-from sae_harvest.harvest.sites import Site
-from sae_harvest.store.errors import InputError
+from sae_harvest.common.errors import InputError
+from sae_harvest.harvest.model.discovery import BlockLab, probe
+from sae_harvest.harvest.model.models import ResolvedModel, load_model
+from sae_harvest.harvest.model.sites import Site
 
 
 def hookpoint(model: ResolvedModel, site: Site) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow.compute as pc
 import xxhash
 
+from sae_harvest.common.errors import InputError
 from sae_harvest.pipelines.exports.files import write_lines
 from sae_harvest.pipelines.exports.tables import (
     BARS,
@@ -28,8 +29,7 @@ from sae_harvest.pipelines.exports.tables import (
     heights,
     shortest,
 )
-from sae_harvest.pipelines.features.folder import DECILES
-from sae_harvest.store.errors import InputError
+from sae_harvest.pipelines.features.tables.folder import DECILES
 
 LONGEST = 80  # letters of a name, which becomes one of a folder
 BATCH = 256  # latents of a file

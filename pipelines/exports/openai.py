@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sae_harvest.common.errors import InputError
 from sae_harvest.pipelines.exports.files import json_bytes
 from sae_harvest.pipelines.exports.tables import Context, Latent, Tables
-from sae_harvest.pipelines.features.folder import DECILES
-from sae_harvest.store.errors import InputError
+from sae_harvest.pipelines.features.tables.folder import DECILES
 
 BAR_WIDTH = 0.2  # fixed in the viewer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from sae_harvest.store.errors import InputError
+from sae_harvest.common.errors import InputError
 
 
 def parse_latents(text: str | None, n_latents: int) -> list[range]:

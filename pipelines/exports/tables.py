@@ -13,10 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sae_harvest.harvest.sites import Site
+from sae_harvest.common.errors import RunError
+from sae_harvest.common.paths import exact_file
+from sae_harvest.harvest.model.sites import Site
 from sae_harvest.pipelines.exports.selection import pieces
-from sae_harvest.pipelines.features import kernels
-from sae_harvest.pipelines.features.checks import (
+from sae_harvest.pipelines.features.counting import kernels
+from sae_harvest.pipelines.features.counting.profile import decile_edges
+from sae_harvest.pipelines.features.tables.checks import (
     check_columns,
     check_context,
     check_histogram,
@@ -24,12 +27,9 @@ from sae_harvest.pipelines.features.checks import (
     require_tables,
     require_whole,
 )
-from sae_harvest.pipelines.features.folder import EXPLANATIONS, FIRINGS, firing_files
-from sae_harvest.pipelines.features.profile import decile_edges
-from sae_harvest.pipelines.features.tables import quantiles
-from sae_harvest.pipelines.features.texts import pieces as texts_of_tokens
-from sae_harvest.store.errors import RunError
-from sae_harvest.store.paths import exact_file
+from sae_harvest.pipelines.features.tables.folder import EXPLANATIONS, FIRINGS, firing_files
+from sae_harvest.pipelines.features.tables.texts import pieces as texts_of_tokens
+from sae_harvest.pipelines.features.tables.writers import quantiles
 
 HISTOGRAM_COLUMNS = ("latent", "bin", "low", "high", "count")
 LARGEST_BAR = 2**32

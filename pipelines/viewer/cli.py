@@ -8,11 +8,11 @@ from pathlib import Path
 
 import click
 
+from sae_harvest.common.console import Progress, output, when_interrupted
+from sae_harvest.common.errors import InputError
+from sae_harvest.common.options import NameOption, PathOption, PlaceOption
+from sae_harvest.common.paths import shown
 from sae_harvest.pipelines.options import features_option
-from sae_harvest.store.console import Progress, output, when_interrupted
-from sae_harvest.store.errors import InputError
-from sae_harvest.store.options import NameOption, PathOption, PlaceOption
-from sae_harvest.store.paths import shown
 
 compare_option = click.option(
     "--compare",

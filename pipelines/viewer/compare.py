@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sae_harvest.common.errors import InputError
 from sae_harvest.pipelines.source import sae_of
 from sae_harvest.pipelines.viewer.tables import Tables, plain
-from sae_harvest.store.errors import InputError
 
 BLOCK = 1024  # decoder rows compared at a time
 

@@ -6,8 +6,12 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
-from sae_harvest.pipelines.features.checks import check_context, check_histogram, check_latent
-from sae_harvest.pipelines.features.folder import DECILES
+from sae_harvest.pipelines.features.tables.checks import (
+    check_context,
+    check_histogram,
+    check_latent,
+)
+from sae_harvest.pipelines.features.tables.folder import DECILES
 from sae_harvest.pipelines.viewer.tables import Tables, plain
 
 MERGED_BINS = 4  # of 16 an octave: what a small drawing can show

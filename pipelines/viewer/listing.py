@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sae_harvest.common.errors import InputError
 from sae_harvest.pipelines.viewer.tables import SUMMARY, Tables
-from sae_harvest.store.errors import InputError
 
 PAGE = 50
 

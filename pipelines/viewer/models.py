@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from sae_harvest.common.errors import InputError, SaeHarvestError
 from sae_harvest.pipelines.live import LiveModel
 from sae_harvest.pipelines.steer import Clamp, generate
 from sae_harvest.pipelines.viewer.tables import Tables, plain
 from sae_harvest.pipelines.viewer.unusual import Unusual
-from sae_harvest.store.errors import InputError, SaeHarvestError
 
 LONGEST_TEXT = 5_000  # characters of a text or prompt
 MOST_TOKENS = 200  # generated

@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from sae_harvest.store.errors import InputError, RunError
+from sae_harvest.common.errors import InputError, RunError
 
 NOTES_FILE = "notes.sqlite"
 LONGEST_NOTE = 20_000  # characters

@@ -10,12 +10,12 @@ from typing import Any
 
 from starlette.datastructures import QueryParams
 
+from sae_harvest.common.errors import InputError
+from sae_harvest.common.parsing import parse_json
 from sae_harvest.pipelines.steer import MAX_SEED, Clamp
 from sae_harvest.pipelines.viewer.listing import PAGE, Listing
 from sae_harvest.pipelines.viewer.notes import Notes
 from sae_harvest.pipelines.viewer.tables import SUMMARY
-from sae_harvest.store.errors import InputError
-from sae_harvest.store.parsing import parse_json
 
 MOST_ROWS = 500
 MOST_DIGITS = 15

@@ -11,10 +11,10 @@ import torch
 import uvicorn
 from starlette.types import ASGIApp
 
+from sae_harvest.common.errors import InputError
 from sae_harvest.pipelines.viewer.connections import CONNECTIONS, STRANGERS, Connection
 from sae_harvest.pipelines.viewer.guard import is_loopback
 from sae_harvest.pipelines.viewer.server import Viewer, make_app
-from sae_harvest.store.errors import InputError
 
 
 def run_server(

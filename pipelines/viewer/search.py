@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sae_harvest.pipelines.features.checks import check_context
+from sae_harvest.common.errors import InputError, RunError
+from sae_harvest.pipelines.features.tables.checks import check_context
 from sae_harvest.pipelines.viewer.latent import compact
 from sae_harvest.pipelines.viewer.tables import Tables
-from sae_harvest.store.errors import InputError, RunError
 
 LONGEST = 200  # characters of a question
 FOUND = 30  # latents listed per kind of search

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from sae_harvest.common.errors import InputError, RunError, SaeHarvestError
 from sae_harvest.pipelines.live import LiveModel
 from sae_harvest.pipelines.viewer.compare import Comparison
 from sae_harvest.pipelines.viewer.guard import BODY_SECONDS, Guard
@@ -41,7 +42,6 @@ from sae_harvest.pipelines.viewer.search import search
 from sae_harvest.pipelines.viewer.sql import FencedSQL
 from sae_harvest.pipelines.viewer.stream import Stream
 from sae_harvest.pipelines.viewer.tables import Tables
-from sae_harvest.store.errors import InputError, RunError, SaeHarvestError
 
 STATIC = Path(__file__).parent / "static"
 

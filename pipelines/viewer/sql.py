@@ -13,11 +13,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from sae_harvest.pipelines.features.folder import check_tables, require_run
-from sae_harvest.pipelines.features.query import first_line
+from sae_harvest.common.errors import InputError
+from sae_harvest.pipelines.features.reading.query import first_line
+from sae_harvest.pipelines.features.tables.folder import check_tables, require_run
 from sae_harvest.pipelines.viewer import sqlworker
 from sae_harvest.pipelines.viewer.models import BusyError
-from sae_harvest.store.errors import InputError
 
 SQL_ROWS, SQL_SECONDS, SQL_MEMORY = 200, 10.0, 10**9
 LONGEST_SQL = 10_000

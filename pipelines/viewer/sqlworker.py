@@ -19,9 +19,9 @@ from typing import Any
 
 import duckdb
 
-from sae_harvest.pipelines.features.query import connect_fenced, only_select
+from sae_harvest.common.errors import SaeHarvestError
+from sae_harvest.pipelines.features.reading.query import connect_fenced, only_select
 from sae_harvest.pipelines.viewer.tables import plain
-from sae_harvest.store.errors import SaeHarvestError
 
 LONGEST_CELL = 2_000  # characters of a value shown
 LARGEST_ANSWER = 4_000_000  # bytes of JSON

@@ -17,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from sae_harvest.store.errors import SaeHarvestError
+from sae_harvest.common.errors import SaeHarvestError
 
 Tell = Callable[[str], bool]  # the text so far; False: nobody wants more
 

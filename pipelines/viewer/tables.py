@@ -11,10 +11,10 @@ from typing import Any
 
 import duckdb
 
-from sae_harvest.pipelines.features.checks import require_tables
-from sae_harvest.pipelines.features.folder import EXPLANATIONS
-from sae_harvest.pipelines.features.query import connect, first_line
-from sae_harvest.store.errors import InputError, RunError
+from sae_harvest.common.errors import InputError, RunError
+from sae_harvest.pipelines.features.reading.query import connect, first_line
+from sae_harvest.pipelines.features.tables.checks import require_tables
+from sae_harvest.pipelines.features.tables.folder import EXPLANATIONS
 
 QUERY_SECONDS = 20.0
 KEPT_DOCUMENTS = 1_000_000  # above this they are looked up in the file

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from sae_harvest.common.errors import RunError
 from sae_harvest.pipelines.viewer.tables import Tables
-from sae_harvest.store.errors import RunError
 
 QUANTILES = (10, 25, 50, 75, 90, 99)
 STATISTICS = (

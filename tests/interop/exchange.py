@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_harvest.train.config import SAEConfig
-from sae_harvest.train.formats import format_named
-from sae_harvest.train.formats.reading import Origin
-from sae_harvest.train.sae import SAE
+from sae_harvest.train.sae.formats import format_named
+from sae_harvest.train.sae.formats.reading import Origin
+from sae_harvest.train.sae.sae import SAE
 
 PEERS = Path(__file__).parents[2] / ".venv-peers"
 SCRIPTS = Path(__file__).with_name("scripts")

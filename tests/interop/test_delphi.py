@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from sae_harvest.pipelines.exports import delphi
-from sae_harvest.pipelines.features.delphi_cache import DelphiCache
+from sae_harvest.pipelines.features.encoding.delphi_cache import DelphiCache
 from sae_harvest.store.reader import ActivationStore
 from tests.export_cases import built, exported
 from tests.feature_cases import read_table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sae_harvest.train.formats.reading import Origin
+from sae_harvest.train.sae.formats.reading import Origin
 from tests.interop.exchange import D, check_ours, check_theirs, exchange, random_sae
 
 pytestmark = pytest.mark.slow  # imports that package

@@ -1,0 +1,273 @@
+"""The `harvest` command: plan, run, status, verify, show, export, merge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Column, Table
+
+from sae_harvest.common.console import (
+    SAME_COMMAND,
+    Commands,
+    Progress,
+    output,
+    store_option,
+    when_interrupted,
+)
+from sae_harvest.common.numbers import CountRange
+from sae_harvest.common.options import PlaceOption
+from sae_harvest.common.paths import absolute, shown
+from sae_harvest.harvest.commands.cli_stores import export, merge
+from sae_harvest.harvest.commands.request import make_config, request_options
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="sae-harvest")
+def main() -> None:
+    """Activations of a language model over text, in a store that zarr and dask can read.
+
+    \b
+    harvest run --model gpt2 --layer 8
+    harvest run --model smollm2-135m --corpus news --layer 12 --tokens 262144
+    """
+
+
+@main.command()
+@request_options
+def plan(**given: Any) -> None:
+    """Print what a harvest would take, before any work.
+
+    \b
+    harvest plan --model smollm2-135m --layer 12 --tokens 262144
+    """
+    from sae_harvest.harvest.run.plan import estimate
+
+    def say(line: str) -> None:
+        click.echo(line, err=True)
+
+    table = Table("what", Column("value", overflow="fold"), box=None)
+    for name, value in estimate(make_config(given), given["device"], say).items():
+        table.add_row(name, value)
+    output().print(table)
+
+
+def means_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of what runs the model."""
+    options = [
+        click.option(
+            "--workers",
+            type=click.IntRange(min=0),
+            default=1,
+            show_default=True,
+            help="Ray workers; 0 runs in this process without Ray.",
+        ),
+        click.option("--address", help="Of a running Ray cluster, host:port or auto."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@request_options
+@click.option(
+    "--store",
+    type=PlaceOption(),
+    help="Where to write: a folder or s3://bucket/prefix; default runs/MODEL-SITE/store.",
+)
+@means_options
+@click.option(
+    "--shards",
+    "only",
+    metavar="FIRST:LAST",
+    help="Work on these shards only, LAST left out; `harvest merge` joins what several did.",
+)
+def run(
+    store: str | None, workers: int, address: str | None, only: str | None, **given: Any
+) -> None:
+    """Harvest activations; the same command, run again, continues.
+
+    \b
+    harvest run --model gpt2 --layer 8
+    """
+    config = make_config(given)
+    if store is None:
+        name = Path(given["model"]).resolve().name
+        store = absolute(f"runs/{name}-{'-'.join(config.sites)}/store")
+    means = make_means(workers, given["device"], address)
+    result = harvest_with_bar(config, store, means, parse_shards(only))
+    rate = f", {result.rows_run / result.seconds:,.0f} tokens/s" if result.rows_run else ""
+    ending = (
+        f"Digest {result.digest}."
+        if result.digest
+        else "Not sealed: shards that this run was not to do are missing."
+    )
+    if config.tokens == "all" and result.digest:
+        ending = f"The corpus holds {result.rows:,} tokens in whole contexts. {ending}"
+    output().print(
+        f"{shown(store)}: {result.rows:,} rows of {', '.join(config.sites)}, "
+        f"{result.rows_run:,} of them now{rate}. {ending}",
+        soft_wrap=True,
+    )
+
+
+def parse_shards(text: str | None) -> range | None:
+    """`4:8` as range(4, 8); a usage error for anything else."""
+    if text is None:
+        return None
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise click.UsageError(f"--shards {text} is not FIRST:LAST, such as 0:100.")
+    return range(int(first), int(last))
+
+
+def make_means(workers: int, device: str, address: str | None) -> Any:
+    """The Means of the options; a usage error for a cluster without workers."""
+    from sae_harvest.harvest.run.driver import Means
+
+    if address is not None and workers == 0:
+        raise click.UsageError(
+            "--address names a cluster and --workers 0 uses none; leave one out."
+        )
+    return Means(workers=workers, device=device, address=address)
+
+
+def harvest_with_bar(config: Any, store: str | Path, means: Any, only: range | None = None) -> Any:
+    """`harvest.run.driver.run` with its progress shown."""
+    from sae_harvest.harvest.run.driver import run as harvest
+
+    with when_interrupted(lambda: kept(store)), Progress("tokens") as progress:
+        report = progress.counting("harvesting", tokens_rate)
+        return harvest(config, store, means, only, report, progress.say)
+
+
+def tokens_rate(speed: float) -> str:
+    return f"{speed:,.0f} tokens/s"
+
+
+def kept(store: str | Path) -> str:
+    """The sentence that says what an interrupted harvest leaves, and how to go on."""
+    from sae_harvest.common.errors import SaeHarvestError
+    from sae_harvest.store.commits import committed_shards
+    from sae_harvest.store.objects import open_objects
+
+    try:
+        n = len(committed_shards(open_objects(store)))
+    except SaeHarvestError as error:  # a bucket that is out of reach now
+        return f"What was committed is kept ({error}) The same command continues."
+    return f"{n} shard{'s' * (n != 1)} committed in {shown(store)}; the same command continues."
+
+
+@main.command()
+@store_option
+def status(store: str) -> None:
+    """How far a harvest is, from any terminal.
+
+    \b
+    harvest status --store runs/demo/store
+    """
+    from sae_harvest.harvest.run.log import log_path
+    from sae_harvest.harvest.run.status import describe_status
+    from sae_harvest.store.objects import open_objects
+
+    objects = open_objects(store)
+    output().print(f"{shown(store)}: {describe_status(objects)}.", soft_wrap=True)
+    log = log_path(objects.place)
+    if log is not None and log.exists():
+        output().print(f"Log: {log}", soft_wrap=True)
+
+
+@main.command()
+@store_option
+@click.option("--repair", is_flag=True, help="Harvest the damaged shards again.")
+@means_options
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
+def verify(store: str, repair: bool, workers: int, address: str | None, device: str) -> None:
+    """Re-read and re-hash every object; name each damaged one, and mend it if asked to.
+
+    \b
+    harvest verify --store runs/demo/store
+    """
+    from sae_harvest.common.errors import DamagedError, UnfinishedError
+    from sae_harvest.store.maintenance.verify import verify as check
+    from sae_harvest.store.objects import open_objects
+
+    name = shown(store)
+    if repair:
+        report = repair_with_bar(store, make_means(workers, device, address))
+    else:
+        with Progress("bytes") as progress:
+            show = progress.counting("verifying", lambda speed: f"{speed / 1e9:,.2f} GB/s")
+            report = check(open_objects(store), show)
+    for item in report.damage:
+        click.echo(item.sentence, err=True)
+    for key in report.leftovers:
+        click.echo(f"{name}/{key} is left over from a killed writer; it is not data.", err=True)
+    if report.damage:
+        raise DamagedError(
+            f"{name} has {len(report.damage)} damaged objects, named above; `harvest verify "
+            "--repair` harvests their shards again."
+        )
+    if not report.shards:
+        raise UnfinishedError(
+            f"{name} holds no shard: its harvest was stopped before the first one; run the same "
+            "`harvest run` again."
+        )
+    digest = f"Digest {report.digest}." if report.digest else "Not sealed yet."
+    beyond = f" {report.beyond_seal} of the shards are not sealed yet." * bool(
+        report.digest and report.beyond_seal
+    )
+    output().print(
+        f"{name}: {report.shards} shards, {report.objects} objects, {report.n_bytes:,} bytes, "
+        f"all as committed. {digest}{beyond}",
+        soft_wrap=True,
+    )
+
+
+def repair_with_bar(store: str, means: Any) -> Any:
+    """`harvest.run.driver.repair` with its progress; tells what was done; the report afterwards."""
+    from sae_harvest.harvest.run.driver import repair as mend
+
+    with when_interrupted(SAME_COMMAND), Progress("tokens") as progress:
+        before, after = mend(store, means, progress.counting("repairing", tokens_rate))
+    for item in before.damage:
+        click.echo(item.sentence, err=True)
+    shards = sorted({item.shard for item in before.damage if item.shard is not None})
+    place = shown(store)
+    again = f"shards harvested again: {', '.join(map(str, shards)) or 'none'}"
+    output().print(f"{place}: {len(before.damage)} damaged objects; {again}.", soft_wrap=True)
+    if before.sealed_digest and after.digest and before.sealed_digest != after.digest:
+        output().print(
+            f"The digest changed from {before.sealed_digest}: this machine or its software "
+            "computes other last bits than those that were lost.",
+            soft_wrap=True,
+        )
+    return after
+
+
+@main.command()
+@store_option
+@click.option("--row", type=CountRange(min=0), help="Where one row comes from, instead.")
+def show(store: str, row: int | None) -> None:
+    """What a store holds: model, text, sites, statistics, outlier rows.
+
+    \b
+    harvest show --store runs/demo/store
+    harvest show --store runs/demo/store --row 1234
+    """
+    if row is None:
+        from sae_harvest.harvest.inspect.show import describe
+    else:
+        from sae_harvest.harvest.inspect.provenance import describe_row
+
+    for table in describe(store) if row is None else describe_row(store, row):
+        output().print(table)
+
+
+main.add_command(merge)
+main.add_command(export)

@@ -1,0 +1,1 @@
+"""Views of a store: summary, origin of a row, export."""

@@ -1,0 +1,308 @@
+"""A store's rows in the files that other tools open: Parquet, or safetensors.
+
+    OUT/
+      export.json                what was exported from which store; the files, with rows and bytes
+      documents/000000.parquet   id, source, title, url of every document (and its text, if kept)
+      <site>/000000.parquet      or .safetensors: the rows of one shard
+
+A file appears whole or not at all, so that an interrupted export goes on with the files it lacks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field
+
+from sae_harvest.common.errors import InputError
+from sae_harvest.common.parsing import parse_json
+from sae_harvest.store.objects import Buffer, Objects, open_objects, require_space
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.records import digest_of
+from sae_harvest.store.rules import RowRule
+from sae_harvest.store.tables import encode_table
+
+EXPORT_KEY = "export.json"
+SMALL_BYTES_PER_ROW = 48  # of everything but the activation, generously
+SMALL_COLUMNS = {
+    "row": pa.int64(),
+    "context": pa.int64(),
+    "position": pa.int32(),
+    "token": pa.int32(),
+    "document": pa.int64(),
+    "norm": pa.float32(),
+}
+
+Progress = Callable[[int, int], None]  # rows written, rows to write, over all sites
+
+
+class ExportConfig(BaseModel):
+    """What to export, and as what."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["parquet", "safetensors"] = Field(description="of the files with rows")
+    sites: tuple[str, ...] = Field(default=(), description="empty: every site of the store")
+    shards: tuple[int, int] | None = Field(
+        default=None, description="first and last-plus-one shard; all if left out"
+    )
+    without_outliers: bool = Field(
+        default=False, description="leave out rows above five medians of their shard's norms"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What lies in the folder: files with rows, their rows over all sites, bytes of everything."""
+
+    files: int
+    rows: int
+    n_bytes: int
+
+
+def export(
+    place: str | Path,
+    out: str | Path,
+    config: ExportConfig,
+    on_progress: Progress = lambda done, todo: None,
+) -> Exported:
+    """Write the rows of a sealed store into `out`, a folder or s3://bucket/prefix.
+
+    Raises:
+        NotAStoreError, UnfinishedError, DamagedError: as `ActivationStore.open` and reading.
+        InputError: no such site or shards; another export or something else is at `out`.
+        StoreError: `out` cannot be written, or is too small.
+    """
+    store = ActivationStore.open(place)
+    target = open_objects(out)
+    sites = tuple(dict.fromkeys(store.site(site) for site in config.sites or store.sites))
+    first, last = _shards(store, config.shards)
+    request = _request(store, config, sites, first, last)
+    _check_target(target, request)
+    there = set(target.keys(""))
+    _check_space(target, store, sites, first, last, there, config)
+    _write_summary(target, request, None)
+    # A document is listed with the first shard that holds a part of it, so that those of the
+    # shards before may be referred to as well.
+    for shard in range(last):
+        key = f"documents/{shard:06d}.parquet"
+        if key not in there:
+            target.replace(key, [encode_table(store.documents(shard))])
+    done = 0
+    todo = (store.shard_span(last - 1)[1] - store.shard_span(first)[0]) * len(sites)
+    files: dict[str, dict[str, int]] = {}
+    for shard in range(first, last):
+        start, stop = store.shard_span(shard)
+        for site in sites:
+            key = file_key(config, site, shard)
+            keep = np.ones(stop - start, np.bool_)
+            if config.without_outliers:
+                keep = store.selected_in_shard(site, RowRule(split="all"), shard)
+            if key not in there:
+                encode = _parquet if config.format == "parquet" else _safetensors
+                target.replace(key, encode(_Part(store, site, shard, keep), request))
+            files[key] = {"rows": int(keep.sum()), "bytes": target.size(key) or 0}
+            done += stop - start
+            on_progress(done, todo)
+    _write_summary(target, request, files)
+    for key in target.leftovers():
+        target.remove(key)
+    n_bytes = sum(target.size(key) or 0 for key in target.keys(""))
+    return Exported(len(files), sum(file["rows"] for file in files.values()), n_bytes)
+
+
+def file_key(config: ExportConfig, site: str, shard: int) -> str:
+    """Name below the export's folder of the rows of one shard of one site."""
+    return f"{site}/{shard:06d}.{config.format}"
+
+
+class _Part:
+    """The rows of one shard of one site that are exported."""
+
+    def __init__(
+        self, store: ActivationStore, site: str, shard: int, keep: npt.NDArray[np.bool_]
+    ) -> None:
+        self.store, self.site, self.shard = store, site, shard
+        self.first, self.stop = store.shard_span(shard)
+        self._keep = keep
+        length = store.context_length
+        tokens = store.tokens(self.first // length, self.stop // length)
+        documents, _ = store.row_documents(shard)
+        self.rows = np.flatnonzero(keep) + self.first
+        self.tokens = tokens.reshape(-1)[keep]
+        self.documents = documents[keep]
+        self.norms = store.norms(site, self.first, self.stop)[keep]
+
+    def blocks(self) -> Iterator[tuple[slice, npt.NDArray[Any]]]:
+        """Which of `rows`, and their activations, a chunk of the store at a time."""
+        at, size = 0, self.store.chunk_rows(self.site)
+        for start in range(self.first, self.stop, size):
+            stop = min(start + size, self.stop)
+            keep = self._keep[start - self.first : stop - self.first]
+            x = self.store.read(self.site, start, stop)[keep]  # [kept, width]
+            yield slice(at, at + len(x)), x
+            at += len(x)
+
+
+def _parquet(part: _Part, request: dict[str, Any]) -> list[Buffer]:
+    """A row group for each chunk of the store. A BOS belongs to no document: null."""
+    width, length = part.store.width(part.site), part.store.context_length
+    values = pa.list_(pa.from_numpy_dtype(part.store.dtype), width)
+    schema = pa.schema(
+        SMALL_COLUMNS | {"activation": values},
+        metadata={"sae_harvest": json.dumps(_metadata(part, request))},
+    )
+    sink = pa.BufferOutputStream()
+    # Activations neither compress nor repeat: trying would take most of the time.
+    with pq.ParquetWriter(
+        sink,
+        schema,
+        compression=dict.fromkeys(SMALL_COLUMNS, "zstd") | {"activation.list.element": "none"},
+        use_dictionary=["token", "document"],
+        write_statistics=list(SMALL_COLUMNS),
+    ) as writer:
+        for here, x in part.blocks():
+            rows, documents = part.rows[here], part.documents[here]
+            columns = {
+                "row": rows,
+                "context": rows // length,
+                "position": (rows % length).astype(np.int32),
+                "token": part.tokens[here],
+                "document": pa.array(documents, mask=documents < 0),
+                "norm": part.norms[here],
+                "activation": pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), width),
+            }
+            writer.write_table(pa.table(columns, schema))
+    return [memoryview(sink.getvalue())]
+
+
+def _safetensors(part: _Part, request: dict[str, Any]) -> list[Buffer]:
+    """Tensors rows int64, tokens int32, norms float32 [rows], activations [rows, width].
+
+    Length of the header, header in JSON, the tensors one after the other. The format's own library
+    would copy them all, and put the metadata in another order each time.
+    """
+    store = part.store
+    x = np.empty((len(part.rows), store.width(part.site)), store.dtype)
+    for here, block in part.blocks():
+        x[here] = block
+    tensors: dict[str, npt.NDArray[Any]] = {
+        "rows": part.rows,
+        "tokens": part.tokens,
+        "norms": part.norms,
+        "activations": x,
+    }
+    metadata = {name: str(value) for name, value in _metadata(part, request).items()}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        dtype = f"{tensor.dtype.kind.upper()}{8 * tensor.itemsize}"  # F16, I64
+        header[name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # so that the first tensor is aligned
+    little = [np.ascontiguousarray(t, t.dtype.newbyteorder("<")) for t in tensors.values()]
+    data = [tensor.reshape(-1).view(np.uint8).data for tensor in little]
+    return [len(encoded).to_bytes(8, "little"), encoded, *data]
+
+
+def _metadata(part: _Part, request: dict[str, Any]) -> dict[str, Any]:
+    """What is said of a file inside it."""
+    return {
+        "exported_by": "sae-harvest",
+        "site": part.site,
+        "shard": part.shard,
+        "store_digest": request["digest"],
+        "plan_hash": request["plan_hash"],
+        "model": request["plan"]["model"]["name"],
+        "dtype": request["dtype"],
+        "without_outliers": request["without_outliers"],
+    }
+
+
+def _request(
+    store: ActivationStore, config: ExportConfig, sites: tuple[str, ...], first: int, last: int
+) -> dict[str, Any]:
+    """What decides every byte of an export."""
+    dtype = f"{store.dtype}, as stored"
+    if store.plan["dtype"] == "int8":
+        dtype = "float32, dequantised from int8; outlier rows from float16"
+    return {
+        "digest": store.digest,
+        "format": config.format,
+        "sites": list(sites),
+        "shards": [first, last],
+        "without_outliers": config.without_outliers,
+        "dtype": dtype,
+        "plan_hash": digest_of(store.plan),
+        "plan": store.plan,
+    }
+
+
+def _shards(store: ActivationStore, shards: tuple[int, int] | None) -> tuple[int, int]:
+    first, last = shards or (0, store.n_shards)
+    if not 0 <= first < last <= store.n_shards:
+        raise InputError(
+            f"{store.place} has the shards 0:{store.n_shards}, got --shards {first}:{last}."
+        )
+    return first, last
+
+
+def _check_target(target: Objects, request: dict[str, Any]) -> None:
+    """`InputError` if something is there that is not this export, begun or finished."""
+    try:
+        found = parse_json(target.read(EXPORT_KEY))
+    except FileNotFoundError:
+        if foreign := target.first_key():
+            raise InputError(
+                f"{target.place} is not empty and holds no export (found {foreign!r}); choose "
+                "another --out or empty it."
+            ) from None
+        return
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(
+            f"{target.place} holds another export, or its {EXPORT_KEY} is damaged; choose another "
+            "--out or remove that file."
+        )
+    if differing := [name for name in request if found.get(name) != request[name]]:
+        raise InputError(
+            f"{target.place} holds another export; differing: {', '.join(differing)}. Choose "
+            "another --out."
+        )
+
+
+def _check_space(
+    target: Objects,
+    store: ActivationStore,
+    sites: tuple[str, ...],
+    first: int,
+    last: int,
+    there: set[str],
+    config: ExportConfig,
+) -> None:
+    """`StoreError` if the disk cannot hold what is still to be written."""
+    need = 0
+    for site in sites:
+        row_bytes = store.width(site) * store.dtype.itemsize + SMALL_BYTES_PER_ROW
+        for shard in range(first, last):
+            if file_key(config, site, shard) not in there:
+                start, stop = store.shard_span(shard)
+                need += (stop - start) * row_bytes
+    require_space(target, need, "export fewer --shards or choose another --out")
+
+
+def _write_summary(
+    target: Objects, request: dict[str, Any], files: dict[str, dict[str, int]] | None
+) -> None:
+    content = request | {"finished": files is not None, "files": files or {}}
+    target.replace(EXPORT_KEY, [json.dumps(content, indent=2).encode() + b"\n"])

@@ -1,0 +1,1 @@
+"""A harvest: request, plan, workers, status, log."""

@@ -1,0 +1,58 @@
+"""The Ray actor that does shards. Importing this module imports nothing else of ours.
+
+A node with other versions of our libraries can so say which, before anything of them is used.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sae_harvest.harvest.run.worker import Done
+    from sae_harvest.harvest.tokens.contexts import ShardInput
+    from sae_harvest.store.layout import Plan
+    from sae_harvest.store.objects import Objects
+
+
+class ShardActor:
+    """A `ShardWorker` as a Ray actor, once it is known that it has the same software.
+
+    It imports our modules only in `start`, after it has compared versions.
+    """
+
+    @staticmethod
+    def versions(libraries: list[str]) -> dict[str, str | None]:
+        """Of the libraries on this machine; builds for other devices are no other version."""
+        found: dict[str, str | None] = {}
+        for name in libraries:
+            try:
+                found[name] = version(name).partition("+")[0]
+            except PackageNotFoundError:
+                found[name] = None
+        return found
+
+    def start(self, expected: dict[str, str | None], worker: dict[str, Any]) -> dict[str, Any]:
+        """Host, process id and versions; makes the worker if the versions are the expected ones."""
+        found = self.versions(list(expected))
+        if found == expected:
+            from sae_harvest.harvest.model.models import ResolvedModel
+            from sae_harvest.harvest.run.worker import ShardWorker
+
+            model = ResolvedModel(**worker["model"])
+            self._worker = ShardWorker(**(worker | {"model": model}))
+        return {"host": platform.node(), "pid": os.getpid(), "versions": found}
+
+    def widths(self) -> dict[str, int]:
+        return self._worker.widths()
+
+    def harvest(self, objects: Objects, plan: Plan, shard: ShardInput) -> Done:
+        return self._worker.harvest(objects, plan, shard)
+
+    def rows_done(self) -> int:
+        return self._worker.rows_done()
+
+    def stop(self) -> None:
+        self._worker.stop()

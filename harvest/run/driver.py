@@ -1,0 +1,324 @@
+"""From a request to a sealed store: plan, hand out shards, commit, seal; grow it, repair it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae_harvest.common.device import choose_device
+from sae_harvest.common.errors import InputError
+from sae_harvest.harvest.run.ahead import Ahead
+from sae_harvest.harvest.run.config import HarvestConfig
+from sae_harvest.harvest.run.log import HarvestLog
+from sae_harvest.harvest.run.pool import Pool, open_pool
+from sae_harvest.harvest.run.prepare import ALL_SHARDS, Prepared, prepare, prepare_again, versions
+from sae_harvest.harvest.run.status import Heartbeat
+from sae_harvest.harvest.text.folders import sentence
+from sae_harvest.harvest.tokens.contexts import ShardInput
+from sae_harvest.harvest.tokens.shards import missing, runs, shard_inputs
+from sae_harvest.store import layout
+from sae_harvest.store.commits import commit_shard, committed_shards, read_commit, read_plan
+from sae_harvest.store.layout import Plan
+from sae_harvest.store.maintenance.repair import (
+    mend_commit,
+    remove_damaged,
+    remove_untrusted,
+    reseal,
+    restore_plan,
+)
+from sae_harvest.store.maintenance.verify import Report, verify
+from sae_harvest.store.objects import Objects, open_objects, require_space
+from sae_harvest.store.records import digest_of
+from sae_harvest.store.seals import seal, trusted_commits
+from sae_harvest.store.writer import check_place, check_same, create_store, discard
+
+SMALL_BYTES_PER_ROW = 16  # tokens, norms, tables and commit records, generously
+
+Progress = Callable[[int, int | None], None]  # rows done in this run, and to do, if known
+Notify = Callable[[str], None]
+Keep = Callable[[dict[str, Any]], object]  # what becomes of a shard's commit record
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run did.
+
+    digest and rows are those of the sealed store; the digest is None if shards are missing that
+    this run was not to do. rows_run and seconds are this run's share.
+    """
+
+    plan: Plan
+    digest: str | None
+    rows: int
+    rows_run: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What a harvest runs on.
+
+    Attributes:
+        workers: Ray actors; 0 works in this process.
+        device: auto, cpu or cuda.
+        address: of a running Ray cluster; None starts a Ray of our own.
+    """
+
+    workers: int = 1
+    device: str = "auto"
+    address: str | None = None
+
+    @property
+    def resolved_device(self) -> str:
+        """cpu or cuda; a cluster may have the GPU that this machine lacks."""
+        elsewhere = self.address is not None and self.device == "cuda"
+        return self.device if elsewhere else choose_device(self.device)
+
+
+def run(
+    config: HarvestConfig,
+    place: str | Path,
+    means: Means | None = None,
+    only: range | None = None,
+    on_progress: Progress = lambda done, todo: None,
+    notify: Notify = lambda line: None,
+) -> Result:
+    """Harvest into the store at `place`, continue what was begun there, or make it longer.
+
+    Args:
+        only: shards to work on; the others are somebody else's, and without them nothing is
+            sealed.
+        on_progress: called about twice a second.
+        notify: is given a sentence about what of the corpus is left out.
+
+    Raises:
+        SaeHarvestError: any of its kinds; nothing half-written is ever taken for whole.
+    """
+    means = means or Means()
+    objects = open_objects(place)
+    check_place(objects)
+    device = means.resolved_device
+    existing = read_plan(objects) if objects.size(layout.PLAN_KEY) is not None else None
+    prepared = prepare(config, existing, device)
+    n_shards = prepared.n_shards
+    if existing:
+        widths = {s.name: s.width for s in existing.sites}
+        # Another set of sites is another plan; which width it would have does not matter.
+        asked = prepared.plan({s: widths.get(s, 1) for s in config.sites})
+        check_same(objects, existing, asked)
+    if left_out := sentence(config.corpus.name, prepared.corpus.left_out):
+        notify(left_out)
+    done = committed_shards(objects) if existing else []
+    if existing:
+        n_shards = _within_corpus(objects, existing, done, n_shards, prepared.least_contexts)
+    open_end = n_shards == ALL_SHARDS and only is None
+    span = range(n_shards) if only is None else range(n_shards)[only.start : only.stop]
+    todo = missing(done, span)
+    n_todo = None if n_shards == ALL_SHARDS else sum(map(len, todo))
+    if existing and not todo:
+        return _close(objects, existing, n_shards, 0, 0.0)
+    inputs = shard_inputs(prepared, objects, existing, todo, n_shards)
+    heartbeat: Heartbeat | None = None
+    submitted: list[int] = []
+    try:
+        with (
+            HarvestLog(objects.place) as log,
+            closing(Ahead(inputs, prepared.corpus.stop)) as ahead,
+        ):
+            _log_left_out(prepared, log)
+            # Where the corpus may have too little, or nothing more, that is said before any work.
+            if prepared.may_be_short or (existing and open_end):
+                ended = ahead.ended()
+                if existing and open_end and ended:
+                    return _close(objects, existing, len(done), 0, 0.0)
+            with _pool(prepared, means, device, log) as pool:  # tokenizes while the workers start
+                plan = prepared.plan(pool.widths())
+                need = bytes_per_row(plan) * (n_todo or 1) * plan.shard_rows
+                require_space(objects, need, "ask for fewer --tokens or use another --store")
+                ahead.ready(wait=True)  # as far as that is known before anything is created
+                plan = create_store(objects, plan, versions())
+                log.write(f"plan {plan.hash}: {_amount(n_todo, n_shards)}")
+                total = None if n_shards == ALL_SHARDS else n_shards
+                with Heartbeat(objects, plan, total, log.write) as heartbeat:
+                    work = _Work(objects, plan, pool, n_todo, on_progress, heartbeat, len(done))
+                    heartbeat.update(len(done), [], 0, work.todo_rows)
+                    submitted = work.submitted
+                    work.run(ahead, lambda record: commit_shard(objects, record), again=False)
+        prepared.corpus.require_unchanged()
+    except InputError:
+        # What was asked cannot be done, and the remedy will be another plan: leave it the place,
+        # unless somebody else can do what was asked, on a machine with other weights say.
+        alone = heartbeat is not None and not heartbeat.others_at_work()
+        if existing is None and alone and not committed_shards(objects):
+            discard(objects, plan, submitted)
+        raise
+    if open_end:
+        n_shards = len(committed_shards(objects))
+    return _close(objects, plan, n_shards, work.rows, work.seconds)
+
+
+def _amount(n_todo: int | None, n_shards: int) -> str:
+    return "all that the corpus fills" if n_todo is None else f"{n_todo} of {n_shards} shards to do"
+
+
+def _log_left_out(prepared: Prepared, log: HarvestLog) -> None:
+    corpus = prepared.corpus
+    if line := sentence(corpus.name, corpus.left_out, most=None):
+        log.write(line)
+
+
+def repair(
+    place: str | Path, means: Means, on_progress: Progress = lambda done, todo: None
+) -> tuple[Report, Report]:
+    """Harvest exactly the damaged shards again; what was found before and after.
+
+    Raises:
+        InputError: model or corpus are gone or have changed; nothing was touched.
+        DamagedError: plan.json is damaged, and no seal is there to restore it from.
+    """
+    objects = open_objects(place)
+    restore_plan(objects)
+    plan = read_plan(objects)
+    before = verify(objects, lambda done, total: None)
+    shards = sorted({item.shard for item in before.damage if item.shard is not None})
+    if shards:
+        device = means.resolved_device
+        prepared = prepare_again(plan, device)
+        inputs = shard_inputs(prepared, objects, plan, runs(shards), shards[-1] + 1)
+        with (
+            HarvestLog(objects.place) as log,
+            closing(Ahead(inputs, prepared.corpus.stop)) as ahead,
+            _pool(prepared, means, device, log) as pool,
+        ):
+            _log_left_out(prepared, log)
+            pool.widths()  # the model loads, or this ends before anything is removed
+            sealed = trusted_commits(objects, plan)
+            remove_damaged(objects, before.damage)
+            log.write(f"repairing shards {', '.join(map(str, shards))}")
+            unknown = {item.shard for item in before.damage if item.key.startswith("commits/")}
+            made: dict[int, str] = {}
+
+            def keep(record: dict[str, Any]) -> None:
+                mend_commit(objects, plan, record)
+                if record["shard"] in unknown:
+                    made[record["shard"]] = digest_of(record)
+
+            _Work(objects, plan, pool, len(shards), on_progress).run(ahead, keep, again=True)
+            if wrong := remove_untrusted(objects, plan, made, sealed):
+                log.write(f"repairing all of shards {', '.join(map(str, wrong))}")
+                inputs = shard_inputs(prepared, objects, plan, runs(wrong), wrong[-1] + 1)
+                with closing(Ahead(inputs)) as ahead:
+                    work = _Work(objects, plan, pool, len(wrong), on_progress)
+                    work.run(ahead, keep, again=True)
+        prepared.corpus.require_unchanged()
+    reseal(objects, plan)
+    if any(item.key == layout.STATUS_KEY for item in before.damage):
+        objects.remove(layout.STATUS_KEY)
+    return before, verify(objects, lambda done, total: None)
+
+
+class _Work:
+    """Shards through a pool, each record kept as it comes."""
+
+    def __init__(
+        self,
+        objects: Objects,
+        plan: Plan,
+        pool: Pool,
+        n_shards: int | None,
+        on_progress: Progress,
+        heartbeat: Heartbeat | None = None,
+        already: int = 0,
+    ) -> None:
+        self._objects, self._plan, self._pool = objects, plan, pool
+        self._on_progress, self._heartbeat = on_progress, heartbeat
+        self.todo_rows = None if n_shards is None else n_shards * plan.shard_rows
+        self._already = already
+        self._kept = 0
+        self.submitted: list[int] = []
+        self.rows = 0
+        self.seconds = 0.0
+
+    def run(self, shards: Ahead[ShardInput], keep: Keep, again: bool) -> None:
+        """Hand shards out, never more than the pool holds, until all have come back.
+
+        Args:
+            again: also those that are committed; else another harvest of this store, running at
+                the same time, has just done them.
+        """
+        start = time.perf_counter()
+        exhausted = False
+        while True:
+            pool, flying = self._pool, len(self._pool.in_flight())
+            # Finished shards are not kept waiting for a slow corpus.
+            while not exhausted and flying < pool.capacity and shards.ready(wait=not flying):
+                shard = shards.take()
+                if shard is None:
+                    exhausted = True
+                elif again or self._objects.size(layout.commit_key(shard.shard)) is None:
+                    self.submitted.append(shard.shard)
+                    pool.submit(self._objects, self._plan, shard)
+                    flying += 1
+            if not flying:
+                break
+            for record in self._pool.collect():
+                keep(record)
+                self._kept += 1
+                self.rows += record["rows"]
+            self._tell()
+            self.seconds = time.perf_counter() - start
+
+    def _tell(self) -> None:
+        rows = self._pool.rows_done()
+        if self.todo_rows is not None:
+            rows = min(rows, self.todo_rows)
+        self._on_progress(rows, self.todo_rows)
+        if self._heartbeat is not None:
+            committed = self._already + self._kept
+            self._heartbeat.update(committed, self._pool.in_flight(), rows, self.todo_rows)
+
+
+def _pool(
+    prepared: Prepared, means: Means, device: str, log: HarvestLog
+) -> AbstractContextManager[Pool]:
+    dtype = prepared.fields["compute_dtype"]
+    sites = prepared.config.sites
+    return open_pool(means.workers, prepared.model, sites, dtype, device, means.address, log.write)
+
+
+def _within_corpus(
+    objects: Objects, plan: Plan, done: list[int], n_shards: int, least_contexts: int
+) -> int:
+    """Fewer shards than asked for, if the store holds the corpus' last one and that is enough.
+
+    If it is not enough, one more than there are, so that reading the corpus tells what it holds.
+    """
+    if not done or done != list(range(len(done))) or len(done) > n_shards:
+        return n_shards
+    contexts = read_commit(objects, plan, done[-1])["contexts"]
+    if contexts == plan.contexts_per_shard:
+        return n_shards
+    held = done[-1] * plan.contexts_per_shard + contexts
+    return len(done) if held >= least_contexts else len(done) + 1
+
+
+def _close(objects: Objects, plan: Plan, n_shards: int, rows_run: int, seconds: float) -> Result:
+    """Seal what was asked for, if all of it is there."""
+    done = [shard for shard in committed_shards(objects) if shard < n_shards]
+    whole = done == list(range(len(done))) and (
+        len(done) == n_shards
+        or bool(done and read_commit(objects, plan, done[-1])["contexts"] < plan.contexts_per_shard)
+    )
+    if not whole:
+        return Result(plan, None, len(done) * plan.shard_rows, rows_run, seconds)
+    record = seal(objects, plan, len(done))
+    return Result(plan, record["digest"], record["rows"], rows_run, seconds)
+
+
+def bytes_per_row(plan: Plan) -> int:
+    """Bytes of one row over all sites, side tables included (an upper estimate)."""
+    return sum(s.width * plan.itemsize for s in plan.sites) + SMALL_BYTES_PER_ROW

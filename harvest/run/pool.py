@@ -1,0 +1,137 @@
+"""Pools of workers for shards: Ray actors (`harvest.run.raypool`), or threads of this process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any, Protocol
+
+from sae_harvest.harvest.model.models import ResolvedModel
+from sae_harvest.harvest.run.log import Report
+from sae_harvest.harvest.run.worker import IN_FLIGHT, Done, ShardWorker
+from sae_harvest.harvest.tokens.contexts import ShardInput
+from sae_harvest.store.layout import Plan
+from sae_harvest.store.objects import Objects
+
+POLL_SECONDS = 0.5
+
+
+class Pool(Protocol):
+    """Takes shards and gives commit records back, in any order. Used from one thread.
+
+    `SaeHarvestError` of a worker is raised by `widths` or `collect`.
+    """
+
+    capacity: int  # shards in flight that keep every worker busy
+
+    def widths(self) -> dict[str, int]:
+        """Site → numbers per row; returns when a worker has loaded the model."""
+        ...
+
+    def submit(self, objects: Objects, plan: Plan, shard: ShardInput) -> None: ...
+
+    def collect(self) -> list[dict[str, Any]]:
+        """Commit records of the shards whose objects are all published by now.
+
+        Waits up to half a second for the first; empty if there is none.
+        """
+        ...
+
+    def in_flight(self) -> list[int]:
+        """Numbers of the shards submitted and not yet collected, ascending."""
+        ...
+
+    def rows_done(self) -> int:
+        """Rows through the model so far; those of a worker that died with a shard go again."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class LocalPool:
+    """One worker in this process: no Ray, for notebooks, debugging and tests."""
+
+    capacity = IN_FLIGHT
+
+    def __init__(
+        self,
+        report: Report,
+        model: ResolvedModel,
+        sites: tuple[str, ...],
+        compute_dtype: str,
+        device: str,
+    ) -> None:
+        self._report = report
+        self._worker = ShardWorker(model, sites, compute_dtype, device, threads=None)
+        self._threads = ThreadPoolExecutor(IN_FLIGHT)
+        self._pending: dict[Future[Done], int] = {}  # → shard
+
+    def widths(self) -> dict[str, int]:
+        return self._worker.widths()
+
+    def submit(self, objects: Objects, plan: Plan, shard: ShardInput) -> None:
+        future = self._threads.submit(self._worker.harvest, objects, plan, shard)
+        self._pending[future] = shard.shard
+
+    def collect(self) -> list[dict[str, Any]]:
+        ready, _ = wait(self._pending, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+        records = []
+        for future in ready:
+            del self._pending[future]
+            done = future.result()
+            self._report(sentence(done, "this process"))
+            records.append(done.record)
+        return records
+
+    def in_flight(self) -> list[int]:
+        return sorted(self._pending.values())
+
+    def rows_done(self) -> int:
+        return self._worker.rows_done()
+
+    def close(self) -> None:
+        self._worker.stop()
+        self._threads.shutdown(cancel_futures=True)
+
+
+def sentence(done: Done, worker: str) -> str:
+    """What a worker did, for the log."""
+    return (
+        f"shard {done.record['shard']}: {done.record['rows']:,} rows by {worker}, "
+        f"{done.seconds_model:.1f} s in the model, {done.seconds_write:.1f} s writing"
+    )
+
+
+@contextlib.contextmanager
+def open_pool(
+    workers: int,
+    model: ResolvedModel,
+    sites: tuple[str, ...],
+    compute_dtype: str,
+    device: str,
+    address: str | None,
+    report: Report,
+) -> Iterator[Pool]:
+    """Workers that load the model, until the block is left; then none of them writes any more.
+
+    Args:
+        workers: Ray actors; 0 means this process, without Ray.
+        address: `host:port` of a running Ray cluster, or `auto` for the one on this machine;
+            None starts a Ray of our own.
+        report: is given sentences about the workers: begun, died, done with a shard.
+
+    Raises:
+        RunError: Ray can't be started or reached, or has no room for so many workers.
+    """
+    pool: Pool
+    if workers:
+        from sae_harvest.harvest.run.raypool import RayPool
+
+        pool = RayPool(workers, address, report, model, sites, compute_dtype, device)
+    else:
+        pool = LocalPool(report, model, sites, compute_dtype, device)
+    try:
+        yield pool
+    finally:
+        pool.close()

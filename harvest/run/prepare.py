@@ -1,0 +1,219 @@
+"""From a request to a plan: model, tokenizer and corpus found, everything automatic decided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from transformers import PreTrainedConfig
+
+from sae_harvest.common.errors import InputError
+from sae_harvest.common.parsing import first_line
+from sae_harvest.common.paths import absolute
+from sae_harvest.harvest.model.models import (
+    ResolvedModel,
+    load_config,
+    load_tokenizer,
+    mlp_width,
+    model_fingerprint,
+    pick_dtype,
+    resolve_model,
+    tokenizer_fingerprint,
+)
+from sae_harvest.harvest.model.sites import Site
+from sae_harvest.harvest.run.config import GPU_SHARD_ROWS, HarvestConfig
+from sae_harvest.harvest.text.corpus import Corpus, CorpusSpec, HubCorpus, open_corpus
+from sae_harvest.harvest.tokens.contexts import WINDOW_CONTEXTS, default_bos
+from sae_harvest.harvest.tokens.encoding import end_of_text_id
+from sae_harvest.store.layout import Plan, SitePlan
+
+CPU_SHARD_SECONDS = 30
+CPU_OPERATIONS_A_SECOND = 100 * 10**9  # measured with SmolLM2-135M on two cores
+LEAST_SHARD_ROWS = 4096
+
+ALL_SHARDS = 1 << 40  # more than any corpus fills
+BYTES_PER_TOKEN = 8  # of a file, at most, compressed ones aside
+
+LIBRARIES = ("sae-harvest", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request with everything automatic decided, before any model is loaded."""
+
+    config: HarvestConfig
+    model: ResolvedModel
+    tokenizer: Any
+    corpus: Corpus
+    fields: dict[str, Any]  # of the plan, except the widths of the sites
+
+    def plan(self, widths: dict[str, int]) -> Plan:
+        sites = tuple(SitePlan(name=s, width=widths[s]) for s in self.config.sites)
+        return Plan(sites=sites, **self.fields)
+
+    @property
+    def least_contexts(self) -> int:
+        """Contexts that hold the tokens asked for; of all there are, at least one."""
+        if self.config.tokens == "all":
+            return 1
+        return -(-self.config.tokens // self.config.context_length)
+
+    @property
+    def n_shards(self) -> int:
+        """Whole shards that hold the tokens asked for; `ALL_SHARDS` for all there are."""
+        if self.config.tokens == "all":
+            return ALL_SHARDS
+        return -(-self.least_contexts // self.fields["contexts_per_shard"])
+
+    @property
+    def may_be_short(self) -> bool:
+        """True if the corpus is so small that it may lack the tokens asked for."""
+        tokens, n_bytes = self.config.tokens, self.corpus.n_bytes
+        wanted = self.config.context_length if tokens == "all" else tokens
+        return n_bytes is not None and n_bytes < BYTES_PER_TOKEN * wanted
+
+
+def prepare(config: HarvestConfig, existing: Plan | None, device: str) -> Prepared:
+    """Resolve model, tokenizer and corpus, and decide what is automatic.
+
+    Args:
+        existing: the plan of the store that is continued. It decides the compute dtype and the
+            size of shards where the request leaves them open, so that a harvest can be continued
+            on another processor, and for more tokens.
+
+    Raises:
+        InputError: unknown model or corpus, layer out of range, contexts too long for the model.
+    """
+    model = resolve_model(config.model, config.model_revision)
+    model_config = load_config(model)
+    sites = [Site.parse(name) for name in config.sites]
+    for site in sites:
+        site.check(model_config)
+    if len(set(sites)) < len(sites):
+        raise InputError(f"A site is named twice in {', '.join(config.sites)}.")
+    text_config = model_config.get_text_config(decoder=True)
+    check_context_length(text_config, config.model, config.context_length)
+    tokenizer = load_tokenizer(model)
+    corpus = open_corpus(config.corpus)
+    if isinstance(corpus, HubCorpus) and "tokens" not in config.model_fields_set:
+        raise InputError(
+            f"The dataset {corpus.name} is streamed, and may be larger than any disk; say how many "
+            "tokens to take, with --tokens 1M say, or --tokens all."
+        )
+    compute_dtype: str = config.compute_dtype
+    if compute_dtype == "auto":
+        compute_dtype = existing.compute_dtype if existing else pick_dtype(device)
+    length = config.context_length
+    shard_rows = config.shard_rows
+    if shard_rows is None:
+        usual = default_shard_rows(model_config, max(site.layer for site in sites), device)
+        shard_rows = existing.shard_rows if existing else usual
+        if not existing and config.tokens != "all":
+            shard_rows = min(shard_rows, -(-config.tokens // length) * length)
+    fields = {
+        "model": model_fingerprint(model) | {"name": model_name(model)},
+        "tokenizer": {
+            "xxh3": tokenizer_fingerprint(tokenizer),
+            "vocabulary": len(tokenizer),
+            "end_of_text": end_of_text_id(tokenizer),
+            "beginning_of_text": tokenizer.bos_token_id,
+        },
+        "corpus": config.corpus.model_dump(mode="json")
+        | {"name": corpus.full_name, "fingerprint": corpus.fingerprint()},
+        "context_length": length,
+        "contexts_per_shard": max(1, shard_rows // length),
+        "bos": default_bos(tokenizer) if config.bos == "auto" else config.bos,
+        "seed": config.seed,
+        "window_contexts": WINDOW_CONTEXTS,
+        "document_text": config.keep_text,
+        "dtype": config.dtype,
+        "compute_dtype": compute_dtype,
+        "batch_contexts": max(1, config.batch_tokens // length),
+    }
+    return Prepared(config, model, tokenizer, corpus, fields)
+
+
+def check_context_length(config: Any, model: str, context_length: int) -> None:
+    """`InputError` if contexts are longer than a model sees; some have no limit (XLNet says -1)."""
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and 0 < longest < context_length:
+        raise InputError(
+            f"{model} sees at most {longest} tokens at a time, got contexts of {context_length}; "
+            f"use --context-length {longest} or less."
+        )
+
+
+def default_shard_rows(config: PreTrainedConfig, last_layer: int, device: str) -> int:
+    """Rows of a shard where none are asked for: what an interrupted harvest has to do again.
+
+    On a CPU about half a minute's of two quiet cores. It follows from the request alone and not
+    from a measured speed, so that machines that harvest parts of a store agree. Fewer than 4,096
+    would cost bytes: the commit record of a shard is as large as some 50 rows.
+    """
+    if device != "cpu":
+        return GPU_SHARD_ROWS
+    text = config.get_text_config(decoder=True)
+    width: int = text.hidden_size
+    hidden: int = mlp_width(config) or 4 * width
+    # Of a block with attention and a gated MLP; two operations per weight and token.
+    operations = 2 * (last_layer + 1) * (4 * width**2 + 3 * width * hidden)
+    rows = CPU_SHARD_SECONDS * CPU_OPERATIONS_A_SECOND // operations
+    return min(GPU_SHARD_ROWS, max(LEAST_SHARD_ROWS, 1 << rows.bit_length() >> 1))
+
+
+def prepare_again(plan: Plan, device: str) -> Prepared:
+    """What a store was made from, found again.
+
+    Raises:
+        InputError: model or corpus are gone, or are not what they were.
+    """
+    try:
+        config = _config_of(plan)
+    except ValidationError as error:
+        raise InputError(f"No harvest makes a store of this plan: {first_line(error)}.") from None
+    prepared = prepare(config, plan, device)
+    found = prepared.plan({site.name: site.width for site in plan.sites})
+    if differing := plan.differing_fields(found):
+        raise InputError(
+            f"What the store was made from has changed: {'; '.join(differing)}; put it back as it "
+            "was."
+        )
+    return prepared
+
+
+def _config_of(plan: Plan) -> HarvestConfig:
+    """The request that a plan follows from, for one token."""
+    length = plan.context_length
+    corpus = {name: plan.corpus.get(name) for name in CorpusSpec.model_fields}
+    return HarvestConfig(
+        model=plan.model["name"],
+        model_revision=plan.model.get("revision"),
+        corpus=CorpusSpec.model_validate(corpus),
+        sites=tuple(site.name for site in plan.sites),
+        tokens=1,
+        context_length=length,
+        bos=plan.bos,
+        seed=plan.seed,
+        keep_text=plan.document_text,
+        dtype=plan.dtype,
+        compute_dtype=plan.compute_dtype,
+        batch_tokens=plan.batch_contexts * length,
+        shard_rows=plan.shard_rows,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide the bytes, for provenance."""
+    return {name: version(name) for name in LIBRARIES}
+
+
+def model_name(model: ResolvedModel) -> str:
+    """How the plan names the model: a path in full, so that it is found from any folder."""
+    if model.kind == "directory":
+        return model.path
+    if model.name.endswith(".gguf"):
+        return str(Path(absolute(model.name)).resolve())
+    return model.name

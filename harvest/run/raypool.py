@@ -1,0 +1,294 @@
+"""Shards worked on by Ray actors, on this machine or on a cluster, each replaced when it dies.
+
+Ray itself restarts and retries nothing here: which shard goes where after a death is decided in
+one place, so that a shard that kills its workers is found out and named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter, deque
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from sae_harvest.common import cluster
+from sae_harvest.common.errors import RunError, SaeHarvestError
+from sae_harvest.harvest.model.models import ResolvedModel
+from sae_harvest.harvest.run import raycluster
+from sae_harvest.harvest.run.actor import ShardActor
+from sae_harvest.harvest.run.log import Report
+from sae_harvest.harvest.run.pool import POLL_SECONDS, sentence
+from sae_harvest.harvest.run.prepare import model_name
+from sae_harvest.harvest.run.worker import IN_FLIGHT, Done
+from sae_harvest.harvest.tokens.contexts import ShardInput
+from sae_harvest.store.layout import Plan
+from sae_harvest.store.objects import Objects
+
+START_SECONDS = 300.0  # without any worker; torch from a cold network drive takes a minute
+STOP_SECONDS = 5.0
+DEATHS = 3  # of workers with one shard, or of workers in a row that were loading the model
+
+
+@dataclass(eq=False)
+class _Worker:
+    """An actor, from the moment it was asked for: first starting, then loading, then at work."""
+
+    number: int
+    actor: Any
+    starting: Any  # reference of `start`; None once it has answered
+    loading: Any = None  # reference of `widths`; None before and after
+    at_work: bool = False
+    name: str = ""
+    shards: dict[Any, int] = field(default_factory=dict)  # reference → shard
+    asked: Any = None  # reference of `rows_done`
+    rows: int = 0  # through its model
+    rows_finished: int = 0  # of shards that it has published
+
+
+class RayPool:
+    """Ray actors, each with its share of the cores or one GPU. See `harvest.run.pool.Pool`."""
+
+    def __init__(
+        self,
+        workers: int,
+        address: str | None,
+        report: Report,
+        model: ResolvedModel,
+        sites: tuple[str, ...],
+        compute_dtype: str,
+        device: str,
+    ) -> None:
+        self.capacity = IN_FLIGHT * workers
+        self._report = report
+        self._workers: list[_Worker] = []
+        self._hired = 0
+        self._widths: dict[str, int] | None = None
+        self._inputs: dict[int, tuple[Objects, Plan, ShardInput]] = {}  # of shards in flight
+        self._waiting: deque[int] = deque()  # of those, the ones that no worker has
+        self._deaths: Counter[int] = Counter()  # shard → workers that died with it
+        self._failed_starts = 0  # in a row
+        self._nobody_since: float | None = None
+        self._rows_of_dead = 0
+        cluster.connect(address, workers, "use --workers 0 to do without it")
+        try:
+            gpu = device == "cuda"
+            threads = cluster.threads_per_worker(workers, gpu)
+            self._expected = raycluster.versions()
+            self._options = {
+                "num_cpus": threads,
+                "num_gpus": int(gpu),
+                "max_concurrency": IN_FLIGHT + 1,  # one more answers `rows_done`
+                "max_restarts": 0,
+                "max_task_retries": 0,
+                "scheduling_strategy": "SPREAD",
+            }
+            if address is not None:
+                model = replace(model, name=model_name(model))
+            # The model as a plain dict: a node with other versions has to be able to read it.
+            self._worker = {
+                "model": asdict(model),
+                "sites": sites,
+                "compute_dtype": compute_dtype,
+                "device": device,
+                "threads": threads,
+                "elsewhere": address is not None,
+            }
+            for _ in range(workers):
+                self._hire()
+        except BaseException:
+            self.close()
+            raise
+
+    def widths(self) -> dict[str, int]:
+        while self._widths is None:
+            self._poll(POLL_SECONDS)
+        return self._widths
+
+    def submit(self, objects: Objects, plan: Plan, shard: ShardInput) -> None:
+        self._inputs[shard.shard] = objects, plan, shard
+        self._waiting.append(shard.shard)
+        self._assign()
+
+    def collect(self) -> list[dict[str, Any]]:
+        return self._poll(POLL_SECONDS if self._inputs else 0)
+
+    def in_flight(self) -> list[int]:
+        return sorted(self._inputs)
+
+    def rows_done(self) -> int:
+        """Never waits: each call takes the answers to the questions of the call before."""
+        asked = {w.asked: w for w in self._workers if w.asked is not None}
+        ready = ray.wait(list(asked), num_returns=len(asked), timeout=0)[0] if asked else []
+        lost = {}
+        for reference in ready:
+            worker = asked[reference]
+            worker.asked = None
+            try:
+                worker.rows = ray.get(reference)
+            except RayTaskError:
+                raise
+            except RayError as error:
+                if not worker.shards:  # else these tell of it, and one may be done
+                    lost[worker] = error
+        self._bury(lost)
+        for worker in self._workers:
+            if worker.at_work and worker.asked is None:
+                worker.asked = worker.actor.rows_done.remote()
+        return self._rows_of_dead + sum(max(w.rows, w.rows_finished) for w in self._workers)
+
+    def close(self) -> None:
+        """Stop the workers between two blocks, so that none writes once this returns."""
+        try:
+            ending = [reference for w in self._workers for reference in w.shards]
+            ending += [w.actor.stop.remote() for w in self._workers if w.at_work]
+            if ending:
+                ray.wait(ending, num_returns=len(ending), timeout=STOP_SECONDS)
+            for worker in self._workers:
+                with contextlib.suppress(RayError):  # dead already
+                    ray.kill(worker.actor)
+        finally:
+            ray.shutdown()  # ends a Ray of our own, leaves a cluster
+
+    def _hire(self) -> None:
+        """Ask for one more worker; it joins when Ray has placed it and it has the model."""
+        self._hired += 1
+        actor = ray.remote(ShardActor).options(**self._options).remote()
+        starting = actor.start.remote(self._expected, self._worker)
+        self._workers.append(_Worker(self._hired, actor, starting, name=f"worker {self._hired}"))
+
+    def _assign(self) -> None:
+        """Hand out what waits, the least busy worker first.
+
+        A shard with which a worker has died goes to a worker that has nothing else and gets
+        nothing else: if that one dies as well, it is clear of what.
+        """
+        for shard in list(self._waiting):
+            alone = self._deaths[shard] > 0
+            room = 1 if alone else IN_FLIGHT
+            free = [
+                w
+                for w in self._workers
+                if w.at_work
+                and len(w.shards) < room
+                and not any(self._deaths[other] for other in w.shards.values())
+            ]
+            if not free:
+                return
+            worker = min(free, key=lambda w: len(w.shards))
+            self._waiting.remove(shard)
+            worker.shards[worker.actor.harvest.remote(*self._inputs[shard])] = shard
+
+    def _poll(self, seconds: float) -> list[dict[str, Any]]:
+        """Wait so long for any news, deal with all there is; records of finished shards."""
+        self._look_for_workers()
+        self._assign()
+        of = {reference: w for w in self._workers for reference in _references(w)}
+        if not of:
+            return []
+        if ray.wait(list(of), timeout=seconds)[0]:  # returns with the first
+            ready, _ = ray.wait(list(of), num_returns=len(of), timeout=0)
+        else:
+            ready = []
+        records: list[dict[str, Any]] = []
+        lost: dict[_Worker, RayError] = {}
+        for reference in ready:
+            worker = of[reference]
+            try:
+                answer = ray.get(reference)
+            except RayTaskError as error:
+                if isinstance(error.cause, SaeHarvestError):
+                    raise error.cause from None
+                raise
+            except RayError as error:
+                if problem := raycluster.without_package(error):
+                    raise RunError(problem) from None
+                lost[worker] = error
+                continue
+            if reference == worker.starting:
+                self._started(worker, answer)
+            elif reference == worker.loading:
+                worker.loading, worker.at_work = None, True
+                self._widths = answer
+                self._failed_starts = 0
+            else:
+                records.append(self._finished(worker, reference, answer))
+        self._bury(lost)
+        self._assign()
+        return records
+
+    def _started(self, worker: _Worker, there: dict[str, Any]) -> None:
+        worker.starting = None
+        worker.name += f" on {there['host']} (pid {there['pid']})"
+        if problem := raycluster.mismatch(self._expected, there):
+            if self._widths is None:
+                raise RunError(problem)
+            # A new machine that is not fit for work must not end what others are doing.
+            self._dismiss(worker, problem)
+            return
+        worker.loading = worker.actor.widths.remote()
+        self._report(f"{worker.name} started with {self._worker['threads']} threads")
+
+    def _finished(self, worker: _Worker, reference: Any, done: Done) -> dict[str, Any]:
+        shard = worker.shards.pop(reference)
+        del self._inputs[shard], self._deaths[shard]
+        worker.rows_finished += done.record["rows"]
+        self._report(sentence(done, worker.name))
+        return done.record
+
+    def _bury(self, lost: dict[_Worker, RayError]) -> None:
+        """Take the shards of dead workers back, and ask for others in their place."""
+        for worker, error in lost.items():
+            reason = cluster.reason(error)
+            shards = sorted(worker.shards.values())
+            self._waiting.extendleft(reversed(shards))
+            self._deaths.update(shards)
+            goes = f"; {_named(shards)} to be done by another" if shards else ""
+            self._dismiss(worker, f"{reason}{goes}")
+            for shard in shards:
+                if self._deaths[shard] >= DEATHS:
+                    raise RunError(
+                        f"Shard {shard} has killed {DEATHS} workers, the last because {reason}; "
+                        "what is committed is safe: run the same command again with fewer "
+                        "--workers or on a machine with more memory."
+                    )
+
+    def _dismiss(self, worker: _Worker, why: str) -> None:
+        self._workers.remove(worker)
+        self._rows_of_dead += worker.rows_finished
+        with contextlib.suppress(RayError):  # it may only be out of reach
+            ray.kill(worker.actor)
+        self._report(f"{worker.name} is gone: {why}")
+        self._failed_starts += not worker.at_work
+        if self._failed_starts < DEATHS:
+            self._hire()
+        elif not self._workers:
+            raise RunError(
+                f"{DEATHS} workers in a row died before they had loaded the model, the last "
+                f"because {why}; use fewer --workers or a machine with more memory."
+            )
+
+    def _look_for_workers(self) -> None:
+        """`RunError` when there has been no worker for too long."""
+        if any(w.starting is None for w in self._workers):
+            self._nobody_since = None
+        elif self._nobody_since is None:
+            self._nobody_since = time.monotonic()
+        elif time.monotonic() - self._nobody_since > START_SECONDS:
+            raise RunError(
+                f"No worker came up within {START_SECONDS:.0f} s; {cluster.resources()}. "
+                "What is committed is safe: run the same command again when there is room."
+            )
+
+
+def _references(worker: _Worker) -> list[Any]:
+    """What to wait for of a worker."""
+    first = [r for r in (worker.starting, worker.loading) if r is not None]
+    return [*first, *worker.shards]
+
+
+def _named(shards: list[int]) -> str:
+    return f"shard{'s' * (len(shards) > 1)} {' and '.join(map(str, shards))}"

@@ -1,0 +1,1 @@
+"""Documents of a corpus: files, folders, buckets, the Hub, packaged news."""

@@ -1,0 +1,1 @@
+"""Documents to tokens, contexts and inputs of shards."""

@@ -1,0 +1,269 @@
+"""Documents to tokens: a batch of documents becomes one run of the token stream, and its pieces.
+
+A piece is the part of a document that lies in one context. Its characters come from the offsets
+that the tokenizer keeps; they are asked for at the borders of pieces only, as asking for every
+token costs more than a tenth of tokenizing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xxhash
+
+from sae_harvest.common.errors import InputError
+from sae_harvest.harvest.tokens.segments import Segment, segments
+from sae_harvest.store.tables import TEXT_FIELD
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerBase
+
+    from sae_harvest.harvest.text.documents import Cursor, Document
+
+Columns = dict[str, np.ndarray]
+
+BATCH_DOCUMENTS = 64
+BATCH_CHARS = 4_000_000
+ENCODED_CHARS = 1_000_000  # tokenized at a time: 0.15 GB for as long as it takes
+
+# The marks between documents of pretraining. The EOS token of a chat model ends a turn instead.
+_END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some documents, one after the other, each closed by the end-of-text token.
+
+    tokens     int32 [tokens]
+    pieces     PIECE_SCHEMA, in the order of the stream; contexts and positions without BOS
+    documents  DOCUMENT_SCHEMA, in the order of the corpus; with TEXT_FIELD if asked for
+    start      where it begins, see `Start`
+    """
+
+    tokens: np.ndarray
+    pieces: Columns
+    documents: Columns
+    start: Start
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where in the stream a batch begins.
+
+    corpus    cursor of the corpus, None for its first document
+    document  number of the batch's first document
+    token     number of the batch's first token in the stream
+    """
+
+    corpus: Cursor | None = None
+    document: int = 0
+    token: int = 0
+
+
+def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token put after each document: the one of pretraining if it has one, else its EOS.
+
+    Raises InputError for a tokenizer that has neither.
+    """
+    special = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
+    for text in _END_OF_TEXT:
+        if text in special:
+            return special[text]
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            "The tokenizer has no end-of-text token to put between documents; expected an EOS "
+            "token; use a model whose tokenizer has one."
+        )
+    return tokenizer.eos_token_id
+
+
+class DocumentEncoder:
+    """A private copy of a tokenizer, set to read text as text.
+
+    Control tokens spelled out in a text are cut up like any other characters, nothing is
+    truncated, padded or put around it, and offsets keep their leading spaces. (Vocabularies of
+    unigrams that list their control tokens, as XGLM's does, match them in text all the same.)
+    Raises InputError for a tokenizer that keeps no offsets.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        from tokenizers import Tokenizer
+
+        if not tokenizer.is_fast:
+            raise InputError(
+                f"The tokenizer {type(tokenizer).__name__} keeps no character offsets; use a "
+                "model that comes with a tokenizer.json."
+            )
+        self._end_of_text = end_of_text_id(tokenizer)
+        self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.post_processor = None  # it may trim the spaces from the offsets
+
+    def batches(
+        self,
+        placed: Iterable[tuple[Document, Cursor]],
+        text_length: int,
+        start: Start | None = None,
+        keep_text: bool = False,
+    ) -> Iterator[Batch]:
+        """The stream, cut to contexts of `text_length` tokens, a batch of documents at a time.
+
+        Begun at the start of any batch, it goes on as it did from the first document.
+        """
+        start = start or Start()
+        for group, after in _grouped(placed):
+            batch = self._encode(group, start, text_length, keep_text)
+            yield batch
+            n_documents, n_tokens = start.document + len(group), start.token + len(batch.tokens)
+            start = Start(after, n_documents, n_tokens)
+
+    def _encode(
+        self, group: list[Document], start: Start, text_length: int, keep_text: bool
+    ) -> Batch:
+        runs = self._runs([document.text for document in group], start.token, text_length)
+        lengths = np.array([run.n_tokens for run in runs], dtype=np.int64)
+        columns: Columns = {
+            "document": start.document + np.arange(len(group)),
+            "text_hash": np.array(
+                [xxhash.xxh3_64_intdigest(document.text.encode()) for document in group],
+                dtype=np.uint64,
+            ),
+            "n_chars": np.array([len(document.text) for document in group], dtype=np.int64),
+            "n_tokens": lengths,
+        }
+        for name in ("id", "source", "title", "url", *([TEXT_FIELD.name] if keep_text else [])):
+            columns[name] = np.array(
+                [getattr(document, name) for document in group], dtype=np.object_
+            )
+        stops = start.token + np.cumsum(lengths + 1)
+        which, pieces = _cut(stops - lengths - 1, stops, text_length)
+        pieces["document"] = columns["document"][which]
+        pieces["document_hash"] = columns["text_hash"][which]
+        for name in ("char_start", "char_end"):
+            borders = [place for run in runs for place in getattr(run, name)]
+            pieces[name] = np.array(borders, dtype=np.int64)
+        tokens = np.concatenate([part for run in runs for part in run.tokens])
+        return Batch(tokens, pieces, columns, start)
+
+    def _runs(self, texts: list[str], first_token: int, text_length: int) -> list[_Run]:
+        """The texts tokenized, a bounded number of characters at a time."""
+        runs = [_Run(text, text_length) for text in texts]
+        at = first_token
+        for part in self._parted(runs):
+            encodings = self._tokenizer.encode_batch(
+                [segment.text for _, segment in part], add_special_tokens=False
+            )
+            for (run, segment), encoding in zip(part, encodings, strict=True):
+                run.add(segment, encoding, at)
+                at += len(encoding)
+                if segment.is_last_of(run.text):
+                    run.close(self._end_of_text, at)
+                    at += 1
+        return runs
+
+    def _parted(self, runs: list[_Run]) -> Iterator[list[tuple[_Run, Segment]]]:
+        """The segments of some texts, in order, up to `ENCODED_CHARS` at a time or a single one."""
+        part: list[tuple[_Run, Segment]] = []
+        n_chars = 0
+        for run in runs:
+            for segment in segments(run.text, self._tokenizer):
+                if part and n_chars + len(segment.text) > ENCODED_CHARS:
+                    yield part
+                    part, n_chars = [], 0
+                part.append((run, segment))
+                n_chars += len(segment.text)
+        yield part
+
+
+class _Run:
+    """The tokens of one text, and the characters at both ends of each of its pieces.
+
+    tokens                int32 arrays to be joined; the last is the end-of-text token
+    n_tokens              without the end-of-text token
+    char_start, char_end  one of each for every piece: first character of its first token, end of
+                          its last one; both the text's end for an end-of-text token alone
+    """
+
+    def __init__(self, text: str, text_length: int) -> None:
+        self.text = text
+        self.tokens: list[np.ndarray] = []
+        self.n_tokens = 0
+        self.char_start: list[int] = []
+        self.char_end: list[int] = []
+        self._text_length = text_length
+        self._end = 0  # of the last token so far
+
+    def add(self, segment: Segment, encoding: Encoding, at: int) -> None:
+        """Takes the tokens of the next segment, which begin at token `at` of the stream."""
+        size = len(encoding)
+        if not size:
+            return
+        borders = range(-at % self._text_length, size, self._text_length)
+        if not self.n_tokens and 0 not in borders:
+            self.char_start.append(_characters(segment, encoding, 0)[0])
+        for token in borders:
+            if token:
+                self._end = _characters(segment, encoding, token - 1)[1]
+            if self.char_start:
+                self.char_end.append(self._end)
+            self.char_start.append(_characters(segment, encoding, token)[0])
+        self._end = _characters(segment, encoding, size - 1)[1]
+        self.tokens.append(np.array(encoding.ids, dtype=np.int32))
+        self.n_tokens += size
+
+    def close(self, end_of_text: int, at: int) -> None:
+        """Puts the end-of-text token, token `at` of the stream, after the text."""
+        if self.char_start:
+            self.char_end.append(self._end)
+        if not self.char_start or at % self._text_length == 0:
+            self.char_start.append(len(self.text))
+            self.char_end.append(len(self.text))
+        self.tokens.append(np.array([end_of_text], dtype=np.int32))
+
+
+def _characters(segment: Segment, encoding: Encoding, token: int) -> tuple[int, int]:
+    """First character, in the text, of a token of one of its segments, and the end."""
+    begin, end = encoding.token_to_chars(token)  # type: ignore[misc]  # None for special tokens
+    return segment.start + begin - (0 if token else segment.before), segment.start + end
+
+
+def _grouped(
+    placed: Iterable[tuple[Document, Cursor]],
+) -> Iterator[tuple[list[Document], Cursor]]:
+    """Up to 64 documents at a time, fewer where they are long, and the cursor after them."""
+    group: list[Document] = []
+    n_chars = 0
+    after: Cursor = {}
+    for document, after in placed:
+        group.append(document)
+        n_chars += len(document.text)
+        if len(group) == BATCH_DOCUMENTS or n_chars >= BATCH_CHARS:
+            yield group, after
+            group, n_chars = [], 0
+    if group:
+        yield group, after
+
+
+def _cut(starts: np.ndarray, stops: np.ndarray, text_length: int) -> tuple[np.ndarray, Columns]:
+    """Runs [starts, stops) of the stream, int64 [runs], cut at multiples of `text_length`.
+
+    Returns which run each piece belongs to, int64 [pieces], and the pieces' places.
+    """
+    first = starts // text_length
+    counts = (stops - 1) // text_length - first + 1
+    which = np.repeat(np.arange(len(starts)), counts)
+    context = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts) + first[which]
+    begin = np.maximum(starts[which], context * text_length)
+    end = np.minimum(stops[which], (context + 1) * text_length)
+    return which, {
+        "context": context,
+        "start": (begin - context * text_length).astype(np.int32),
+        "stop": (end - context * text_length).astype(np.int32),
+        "first_token": begin - starts[which],
+    }

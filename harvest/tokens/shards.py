@@ -1,0 +1,141 @@
+"""The text of the shards that are wanted, read from as near to each as the store remembers."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sae_harvest.common.errors import DamagedError
+from sae_harvest.harvest.run.prepare import ALL_SHARDS, Prepared
+from sae_harvest.harvest.tokens.contexts import ShardInput, iter_shards
+from sae_harvest.store import layout
+from sae_harvest.store.commits import committed_shards, load_commit, place_in_corpus, read_object
+from sae_harvest.store.layout import Plan
+from sae_harvest.store.objects import Objects
+from sae_harvest.store.seals import trusted_commits
+from sae_harvest.store.tables import parse_table
+
+
+def missing(done: Sequence[int], span: range) -> list[range]:
+    """The shards of a span that are not done, as runs; `done` is ascending."""
+    found = []
+    begin = span.start
+    for shard in done:
+        if shard >= span.stop:
+            break
+        if shard > begin:
+            found.append(range(begin, shard))
+        begin = max(begin, shard + 1)
+    return [*found, range(begin, span.stop)] if begin < span.stop else found
+
+
+def runs(shards: Sequence[int]) -> list[range]:
+    """Ascending numbers as runs of consecutive ones."""
+    breaks = [i for i, (a, b) in enumerate(pairwise(shards), start=1) if b != a + 1]
+    borders = pairwise([0, *breaks, len(shards)]) if shards else ()
+    return [range(shards[i], shards[j - 1] + 1) for i, j in borders]
+
+
+def shard_inputs(
+    prepared: Prepared, objects: Objects, plan: Plan | None, wanted: Sequence[range], n_shards: int
+) -> Iterator[ShardInput]:
+    """Token ids and tables of some shards, in order.
+
+    Every commit record tells where in the corpus its text begins, so that reading starts there,
+    not at the corpus' first document.
+
+    Args:
+        plan: of the store that is there, None if there is none yet.
+        wanted: runs of shard numbers, ascending.
+        n_shards: shards of the whole harvest, `ALL_SHARDS` for all that the corpus fills; fewer
+            are fine if the corpus ends with them and holds the tokens asked for.
+    """
+    fields = prepared.fields
+    names = ("context_length", "bos", "seed", "window_contexts", "contexts_per_shard")
+    arguments = {name: fields[name] for name in names}
+    store = None if plan is None else _Committed(objects, plan, prepared.corpus.dedup)
+    per_window = -(-fields["window_contexts"] // fields["contexts_per_shard"])
+    if n_shards == ALL_SHARDS and wanted:
+        n_shards = wanted[-1].stop
+    for group in _groups(wanted, 2 * per_window):
+        first = group[0].start
+        cursor, seen = (None, []) if store is None else store.start(first)
+        shards = iter_shards(
+            prepared.corpus,
+            prepared.tokenizer,
+            **arguments,
+            n_shards=n_shards,
+            at_least=prepared.least_contexts,
+            first_shard=first,
+            cursor=cursor,
+            seen=seen,
+            keep_text=fields["document_text"],
+        )
+        left = list(reversed(group))
+        for shard in shards:
+            while left and shard.shard >= left[-1].stop:
+                left.pop()
+            if left and shard.shard in left[-1]:
+                yield shard
+            if shard.shard + 1 >= group[-1].stop and group[-1] != wanted[-1]:
+                break
+
+
+def _groups(wanted: Sequence[range], gap: int) -> Iterator[list[range]]:
+    """Runs of shards at most `gap` apart from neighbour to neighbour: each is worth a new start."""
+    group = list(wanted[:1])
+    for before, run in pairwise(wanted):
+        if run.start - before.stop >= gap:
+            yield group
+            group = []
+        group.append(run)
+    if group:
+        yield group
+
+
+class _Committed:
+    """Where the text of the shards of a store begins in its corpus.
+
+    Args:
+        dedup: whether documents are left out whose text came before.
+    """
+
+    def __init__(self, objects: Objects, plan: Plan, dedup: bool) -> None:
+        self._objects, self._plan, self._dedup = objects, plan, dedup
+        self._shards = committed_shards(objects)
+        self._sealed = trusted_commits(objects, plan)
+        self._listed: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]] = []
+
+    def start(self, first: int) -> tuple[dict[str, Any] | None, list[npt.NDArray[np.uint64]]]:
+        """Where to start reading for a shard, and the hashes of the texts before that."""
+        cursor = None
+        for shard in reversed(self._shards[: bisect_right(self._shards, first)]):
+            try:
+                cursor = place_in_corpus(self._commit(shard))
+                break
+            except DamagedError:  # a repair mends them; an earlier start serves as well
+                continue
+        if cursor is None or not self._dedup:
+            return cursor, []
+        try:
+            return cursor, self._hashes_before(first, cursor["document"])
+        except DamagedError:  # what was seen before is not known for sure: start at the beginning
+            return None, []
+
+    def _commit(self, shard: int) -> dict[str, Any]:
+        sealed = self._sealed[shard] if shard < len(self._sealed) else None
+        return load_commit(self._objects, self._plan, shard, sealed)[0]
+
+    def _hashes_before(self, first: int, document: int) -> list[npt.NDArray[np.uint64]]:
+        """Text hashes of all documents below a number that shards before `first` have listed."""
+        for shard in range(len(self._listed), first):
+            key = layout.document_key(shard)
+            data = read_object(self._objects, key, self._commit(shard)["objects"][key])
+            table = parse_table(data, self._plan, key, shard, f"{self._objects.place}/{key}")
+            self._listed.append((table["document"].to_numpy(), table["text_hash"].to_numpy()))
+        return [hashes[documents < document] for documents, hashes in self._listed[:first]]

@@ -1,0 +1,1 @@
+"""A feature build: configuration, tasks, pool of workers."""

@@ -1,0 +1,334 @@
+"""A feature build: rows encoded once, block by block, then counted latent by latent into tables.
+
+OUT/building.json       what was asked, while it is being built
+OUT/firings/*.parquet   a block's firings each, kept; a build that was interrupted goes on there
+OUT/rows/*.npy          tokens and documents by row, while it is being built
+OUT/*.parquet, run.json the tables, and last of all what they are of
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from filelock import FileLock, Timeout
+
+from sae_harvest.common.device import choose_device
+from sae_harvest.common.differences import differences
+from sae_harvest.common.errors import RunError
+from sae_harvest.harvest.model.models import load_tokenizer
+from sae_harvest.pipelines.features.building import job as jobs
+from sae_harvest.pipelines.features.building.aside import aside
+from sae_harvest.pipelines.features.building.config import FeatureConfig
+from sae_harvest.pipelines.features.building.job import Job, Work, held
+from sae_harvest.pipelines.features.building.pool import Pool, open_pool
+from sae_harvest.pipelines.features.counting.candidates import TokenRows
+from sae_harvest.pipelines.features.counting.lens import logit_lens
+from sae_harvest.pipelines.features.counting.neighbours import counted_rows, counted_share
+from sae_harvest.pipelines.features.counting.profile import Kept, Profile, latents_at_once
+from sae_harvest.pipelines.features.encoding.sources import Given, open_source
+from sae_harvest.pipelines.features.tables import rows
+from sae_harvest.pipelines.features.tables import writers as tables
+from sae_harvest.pipelines.features.tables.contexts import AT_ONCE, Wanted, wanted_rows
+from sae_harvest.pipelines.features.tables.folder import (
+    BUILDING_FILE,
+    DELPHI,
+    FORMAT,
+    IDENTITY,
+    RUN_FILE,
+    check_tables,
+    read_record,
+    read_run,
+)
+from sae_harvest.pipelines.features.tables.texts import TokenTexts
+from sae_harvest.pipelines.source import relative_places
+from sae_harvest.store.objects import LocalObjects, make_folder
+from sae_harvest.train.run.files import write_json
+
+BLOOM = {"ndv": tables.ROW_GROUP, "fpp": 0.01}
+FOLLOWED = 2  # neighbours of either kind whose rows are looked at for hard negatives
+# Field of the ancestry → the option of `sae-features build` that decides it.
+OPTIONS = {
+    "site": "--site",
+    "model": "--model",
+    "config.n_top": "--top",
+    "config.n_random": "--random",
+    "config.n_decile": "--decile",
+    "config.n_inactive": "--silent",
+    "config.n_hard": "--silent",
+    "config.window_tokens": "--window",
+    "config.seed": "--seed",
+}
+MOVED = ("store", "sae", "relative", "code")  # may differ between a build and its continuation
+LOCK_FILE = ".lock"
+OURS = {LOCK_FILE, f".{BUILDING_FILE}.tmp"}  # of a build that is about to begin
+
+Progress = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """Ancestry of the tables, as in run.json; `seconds` is None if they were there already."""
+
+    run: dict[str, Any]
+    seconds: float | None
+
+
+def build(
+    place: str | Path,
+    sae_path: Path | str,
+    out: Path,
+    config: FeatureConfig,
+    *,
+    site: str | None = None,
+    model: str | None = None,
+    workers: int = 0,
+    address: str | None = None,
+    device: str = "auto",
+    on_progress: Progress = lambda what, done, total: None,
+) -> Built:
+    """Write the tables of every latent of an SAE into `out`, or find them there already.
+
+    Killed at any moment, the same call continues: with the blocks that have been encoded.
+
+    Args:
+        sae_path: `identity` for the neurons of a site; `delphi` if `place` is a cache of delphi's.
+        site: of the neurons, if the store has several, or of a cache; an SAE knows its own.
+        model: of a cache that does not name it.
+        workers: Ray workers, 0 for none; they all have to see `out` and the store.
+        address: of a Ray cluster; None starts a Ray of our own.
+
+    Raises:
+        RunError: the SAE does not fit the store, or `out` holds something else or can't be written.
+        SaeHarvestError: the store or the SAE cannot be read.
+    """
+    sae, device = str(sae_path), choose_device(device)
+    if sae not in (IDENTITY, DELPHI):
+        sae = str(Path(sae).resolve())
+    given = Given(str(place), sae, site, model, device)
+    source = open_source(given)
+    dictionary = source.dictionary
+    asked: dict[str, Any] = {
+        "tables": FORMAT,
+        "store": source.place,
+        "store_digest": source.digest,
+        "sae": sae,
+        "sae_digest": dictionary.digest,
+        "relative": relative_places(out, source.place, sae),
+        "site": dictionary.site,
+        "model": source.model_name,
+        "n_latents": dictionary.n_latents,
+        "context_length": source.context_length,
+        "rows": dictionary.rule.describe(),
+        "config": config.model_dump(mode="json"),
+        "code": version("sae-harvest"),
+    }
+    if existing := read_run(out):
+        _require_same(out, existing, asked)
+        check_tables(out)
+        for name in (BUILDING_FILE, LOCK_FILE):  # killed just before
+            (out / name).unlink(missing_ok=True)
+        return Built(existing, None)
+    given = replace(given, store=source.place)  # an absolute path
+    job = Job(given, source.digest, dictionary.digest, str(out.absolute()), config)
+    work = Work(job, source)
+    work.texts = TokenTexts(load_tokenizer(source.model))  # is there, or nothing is written
+    start = time.perf_counter()
+    with held(work), writing(out), claimed(out, asked):
+        if existing := read_run(out):  # by another process, meanwhile
+            _require_same(out, existing, asked)
+            return Built(existing, None)
+        with open_pool(workers, address, device == "cuda") as pool:
+            run = asked | _make(work, pool, on_progress)
+        _remove_leftovers(out)  # of workers that were killed
+        write_json(out / RUN_FILE, run)
+    return Built(run, time.perf_counter() - start)
+
+
+@contextmanager
+def claimed(out: Path, asked: dict[str, Any]) -> Iterator[None]:
+    """The folder, made or found, for this build alone.
+
+    Raises:
+        RunError: it holds another build, or something else, or is being worked on.
+    """
+    building = read_record(out / BUILDING_FILE)
+    if building is not None:
+        _require_same(out, building, asked)
+    elif out.exists() and not (out.is_dir() and {p.name for p in out.iterdir()} <= OURS):
+        raise RunError(f"{out} holds something else than tables; choose another --out.")
+    make_folder(out)
+    lock = FileLock(out / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"{out} is being built by another process; wait for it.") from None
+    with lock:
+        if not (out / RUN_FILE).exists():
+            _remove_leftovers(out)
+            write_json(out / BUILDING_FILE, asked)
+        yield
+        for name in (BUILDING_FILE, LOCK_FILE):
+            (out / name).unlink(missing_ok=True)
+
+
+def _remove_leftovers(out: Path) -> None:
+    for key in (objects := LocalObjects(out)).leftovers():
+        objects.remove(key)
+
+
+def _require_same(out: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
+    compared = {name: value for name, value in asked.items() if name not in MOVED}
+    if differing := differences(there, compared, OPTIONS):
+        raise RunError(
+            f"{out} holds tables of another build (differing: {'; '.join(differing)}); "
+            "choose another --out or remove it."
+        )
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """What goes wrong within is about writing `out`."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"Cannot write the tables into {out}: {error.strerror or error}; "
+            "choose another --out or make room there."
+        ) from error
+
+
+def _make(work: Work, pool: Pool, on_progress: Progress) -> dict[str, Any]:
+    """Makes everything; what run.json says of it."""
+    out = work.out
+    with ThreadPoolExecutor(1, "rows") as thread:
+        writing_rows = thread.submit(rows.write_rows, work.source.rows(), work.source.n_rows, out)
+        _encode(work, pool, on_progress)
+    n_read = writing_rows.result()
+    kept, n_firings, tokens = _profile(work, pool, n_read, on_progress)
+    share = counted_share(n_firings, n_read)
+    with aside() as call:
+        call(_write_tokens, work, tokens)
+        others = _compare(work, pool, share, on_progress)
+    _show(work, pool, kept, others, on_progress)
+    with tables.TableWriter(out / "documents.parquet") as writer:
+        writer.add(work.source.documents())
+    cofire_rows = 0
+    for block in range(len(work.blocks)):
+        first, last = work.blocks.span(block)
+        counted = counted_rows(first, last, work.source.context_length, share)
+        cofire_rows += int(work.rows.read(np.arange(first, last)[counted]).sum())
+    shutil.rmtree(out / rows.FOLDER)
+    return {"n_rows": n_read, "n_firings": n_firings, "cofire_rows": cofire_rows}
+
+
+def _encode(work: Work, pool: Pool, on_progress: Progress) -> None:
+    """The blocks that are not there yet."""
+    missing = work.blocks.missing()
+    done = len(work.blocks) - len(missing)
+    on_progress("encoding", done, len(work.blocks))
+    for _ in pool.spread(jobs.encode_block, ((work.job, block) for block in missing)):
+        done += 1
+        on_progress("encoding", done, len(work.blocks))
+
+
+def _profile(
+    work: Work, pool: Pool, n_read: int, on_progress: Progress
+) -> tuple[list[Kept], int, list[pa.Table]]:
+    """latents and histograms.
+
+    Returns:
+        what examples are made of; how often anything fires; parts of the table of tokens.
+    """
+    out, config, source, texts = work.out, work.job.config, work.source, work.texts
+    dictionary, lens, weights = work.dictionary, None, work.dictionary.weights
+    if (W_dec := dictionary.W_dec) is not None:
+        lens = logit_lens(source.model, dictionary.writes_to, W_dec, config.n_logits, len(texts))
+        weights = weights | {"W_dec": W_dec.numpy()}
+    spans = _spans(dictionary.n_latents, latents_at_once(work.blocks, len(texts)), pool)
+    kept, n_firings, tokens = [], 0, list[pa.Table]()
+    n_contexts = source.n_rows // source.context_length
+    latents = tables.TableWriter(out / "latents.parquet")
+    histograms = tables.TableWriter(out / "histograms.parquet")
+
+    def write(found: Profile) -> None:
+        latents.add(tables.latents_table(found, n_read, n_contexts, weights, lens, texts))
+        histograms.add(tables.histograms_table(found))
+        tokens.append(tables.tokens_part(found, config))
+        on_progress("counting", found.first + len(found.n_fire), dictionary.n_latents)
+
+    with latents, histograms, aside() as call:
+        for found in pool.map(jobs.profile_latents, ((work.job, *span) for span in spans)):
+            call(write, found)
+            kept.append(found.kept)
+            n_firings += int(found.n_fire.sum())
+    return kept, n_firings, tokens
+
+
+def _write_tokens(work: Work, parts: list[pa.Table]) -> None:
+    # text is not sorted by, and asked for
+    bloom = {"text": BLOOM}
+    with tables.TableWriter(work.out / "tokens.parquet", bloom_filter_options=bloom) as writer:
+        for table in tables.tokens_tables(parts, work.texts):
+            writer.add(table)
+
+
+def _compare(work: Work, pool: Pool, share: float, on_progress: Progress) -> npt.NDArray[np.int64]:
+    """neighbours; the nearest few of each latent [n_latents, at most 2 FOLLOWED]."""
+    nearest = []
+    n_latents = work.dictionary.n_latents
+    spans = _spans(n_latents, n_latents, pool)
+    with tables.TableWriter(work.out / "neighbours.parquet") as writer:
+        for near in pool.map(jobs.neighbours_of_latents, ((work.job, share, *s) for s in spans)):
+            writer.add(tables.neighbours_table(near))
+            nearest.append(np.hstack([near.alike[:, :FOLLOWED], near.along[:, :FOLLOWED]]))
+            on_progress("comparing", near.first + len(near.alike), n_latents)
+    return np.concatenate(nearest)
+
+
+def _show(
+    work: Work,
+    pool: Pool,
+    kept: list[Kept],
+    others: npt.NDArray[np.int64],
+    on_progress: Progress,
+) -> None:
+    """contexts."""
+    job, n_rows = work.job, work.source.n_rows
+    drawn = np.concatenate([np.where(k.random.used, k.random.row, -1) for k in kept])
+    token_rows = TokenRows(work.rows, job.config.seed)
+
+    def pieces() -> Iterator[tuple[Job, Wanted, int, int]]:
+        for part in kept:
+            end = part.first + len(part.tokens)
+            for first in range(part.first, end, AT_ONCE):
+                last = min(first + AT_ONCE, end)
+                wanted = wanted_rows(
+                    part, others, drawn, token_rows, n_rows, job.config, first, last
+                )
+                yield job, wanted, first, last
+
+    shown = pool.map(jobs.contexts_of_latents, pieces())
+    path = work.out / "contexts.parquet"
+    # compressing one part takes as long as making the next one
+    with tables.TableWriter(path, **tables.CONTEXTS_ENCODING) as writer, aside() as call:
+        for table in shown:
+            call(writer.add, table)
+            if len(table):
+                on_progress("showing", table["latent"][-1].as_py() + 1, work.dictionary.n_latents)
+
+
+def _spans(n: int, most: int, pool: Pool) -> list[tuple[int, int]]:
+    """All latents in pieces of at most so many, with one for every worker."""
+    each = max(1, min(most, -(-n // pool.workers)))
+    return [(first, min(first + each, n)) for first in range(0, n, each)]

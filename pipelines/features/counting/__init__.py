@@ -1,0 +1,1 @@
+"""Firings to statistics of every latent."""

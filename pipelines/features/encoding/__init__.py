@@ -1,0 +1,1 @@
+"""Rows to firings: sources, dictionaries, blocks on disk."""

@@ -1,0 +1,210 @@
+"""Firings at rest: (latent, row, value) of a block of rows, sorted by latent, in a Parquet file.
+
+    FEATURES/firings/000000.parquet    rows [0, block_rows)
+    FEATURES/firings/000001.parquet    the next ones, ...
+
+A block is encoded once, by whoever gets to it, and published whole and create-only; everything else
+is counted from these files, latent by latent and block after block, so that nothing depends on who
+encoded what, or on how often it was interrupted.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sae_harvest.common.errors import RunError
+from sae_harvest.common.paths import exact_file
+from sae_harvest.pipelines.features.counting import kernels
+from sae_harvest.pipelines.features.tables.folder import with_version
+from sae_harvest.store.objects import LocalObjects
+
+FOLDER = "firings"
+ROW_GROUP = 1 << 16  # pairs that a read of a few latents decodes at least
+BLOCK_NUMBERS = 1 << 24  # of activations that a block may have, if all of them fire
+AT_ONCE = 1 << 23  # firings of some latents in memory, of several blocks; 8 bytes each
+MOST_ROWS = 1 << 30  # of those blocks
+READS = 2  # under way at once
+COLUMNS = ("latent", "row", "value")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Firings:
+    """What fires in a block, or in several, sorted by latent, then row.
+
+    first_row: of the first block; first_latent: that `starts` begins with; starts: int64
+    [latents + 1], where each latent's pairs begin; row: int32 [pairs], from first_row on; value:
+    float32 [pairs].
+    """
+
+    first_row: int
+    first_latent: int
+    starts: npt.NDArray[np.int64]
+    row: npt.NDArray[np.int32]
+    value: npt.NDArray[np.float32]
+
+
+def block_rows(shard_rows: int, context_length: int, pairs_per_row: int) -> int:
+    """Rows of a block: whole contexts, few enough for memory, whole blocks to a shard."""
+    contexts = shard_rows // context_length
+    most = max(1, BLOCK_NUMBERS // (pairs_per_row * context_length))
+    return context_length * max(
+        n for n in range(1, contexts + 1) if n <= most and contexts % n == 0
+    )
+
+
+def block_key(block: int) -> str:
+    return f"{FOLDER}/{block:06d}.parquet"
+
+
+def publish(objects: LocalObjects, block: int, firings: Firings) -> None:
+    """Write a block's file; if another worker has written it already, its file stays."""
+    latents = np.arange(len(firings.starts) - 1, dtype=np.int32)
+    table = pa.table(
+        {
+            "latent": np.repeat(latents, np.diff(firings.starts)),
+            "row": firings.row + np.int64(firings.first_row),
+            "value": firings.value,
+        }
+    )
+    out = io.BytesIO()
+    pq.write_table(
+        with_version(table),
+        out,
+        row_group_size=ROW_GROUP,
+        compression="none",  # these encodings leave little, and cost a fifth of it
+        use_dictionary=["latent"],  # of runs
+        column_encoding={
+            "row": "DELTA_BINARY_PACKED",
+            "value": "BYTE_STREAM_SPLIT",
+        },
+        write_page_checksum=True,
+    )
+    objects.publish(block_key(block), [out.getbuffer()])
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The files of a finished encoding.
+
+    n_rows: of the store; block_rows: of each block but the last.
+    """
+
+    folder: Path
+    n_rows: int
+    block_rows: int
+    n_latents: int
+
+    def __len__(self) -> int:
+        return -(-self.n_rows // self.block_rows)
+
+    def span(self, block: int) -> tuple[int, int]:
+        """First and last-plus-one row of a block."""
+        first = block * self.block_rows
+        return first, min(first + self.block_rows, self.n_rows)
+
+    def missing(self) -> list[int]:
+        """Blocks that have no file yet."""
+        folder = self.folder / FOLDER
+        there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        return [b for b in range(len(self)) if Path(block_key(b)).name not in there]
+
+    @property
+    def n_pairs(self) -> int:
+        """Firings in all blocks."""
+        total = 0
+        for block in range(len(self)):
+            with self._open(block) as file:
+                total += file.metadata.num_rows
+        return total
+
+    @contextmanager
+    def _open(self, block: int) -> Iterator[pq.ParquetFile]:
+        path = self.folder / block_key(block)
+        try:
+            with (
+                exact_file(path) as opened,
+                pq.ParquetFile(opened, page_checksum_verification=True) as file,
+            ):
+                yield file
+        except (OSError, pa.ArrowException) as error:
+            why = str(error).splitlines()[0]
+            raise RunError(
+                f"{path} is missing or damaged ({why}); delete it and build again, which makes "
+                "only what is missing."
+            ) from error
+
+    def read(self, block: int, first: int = 0, last: int | None = None) -> Firings:
+        """A block's firings of the latents [first, last).
+
+        Raises:
+            RunError: the file is missing or damaged; names it.
+        """
+        last = self.n_latents if last is None else last
+        with self._open(block) as file:
+            table = file.read_row_groups(
+                _groups(file.metadata, first, last), columns=list(COLUMNS), use_threads=False
+            )
+        latent = table["latent"].to_numpy()
+        inside = slice(*np.searchsorted(latent, [first, last]))
+        starts = np.zeros(last - first + 1, np.int64)
+        np.cumsum(np.bincount(latent[inside] - first, minlength=last - first), out=starts[1:])
+        first_row = block * self.block_rows
+        row = (table["row"].to_numpy()[inside] - first_row).astype(np.int32)
+        return Firings(first_row, first, starts, row, table["value"].to_numpy()[inside])
+
+    def all(self, first: int = 0, last: int | None = None) -> Iterator[tuple[slice, Firings]]:
+        """Firings of the latents [first, last), of as many blocks at a time as fit into memory.
+
+        In order, with the rows that they are of.
+        """
+        parts: list[Firings] = []
+        begin, pairs = 0, 0
+        for block, part in enumerate(self._side_by_side(first, last)):
+            end = self.span(block)[1]
+            pairs += len(part.row)
+            if parts and (pairs > AT_ONCE or end - begin > MOST_ROWS):
+                yield slice(begin, part.first_row), _joined(parts)
+                parts, begin, pairs = [], part.first_row, len(part.row)
+            parts.append(part)
+        if parts:
+            yield slice(begin, self.n_rows), _joined(parts)
+
+    def _side_by_side(self, first: int, last: int | None) -> Iterator[Firings]:
+        """Of all blocks, a few read at a time."""
+        with ThreadPoolExecutor(READS) as pool:
+            for block in range(0, len(self), READS):
+                some = range(block, min(block + READS, len(self)))
+                yield from pool.map(lambda b: self.read(b, first, last), some)
+
+
+def _joined(parts: list[Firings]) -> Firings:
+    """Those of consecutive blocks, of the same latents."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = np.sum([part.starts for part in parts], axis=0)
+    row, value = np.empty(starts[-1], np.int32), np.empty(starts[-1], np.float32)
+    ends, begin = starts[:-1].copy(), parts[0].first_row
+    for part in parts:
+        given = part.starts, part.row, part.value, part.first_row - begin
+        kernels.append_firings(*given, ends, row, value)
+    return Firings(begin, parts[0].first_latent, starts, row, value)
+
+
+def _groups(metadata: pq.FileMetaData, first: int, last: int) -> list[int]:
+    """Row groups that may hold the latents, by their statistics."""
+    found = []
+    for group in range(metadata.num_row_groups):
+        statistics = metadata.row_group(group).column(0).statistics
+        if statistics and statistics.max >= first and statistics.min < last:
+            found.append(group)
+    return found

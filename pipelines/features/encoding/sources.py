@@ -1,0 +1,226 @@
+"""What a build counts: a store encoded by a dictionary, or a cache that delphi has encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from threading import Event
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import xxhash
+
+from sae_harvest.common.errors import InputError, RunError
+from sae_harvest.common.finite import require_finite
+from sae_harvest.harvest.model.models import ResolvedModel, load_tokenizer, resolve_model
+from sae_harvest.harvest.model.sites import Site
+from sae_harvest.pipelines.features.encoding.delphi_cache import DelphiCache
+from sae_harvest.pipelines.features.encoding.dictionary import Dictionary, load_dictionary
+from sae_harvest.pipelines.features.encoding.encode import OneAtATime, batches, encode
+from sae_harvest.pipelines.features.encoding.firings import Firings, block_rows
+from sae_harvest.pipelines.features.tables.folder import DELPHI
+from sae_harvest.pipelines.features.tables.rows import RowsPart
+from sae_harvest.pipelines.features.tables.texts import TokenTexts
+from sae_harvest.pipelines.source import model_of
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.rules import RowRule
+
+BLOCK_FIRINGS = 1 << 22  # of a block of a cache, about
+CONTEXTS = 4096  # of a cache, whose rows are told of at a time
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a build was asked to count, in a form that travels to a worker.
+
+    store: place of a store, or the folder of a cache. sae: path of a trained SAE, `identity` for
+    the neurons of a site, `delphi` for a cache. site: where several are possible. model: of a
+    cache that does not name it. device: where an SAE encodes.
+    """
+
+    store: str
+    sae: str
+    site: str | None
+    model: str | None
+    device: str
+
+
+class Source(Protocol):
+    """Rows of tokens, whole contexts, and what fires on them.
+
+    place, digest: identity; block_rows: that fit into memory with their firings.
+    """
+
+    place: str
+    digest: str
+    model_name: str
+    n_rows: int
+    context_length: int
+    block_rows: int
+    dictionary: Dictionary
+
+    @property
+    def model(self) -> ResolvedModel:
+        """Whose tokens these are; `InputError` if it is not there."""
+        ...
+
+    def rows(self) -> Iterator[RowsPart]:
+        """All rows, some at a time."""
+        ...
+
+    def firings(self, first: int, last: int, batch_rows: int, stopped: Event) -> Firings:
+        """Of the rows [first, last), whole contexts; several threads may ask.
+
+        stopped: set when nobody waits for them any more.
+        """
+        ...
+
+    def documents(self) -> pa.Table:
+        """One row per document: document, source, title, url."""
+        ...
+
+
+def open_source(given: Given, digest: str | None = None) -> Source:
+    """Open what was given; a store that has grown since as it was with this digest.
+
+    Raises:
+        RunError: SAE and store do not fit, or a cache is not the one of the digest.
+        InputError: something is not there, or damaged, or does not go together.
+    """
+    if given.sae != DELPHI:
+        if given.model is not None:
+            raise InputError("A store knows its model; --model is for caches of delphi's.")
+        return StoreSource(given, digest)
+    source = CacheSource(given)
+    if digest not in (None, source.digest):
+        raise RunError(f"The cache in {given.store} has changed; build again.")
+    return source
+
+
+class StoreSource:
+    """A store, and the SAE or the neurons of it."""
+
+    def __init__(self, given: Given, digest: str | None) -> None:
+        self.store = ActivationStore.open(given.store, digest)
+        self.dictionary = load_dictionary(self.store, given.sae, given.site, given.device)
+        self.place, self.digest = self.store.place, self.store.digest
+        self.model_name: str = self.store.plan["model"]["name"]
+        self.n_rows, self.context_length = self.store.n_rows, self.store.context_length
+        pairs = self.dictionary.pairs_per_row
+        self.block_rows = block_rows(self.store.shard_rows, self.context_length, pairs)
+        self._chunk_rows = self.store.chunk_rows(self.dictionary.site)
+        encoder = self.dictionary.encoder
+        assert encoder is not None
+        # a GPU is busy with one, while other threads read and sort
+        self._encoder = encoder if given.device == "cpu" else OneAtATime(encoder)
+
+    @cached_property
+    def model(self) -> ResolvedModel:
+        return model_of(self.store)
+
+    def rows(self) -> Iterator[RowsPart]:
+        length = self.context_length
+        for shard in range(self.store.n_shards):
+            first, last = self.store.shard_span(shard)
+            tokens = self.store.tokens(first // length, last // length).reshape(-1)
+            documents, hashes = self.store.row_documents(shard)
+            rule, site = self.dictionary.rule, self.dictionary.site
+            yield tokens, documents, hashes, self.store.selected_in_shard(site, rule, shard)
+
+    def firings(self, first: int, last: int, batch_rows: int, stopped: Event) -> Firings:
+        selected, site = self._selected(first, last), self.dictionary.site
+
+        def read(low: int, high: int) -> npt.NDArray[np.floating]:
+            x = self.store.read(site, low, high)
+            require_finite(x, self.store.place, site, low, selected[low - first : high - first])
+            return x
+
+        given = batches(read, selected, first, self._chunk_rows, batch_rows)
+        return encode(self._encoder, self.dictionary.n_latents, first, given, stopped)
+
+    def _selected(self, first: int, last: int) -> npt.NDArray[np.bool_]:
+        """Which rows of a block the rule reads."""
+        shard, begin = divmod(first, self.store.shard_rows)
+        rule, site = self.dictionary.rule, self.dictionary.site
+        return self.store.selected_in_shard(site, rule, shard)[begin : begin + last - first]
+
+    def documents(self) -> pa.Table:
+        parts = [self.store.documents(shard) for shard in range(self.store.n_shards)]
+        documents = pa.concat_tables(parts).sort_by("document")
+        # texts stay in the store: a table that is browsed should not hold the corpus
+        return documents.drop_columns([name for name in documents.column_names if name == "text"])
+
+
+class CacheSource:
+    """A cache of delphi's. It holds neither documents nor weights.
+
+    Each context is taken for a document, and told apart for explaining and scoring by its tokens.
+    Activations are as delphi has rounded them, to float16.
+    """
+
+    def __init__(self, given: Given) -> None:
+        self._cache = cache = DelphiCache(Path(given.store))
+        self.place, self.digest = str(cache.folder.resolve()), cache.digest()
+        self.n_rows, self.context_length = cache.n_rows, cache.context_length
+        per_context = max(1, -(-cache.n_firings // max(1, len(cache.tokens))))
+        self.block_rows = self.context_length * max(1, BLOCK_FIRINGS // per_context)
+        if given.site is None:
+            raise InputError(
+                f"{given.store} does not say which site it is of; give --site resid_post.8, say."
+            )
+        name = given.model or cache.model_name
+        if name is None:
+            raise InputError(f"{given.store} does not name its model; give --model.")
+        self.model_name, site = name, str(Site.parse(given.site))
+        self.dictionary = Dictionary(
+            site=site,
+            rule=RowRule(split="all", max_norm_medians=None),
+            encoder=None,
+            n_latents=cache.n_latents,
+            pairs_per_row=-(-cache.n_firings // max(1, cache.n_rows)),
+            digest=self.digest,
+            W_dec=None,
+            writes_to=site,
+        )
+
+    @cached_property
+    def model(self) -> ResolvedModel:
+        model = resolve_model(self.model_name)
+        n_tokens = len(TokenTexts(load_tokenizer(model)))
+        highest = int(self._cache.tokens.max(initial=0))
+        if highest >= n_tokens:
+            raise InputError(
+                f"{self.place} holds token {highest}, and the tokenizer of {model.name} ends at "
+                f"{n_tokens - 1}; give the --model that the cache is of."
+            )
+        return model
+
+    def rows(self) -> Iterator[RowsPart]:
+        for first in range(0, len(self._cache.tokens), CONTEXTS):
+            tokens = self._cache.tokens[first : first + CONTEXTS]
+            hashes = [xxhash.xxh3_64_intdigest(context.tobytes()) for context in tokens]
+            document = np.arange(first, first + len(tokens))
+            yield (
+                tokens.reshape(-1),
+                np.repeat(document, self.context_length),
+                np.repeat(np.array(hashes, np.uint64), self.context_length),
+                np.ones(tokens.size, np.bool_),
+            )
+
+    def firings(self, first: int, last: int, batch_rows: int, stopped: Event) -> Firings:
+        return self._cache.firings(first // self.context_length, last // self.context_length)
+
+    def documents(self) -> pa.Table:
+        n = len(self._cache.tokens)
+        return pa.table(
+            {
+                "document": np.arange(n),
+                "source": pa.array([Path(self.place).name] * n, pa.string()),
+                "title": pa.nulls(n, pa.string()),
+                "url": pa.nulls(n, pa.string()),
+            }
+        )

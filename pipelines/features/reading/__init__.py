@@ -1,0 +1,1 @@
+"""The tables read: SQL, results, a latent in the terminal."""

@@ -1,0 +1,235 @@
+"""The examples of some latents: which rows, the text around them, the activations there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from sae_harvest.pipelines.features.building.config import FeatureConfig
+from sae_harvest.pipelines.features.counting import kernels
+from sae_harvest.pipelines.features.counting.candidates import (
+    TokenRows,
+    by_neighbour,
+    by_token,
+    inactive,
+)
+from sae_harvest.pipelines.features.counting.profile import Kept, ShortLists
+from sae_harvest.pipelines.features.encoding.firings import Blocks
+from sae_harvest.pipelines.features.tables.folder import DECILES, FIRING, STRATA
+from sae_harvest.pipelines.features.tables.rows import Rows
+from sae_harvest.pipelines.features.tables.texts import TokenTexts
+
+WINDOW_BEFORE = 0.7  # share of the window before the row: a causal model has seen only that
+AT_ONCE = 2048  # latents whose windows are in memory
+INACTIVE, HARD = len(FIRING), len(FIRING) + 1
+REASONS = (None, "token", "neighbour")
+
+
+@dataclass(eq=False)
+class Wanted:
+    """Rows to be shown, sorted by latent, stratum, rank; arrays [wanted].
+
+    latent; stratum: index in STRATA; reason: index in REASONS; rank; row.
+    """
+
+    latent: npt.NDArray[np.int64]
+    stratum: npt.NDArray[np.int64]
+    reason: npt.NDArray[np.int64]
+    rank: npt.NDArray[np.int64]
+    row: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def take(self, places: npt.NDArray[np.integer] | npt.NDArray[np.bool_]) -> Wanted:
+        return Wanted(*(getattr(self, field.name)[places] for field in fields(self)))
+
+
+def wanted_rows(
+    kept: Kept,
+    others: npt.NDArray[np.int64],
+    drawn: npt.NDArray[np.int64],
+    token_rows: TokenRows,
+    n_rows: int,
+    config: FeatureConfig,
+    first: int,
+    last: int,
+) -> Wanted:
+    """What to look at for the latents [first, last): more than is shown, see `candidates`.
+
+    Args:
+        kept: of latents that include these.
+        others: the latents nearest to each [n_latents, any], -1: none.
+        drawn: rows drawn from the firings of every latent [n_latents, any], -1: none.
+    """
+    latents = np.arange(first, last)
+    lists = [_of_lists(kept, first, last)]
+    if config.n_inactive:
+        rows = inactive(latents, n_rows, config.n_inactive, config.seed)
+        lists.append(_tried(latents, INACTIVE, 0, rows))
+    if config.n_hard:
+        tokens = kept.tokens[first - kept.first : last - kept.first]
+        lists.append(_tried(latents, HARD, 1, by_token(tokens, token_rows)))
+        lists.append(_tried(latents, HARD, 2, by_neighbour(others[first:last], drawn)))
+    return _joined(lists)
+
+
+def contexts(
+    blocks: Blocks,
+    rows: Rows,
+    context_length: int,
+    config: FeatureConfig,
+    texts: TokenTexts,
+    wanted: Wanted,
+    first: int,
+    last: int,
+) -> pa.Table:
+    """The table's part of the latents [first, last), which `wanted` is of."""
+    window = min(config.window_tokens, context_length)
+    begin = _begin(wanted.row, context_length, window)
+    firing = wanted.stratum < INACTIVE
+    activations, fires = _windows(blocks, wanted, firing, begin, window, first, last)
+    fit = np.flatnonzero(firing | (~fires & rows.read(wanted.row)))
+    places = fit[_chosen(wanted.take(fit), config)]
+    shown = wanted.take(places)
+    shown.rank = _before(shown.latent * len(STRATA) + shown.stratum)
+    found = np.zeros((len(places), window), np.float32)
+    found[firing[places]] = activations[(np.cumsum(firing) - 1)[places[firing[places]]]]
+    return _table(shown, begin[places], found, rows, texts, context_length)
+
+
+def _of_lists(kept: Kept, first: int, last: int) -> Wanted:
+    """What `profile` has kept of the latents [first, last)."""
+    parts = []
+    low, high = first - kept.first, last - kept.first
+
+    def part(lists: ShortLists, a: int, b: int, each: int, stratum: int) -> None:
+        which, rank = np.nonzero(lists.used[a:b])
+        row = lists.row[a:b][which, rank]
+        reason = np.zeros_like(which)
+        parts.append(Wanted(first + which // each, stratum + which % each, reason, rank, row))
+
+    part(kept.top, low, high, 1, 0)
+    part(kept.deciles, low * DECILES, high * DECILES, DECILES, 1)
+    part(kept.random, low, high, 1, 1 + DECILES)
+    return _joined(parts)
+
+
+def _joined(parts: list[Wanted]) -> Wanted:
+    names = [field.name for field in fields(Wanted)]
+    return Wanted(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+def _tried(
+    latents: npt.NDArray[np.int64], stratum: int, reason: int, rows: npt.NDArray[np.int64]
+) -> Wanted:
+    """Candidates [latents, any], -1: none."""
+    which, rank = np.nonzero(rows >= 0)
+    same = np.full_like(which, stratum), np.full_like(which, reason)
+    return Wanted(latents[which], *same, rank, rows[which, rank])
+
+
+def _chosen(fit: Wanted, config: FeatureConfig) -> npt.NDArray[np.int64]:
+    """Places of what is shown, in the order of the table: each row once per latent and stratum.
+
+    Of hard negatives a token's and a neighbour's take turns.
+    """
+    if not len(fit):
+        return np.empty(0, np.int64)
+    lists, reasons = fit.latent * len(STRATA) + fit.stratum, len(REASONS)
+    ranks = int(fit.rank.max()) + 1
+    preferred, same = fit.reason * ranks + fit.rank, lists * (int(fit.row.max()) + 1) + fit.row
+    order = np.lexsort((preferred, same))
+    order = order[np.diff(same[order], prepend=-1) > 0]
+    order = order[np.argsort(lists[order] * (reasons * ranks) + preferred[order])]
+    # turns: the n-th of each reason before the next of any
+    turn = _before(lists[order] * reasons + fit.reason[order]) * reasons + fit.reason[order]
+    order = order[np.argsort(lists[order] * (int(turn.max()) + 1) + turn)]
+    limits = [config.n_top, *[config.n_decile] * DECILES]
+    limits += [config.n_random, config.n_inactive, config.n_hard]
+    return order[_before(lists[order]) < np.array(limits)[fit.stratum[order]]]
+
+
+def _before(key: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How many equal ones stand before each one; equal ones stand together."""
+    starts = np.flatnonzero(np.diff(key, prepend=-1))
+    return np.arange(len(key)) - np.repeat(starts, np.diff(np.append(starts, len(key))))
+
+
+def _begin(row: npt.NDArray[np.int64], context_length: int, window: int) -> npt.NDArray[np.int64]:
+    """Row of the first token of each window."""
+    position = row % context_length
+    before = int(window * WINDOW_BEFORE)
+    start = np.clip(position - before, 0, context_length - window)
+    return row - position + start
+
+
+def _windows(
+    blocks: Blocks,
+    wanted: Wanted,
+    firing: npt.NDArray[np.bool_],
+    begin: npt.NDArray[np.int64],
+    window: int,
+    first: int,
+    last: int,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Activations in the windows of the `firing` ones, float32 [firing, window].
+
+    Of the others, whether the latent fires anywhere in their windows, [wanted].
+    """
+    windows, fires = np.zeros((int(firing.sum()), window), np.float32), firing.copy()
+    at = np.cumsum(firing) - 1
+    for inside, firings in blocks.all(first, last):
+        here = (begin >= inside.start) & (begin < inside.stop)
+        some, starts, row = np.flatnonzero(here & firing), firings.starts, firings.row
+        where = wanted.latent[some] - first, begin[some] - firings.first_row
+        kernels.cut_windows(starts, row, firings.value, *where, at[some], window, windows)
+        some = np.flatnonzero(here & ~firing)
+        where = wanted.latent[some] - first, begin[some] - firings.first_row
+        fires[some] = kernels.fires_within(starts, row, *where, window)
+    return windows, fires
+
+
+def _table(
+    shown: Wanted,
+    begin: npt.NDArray[np.int64],
+    activations: npt.NDArray[np.float32],
+    rows: Rows,
+    texts: TokenTexts,
+    context_length: int,
+) -> pa.Table:
+    window = activations.shape[1]
+    ids = rows.token[begin[:, None] + np.arange(window)]  # [shown, window]
+    position = shown.row % context_length
+    inside = shown.row - begin
+    text, ends = texts.windows(ids)
+    return pa.table(
+        {
+            "latent": shown.latent.astype(np.int32),
+            "stratum": pa.array(STRATA).take(pa.array(shown.stratum)),
+            "rank": shown.rank.astype(np.int16),
+            "reason": pa.array(REASONS, pa.string()).take(pa.array(shown.reason)),
+            "split": pa.array(["explain", "score"]).take(
+                pa.array(rows.scores(shown.row).astype(np.int8))
+            ),
+            "activation": activations[np.arange(len(shown)), inside],
+            "row": shown.row,
+            "document": rows.document[shown.row],
+            "context": shown.row // context_length,
+            "position": position.astype(np.int32),
+            "window_start": (begin % context_length).astype(np.int32),
+            "token_ids": lists(pa.array(ids.reshape(-1)), ids.shape),
+            "token_ends": lists(pa.array(ends.reshape(-1)), ids.shape),
+            "activations": lists(pa.array(activations.reshape(-1)), activations.shape),
+            "text": text,
+        }
+    )
+
+
+def lists(flat: pa.Array, shape: tuple[int, ...]) -> pa.ListArray:
+    """Equal lists [shape] of flat values."""
+    offsets = np.arange(shape[0] + 1, dtype=np.int32) * shape[1]
+    return pa.ListArray.from_arrays(pa.array(offsets), flat)

@@ -1,0 +1,170 @@
+"""What all who work with Ray ask of it: a connection, room for workers, why one is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, NodeDiedError, OutOfMemoryError, RayError
+
+from sae_harvest.common import environment
+from sae_harvest.common.errors import RunError
+from sae_harvest.common.memory import KEEP_MEMORY
+
+OBJECT_STORE_BYTES = 256 << 20  # shards travel as token ids, not as activations
+
+CONNECT_SECONDS = 10.0
+
+
+def connect(address: str | None, workers: int, without: str) -> None:
+    """Join the cluster at an address, or start a Ray of our own for None.
+
+    Several runs can share a cluster: each is a Ray job with a namespace of its own.
+
+    Args:
+        address: of the cluster's head; None for a Ray on this machine alone.
+        workers: number of workers that the run will ask for, each with one core or more.
+        without: how to do without Ray, as the remedy of an error.
+
+    Raises:
+        RunError: this machine has fewer cores than workers, or Ray cannot be started or joined.
+    """
+    environment.set_defaults()
+    cores = os.cpu_count() or 1
+    if address is None and workers > cores:
+        raise RunError(f"--workers {workers} is more than the {cores} cores of this machine.")
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    own = {
+        "address": "local",
+        "num_cpus": cores,
+        "include_dashboard": False,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "_node_ip_address": "127.0.0.1",  # all of it is on this machine
+    }
+    if address not in (None, "auto"):
+        _check_listening(str(address))
+    chosen = own if address is None else {"address": address}
+    try:
+        with _own_sigterm():
+            ray.init(runtime_env={"env_vars": KEEP_MEMORY}, **chosen, **common)
+        # Ray prints every death to standard output, `log_to_driver` or not, but where its own
+        # debugger has set this; what there is to say of them is in our log.
+        ray._private.worker._worker_logs_enabled = False
+    except (KeyboardInterrupt, SystemExit, RunError):
+        ray.shutdown()
+        raise
+    except Exception as error:  # sockets, memory, time: Ray raises at will
+        ray.shutdown()
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        if address is None:
+            raise RunError(f"Ray could not be started ({why}); {without}.") from error
+        raise _not_joined(address, why) from error
+
+
+def _check_listening(address: str) -> None:
+    """`RunError` if nothing listens there: Ray itself would try for minutes, then exit."""
+    host, separator, port = address.rpartition(":")
+    if not separator or "/" in address or not port.isdecimal():
+        raise RunError(f"--address {address}: expected auto, or HOST:PORT of the cluster's head.")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _not_joined(address, str(error)) from error
+
+
+def _not_joined(address: str, why: str) -> RunError:
+    return RunError(
+        f"The Ray cluster at {address} could not be joined ({why}); give the address that "
+        "`ray start --head` printed, on a machine that is part of the cluster."
+    )
+
+
+def threads_per_worker(workers: int, gpu: bool) -> int:
+    """Cores for each worker: as many as there are, so that all of them can be placed.
+
+    Raises:
+        RunError: there is no room for so many workers, or for any with a GPU.
+    """
+    nodes = _nodes()
+    if threads := share(nodes, workers, gpu):
+        return threads
+    need = "one GPU and a core" if gpu else "a core"
+    raise RunError(f"--workers {workers}: each needs {need}, and {resources()}; use fewer.")
+
+
+def share(nodes: list[tuple[int, int]], workers: int, gpu: bool) -> int | None:
+    """The most cores with which so many workers can be placed on nodes of (cores, GPUs).
+
+    Each worker is on one node, with a GPU of its own if `gpu`; None if there is no room for all.
+    """
+    most = max((cores for cores, _ in nodes), default=0)
+    if gpu:  # leave the other GPUs of a node their cores
+        most = max((max(1, cores // gpus) for cores, gpus in nodes if gpus), default=0)
+    for threads in range(most, 0, -1):
+        places = [cores // threads for cores, _ in nodes]
+        if gpu:
+            places = [min(n, gpus) for n, (_, gpus) in zip(places, nodes, strict=True)]
+        if sum(places) >= workers:
+            return threads
+    return None
+
+
+def resources() -> str:
+    """What Ray has, in words."""
+    nodes = _nodes()
+    free = ray.available_resources()
+    counts = [f"{sum(c for c, _ in nodes)} cores ({free.get('CPU', 0):.0f} free)"]
+    if gpus := sum(g for _, g in nodes):
+        counts.append(f"{gpus} GPUs ({free.get('GPU', 0):.0f} free)")
+    return f"Ray has {' and '.join(counts)} on {len(nodes)} machine{'s' * (len(nodes) != 1)}"
+
+
+def reason(error: RayError) -> str:
+    """Why an actor is gone, in words: Ray's own texts are long and guess."""
+    text = str(error)
+    if isinstance(error, OutOfMemoryError) or "low on memory" in text or "memory pressure" in text:
+        return "its machine ran out of memory"
+    if isinstance(error, NodeDiedError) or "node has died" in text or "node died" in text:
+        return "its machine is gone"
+    if isinstance(error, ActorUnavailableError):
+        return "it cannot be reached"
+    if "connection error" in text or "SIGKILL" in text:
+        return "its process was killed, perhaps for lack of memory"
+    return (text.strip().splitlines() or [type(error).__name__])[-1].strip().rstrip(".")
+
+
+def has_gpus(workers: int) -> bool:
+    """Whether there is a GPU for each of so many workers."""
+    return share(_nodes(), workers, gpu=True) is not None
+
+
+def _nodes() -> list[tuple[int, int]]:
+    """Cores and GPUs of every living node."""
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in found]
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Put the handler of SIGTERM back: Ray replaces it by one that exits with code 15.
+
+    A signal that comes while Ray's is in place is given to the one before as well.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # there Ray leaves it alone
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:
+        if callable(handler):
+            handler(signal.SIGTERM, None)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)

@@ -1,0 +1,285 @@
+"""Shared parts of the four command lines: error reporting and progress.
+
+Progress goes to standard error, results to standard output, so that a command can be piped.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+
+from sae_harvest.common import environment
+from sae_harvest.common.errors import SaeHarvestError
+from sae_harvest.common.masking import masked
+from sae_harvest.common.options import PlaceOption
+
+# Libraries read these when they are imported. Their bars and remarks would be drawn over our own
+# progress, or fill a log. Processes that a command starts inherit them.
+QUIET_LIBRARIES = {
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+for _name, _value in QUIET_LIBRARIES.items():
+    os.environ.setdefault(_name, _value)
+
+LINE_SECONDS = 60.0  # between lines of progress where there is no terminal to draw a bar on
+
+SAME_COMMAND = "What was finished is kept; the same command continues."
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+
+class _StoreOption(click.Option):
+    """--store; where it is missing the error says how it is typed, as many give a bare path."""
+
+    def process_value(self, ctx: click.Context, value: Any) -> Any:
+        if self.value_is_missing(value) and not ctx.resilient_parsing:
+            raise click.UsageError(
+                f"Name the store with an option: {ctx.command_path} --store PLACE.", ctx
+            )
+        return super().process_value(ctx, value)
+
+
+store_option = click.option(
+    "--store",
+    cls=_StoreOption,
+    type=PlaceOption(),
+    required=True,
+    help="The activation store: a folder, or s3://bucket/prefix.",
+)
+
+
+class Commands(click.Group):
+    """A command group that turns a `SaeHarvestError` into one line on stderr and exit code 1.
+
+    Usage errors keep click's exit code 2, an interrupted command exits with 130, a terminated one
+    with 143, both in order. Anything else is a bug and keeps its traceback.
+
+    An argument whose bytes are not text is a usage error of every command: paths end up in JSON, in
+    SQL and on screens, which take text only.
+    """
+
+    def exit_code(self, error: SaeHarvestError) -> int:
+        """What an error ends with; for groups that tell errors apart."""
+        return EXIT_FAILURE
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _masked_usage():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        _terminated.clear()
+        before = signal.signal(signal.SIGTERM, _terminate)
+        try:
+            with _masked_usage():
+                return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            if _terminated.is_set():
+                click.echo(ending("Terminated.", error), err=True)
+                sys.exit(EXIT_TERMINATED)
+            click.echo(ending("Interrupted.", error), err=True)
+            sys.exit(EXIT_INTERRUPTED)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> NoReturn:
+        environment.set_defaults()
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:
+            if not _is_text(word):
+                click.echo(
+                    f"Error: The argument {word!a} has bytes that are not UTF-8; "
+                    "rename what it names, or type it in UTF-8.",
+                    err=True,
+                )
+                sys.exit(EXIT_USAGE)
+        try:
+            super().main(words, *rest, **kwargs)
+        except SaeHarvestError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(self.exit_code(error))
+        except BrokenPipeError:  # the reader of our output, `head` say, has gone
+            sys.stderr.close()
+            sys.exit(EXIT_FAILURE)
+        raise AssertionError("click always exits")
+
+
+@contextmanager
+def _masked_usage() -> Iterator[None]:
+    """Usage errors without passwords: they repeat what was typed."""
+    try:
+        yield
+    except click.UsageError as error:
+        told = error.format_message()
+        if masked(told) == told:
+            raise
+        raise click.UsageError(masked(told), error.ctx) from None
+
+
+def _is_text(word: str) -> bool:
+    """False where the system handed over bytes that are not UTF-8 (Python's lone surrogates)."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class Terminated(KeyboardInterrupt):
+    """A SIGTERM, raised where the command is, so that it ends as it does when interrupted."""
+
+
+# Set by a SIGTERM: Ray raises a bare KeyboardInterrupt for one that comes while it waits.
+_terminated = threading.Event()
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    _terminated.set()
+    raise Terminated
+
+
+def output() -> Console:
+    """The console for results, on standard output; text is as it is: a token may be `[/]`."""
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+@contextmanager
+def when_interrupted(kept: str | Callable[[], str]) -> Iterator[None]:
+    """Say at the end of an interrupted or terminated command what is kept and how to go on.
+
+    What a SIGTERM has raised leaves as `Terminated`. Of several such blocks, one inside another,
+    the innermost speaks.
+
+    Args:
+        kept: one or two sentences, or a function that returns them then.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if not hasattr(error, "__notes__"):
+            error.add_note(kept if isinstance(kept, str) else kept())
+        if not _terminated.is_set() or isinstance(error, Terminated):
+            raise
+        terminated = Terminated()
+        terminated.__notes__ = error.__notes__
+        raise terminated from error
+
+
+def ending(word: str, error: KeyboardInterrupt) -> str:
+    """The line with which an interrupted command ends."""
+    return " ".join([word, *getattr(error, "__notes__", ())])
+
+
+class Progress:
+    """Progress of a command on standard error: a bar on a terminal, else a line a minute.
+
+    The lines come from a thread of their own, so that they also appear while the command is in a
+    phase that reports nothing, such as loading a model. Use it as a context manager.
+    """
+
+    def __init__(self, unit: str = "") -> None:
+        """`unit`: of the numbers reported, "tokens" say."""
+        self._unit = unit
+        self._console = Console(stderr=True)
+        self._bar = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._bar.add_task("preparing", total=None, rate="")
+        self.latest: tuple[str, int, int | None, str] = ("preparing", 0, None, "")
+        self._began = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._lines, name="progress", daemon=True)
+
+    def __enter__(self) -> Progress:
+        if self._console.is_terminal:
+            self._bar.start()
+        else:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        if self._console.is_terminal:
+            self._bar.stop()
+        else:
+            self._thread.join()
+
+    def __call__(self, phase: str, done: int, total: int | None, rate: str = "") -> None:
+        """Report what is done in a phase; call it as often as you like.
+
+        Args:
+            rate: a short text such as "5,120 tokens/s".
+        """
+        self.latest = phase, done, total, rate
+        if self._console.is_terminal:
+            self._bar.update(self._task, description=phase, completed=done, total=total, rate=rate)
+
+    def counting(
+        self, phase: str, rate: Callable[[float], str] = lambda speed: ""
+    ) -> Callable[[int, int | None], None]:
+        """A report of what is done and to do in one phase.
+
+        Args:
+            rate: words the speed, in units per second since the first report.
+        """
+        first: list[tuple[float, int]] = []
+
+        def report(done: int, total: int | None) -> None:
+            now = time.monotonic()
+            if not first:
+                first.append((now, done))
+            seconds = now - first[0][0]
+            self(phase, done, total, rate((done - first[0][1]) / seconds) if seconds > 1 else "")
+
+        return report
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    def _lines(self) -> None:
+        while not self._ended.wait(LINE_SECONDS):
+            phase, done, total, rate = self.latest
+            words = phase
+            if total or done:
+                of = f" of {total:,}" if total else ""
+                words = f"{phase} {done:,}{of} {self._unit}".rstrip()
+            minutes = f"{(time.monotonic() - self._began) / 60:,.0f} min so far"
+            click.echo(", ".join(filter(None, (words, rate, minutes))), err=True)

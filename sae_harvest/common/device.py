@@ -1,0 +1,15 @@
+"""Where to compute."""
+
+from __future__ import annotations
+
+from sae_harvest.common.errors import InputError
+
+
+def choose_device(name: str) -> str:
+    """cpu or cuda; `auto` is cuda where there is one. `InputError` for a cuda that is not there."""
+    import torch  # a second to import, and commands that only read a store do without
+
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise InputError("--device cuda: this machine has no usable GPU; use --device cpu.")
+    return "cuda" if available and name != "cpu" else "cpu"

@@ -1,0 +1,27 @@
+"""Git-LFS pointers: small texts that stand for large files nobody has fetched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sae_harvest.common.errors import InputError
+
+BEGINNING = b"version https://git-lfs.github.com/spec/v1"
+
+
+def is_pointer(path: Path) -> bool:
+    """True for a Git-LFS pointer; False as well for a file that cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(BEGINNING)) == BEGINNING
+    except OSError:
+        return False
+
+
+def refuse_pointer(path: Path) -> None:
+    """`InputError` if the file is a Git-LFS pointer."""
+    if is_pointer(path):
+        raise InputError(
+            f"{path} is a Git-LFS pointer and not the file itself; run `git lfs pull` in its "
+            "repository, or download the file."
+        )

@@ -1,0 +1,1 @@
+"""Shuffled batches: order, chunks, reading ahead, upload to a GPU."""

@@ -1,0 +1,1 @@
+"""Verification, repair and merging of stores."""

@@ -1,0 +1,1 @@
+"""Moments and outlier rows of a shard; int8 quantisation."""

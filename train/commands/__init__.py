@@ -1,0 +1,1 @@
+"""The `train-sae` command."""

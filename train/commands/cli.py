@@ -1,0 +1,297 @@
+"""The `train-sae` command."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Column, Table
+
+from sae_harvest.common.console import (
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    Progress,
+    output,
+    store_option,
+)
+from sae_harvest.common.numbers import CountRange
+from sae_harvest.common.options import PathOption
+from sae_harvest.common.paths import shown
+from sae_harvest.train.commands.cli_formats import add_format_commands
+from sae_harvest.train.commands.cli_plan import plan
+from sae_harvest.train.commands.cli_scaling import scaling
+from sae_harvest.train.commands.job import EXIT_UNFINISHED, Job, JobCommands, stopped_code_option
+from sae_harvest.train.commands.options import (
+    CONFIG,
+    PLACES,
+    config_file_option,
+    given_options,
+    options_for,
+    run_settings,
+)
+from sae_harvest.train.config import TrainConfig
+
+folder = PathOption(file_okay=False)
+
+
+@click.group(cls=JobCommands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="sae-harvest")
+def main() -> None:
+    """Sparse autoencoders from stored activations.
+
+    \b
+    train-sae run --store runs/demo/store --out runs/demo/wide --n-latents 8192 --tokens 2000000
+    """
+
+
+@main.command(cls=Job)
+@config_file_option
+@options_for(PLACES)
+@options_for(CONFIG)
+@click.option(
+    "--workers",
+    type=CountRange(min=1),
+    help="Processes that train together, started by Ray; each has a GPU, or its share of the "
+    "cores.  [default: this process alone]",
+)
+@click.option(
+    "--parallel",
+    type=click.Choice(["latents", "data"]),
+    default="latents",
+    show_default=True,
+    help="What workers divide: the latents (each has a part of the weights) or the rows of a "
+    "batch (each has all weights).",
+)
+@click.option("--address", help="Ray cluster that the workers run on: auto, or HOST:PORT.")
+@stopped_code_option
+@click.pass_context
+def run(
+    context: click.Context,
+    file: Path | None,
+    workers: int | None,
+    parallel: Any,
+    address: str | None,
+    stopped_code: int,
+    **given: Any,
+) -> None:
+    """Train a sparse autoencoder or a transcoder, or continue to.
+
+    \b
+    train-sae run --store runs/demo/store --out runs/demo/wide --n-latents 8192 --tokens 2000000
+    train-sae run --config run.yaml --out runs/demo/low-rate --lr 0.0005
+    train-sae run --config run.yaml --workers 8 --address auto
+    """
+    places, config = run_settings(context, file)
+    out, name = Path(places.out), shown(places.out)
+    if workers is None and address is not None:
+        raise click.UsageError("--address is of runs with --workers; say how many.")
+    cluster = None
+    if workers is not None:
+        cluster = {"workers": workers, "parallel": parallel, "address": address}
+    result = train_with_bar(config, places.store, out, places.site, places.device, cluster)
+    if not result.finished:
+        stopped(f"Stopped after step {result.steps}, saved in {name}", result.signal, stopped_code)
+    output().print(summary({name: result.evaluation}))
+
+
+@main.command(cls=Job)
+@click.argument("file", type=PathOption(dir_okay=False))
+@options_for(PLACES)
+@stopped_code_option
+@click.pass_context
+def sweep(context: click.Context, file: Path, stopped_code: int, **given: Any) -> None:
+    """Train many SAEs on one stream of batches, or continue to.
+
+    FILE is YAML: settings of `train-sae run`, and under `grid` lists of those to combine.
+
+    \b
+    train-sae sweep sweep.yaml --store runs/demo/store --out runs/demo/sweep
+    """
+    from sae_harvest.train.sweeps.sweepfile import read_sweep_file
+
+    found = read_sweep_file(file, given_options(context))
+    out = Path(found.places.out)
+    result = sweep_with_bar(found, out)
+    if result.signal is not None:
+        stopped(f"Stopped, saved in {shown(out)}", result.signal, stopped_code)
+    done = {name: member.evaluation for name, member in result.members.items()}
+    output().print(summary({name: found for name, found in done.items() if found is not None}))
+    for name in result.failed:
+        click.echo(f"{name}: {result.members[name].failure}", err=True)
+    if result.failed:
+        click.echo(
+            f"Error: {len(result.failed)} of {len(result.members)} members failed, named above; "
+            "the others are finished.",
+            err=True,
+        )
+        sys.exit(EXIT_FAILURE)
+
+
+@main.command()
+@click.argument("out", type=folder)
+def status(out: Path) -> None:
+    """How far a run or a sweep is: exit code 0 if finished, 3 if not, 1 if it failed.
+
+    \b
+    train-sae status runs/demo/sae
+    """
+    from sae_harvest.train.run.status import read_status
+
+    runs = read_status(out)
+    rest = ("state", "step", "of", "saved", "tokens", "fvu", "l0", "dead")
+    table = Table(Column("run", overflow="fold"), *rest, box=None)
+    for found in runs:
+        last = found.metrics
+        table.add_row(
+            found.name,
+            found.state,
+            f"{found.step:,}",
+            f"{found.steps:,}",
+            "-" if found.saved is None else f"{found.saved:,}",
+            f"{last.get('tokens', 0):,}",
+            *(_number(last.get(name), form) for name, form in STATUS_METRICS.items()),
+        )
+    output().print(table)
+    for found in runs:
+        if found.failure is not None:
+            click.echo(f"{found.name}: {found.failure}", err=True)
+    states = {found.state for found in runs}
+    if states & {"running", "unfinished"}:
+        sys.exit(EXIT_UNFINISHED)
+    sys.exit(EXIT_FAILURE if "failed" in states else 0)
+
+
+STATUS_METRICS = {"fvu": ".4f", "l0": ".1f", "dead_share": ".1%"}
+
+
+def _number(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+@main.command("eval")
+@click.option("--sae", "sae_folder", type=folder, required=True, help="Folder of any SAE of ours.")
+@store_option
+@click.option(
+    "--rows",
+    type=CountRange(min=1),
+    default=TrainConfig.model_fields["eval_rows"].default,
+    show_default=True,
+    help="Held-out rows to read, at most.",
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option("--out", type=PathOption(), help="Also write it here, as JSON.")
+def evaluation(sae_folder: Path, store: str, rows: int, device: str, out: Path | None) -> None:
+    """How well an SAE reconstructs held-out rows of a store.
+
+    \b
+    train-sae eval --sae runs/demo/sae --store runs/demo/store
+    """
+    from sae_harvest.common.device import choose_device
+    from sae_harvest.store.reader import ActivationStore
+    from sae_harvest.train.evaluate import evaluate
+    from sae_harvest.train.run.files import write_json
+    from sae_harvest.train.sae.sae import SAE
+
+    sae = SAE.load(sae_folder, choose_device(device))
+    with Progress("rows") as progress:
+        opened = ActivationStore.open(store)
+        result = evaluate(sae, opened, sae.config.rule, rows, progress.counting("evaluating"))
+    if out is not None:
+        write_json(out, result)
+    warn({shown(sae_folder): result})
+    output().print(summary({shown(sae_folder): result}))
+
+
+def stopped(what: str, number: int | None, code: int) -> None:
+    """Ends the command: with `code` for a scheduler that asked, with 130 for Ctrl-C."""
+    click.echo(f"{what}; the same command continues.", err=True)
+    sys.exit(EXIT_INTERRUPTED if number == signal.SIGINT else code)
+
+
+def train_with_bar(
+    config: Any,
+    store: str | Path,
+    out: Path,
+    site: str | None,
+    device: str,
+    cluster: dict[str, Any] | None = None,
+) -> Any:
+    """`train` with its progress shown; with `cluster`, that of `train.parallel.cluster`."""
+    with Progress() as progress:
+        if cluster is None:
+            from sae_harvest.train.run.trainer import train
+
+            result = train(config, store, out, site, device, progress)
+        else:
+            from sae_harvest.train.parallel.cluster import train_on_workers
+
+            result = train_on_workers(config, store, out, site, device, report=progress, **cluster)
+    warn({shown(out): result.evaluation})
+    return result
+
+
+def sweep_with_bar(found: Any, out: Path) -> Any:
+    """`train.sweeps.sweep.sweep` with its progress shown."""
+    from sae_harvest.train.sweeps.sweep import sweep as train_all
+
+    places = found.places
+    with Progress() as progress:
+        result = train_all(
+            found.members,
+            places.store,
+            out,
+            places.site,
+            places.device,
+            progress,
+            progress.say,
+        )
+    warn({name: member.evaluation for name, member in result.members.items()})
+    return result
+
+
+def warn(evaluations: dict[str, Any]) -> None:
+    """Say on standard error what evaluations show to have gone wrong."""
+    from sae_harvest.train.evaluate import remarks
+
+    for name, evaluation in evaluations.items():
+        for sentence in remarks(evaluation) if evaluation is not None else ():
+            click.echo(f"Warning: {name}: {sentence}", err=True)
+
+
+ROWS = {
+    "without_outliers": "without outliers",
+    "with_outliers": "with outliers",
+    "without_outliers_without_bos": "without outliers, without BOS",
+    "with_outliers_without_bos": "with outliers, without BOS",
+}
+
+
+def summary(evaluations: dict[str, Any]) -> Table:
+    """Evaluations as a table; one has its name above it."""
+    single = len(evaluations) == 1
+    title = next(iter(evaluations)) if single else None
+    columns: list[Any] = ["held-out rows", "rows", "FVU", "L0", "never fired"]
+    if not single:
+        columns.insert(0, Column("SAE", overflow="fold"))
+    table = Table(*columns, title=title, box=None)
+    for name, evaluation in evaluations.items():
+        for group in (group for group in ROWS if group in evaluation):
+            values = evaluation[group]
+            cells = [ROWS[group], f"{values['rows']:,}"]
+            cells += [
+                _number(values[key], form)
+                for key, form in (("fvu", ".4f"), ("l0", ".1f"), ("dead_share", ".1%"))
+            ]
+            table.add_row(*(cells if single else (name, *cells)))
+    return table
+
+
+add_format_commands(main)
+main.add_command(plan)
+main.add_command(scaling)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""`train-sae export` and `train-sae import`: SAEs in the formats of other packages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from sae_harvest.common.options import PathOption
+from sae_harvest.common.paths import shown
+from sae_harvest.train.sae.formats import FORMATS, export_sae, import_sae
+
+format_option = click.option(
+    "--format", "name", type=click.Choice(FORMATS), required=True, help="Whose format."
+)
+
+
+@click.command("export")
+@click.option(
+    "--sae",
+    type=PathOption(),
+    required=True,
+    help="A trained SAE, the --out folder of `train-sae run`.",
+)
+@format_option
+@click.option(
+    "--out",
+    type=PathOption(),
+    required=True,
+    help="Where to write; openai: a .pt file, the others: a folder.",
+)
+def export_command(sae: Path, name: str, out: Path) -> None:
+    """Write an SAE in the format of another package.
+
+    \b
+    train-sae export --sae runs/demo/sae --format sparsify --out runs/demo/sparsify
+    """
+    exported = export_sae(sae, name, out)
+    click.echo(f"Wrote SAE {exported.digest} to {shown(out)} for {name}.")
+
+
+@click.command("import")
+@format_option
+@click.option(
+    "--from",
+    "path",
+    metavar="PATH",
+    type=PathOption(),
+    required=True,
+    help="What that package has written; openai: a .pt file, the others: a folder.",
+)
+@click.option(
+    "--out",
+    type=PathOption(),
+    required=True,
+    help="Folder to save the SAE in.",
+)
+@click.option("--site", help="Activations that it reads, resid_post.12 say, if PATH has none.")
+@click.option("--target-site", help="Activations that a transcoder predicts, if PATH has none.")
+@click.option("--model", help="Name of the model it was trained on, if PATH has none.")
+def import_command(
+    name: str,
+    path: Path,
+    out: Path,
+    site: str | None,
+    target_site: str | None,
+    model: str | None,
+) -> None:
+    """Save an SAE that another package has written as one of ours.
+
+    \b
+    train-sae import --format sparsify --from runs/demo/sparsify --out runs/imported
+    """
+    from sae_harvest.train.sae.formats.reading import Origin
+
+    sae = import_sae(name, path, out, Origin(site, target_site, model))
+    click.echo(f"Saved SAE {sae.digest} in {shown(out)}, for {sae.config.site}.")
+
+
+def add_format_commands(group: click.Group) -> None:
+    """Adds both commands to `train-sae`."""
+    group.add_command(export_command)
+    group.add_command(import_command)

@@ -1,0 +1,83 @@
+"""How a training command ends, in codes that a scheduler can act on. `docs/jobs.md` has them all.
+
+0    finished; or stopped by SIGTERM, and the same command continues
+1    an error that trying again does not mend
+2    options or a file of settings that cannot be
+3    `train-sae status`: not finished
+75   trouble outside, a full disk say: trying again may help
+130  stopped by Ctrl-C; the same command continues
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from typing import Any
+
+import click
+
+from sae_harvest.common.console import Commands, Terminated, ending, when_interrupted
+from sae_harvest.common.errors import SaeHarvestError
+
+EXIT_UNFINISHED = 3
+EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+
+PASSING = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EBUSY, errno.EAGAIN),
+        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ECONNRESET),
+        *(errno.ECONNREFUSED, errno.ECONNABORTED, errno.ENETUNREACH, errno.ENETDOWN),
+        *(errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENOTCONN, errno.EPIPE),
+    }
+)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether an error comes from something outside that may be mended by the time of a retry."""
+    from obstore.exceptions import BaseError  # here, since --help needs neither
+    from safetensors import SafetensorError
+
+    from sae_harvest.store.bucket import passes
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, BaseError) and passes(cause):
+            return True
+        if isinstance(cause, OSError) and cause.errno in PASSING:
+            return True
+        if isinstance(cause, SafetensorError):  # tells the number in its text only
+            number = re.search(r"os error (\d+)", str(cause))
+            return number is not None and int(number[1]) in PASSING
+        cause = cause.__cause__
+    return False
+
+
+class JobCommands(Commands):
+    """`Commands` with an exit code of its own for what may pass."""
+
+    def exit_code(self, error: SaeHarvestError) -> int:
+        return EXIT_TRY_AGAIN if may_pass(error) else super().exit_code(error)
+
+
+class Job(click.Command):
+    """A command that continues where it was: to be terminated is no failure of it.
+
+    It has `stopped_code_option`.
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with when_interrupted("The same command continues."):
+                return super().invoke(ctx)
+        except Terminated as error:  # in preparation or evaluation; training stops between steps
+            click.echo(ending("Stopped.", error), err=True)
+            ctx.exit(ctx.params["stopped_code"])
+
+
+stopped_code_option = click.option(
+    "--stopped-code",
+    type=click.IntRange(0, 255),
+    default=0,
+    show_default=True,
+    help="Exit code when SIGTERM stops it with work left, for schedulers that take 0 for done.",
+)

@@ -1,0 +1,111 @@
+"""How several processes share one step. Alone, there is nothing to share.
+
+Two ways to divide the work, of which a group may use either:
+
+    by rows      each process has all latents and a part of the batch's rows (data parallel)
+    by latents   each process has all rows and a part of the latents (latent-sharded)
+
+A step (`train.step.step`) calls these methods wherever a sum runs over what is divided, and nowhere
+else, so that every way gives the numbers of one process up to the order of sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from sae_harvest.train.sae.kernels import Gradients
+
+T = TypeVar("T")
+GREATEST_KEY = 0x7F800000  # the bits of float32 infinity
+
+
+class Group:
+    """One process alone; `train.parallel.distributed` has the others.
+
+    rank, world: this process, and how many there are.
+    row_parts: into how many parts the rows of a batch are divided.
+    latent_part, latent_parts: which part of the latents this process holds, and of how many.
+    """
+
+    rank = 0
+    world = 1
+    row_parts = 1
+    latent_part = 0
+    latent_parts = 1
+
+    def latents(self, n_latents: int) -> tuple[int, int]:
+        """The latents [first, last) that this process holds."""
+        return 0, n_latents
+
+    def sum_rows(self, tensor: Tensor) -> Tensor:
+        """Sums in place what is a sum over rows; the tensor itself."""
+        return tensor
+
+    def sum_latents(self, tensor: Tensor) -> Tensor:
+        """Sums in place what is a sum over latents; the tensor itself."""
+        return tensor
+
+    def keep_top(self, indices: Tensor, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest pairs of each row over all parts of the latents.
+
+        Args:
+            indices: int32 [batch, w], values: float32 [batch, w] of this part, decreasing.
+
+        Returns:
+            The same, where pairs that are not among them have index -1 and value 0.
+        """
+        return indices, values
+
+    def gather_pairs(self, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The pairs of all parts of the latents, [batch, all w], part after part."""
+        return indices, values
+
+    def reduce_gradients(self, into: Gradients) -> None:
+        """Sums enc, dec and bias over the parts of the rows and computes `squares` anew."""
+
+    def collect(self, tensor: Tensor) -> Tensor:
+        """The sum over processes, whatever they divide; may be the tensor itself, summed."""
+        return tensor
+
+    def anywhere(self, here: bool) -> bool:
+        """Whether it is so in any process. None goes on before all have asked."""
+        return bool(self.collect(torch.tensor(int(here))))
+
+    def from_first(self, number: int) -> int:
+        """The first process's number, in every process."""
+        return int(self.collect(torch.tensor(number if self.rank == 0 else 0)))
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work` gives here, once every process has done it; if one fails, all do."""
+        return work()
+
+    def check_shared(self, folder: Path) -> None:
+        """`InputError` unless the folder is the same one for all processes."""
+
+    def reach(self, values: Tensor, count: int) -> float:
+        """The largest number that `count` of the values of all processes reach.
+
+        By bisection of float32 numbers, so that processes exchange counts and no values.
+
+        Args:
+            values: float32, any shape; NaN and what is not positive count for nothing.
+
+        Returns:
+            The count-th largest value; 0 if fewer are positive.
+        """
+        keys = values.contiguous().view(torch.int32).flatten()  # positive: ordered as their bits
+        keys = keys[(keys > 0) & (keys <= GREATEST_KEY)].sort().values
+        low, high = 0, GREATEST_KEY
+        while low < high:
+            middle = (low + high + 1) // 2
+            reached = len(keys) - torch.searchsorted(keys, middle)
+            if int(self.sum_latents(self.sum_rows(reached))) >= count:
+                low = middle
+            else:
+                high = middle - 1
+        return float(torch.tensor(low, dtype=torch.int32).view(torch.float32))

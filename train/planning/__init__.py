@@ -1,0 +1,1 @@
+"""Time, memory and cost of a run before it begins."""

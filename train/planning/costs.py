@@ -1,0 +1,237 @@
+"""What a training run takes, counted: memory, floating-point operations, bytes moved.
+
+Everything here follows from the configuration and the widths of the activations; nothing is
+measured. `train.planning.plan` turns the counts into seconds with the rates of a machine.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.sae.kernels.low import candidates
+
+FLOAT, INDEX, COUNTER = 4, 4, 8  # bytes of a weight, of a latent's number, of `last_fired`
+LOW = 2  # bytes of a low-precision weight, bfloat16; int8 takes half
+PAIR = 2 * INDEX + 5 * FLOAT  # number and place, value, slope, gain, penalty, pre-activation
+SCRATCH = 24 << 20  # pre-activations that the processor's kernels keep in cache
+ACTIVE = 64  # latents per row that are counted on where no k is given
+START = 3  # times as many latents are active in the beginning, where thresholds are trained
+WIDEST = 4  # a batch's fullest row has about this many times the mean, where rows differ
+UNLIMITED = 1 << 62
+ADAM_FLOPS = 14  # per parameter, the running average of weights included
+ADAM_MOVES = 9  # floats: weight, both moments and average there and back, the gradient there
+BATCH_PASSES = 8  # over a batch: centring, error, its scale, sums of squares, b_dec's gradient
+# latent vectors beside b_enc: the SAE's, trained ones, others (what low precision may be off by)
+VECTORS = {
+    "topk": (0, 0, 0),
+    "batchtopk": (1, 0, 1),
+    "jumprelu": (1, 1, 2),
+    "relu_l1": (0, 0, 1),
+    "relu_kl": (0, 0, 1),
+    "gated": (2, 2, 1),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a step's costs depend on, for one device.
+
+    n_latents: latents the device holds; rows: rows it sees per step; active: mean of those
+    latents per row; width: the most per row in memory, padding included; chosen: candidates per
+    row before exact values decide; d_in, d_out: widths of the activations; k_aux: latents of AuxK
+    per row; errors: reconstructions of a step (more with Multi-TopK or Matryoshka);
+    vectors: as in VECTORS; transcoder: whether it reads another site than it predicts.
+    """
+
+    n_latents: int
+    rows: int
+    active: int
+    width: int
+    chosen: int
+    d_in: int
+    d_out: int
+    k_aux: int
+    errors: int = 1
+    vectors: tuple[int, int, int] = (0, 0, 0)
+    transcoder: bool = False
+
+    @property
+    def trained(self) -> int:
+        """Trained numbers on the device."""
+        return self.n_latents * (self.d_in + self.d_out + 1 + self.vectors[1]) + self.d_out
+
+    @property
+    def saved(self) -> int:
+        """Numbers of the SAE's tensors on the device."""
+        fixed = self.n_latents * (self.vectors[0] - self.vectors[1])
+        return self.trained + fixed + (self.d_in if self.transcoder else 0)
+
+
+def shape_of(
+    config: TrainConfig,
+    d_in: int,
+    d_out: int | None = None,
+    devices: int = 1,
+    parallel: Literal["data", "latents"] = "data",
+) -> Shape:
+    """The shape of one device's share of a run.
+
+    Args:
+        config: the run.
+        d_in, d_out: widths; d_out None means a dictionary that reconstructs its input.
+        devices: how many share the step.
+        parallel: data (each has all latents and a part of the rows) or latents (the reverse).
+    """
+    n, width_out = config.n_latents, d_in if d_out is None else d_out
+    share = -(-n // devices) if parallel == "latents" else n
+    rows = -(-config.batch_rows // devices) if parallel == "data" else config.batch_rows
+    active = min(n, config.k or ACTIVE)
+    if config.activation == "topk":
+        width = config.wide_k if config.multi_topk > 0 else active
+        chosen = candidates(min(share, width), share)
+    else:  # sparse from the start, but not yet as sparse as asked for
+        chosen = width = max(1, WIDEST * START * active * share // n)
+    return Shape(
+        n_latents=share,
+        rows=rows,
+        active=max(1, active * share // n),
+        width=min(width, share),
+        chosen=min(chosen, share),
+        d_in=d_in,
+        d_out=width_out,
+        k_aux=config.auxiliary_k(width_out) if config.auxk_alpha > 0 else 0,
+        errors=3 if config.multi_topk > 0 else 1 + len(config.matryoshka),
+        vectors=VECTORS[config.activation],
+        transcoder=d_out is not None,
+    )
+
+
+def memory(shape: Shape, low_bytes: float = LOW) -> dict[str, int]:
+    """Bytes of one learner on one device, by what they are for.
+
+    `batch` holds the rows a step reads, `workspace` what is kept from step to step, `passing`
+    the most that a step adds to it and gives back; what AuxK passes is counted as if latents
+    were dead.
+    """
+    n, rows, d_in, d_out = shape.n_latents, shape.rows, shape.d_in, shape.d_out
+    target = rows * d_out if shape.transcoder else 0
+    passing = rows * (shape.chosen * INDEX + shape.width * PAIR)
+    if shape.k_aux:
+        passing += rows * (candidates(shape.k_aux, n) * INDEX + shape.k_aux * PAIR)
+    gradients = n * (d_in + d_out + 2 + shape.vectors[1]) + d_out  # and squared norms
+    return {
+        "weights": FLOAT * (shape.saved + n * shape.vectors[2]),
+        "moments": 2 * FLOAT * shape.trained,
+        "average": FLOAT * shape.trained,
+        "gradients": FLOAT * gradients,
+        "low precision": int(low_bytes * n * d_in),
+        "counters": COUNTER * n,
+        "workspace": FLOAT * rows * (d_in + shape.errors * d_out),
+        "batch": FLOAT * (rows * d_in + target),
+        "passing": passing + FLOAT * target + int(low_bytes * rows * d_in) + SCRATCH,
+    }
+
+
+def memory_bytes(config: TrainConfig, d_in: int, d_out: int | None = None) -> int:
+    """All bytes of one learner on one device, the batch it reads included."""
+    return sum(memory(shape_of(config, d_in, d_out)).values())
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations and bytes moved to or from memory, of one step on one device."""
+
+    flops: float
+    bytes: float
+
+
+def step_work(shape: Shape, dead_share: float = 0.0, low_bytes: float = LOW) -> dict[str, Work]:
+    """What each part of a step computes and moves, on one device.
+
+    A multiplication and an addition are two operations; comparisons count as none. Scores of the
+    encoder's product stay in cache. Bytes of sparse parts are the rows gathered, one of `d_in` or
+    `d_out` numbers per pair and operand.
+
+    Args:
+        shape: the step.
+        dead_share: share of the latents that AuxK works on.
+        low_bytes: of a low-precision weight.
+    """
+    n, rows, d_in, d_out = shape.n_latents, shape.rows, shape.d_in, shape.d_out
+    pairs, decoded = rows * shape.active, rows * shape.active * shape.errors
+    parts = {
+        "encoder product": Work(2.0 * rows * n * d_in, low_bytes * d_in * (n + rows)),
+        "exact values": Work(
+            2.0 * rows * shape.chosen * d_in, FLOAT * rows * (shape.chosen + 1) * d_in
+        ),
+        "decode": Work(2.0 * decoded * d_out, FLOAT * (decoded + rows) * d_out),
+        "gradients": Work(2.0 * pairs * (d_in + 2 * d_out), FLOAT * (pairs + n) * (d_in + d_out)),
+    }
+    dead = round(dead_share * n) if shape.k_aux else 0
+    if dead:
+        k = min(shape.k_aux, dead)
+        chosen = candidates(k, dead)
+        parts["AuxK"] = Work(
+            2.0 * rows * (dead * d_in + chosen * d_in + k * (d_in + 3 * d_out)),
+            FLOAT * rows * (chosen * d_in + k * (d_in + 2 * d_out)),
+        )
+    parts["Adam"] = Work(
+        ADAM_FLOPS * shape.trained,
+        ADAM_MOVES * FLOAT * shape.trained + (FLOAT + low_bytes) * n * d_in,
+    )
+    parts["batch"] = Work(BATCH_PASSES * rows * d_out, BATCH_PASSES * FLOAT * rows * d_out)
+    return parts
+
+
+def step_flops(config: TrainConfig, d_in: int, d_out: int | None = None) -> float:
+    """Floating-point operations of one step without dead latents."""
+    return sum(part.flops for part in step_work(shape_of(config, d_in, d_out)).values())
+
+
+def available_bytes(device: torch.device | str) -> int:
+    """Bytes that a process may still take: of a GPU's memory, or of this machine's.
+
+    On a processor it is the least of what the kernel and the control group allow.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min(_machine_bytes(), _group_bytes())
+
+
+def _machine_bytes() -> int:
+    """Free memory and what caches would give back."""
+    table = Path("/proc/meminfo")
+    if table.exists():
+        for line in table.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # all there is, elsewhere
+
+
+def _group_bytes(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """What a container's limit leaves; a number above any memory where there is none.
+
+    Versions 2 and 1 of control groups; pages of files that can be dropped count as free.
+    """
+    for folder, limit_file, used_file, dropped in (
+        (root, "memory.max", "memory.current", "inactive_file "),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
+    ):
+        if not (folder / limit_file).exists():
+            continue
+        limit = (folder / limit_file).read_text().strip()
+        if limit == "max":
+            continue
+        used = int((folder / used_file).read_text())
+        for line in (folder / "memory.stat").read_text().splitlines():
+            if line.startswith(dropped):
+                used -= int(line.split()[1])
+        return max(0, int(limit) - used)
+    return UNLIMITED

@@ -1,0 +1,204 @@
+"""A run's folder: whose it is, that one process writes it, and the store as the run knew it.
+
+OUT/run.json            configuration and the store it reads; written first
+OUT/metrics.jsonl       one line per step
+OUT/checkpoints/000200  everything needed to continue, the newest two
+OUT/sae.safetensors, OUT/config.json, OUT/evaluation.json    at the end
+OUT/.lock               held by the process that writes here
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from sae_harvest.common.errors import RunError, UnfinishedError
+from sae_harvest.common.parsing import first_line
+from sae_harvest.store.objects import make_folder
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.train.config import READERS, TrainConfig
+from sae_harvest.train.run.files import read_json, read_record, write_json
+from sae_harvest.train.run.records import Evaluation, Failure
+from sae_harvest.train.sae.sae import CONFIG_FILE
+from sae_harvest.train.sae.sharded import digest_of
+
+RUN_FILE, METRICS_FILE, EVALUATION_FILE = "run.json", "metrics.jsonl", "evaluation.json"
+FAILED_FILE, LOCK_FILE = "failed.json", ".lock"
+FORMAT = 2
+
+
+def open_store(place: str | Path, out: Path, name: str = RUN_FILE) -> ActivationStore:
+    """The store, as it was when the run in `out` began if there is one and it has grown since.
+
+    Args:
+        place: of a sealed store.
+        out: the run's folder, which need not be there yet.
+        name: of the record that knows the store.
+    """
+    store, record = ActivationStore.open(place), out / name
+    if record.exists():
+        begun = _begun(read_json(record, "The run", "choose another --out"))
+        if begun != store.digest:
+            with contextlib.suppress(UnfinishedError):  # another store: `claim` says so
+                return ActivationStore.open(place, begun)
+    return store
+
+
+def config_of(path: Path, content: Any, remedy: str) -> TrainConfig:
+    """The configuration in a record of a run, of any version that ours can read.
+
+    Raises:
+        RunError: it has none, or one that cannot be; names the file.
+    """
+    try:
+        given = content["config"]
+        activation = given.get("activation", "topk")
+        # what an activation does not read was at its default, of the version that trained it
+        unread = [name for name, readers in READERS.items() if activation not in readers]
+        return TrainConfig.model_validate(
+            {name: value for name, value in given.items() if name not in unread}
+        )
+    except ValidationError as error:
+        reason = first_line(error)
+    except (KeyError, TypeError, AttributeError):
+        reason = "it has no config"
+    raise RunError(f"{path} is not of a training run ({reason}); {remedy}.")
+
+
+def _begun(record: Any) -> str | None:
+    """Digest of the store in a record of whatever content; `claim` says what is wrong there."""
+    digest = record.get("store_digest") if isinstance(record, dict) else None
+    return digest if isinstance(digest, str) else None
+
+
+def describe_run(config: TrainConfig, store: ActivationStore, site: str) -> dict[str, Any]:
+    """The content of run.json: what decides the result, apart from the device."""
+    return {
+        "format": FORMAT,
+        "site": site,
+        "store_digest": store.digest,
+        "model": store.plan["model"],
+        "config": config.model_dump(mode="json"),
+    }
+
+
+@contextlib.contextmanager
+def claim(out: Path, description: dict[str, Any], name: str = RUN_FILE) -> Iterator[None]:
+    """Makes `out` the folder of what is described, or checks that it is; alone, while entered.
+
+    Args:
+        out: the folder, made if it is missing.
+        description: what the record has to say, among other things.
+        name: of the record's file.
+
+    Raises:
+        RunError: another run's folder, naming the fields that differ; no run's folder; or another
+            process writes there now.
+    """
+    record = out / name
+    if not record.exists() and out.is_dir() and any(map(_is_foreign, out.iterdir())):
+        raise RunError(f"{out} holds other files and no {name}; choose another --out.")
+    make_folder(out.absolute())
+    with locked(out):
+        if not record.exists():
+            write_json(record, description)
+        else:
+            _compare(out, read_json(record, "The run", "choose another --out"), description)
+        yield
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a file is more than what a run killed at its very start leaves."""
+    return path.name != LOCK_FILE and not path.name.endswith(".tmp")
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """No other process is in here for the same folder. The kernel frees a killed one's lock.
+
+    Raises:
+        RunError: another one is.
+    """
+    with (out / LOCK_FILE).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise RunError(
+                    f"Another process is writing to {out}; wait until it has ended, or choose "
+                    "another --out."
+                ) from error
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):
+                raise
+            # not every network file system has locks; docs/jobs.md says so
+        yield
+
+
+def is_locked(out: Path) -> bool:
+    """Whether a process is writing there."""
+    if not (out / LOCK_FILE).exists():
+        return False
+    try:
+        with (out / LOCK_FILE).open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False
+
+
+def finished_evaluation(out: Path, digest: str | None = None) -> dict[str, Any] | None:
+    """The evaluation in a folder, if it is of the dictionary there, and that the one asked for."""
+    path = out / EVALUATION_FILE
+    if not (path.exists() and (out / CONFIG_FILE).exists()):
+        return None
+    found = read_record(path, Evaluation, "The run", "delete that file")
+    there = digest_of(out)
+    return found if found.get("sae_digest") == there and digest in (None, there) else None
+
+
+def failure_of(out: Path) -> str | None:
+    """The sentence of a run that has failed; None of any other."""
+    path = out / FAILED_FILE
+    if not path.exists():
+        return None
+    remedy = "delete that file to try it again"
+    return str(read_record(path, Failure, "The run", remedy)["sentence"])
+
+
+def _compare(out: Path, found: Any, description: dict[str, Any]) -> None:
+    """`RunError` unless a record says what is described."""
+    there = found.get("format") if isinstance(found, dict) else None
+    if there != description["format"]:
+        raise RunError(
+            f"{out} holds a run in format {there}, begun by another version of this software, "
+            f"which writes {description['format']}; end it with that version, or choose another "
+            "--out."
+        )
+    old = _flat({key: value for key, value in found.items() if key in description})
+    new = _flat(description)
+    differing = [
+        f"{name} (there {old.get(name)}, here {new.get(name)})"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    if differing:
+        raise RunError(
+            f"{out} holds a run that differs in {', '.join(differing)}; give the same options to "
+            "continue it, or choose another --out."
+        )
+
+
+def _flat(run: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, keys joined by dots, without the leading `config.`."""
+    if not isinstance(run, dict):
+        return {prefix.removesuffix(".").removeprefix("config."): run}
+    items: dict[str, Any] = {}
+    for key, value in run.items():
+        items |= _flat(value, f"{prefix}{key}.")
+    return items

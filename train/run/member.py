@@ -1,0 +1,219 @@
+"""What a pass works on: a stream of batches, and members that are trained on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_harvest.store.loading.loader import Batch, ShuffledLoader
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.parallel.group import Group
+from sae_harvest.train.run.checkpoint import discard_after, load_checkpoint, save_checkpoint
+from sae_harvest.train.run.files import write_json
+from sae_harvest.train.run.folder import FAILED_FILE, METRICS_FILE, finished_evaluation
+from sae_harvest.train.run.metrics import MetricsFile
+from sae_harvest.train.sae.sharded import Dictionary, ShardedSAE, digest_of, save_part
+from sae_harvest.train.step.initial import SAMPLE_ROWS
+from sae_harvest.train.step.learner import Diverged, Learner
+
+ALONE = Group()
+
+
+class Stream:
+    """The batches that members are trained on, and what is the same for all of them.
+
+    Args:
+        config: batch_rows, target_site, order_seed and rule decide the stream.
+        store, site: what is read.
+        device: where batches are wanted.
+        group: of processes that share the work; each gets its part of the rows.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        store: ActivationStore,
+        site: str,
+        device: torch.device,
+        group: Group = ALONE,
+    ) -> None:
+        self.store, self.site, self.device, self.group = store, site, device, group
+        self.batch_rows = config.batch_rows
+        self._config = config
+        self.loader = self._open(group.rank % group.row_parts, group.row_parts)
+        self._beginning = self.loader.state()
+        self._sample: tuple[Tensor, Tensor | None] | None = None
+
+    def _open(self, rank: int, world: int) -> ShuffledLoader:
+        config = self._config
+        return ShuffledLoader(
+            self.store,
+            self.site,
+            config.batch_rows,
+            seed=config.seed if config.order_seed is None else config.order_seed,
+            rule=config.rule,
+            target_site=config.target_site,
+            rank=rank,
+            world=world,
+            device=str(self.device),
+        )
+
+    def sample(self) -> tuple[Tensor, Tensor | None]:
+        """Rows that weights are begun from, float32 [rows, d_in], and their targets if any.
+
+        The first of the order, whole batches of it: every process of the group has the same.
+        """
+        if self._sample is None:
+            self.seek(None)
+            loader = self.loader if self.group.row_parts == 1 else self._open(0, 1)
+            try:
+                self._sample = first_rows(loader)
+            finally:
+                loader.close()
+            self.seek(None)
+        return self._sample
+
+    def seek(self, state: dict[str, Any] | None) -> None:
+        """To where a checkpoint was saved, or to the beginning."""
+        self.loader.load_state(self._beginning if state is None else state)
+
+    def close(self) -> None:
+        self.loader.close()
+
+
+def first_rows(loader: ShuffledLoader) -> tuple[Tensor, Tensor | None]:
+    """The first SAMPLE_ROWS rows of the loader's order, or an epoch, on the processor."""
+    batches: list[Batch] = []
+    rows = 0
+    while rows < SAMPLE_ROWS and len(batches) < loader.batches_per_epoch:
+        batches.append(loader.next_batch())
+        rows += len(batches[-1].x)
+    x = torch.cat([batch.x.cpu() for batch in batches])[:SAMPLE_ROWS]
+    targets = [batch.target.cpu() for batch in batches if batch.target is not None]
+    return x, torch.cat(targets)[:SAMPLE_ROWS] if targets else None
+
+
+class Member:
+    """One dictionary in training, and the folder it is written to.
+
+    With several processes, the first one writes, and each its part of checkpoints and result.
+    """
+
+    def __init__(self, config: TrainConfig, out: Path, stream: Stream) -> None:
+        self.config, self.out = config, out
+        self.metrics: dict[str, Any] = {}
+        self.failure: Diverged | None = None
+        self._stream = stream
+        self._writes = stream.group.rank == 0
+        self._learner: Learner | None = None
+        self._log: MetricsFile | None = None
+        self._saved = 0
+
+    @property
+    def learner(self) -> Learner:
+        assert self._learner is not None, "not begun"
+        return self._learner
+
+    @property
+    def step(self) -> int:
+        return self.learner.step
+
+    @property
+    def is_live(self) -> bool:
+        """Whether there are steps to do."""
+        return self.failure is None and self.step < self.config.steps
+
+    def begin(self, step: int) -> dict[str, Any] | None:
+        """Starts from scratch at step 0, else from the checkpoint of that step.
+
+        Returns:
+            The loader's state there, None at the beginning.
+        """
+        stream = self._stream
+        self._saved = step
+        if step == 0:
+            sample, target = stream.sample()
+            model = stream.store.plan["model"]
+            self._learner = Learner.begin(
+                self.config, stream.site, sample, target, stream.device, model, stream.group
+            )
+            position = None
+        else:
+            saved = load_checkpoint(self.out, step, str(stream.device), stream.group)
+            numbers = dict(saved.state)
+            position = numbers.pop("loader")
+            self._learner = Learner.restore(
+                self.config, saved.sae, saved.tensors, numbers, stream.device, stream.group
+            )
+        if self._writes:
+            discard_after(self.out, step)
+            (self.out / FAILED_FILE).unlink(missing_ok=True)
+        return position
+
+    @contextmanager
+    def logging(self) -> Iterator[None]:
+        """While entered, `record` appends to the metrics file."""
+        path = self.out / METRICS_FILE
+        self._log = self._stream.group.together(
+            lambda: MetricsFile(path, self.step) if self._writes else None
+        )
+        with self._log or nullcontext():
+            yield
+
+    def _sync_log(self) -> None:
+        if self._log is not None:
+            self._log.sync()
+
+    def advance(self, batch: Batch) -> None:
+        """One step. Training that diverges is kept as `failure`."""
+        try:
+            self.metrics = self.learner.advance(batch.x, batch.target)
+        except Diverged as error:
+            self.failure = error
+            if self._writes:
+                failed = {"step": self.step + 1, "sentence": str(error)}
+                write_json(self.out / FAILED_FILE, failed)
+
+    def record(self, rate: float) -> None:
+        """The last step's metrics, as a line of the metrics file."""
+        if self._log is not None and self.failure is None:
+            self._log.write({**self.metrics, "tokens_per_second": round(rate)})
+
+    def save(self) -> None:
+        """A checkpoint, unless this step has one."""
+        if self.failure is not None or self._saved == self.step:
+            return
+        learner, stream = self.learner, self._stream
+        stream.group.together(self._sync_log)
+        state = {**learner.numbers(), "loader": stream.loader.state()}
+        save_checkpoint(
+            self.out,
+            self.step,
+            learner.sae,
+            learner.tensors(),
+            state,
+            self.config.n_latents,
+            stream.group,
+        )
+        self._saved = self.step
+
+    def result(self) -> Dictionary:
+        """The dictionary for use, written to the folder unless it is there."""
+        sae, group = self.learner.result(), self._stream.group
+        if group.latent_parts > 1:
+            save_part(self.out, sae, self.config.n_latents, group)
+            digest = digest_of(self.out) if self._writes else ""
+            return ShardedSAE(sae, self.config.n_latents, group, digest)
+        if self._writes and finished_evaluation(self.out, sae.digest) is None:
+            sae.save(self.out)
+        return sae
+
+    def release(self) -> None:
+        """Gives the learner's memory back."""
+        self._learner = None

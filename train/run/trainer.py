@@ -1,0 +1,176 @@
+"""The training loop: batches in, checkpoints and metrics out, and at the end a dictionary.
+
+A pass reads one stream of batches and trains any number of members on it, each in a folder of its
+own (`train.run.folder` lists what is in there). A run is a pass with one member; a sweep has more.
+The same call, made again, continues from the newest checkpoint and ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_harvest.common.device import choose_device
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.evaluate import evaluate_all
+from sae_harvest.train.parallel.group import Group
+from sae_harvest.train.run.checkpoint import saved_steps
+from sae_harvest.train.run.faults import explained
+from sae_harvest.train.run.files import write_json
+from sae_harvest.train.run.folder import (
+    EVALUATION_FILE,
+    claim,
+    describe_run,
+    finished_evaluation,
+    open_store,
+)
+from sae_harvest.train.run.interrupt import Interruption
+from sae_harvest.train.run.member import ALONE, Member, Stream
+from sae_harvest.train.sae.sharded import Dictionary
+
+Report = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    steps: done; finished: whether that is all of them; metrics: the last ones; evaluation: if
+    finished; signal: that stopped it, SIGTERM say.
+    """
+
+    steps: int
+    finished: bool
+    metrics: dict[str, Any]
+    evaluation: dict[str, Any] | None
+    signal: int | None = None
+
+
+def silent(phase: str, done: int, total: int, rate: str) -> None:
+    """The report of a run that nobody watches."""
+
+
+def run_pass(
+    members: Sequence[Member],
+    stream: Stream,
+    report: Report,
+    asked: Callable[[], bool] = lambda: False,
+) -> int | None:
+    """Trains members that have begun at one step, until all are done or failed.
+
+    Args:
+        asked: whether to stop before the next step, beside signals that ask for it.
+
+    Returns:
+        The signal that stopped it; None when it came to its end.
+    """
+    steps = max(member.config.steps for member in members)
+    with ExitStack() as stack:
+        interruption = stack.enter_context(Interruption())
+        for member in members:
+            stack.enter_context(member.logging())
+        while live := [member for member in members if member.is_live]:
+            if stream.group.anywhere(interruption.asked or asked()):
+                break
+            started = time.perf_counter()
+            batch = stream.loader.next_batch()
+            for member in live:
+                member.advance(batch)
+            rate = stream.batch_rows / (time.perf_counter() - started)
+            for member in live:
+                member.record(rate)
+                if member.step % member.config.checkpoint_every == 0 or not member.is_live:
+                    member.save()
+            report("training", max(m.step for m in members), steps, f"{rate:,.0f} tokens/s")
+        for member in members:
+            member.save()
+        return interruption.signal
+
+
+def train(
+    config: TrainConfig,
+    place: str | Path,
+    out: str | Path,
+    site: str | None = None,
+    device: str = "auto",
+    report: Report = silent,
+    group: Group = ALONE,
+    asked: Callable[[], bool] = lambda: False,
+) -> RunResult:
+    """Trains a dictionary, or continues to.
+
+    Args:
+        config: the run.
+        place: of a sealed activation store. A run that is continued reads the store as it was
+            when the run began, if it has grown since.
+        out: the run's folder.
+        site: which activations; None for the store's only site.
+        device: cpu, cuda or auto.
+        report: called with phase, done, total and a rate such as "5,120 tokens/s".
+        group: of processes that train this dictionary together; each calls this.
+        asked: whether to stop before the next step; asked before each, beside signals.
+
+    Raises:
+        SaeHarvestError: store, site, device or folder cannot be used; training diverged.
+    """
+    out = Path(out)
+    chosen = torch.device(choose_device(device))
+    store = open_store(place, out)
+    site = store.site(site)
+    # before the folder is claimed: it refuses a store too small for a batch
+    stream = Stream(config, store, site, chosen, group)
+    try:
+        with explained(out), ExitStack() as stack:
+            claimed = claim(out, describe_run(config, store, site))
+            group.together(lambda: stack.enter_context(claimed) if group.rank == 0 else None)
+            group.check_shared(out)
+            report("preparing", 0, config.steps, "")
+            member = Member(config, out, stream)
+            saved = saved_steps(out)
+            stream.seek(member.begin(group.from_first(saved[-1] if saved else 0)))
+            signal = run_pass([member], stream, report, asked)
+            if member.failure is not None:
+                raise member.failure
+            if member.step < config.steps:
+                return RunResult(member.step, False, member.metrics, None, signal)
+            sae = member.result()
+            found = finished_evaluation(out, sae.digest) if group.rank == 0 else None
+            if not group.anywhere(found is not None):
+                if group.rank == 0:
+                    [found] = evaluate_into([(out, sae)], store, config, report)
+                elif group.latent_parts > 1:  # the first one needs our latents
+                    evaluate_all([sae], store, config.rule, config.eval_rows)
+            return RunResult(member.step, True, member.metrics, found)
+    finally:
+        stream.close()
+
+
+def evaluate_into(
+    members: Sequence[tuple[Path, Dictionary]],
+    store: ActivationStore,
+    config: TrainConfig,
+    report: Report,
+) -> list[dict[str, Any]]:
+    """Writes the evaluations of dictionaries on held-out rows into their folders.
+
+    Args:
+        members: folders and dictionaries; they read the same rows.
+        config: says which rows, and how many.
+    """
+    results = evaluate_all(
+        [sae for _, sae in members],
+        store,
+        config.rule,
+        config.eval_rows,
+        lambda done, total: report("evaluating", done, total, ""),
+    )
+    for (out, _), result in zip(members, results, strict=True):
+        write_json(out / EVALUATION_FILE, result)
+    return results

@@ -1,0 +1,1 @@
+"""The sparse autoencoder itself, its kernels and its formats; needs no trainer."""

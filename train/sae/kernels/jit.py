@@ -1,0 +1,18 @@
+"""numba as all compiled loops take it: what it compiles is kept in our cache folder."""
+
+from __future__ import annotations
+
+from sae_harvest.common.cache import use_numba_cache
+
+use_numba_cache()
+from numba import njit, prange  # noqa: E402 - the cache folder must be set before
+
+__all__ = ["FAST", "njit", "prange"]
+
+# sums in any order, fixed when compiling; NaN and infinities keep their meaning
+FAST = {
+    "cache": True,
+    "nogil": True,
+    "fastmath": {"reassoc", "contract", "nsz", "arcp"},
+    "error_model": "numpy",
+}

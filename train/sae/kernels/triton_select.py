@@ -1,0 +1,266 @@
+"""Where scores are largest, from the summaries of `triton_scores`.
+
+The `count` largest scores of a row are found exactly, though only two of each group of 32 are
+known. Call the known ones candidates, and let T be the count-th largest candidate. A score that
+is above T and unknown has both of its group's candidates above it, hence above T. So only groups
+whose second candidate is among the `count` largest can hide one: those few are computed again,
+all 32 members, and merged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sae_harvest.train.sae.kernels.triton_low import GroupedLow
+from sae_harvest.train.sae.kernels.triton_scores import LEAST_KEY, group_maxima, ordered
+
+KEYS_BYTES = 1 << 30  # keys of one chunk of rows
+LEAST_CLASSES = 1024  # of a row's keys
+LEAST_ROOM = 128  # survivors of a row, at least
+GROUPS_A_CANDIDATE = 8  # with fewer groups, too many would be computed again
+SCORES_BYTES = 256 << 20  # of one chunk, where groups don't pay
+LEAST_PACKED = tl.constexpr(-(2**63))
+
+
+@triton.jit
+def _reached_by(keys: tl.tensor, count: tl.tensor, LAST_BIT: tl.constexpr) -> Any:
+    """The largest number, zero below LAST_BIT, that `count` of the keys reach; int32."""
+    shifted = (keys ^ LEAST_KEY).to(tl.uint32, bitcast=True)  # orders as the keys do
+    floor = tl.full((), 0, tl.uint32)
+    bit = tl.full((), 1 << 31, tl.uint32)
+    for _ in tl.range(0, 32 - LAST_BIT):
+        trial = floor | bit
+        bit = bit >> 1
+        floor = tl.where(tl.sum((shifted >= trial).to(tl.int32), 0) >= count, trial, floor)
+    return floor.to(tl.int32, bitcast=True) ^ LEAST_KEY
+
+
+@triton.jit
+def _take(
+    keys: tl.tensor,
+    found: tl.tensor,
+    places: tl.tensor,
+    width: tl.tensor,
+    floor: tl.tensor,
+    ties: tl.tensor,
+    CLASSES: tl.constexpr,
+    ROOM: tl.constexpr,
+) -> Any:
+    """Writes the keys above the floor and the first `ties` that equal it; how many there are."""
+    lane = tl.arange(0, CLASSES)
+    taken = tl.full((), 0, tl.int32)
+    equal = tl.full((), 0, tl.int32)
+    for first in tl.range(0, width, CLASSES):
+        here = first + lane < width
+        key = tl.load(keys + first + lane, mask=here, other=LEAST_KEY)
+        same = ((key == floor) & here).to(tl.int32)
+        among = equal + tl.cumsum(same, 0)  # how many equal ones up to here
+        keep = ((key > floor) & here) | ((same > 0) & (among <= ties))
+        slot = taken + tl.cumsum(keep.to(tl.int32), 0) - 1
+        tl.store(found + slot, key, mask=keep & (slot < ROOM))
+        tl.store(places + slot, first + lane, mask=keep & (slot < ROOM))
+        taken += tl.sum(keep.to(tl.int32), 0)
+        equal += tl.sum(same, 0)
+    slot = tl.arange(0, ROOM)
+    tl.store(places + slot, -1, mask=slot >= taken)
+    return taken
+
+
+@triton.jit
+def _survivors_kernel(
+    keys: tl.tensor,
+    found: tl.tensor,
+    places: tl.tensor,
+    width: tl.tensor,
+    count: tl.tensor,
+    CLASSES: tl.constexpr,
+    ROOM: tl.constexpr,
+) -> None:
+    """Keys of one row that may be among its `count` largest, and their places, -1 after the last.
+
+    The count-th largest of the maxima of disjoint classes is reached by at least `count` keys
+    and by few more. If too many are equal there (a row of zeros), the row's exact count-th
+    largest is found, and among its equals those of lower places are taken.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    keys += row * width
+    found += row * ROOM
+    places += row * ROOM
+    lane = tl.arange(0, CLASSES)
+    best = tl.full((CLASSES,), LEAST_KEY, tl.int32)
+    for first in tl.range(0, width, CLASSES):
+        best = tl.maximum(best, tl.load(keys + first + lane, mask=first + lane < width, other=best))
+    floor = _reached_by(best, count, 8)
+    taken = _take(keys, found, places, width, floor, width, CLASSES, ROOM)
+    if taken > ROOM:
+        bits = tl.full((), 0, tl.uint32)
+        bit = tl.full((), 1 << 31, tl.uint32)
+        above = tl.full((), 0, tl.int32)
+        for _ in tl.range(0, 32):
+            trial = bits | bit
+            bit = bit >> 1
+            middle = trial.to(tl.int32, bitcast=True) ^ LEAST_KEY
+            reached = tl.full((), 0, tl.int32)
+            for first in tl.range(0, width, CLASSES):
+                here = first + lane < width
+                key = tl.load(keys + first + lane, mask=here, other=LEAST_KEY)
+                reached += tl.sum(((key >= middle) & here).to(tl.int32), 0)
+            above = tl.where(reached >= count, above, reached)
+            bits = tl.where(reached >= count, trial, bits)
+        floor = bits.to(tl.int32, bitcast=True) ^ LEAST_KEY
+        # `above` of the last trial that too few reached: those above the floor
+        _take(keys, found, places, width, floor, count - above, CLASSES, ROOM)
+
+
+@triton.jit
+def _packed(key: tl.tensor, latent: tl.tensor) -> Any:
+    """int64 that order by key, then the lower latent first."""
+    return (key.to(tl.int64) << 32) | (0x7FFFFFFF - latent).to(tl.int64)
+
+
+@triton.jit
+def _count_th(packed: tl.tensor, count: tl.tensor) -> Any:
+    """The largest number that `count` of the packed, int64 [any], reach: the count-th largest."""
+    shifted = (packed ^ LEAST_PACKED).to(tl.uint64, bitcast=True)  # orders as they do
+    floor = tl.full((), 0, tl.uint64)
+    bit = tl.full((), 1 << 63, tl.uint64)
+    for _ in tl.range(0, 64):
+        trial = floor | bit
+        bit = bit >> 1
+        floor = tl.where(tl.sum((shifted >= trial).to(tl.int32), 0) >= count, trial, floor)
+    return floor.to(tl.int64, bitcast=True) ^ LEAST_PACKED
+
+
+@triton.jit
+def _settle_kernel(
+    found: tl.tensor,
+    places: tl.tensor,
+    keys: tl.tensor,
+    centred: tl.tensor,
+    low: tl.tensor,
+    inverse: tl.tensor,
+    scales: tl.tensor,
+    offsets: tl.tensor,
+    out: tl.tensor,
+    n_latents: tl.tensor,
+    groups: tl.tensor,
+    count: tl.tensor,
+    DEPTH: tl.constexpr,
+    FP8: tl.constexpr,
+    ROOM: tl.constexpr,
+) -> None:
+    """The `count` largest of one row, with the groups that may hide some computed again."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, ROOM)
+    place = tl.load(places + row * ROOM + slot)
+    key = tl.load(found + row * ROOM + slot, mask=place >= 0, other=LEAST_KEY)
+    group = place >> 1
+    packed = _packed(key, (31 - (key & 31)) * groups + group)
+    packed = tl.where(place < 0, LEAST_PACKED, packed)
+    last = _count_th(packed, count)
+    hiding = (place >= 0) & (place % 2 == 1) & (packed >= last)
+    rank = tl.cumsum(hiding.to(tl.int32), 0)
+    member = tl.arange(0, 32)
+    share = tl.load(inverse + row)
+    for number in tl.range(1, tl.sum(hiding.to(tl.int32), 0) + 1):
+        this = tl.max(tl.where(hiding & (rank == number), group, 0), 0)
+        position = (this // 4 * 128 + this % 4 + member * 4).to(tl.int64)
+        total = tl.zeros((32, 64), tl.float32)
+        for first in tl.range(0, DEPTH, 64):
+            column = first + tl.arange(0, 64)
+            w = tl.load(low + position[:, None] * DEPTH + column[None, :]).to(tl.float32)
+            x = tl.load(centred + row * DEPTH + column).to(tl.float32)
+            total += w * x[None, :]
+        score = tl.sum(total, 1)  # [32]
+        latent = member * groups + this
+        offset = tl.load(offsets + position)
+        score = score * tl.load(scales + position) + offset * share if FP8 else score + offset
+        known = keys + (row * groups + this) * 2  # the two candidates are there already
+        first_known, second_known = 31 - (tl.load(known) & 31), 31 - (tl.load(known + 1) & 31)
+        new = _packed((ordered(score) & -32) | (31 - member), latent)
+        new = tl.where((member == first_known) | (member == second_known), LEAST_PACKED, new)
+        free = packed < last  # all but `count` of the places
+        nth = tl.minimum(tl.cumsum(free.to(tl.int32), 0) - 1, 31)
+        packed = tl.where(free, tl.gather(new, tl.maximum(nth, 0), 0), packed)
+        packed = tl.where(free & (tl.cumsum(free.to(tl.int32), 0) > 32), LEAST_PACKED, packed)
+        last = _count_th(packed, count)
+    keep = packed >= last
+    chosen = 0x7FFFFFFF - (packed & 0x7FFFFFFF).to(tl.int32)
+    target = out + row * count + tl.cumsum(keep.to(tl.int32), 0) - 1
+    # a row of NaN may choose latents that don't exist
+    tl.store(target, tl.minimum(chosen, n_latents - 1), mask=keep)
+
+
+def choose_by_groups(
+    short: Tensor, scale: Tensor, low: GroupedLow, bias: Tensor, count: int
+) -> Tensor:
+    """The `count` largest scores of each row: int32 [rows, count].
+
+    Args:
+        short, scale: [rows, depth] and float32 [rows], from `triton_low.shorten`.
+        bias: float32 [n_latents].
+    """
+    out = torch.empty(len(short), count, dtype=torch.int32, device=short.device)
+    room = max(LEAST_ROOM, triton.next_power_of_2(count + count // 2 + 32))
+    classes = max(LEAST_CLASSES, triton.next_power_of_2(4 * count))
+    inverse, offsets = scale.reciprocal(), low.by_position(bias, -torch.inf)
+    step = max(128, KEYS_BYTES // (8 * low.groups) // 128 * 128)
+    for first in range(0, len(short), step):
+        part = slice(first, first + step)
+        rows = len(short[part])
+        keys = group_maxima(short[part], inverse[part], low, offsets)
+        found = torch.empty(rows, room, dtype=torch.int32, device=short.device)
+        places = torch.empty_like(found)
+        _survivors_kernel[(rows,)](
+            keys, found, places, 2 * low.groups, count, CLASSES=classes, ROOM=room
+        )
+        _settle_kernel[(rows,)](
+            found,
+            places,
+            keys,
+            short[part],
+            low.values,
+            inverse[part],
+            low.scales,
+            offsets,
+            out[part],
+            low.n_latents,
+            low.groups,
+            count,
+            DEPTH=short.shape[1],
+            FP8=low.fp8,
+            ROOM=room,
+            num_warps=max(1, min(4, room // 256)),
+        )
+    return out
+
+
+def choose_by_rows(
+    short: Tensor, scale: Tensor, low: GroupedLow, bias: Tensor, count: int
+) -> Tensor:
+    """As `choose_by_groups`, from whole scores of a chunk of rows: for few latents or many chosen.
+
+    Among equal scores any may be chosen.
+    """
+    latents = low.latents()
+    there = latents < low.n_latents
+    offset = low.by_position(bias, -torch.inf)
+    weight = low.values.to(torch.bfloat16)
+    step = max(1, SCORES_BYTES // (4 * len(weight)))
+    chosen = []
+    for x, factor in zip(short.split(step), scale.split(step), strict=True):
+        scores = (x.to(torch.bfloat16) @ weight.T).float()  # [chunk, positions]
+        scores = scores.mul_(low.scales).mul_(factor.unsqueeze(1)).add_(offset)
+        scores.masked_fill_(~there, -torch.inf)  # where the row is NaN, too
+        chosen.append(latents[scores.topk(count, dim=1).indices].int())
+    return torch.cat(chosen)
+
+
+def group_choice_pays(low: GroupedLow, count: int) -> bool:
+    """Whether `choose_by_groups` is the faster: few of the row's largest share a group."""
+    return low.groups >= GROUPS_A_CANDIDATE * count

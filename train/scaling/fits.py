@@ -1,0 +1,238 @@
+"""Scaling laws of a sweep: what fits the runs, and the files that say so.
+
+OUT/scaling.parquet   every point, with what each law predicts there
+OUT/fits.json         parameters with intervals, R^2
+OUT/*.png             plots (`train.scaling.plots`)
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sae_harvest.common.errors import InputError
+from sae_harvest.common.paths import exact_file
+from sae_harvest.store.atomic import new_folder, replacing
+from sae_harvest.train.run.files import write_json
+from sae_harvest.train.scaling.envelope import Envelope, envelope
+from sae_harvest.train.scaling.laws import JointLaw, PowerLaw
+from sae_harvest.train.scaling.least_squares import DRAWS, Fit, fit
+from sae_harvest.train.scaling.points import RunPoint
+
+LEAST_SIZES = 4  # three parameters and one to spare
+LEAST_K, LEAST_PAIRS = 3, 8  # of L(n, k), six parameters
+LEAST_INNER = 6  # points of an envelope
+TABLE_FILE, FITS_FILE = "scaling.parquet", "fits.json"
+LATENTS, JOINT, COMPUTE = "L(n)", "L(n,k)", "L(C)"
+
+
+@dataclass(frozen=True)
+class Size:
+    """All runs of one n_latents and k: their geometric mean FVU."""
+
+    n_latents: int
+    k: int
+    fvu: float
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Everything that was fitted.
+
+    points: the runs that count; sizes: what the laws of latents were fitted to; by_k: L(n) for
+    each k with enough sizes; joint: L(n, k); envelopes, compute: L(C) for each such k; left_out:
+    why a law is missing; doubts: what a reader of the laws should know.
+    """
+
+    points: list[RunPoint]
+    sizes: list[Size]
+    by_k: dict[int, Fit]
+    joint: Fit | None
+    envelopes: dict[int, Envelope]
+    compute: dict[int, Fit]
+    left_out: dict[str, str]
+    doubts: list[str]
+
+
+def analyse(points: Sequence[RunPoint], draws: int = DRAWS, seed: int = 0) -> Scaling:
+    """Fits every law that the runs allow.
+
+    Runs of one n_latents and k that differ in seed are averaged (ln FVU): they share what a law
+    leaves out, and as separate points would make its intervals too narrow. Of several learning
+    rates the best one counts.
+
+    Raises:
+        InputError: too few sizes for any law.
+    """
+    points = best_rates(points)
+    groups: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for point in points:
+        groups[point.n_latents, point.k].append(np.log(point.fvu))
+    sizes = [Size(n, k, float(np.exp(np.mean(logs)))) for (n, k), logs in sorted(groups.items())]
+    per_k: dict[int, list[Size]] = defaultdict(list)
+    for size in sizes:
+        per_k[size.k].append(size)
+    enough = {k: group for k, group in sorted(per_k.items()) if len(group) >= LEAST_SIZES}
+    if not enough:
+        most = max(per_k, key=lambda k: len(per_k[k]))
+        raise InputError(
+            f"A scaling law needs runs of at least {LEAST_SIZES} values of n_latents at one k; "
+            f"there are {len(per_k[most])} at k {most}; add sizes to the sweep and run it again."
+        )
+    left_out: dict[str, str] = {}
+    by_k = {
+        k: fit(PowerLaw(_array(size.n_latents for size in group)), _losses(group), draws, seed)
+        for k, group in enough.items()
+    }
+    joint = None
+    if len(per_k) >= LEAST_K and len(sizes) >= LEAST_PAIRS:
+        pairs = np.array([(size.n_latents, size.k) for size in sizes], float)
+        joint = fit(JointLaw(pairs), _losses(sizes), draws, seed)
+    else:
+        left_out[JOINT] = (
+            f"needs {LEAST_K} values of k and {LEAST_PAIRS} pairs of n_latents and k, found "
+            f"{len(per_k)} and {len(sizes)}"
+        )
+    envelopes, compute = {}, {}
+    for k in enough:
+        envelopes[k] = found = envelope([point for point in points if point.k == k])
+        inner = int(found.inner.sum())
+        if inner < LEAST_INNER:
+            left_out[f"{COMPUTE} at k {k}"] = (
+                f"needs {LEAST_INNER} half octaves of compute in which the best size is neither "
+                f"the smallest nor the largest, found {inner}"
+            )
+            continue
+        compute[k] = fit(PowerLaw(found.flops[found.inner]), found.fvu[found.inner], draws, seed)
+    doubts = [doubt for k, group in enough.items() for doubt in _doubts(k, group)]
+    return Scaling(list(points), sizes, by_k, joint, envelopes, compute, left_out, doubts)
+
+
+def _doubts(k: int, group: Sequence[Size]) -> list[str]:
+    """Whether larger sizes have had too few rows for the law to be about size."""
+    best = min(group, key=lambda size: size.fvu)
+    if best == group[-1]:
+        return []
+    return [
+        f"at k {k} the loss is least at {best.n_latents} latents, not at {group[-1].n_latents}: "
+        "the larger sizes have not seen enough rows, so these laws are of the training, not of "
+        "the size; train on more tokens"
+    ]
+
+
+def best_rates(points: Sequence[RunPoint]) -> list[RunPoint]:
+    """The runs of the learning rate that is best for their n_latents and k."""
+    losses: dict[tuple[int, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for point in points:
+        losses[point.n_latents, point.k][point.lr].append(np.log(point.fvu))
+    best = {
+        pair: min(rates, key=lambda lr: float(np.mean(rates[lr]))) for pair, rates in losses.items()
+    }
+    return [point for point in points if point.lr == best[point.n_latents, point.k]]
+
+
+def _array(values: Any) -> Any:
+    return np.array(list(values), float)
+
+
+def _losses(sizes: Sequence[Size]) -> Any:
+    return _array(size.fvu for size in sizes)
+
+
+def fits(scaling: Scaling) -> dict[str, Any]:
+    """The content of fits.json: each law's parameters, intervals and R^2."""
+    found: dict[str, Any] = {
+        "loss": "held-out FVU without outliers; L(C): FVU of training batches before their step",
+        "intervals": "parametric bootstrap, scale of the deviations drawn as in Student's t",
+        "laws": [{"law": LATENTS, "form": "e + a n^-b", "k": k} | law.to_json()
+                 for k, law in scaling.by_k.items()],
+        "left_out": scaling.left_out,
+        "doubts": scaling.doubts,
+    }  # fmt: skip
+    if scaling.joint is not None:
+        form = "exp(alpha + beta_k ln k + beta_n ln n + gamma ln k ln n) + exp(zeta + eta ln k)"
+        found["laws"].append({"law": JOINT, "form": form, "k": None} | scaling.joint.to_json())
+    for k, law in scaling.compute.items():
+        found["laws"].append(
+            {"law": COMPUTE, "form": "e + a C^-b, C in FLOPs", "k": k} | law.to_json()
+        )
+    return found
+
+
+def table(scaling: Scaling) -> pa.Table:
+    """Every point: a row per run (kind run), then the envelopes' (kind envelope).
+
+    predicted_n, predicted_nk, predicted_c: FVU by the laws, null where there is none.
+    """
+    rows: list[dict[str, Any]] = []
+    for point in scaling.points:
+        law = scaling.by_k.get(point.k)
+        rows.append(
+            {
+                "kind": "run",
+                "run": point.name,
+                "n_latents": point.n_latents,
+                "k": point.k,
+                "seed": point.seed,
+                "lr": point.lr,
+                "tokens": point.tokens,
+                "flops": point.flops,
+                "fvu": point.fvu,
+                "l0": point.l0,
+                "predicted_n": law and float(law.predict([point.n_latents])[0]),
+                "predicted_nk": scaling.joint
+                and float(scaling.joint.predict([(point.n_latents, point.k)])[0]),
+            }
+        )
+    for k, found in scaling.envelopes.items():
+        law = scaling.compute.get(k)
+        for flops, fvu, best, inner in zip(
+            found.flops, found.fvu, found.best, found.inner, strict=True
+        ):
+            rows.append(
+                {
+                    "kind": "envelope",
+                    "n_latents": int(best),
+                    "k": k,
+                    "flops": float(flops),
+                    "fvu": float(fvu),
+                    "inner": bool(inner),
+                    "predicted_c": law and float(law.predict([flops])[0]),
+                }
+            )
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+SCHEMA = pa.schema(
+    [
+        ("kind", pa.string()),
+        ("run", pa.string()),
+        ("n_latents", pa.int64()),
+        ("k", pa.int64()),
+        ("seed", pa.int64()),
+        ("lr", pa.float64()),
+        ("tokens", pa.int64()),
+        ("flops", pa.float64()),
+        ("fvu", pa.float64()),
+        ("l0", pa.float64()),
+        ("inner", pa.bool_()),
+        ("predicted_n", pa.float64()),
+        ("predicted_nk", pa.float64()),
+        ("predicted_c", pa.float64()),
+    ]
+)
+
+
+def write(scaling: Scaling, out: Path) -> None:
+    """Writes the table and the fits into the folder, made if missing."""
+    new_folder(out)
+    with replacing(out / TABLE_FILE) as temporary, exact_file(temporary, "wb") as sink:
+        pq.write_table(table(scaling), sink)
+    write_json(out / FITS_FILE, fits(scaling))

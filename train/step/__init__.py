@@ -1,0 +1,1 @@
+"""One training step: initial weights, objectives, AuxK, gradients, optimizer."""

@@ -1,0 +1,107 @@
+"""One batch on its way through a training step, and the buffers that it uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sae_harvest.common.errors import RunError
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.parallel.group import Group
+from sae_harvest.train.sae.kernels import Gradients
+from sae_harvest.train.sae.sae import SAE
+
+ROUNDING = 1e-5  # share of a sum of squares that float32 rounding may leave of its spread
+DENSE_PAIRS = 512  # active latents per row that are few, however many latents there are
+DENSE_SHARE = 1 / 8  # of the latents: more active ones per row are no longer few
+
+
+class Workspace:
+    """Gradients and batch-sized buffers, kept from step to step: fresh pages cost a third more.
+
+    gradients: of W_enc, W_dec, b_enc and b_dec. extra: float32 [n_latents] by name, of what else
+    is trained; `threshold` stands for the logarithm of thresholds.
+    """
+
+    def __init__(self, sae: SAE, batch_rows: int) -> None:
+        self.gradients = Gradients.like(sae.W_enc, sae.W_dec)
+        self.extra: dict[str, Tensor] = {}
+        self._rows = batch_rows
+        self._buffers: dict[str, Tensor] = {}
+
+    def buffer(self, name: str, like: Tensor) -> Tensor:
+        """A float32 tensor of the shape of `like`, [batch, d], of any content."""
+        if name not in self._buffers:
+            rows = max(self._rows, len(like))
+            self._buffers[name] = like.new_empty(rows, like.shape[1], dtype=torch.float32)
+        return self._buffers[name][: len(like)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the parts of a step share.
+
+    centred: float32 [batch, d_in], what the encoder sees. target: float32 [batch, d_out], the
+    normalised target less b_dec; of an SAE the same tensor as `centred`.
+    n_rows: rows of all processes. total_variance: of the normalised target, summed over
+    dimensions. penalty_share: how much of l1, kl or l0 counts in this step.
+    """
+
+    sae: SAE
+    config: TrainConfig
+    group: Group
+    workspace: Workspace
+    centred: Tensor
+    target: Tensor
+    n_rows: int
+    total_variance: float
+    penalty_share: float
+
+    @property
+    def error_slope(self) -> float:
+        """Of the loss |error|^2 / (n_rows * total_variance) by the error, over the error."""
+        return 2 / (self.n_rows * self.total_variance)
+
+    def squares(self, rows: Tensor) -> float:
+        """Sum of squares of float32 [batch, d] over all processes' rows; in float64 across rows."""
+        total = torch.linalg.vector_norm(rows, dim=1).double().square().sum()
+        return float(self.group.sum_rows(total))
+
+    def spread(self, rows: Tensor, squares: float) -> float:
+        """Sum over rows of the squared distance to the mean row, 0 if that is within rounding."""
+        total = self.group.sum_rows(rows.mean(0).double() * len(rows))  # [d]
+        spread = squares - float(total.square().sum()) / self.n_rows
+        return spread if spread > ROUNDING * squares else 0.0
+
+    def total(self, terms: Tensor) -> float:
+        """Sum of per-pair terms [batch, w] over all processes' rows and latents, in float64."""
+        total = terms.sum(dtype=torch.float64)
+        return float(self.group.sum_latents(self.group.sum_rows(total)))
+
+    def latent_sums(self, indices: Tensor, terms: Tensor) -> Tensor:
+        """Sums of per-pair terms [batch, w] by latent over all processes' rows, [n_latents]."""
+        sums = self.sae.kernels.latent_sums(indices, terms, len(self.sae.W_enc))
+        return self.group.sum_rows(sums)
+
+    def above(self, floor: Tensor) -> tuple[Tensor, Tensor]:
+        """The pairs whose pre-activation exceeds their latent's floor, float32 [n_latents].
+
+        Returns:
+            indices: int32 [batch, w], -1 for none; pi: float32 [batch, w], -inf for none.
+
+        Raises:
+            RunError: they are so many that nothing here is sparse any more.
+        """
+        sae = self.sae
+        indices = sae.kernels.choose_above(self.centred, sae.low, sae.b_enc, floor)  # [batch, w]
+        pi = sae.kernels.preactivations(self.centred, sae.W_enc, sae.b_enc, indices)
+        below = pi <= floor[indices.clamp(min=0)]  # NaN is kept, to be seen in the loss
+        active = self.total(~below) / self.n_rows
+        if active > max(DENSE_PAIRS, DENSE_SHARE * self.config.n_latents):
+            raise RunError(
+                f"{active:,.0f} of {self.config.n_latents:,} latents are active per row, too many "
+                f"to compute with; raise the penalty of {self.config.activation} or lower --lr."
+            )
+        return indices.masked_fill(below, -1), pi.masked_fill(below, -torch.inf)

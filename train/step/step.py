@@ -1,0 +1,124 @@
+"""Losses and gradients of one batch, latents never dense."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.parallel.group import Group
+from sae_harvest.train.sae.normalization import normalise_target
+from sae_harvest.train.sae.sae import SAE
+from sae_harvest.train.step.auxiliary import add_auxiliary
+from sae_harvest.train.step.batch import Batch, Workspace
+from sae_harvest.train.step.objectives import OBJECTIVES
+
+__all__ = ["StepResult", "Workspace", "train_step"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Losses and counts of one batch, over all processes; the gradients are in the workspace.
+
+    loss: squared error per row over the data's total variance (nested: its mean over sizes);
+    penalties: further losses by name, weights included; auxk: the AuxK loss, its weight included;
+    fvu: squared error over the batch's own variance; l0: active latents per row;
+    fired: bool [n_latents]; grad_norm: norm of the whole gradient before clipping;
+    least_kept: of batchtopk, the least value it kept, 0 if it cut none off.
+    """
+
+    loss: float
+    penalties: dict[str, float]
+    auxk: float
+    fvu: float
+    l0: float
+    fired: Tensor
+    grad_norm: float
+    least_kept: float | None
+
+    @property
+    def total(self) -> float:
+        """What the gradients are those of."""
+        return self.loss + self.auxk + sum(self.penalties.values())
+
+
+def train_step(
+    sae: SAE,
+    x: Tensor,
+    config: TrainConfig,
+    total_variance: float,
+    dead: Tensor,
+    workspace: Workspace,
+    step: int = 0,
+    target: Tensor | None = None,
+    group: Group | None = None,
+) -> StepResult:
+    """Gradients of all losses at one batch.
+
+    Args:
+        sae: weights, left alone.
+        x: float32 [batch, d_in], this process's rows.
+        config: the losses and their weights.
+        total_variance: variance of the normalised target, summed over dimensions.
+        dead: bool [n_latents].
+        workspace: its gradients are overwritten.
+        step: steps done before, for penalties that grow.
+        target: float32 [batch, d_out], of a transcoder.
+        group: the processes that share this step; none: this one alone.
+    """
+    group = group or Group()
+    batch = _prepare(sae, x, config, total_variance, workspace, step, target, group)
+    workspace.extra.clear()
+    result = OBJECTIVES[config.activation](batch)
+    reconstruction, into = result.reconstruction, workspace.gradients
+    spread = batch.spread(batch.target, batch.squares(batch.target))
+    into.b_dec = reconstruction.decoder_slope
+    if not sae.config.is_transcoder:
+        # the encoder takes b_dec off its input; AuxK, added later, doesn't reach it
+        into.b_dec = into.b_dec - group.sum_latents(result.pulls @ sae.W_enc)
+    group.sum_rows(into.b_dec)
+    counts = group.sum_rows(reconstruction.counts)
+    auxk = add_auxiliary(batch, reconstruction.slope, dead)
+    group.reduce_gradients(into)
+    own = into.squares.double().sum() + into.bias.double().square().sum()
+    for extra in workspace.extra.values():
+        own += extra.double().square().sum()
+    square = group.sum_latents(own) + into.b_dec.double().square().sum()
+    return StepResult(
+        loss=reconstruction.loss,
+        penalties=reconstruction.terms | result.penalties,
+        auxk=auxk,
+        fvu=reconstruction.squared / spread if spread > 0 else 0.0,
+        l0=float(group.sum_latents(counts.sum())) / batch.n_rows,
+        fired=counts > 0,
+        grad_norm=float(square.sqrt()),
+        least_kept=result.least_kept,
+    )
+
+
+def _prepare(
+    sae: SAE,
+    x: Tensor,
+    config: TrainConfig,
+    total_variance: float,
+    workspace: Workspace,
+    step: int,
+    target: Tensor | None,
+    group: Group,
+) -> Batch:
+    centred = sae.centre(x, out=workspace.buffer("centred", x))  # [batch, d_in]
+    wanted = centred
+    if target is not None:
+        wanted = normalise_target(target.to(sae.device), sae.config) - sae.b_dec  # [batch, d_out]
+    return Batch(
+        sae=sae,
+        config=config,
+        group=group,
+        workspace=workspace,
+        centred=centred,
+        target=wanted,
+        n_rows=len(x) * group.row_parts,
+        total_variance=total_variance,
+        penalty_share=config.penalty_factor_at(step),
+    )

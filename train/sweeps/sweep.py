@@ -1,0 +1,235 @@
+"""Many dictionaries trained on one stream of batches.
+
+    OUT/sweep.json          the members, and which of them are trained together
+    OUT/<member>/           as of `train-sae run` with the same settings; the same bits
+
+A member that diverges is recorded in its folder as failed, and the others go on. Batches are read
+once for all members of a pass. Members that do not fit into memory
+together are trained in several passes; that is foreseen from what each takes, not tried out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_harvest.common.device import choose_device
+from sae_harvest.common.errors import RunError
+from sae_harvest.common.units import size_text
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.planning.costs import available_bytes, memory_bytes
+from sae_harvest.train.run.checkpoint import saved_steps
+from sae_harvest.train.run.faults import explained
+from sae_harvest.train.run.files import read_record, write_json
+from sae_harvest.train.run.folder import (
+    FORMAT,
+    claim,
+    describe_run,
+    failure_of,
+    finished_evaluation,
+    open_store,
+)
+from sae_harvest.train.run.member import Member, Stream
+from sae_harvest.train.run.records import Sweep as SweepRecord
+from sae_harvest.train.run.trainer import Report, evaluate_into, run_pass, silent
+from sae_harvest.train.sae.sharded import Dictionary
+
+SWEEP_FILE, PASSES = "sweep.json", "passes"
+USABLE = 0.9  # of the memory that is free: what else runs on the machine needs some, too
+
+Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class MemberResult:
+    """evaluation: of a finished member; failure: the sentence of a failed one."""
+
+    evaluation: dict[str, Any] | None
+    failure: str | None
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """members: by name, in the file's order; signal: that stopped the sweep."""
+
+    members: dict[str, MemberResult]
+    signal: int | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.signal is None
+
+    @property
+    def failed(self) -> list[str]:
+        return [name for name, member in self.members.items() if member.failure is not None]
+
+
+def sweep(
+    members: Mapping[str, TrainConfig],
+    place: str | Path,
+    out: str | Path,
+    site: str | None = None,
+    device: str = "auto",
+    report: Report = silent,
+    announce: Announce = lambda text: None,
+) -> SweepResult:
+    """Trains members on one stream, or continues to.
+
+    Args:
+        members: configurations by name, of one stream of batches (`train.sweeps.sweepfile`).
+        place: of a sealed activation store.
+        out: the sweep's folder.
+        site: which activations; None for the store's only site.
+        device: cpu, cuda or auto.
+        report: called with phase, done, total and a rate.
+        announce: called with a sentence, before each pass.
+
+    Raises:
+        SaeHarvestError: store, site, device or folder cannot be used; a member fits no memory.
+    """
+    out = Path(out)
+    chosen = torch.device(choose_device(device))
+    store = open_store(place, out, SWEEP_FILE)
+    site = store.site(site)
+    stream = Stream(next(iter(members.values())), store, site, chosen)
+    try:
+        with explained(out), ExitStack() as stack:
+            stack.enter_context(claim(out, describe_sweep(members, store, site), SWEEP_FILE))
+            for name, config in members.items():
+                stack.enter_context(claim(out / name, describe_run(config, store, site)))
+            report("preparing", 0, 0, "")
+            signal = _train(members, out, stream, report, announce)
+            return SweepResult({name: read_result(out / name) for name in members}, signal)
+    finally:
+        stream.close()
+
+
+def describe_sweep(
+    members: Mapping[str, TrainConfig], store: ActivationStore, site: str
+) -> dict[str, Any]:
+    """What decides the results, as kept in sweep.json."""
+    return {
+        "format": FORMAT,
+        "site": site,
+        "store_digest": store.digest,
+        "members": {name: config.model_dump(mode="json") for name, config in members.items()},
+    }
+
+
+def passes(
+    groups: Sequence[Sequence[str]], needs: Mapping[str, int], available: int
+) -> list[list[str]]:
+    """Groups of members that fit into memory together, out of groups that need not.
+
+    First-fit by decreasing need, which takes at most a quarter more passes than there must be.
+
+    Args:
+        groups: members that may be trained together.
+        needs: bytes of each member.
+        available: bytes there are.
+
+    Raises:
+        RunError: one member alone does not fit.
+    """
+    too_large = [name for group in groups for name in group if needs[name] > available]
+    if too_large:
+        worst = max(too_large, key=lambda name: needs[name])
+        raise RunError(
+            f"{len(too_large)} of the members do not fit into memory: {worst} takes about "
+            f"{size_text(needs[worst])}, {size_text(available)} can be used; use fewer "
+            "n_latents or batch_rows, or a larger machine."
+        )
+    found: list[list[str]] = []
+    for group in groups:
+        bins: list[list[str]] = []
+        for name in sorted(group, key=lambda name: -needs[name]):
+            for members in bins:
+                if sum(needs[other] for other in members) + needs[name] <= available:
+                    members.append(name)
+                    break
+            else:
+                bins.append([name])
+        order = list(group)
+        found += [sorted(members, key=order.index) for members in bins]
+    return found
+
+
+def common_step(saved: Sequence[Sequence[int]]) -> int:
+    """The newest step that all members have a checkpoint of; 0, the beginning, they all have."""
+    return max(set[int].intersection(*({0, *steps} for steps in saved)), default=0)
+
+
+def read_result(folder: Path) -> MemberResult:
+    """How the run in a folder ended, if it has."""
+    failure = failure_of(folder)
+    if failure is not None:
+        return MemberResult(None, failure)
+    return MemberResult(finished_evaluation(folder), None)
+
+
+def _train(
+    members: Mapping[str, TrainConfig],
+    out: Path,
+    stream: Stream,
+    report: Report,
+    announce: Announce,
+) -> int | None:
+    """Pass after pass, then the evaluations; the signal that stopped it."""
+    record = read_record(out / SWEEP_FILE, SweepRecord, "The sweep", "choose another --out")
+    results = {name: read_result(out / name) for name in members}
+    left = [name for name, result in results.items() if result == MemberResult(None, None)]
+    groups = [[n for n in group if n in left] for group in record.get(PASSES) or [left]]
+    groups = [group for group in groups if group]
+    if not groups:
+        return None
+    stream.loader.next_batch()  # so that what the loader keeps in memory counts
+    usable = int(USABLE * available_bytes(stream.device))
+    stream.seek(None)
+    d_in = stream.store.width(stream.site)
+    target = next(iter(members.values())).target_site
+    d_out = None if target is None else stream.store.width(target)
+    needs = {name: memory_bytes(config, d_in, d_out) for name, config in members.items()}
+    groups = passes(groups, needs, usable)
+    write_json(out / SWEEP_FILE, {**record, PASSES: groups})
+    for number, group in enumerate(groups, 1):
+        total = sum(needs[name] for name in group)
+        announce(
+            f"Pass {number} of {len(groups)}: {len(group)} SAEs, about {size_text(total)} of "
+            f"{size_text(usable)} of memory: {', '.join(group)}"
+        )
+        signal = _pass({name: members[name] for name in group}, out, stream, report)
+        if signal is not None:
+            return signal
+    return None
+
+
+def _pass(
+    configs: Mapping[str, TrainConfig], out: Path, stream: Stream, report: Report
+) -> int | None:
+    """Members that fit into memory together: trained, written, evaluated."""
+    training = [Member(config, out / name, stream) for name, config in configs.items()]
+    saved = {member.out: saved_steps(member.out) for member in training}
+    done = [m for m in training if m.config.steps in saved[m.out]]
+    going = [m for m in training if m not in done]
+    for member in done:
+        member.begin(member.config.steps)
+    if going:
+        step = common_step([saved[member.out] for member in going])
+        positions = [member.begin(step) for member in going]
+        stream.seek(positions[0])
+    signal = run_pass(training, stream, report)
+    dictionaries: list[tuple[Path, Dictionary]] = []
+    for member in training:
+        if member.failure is None and member.step == member.config.steps:
+            dictionaries.append((member.out, member.result()))
+        member.release()
+    if signal is None and dictionaries:
+        evaluate_into(dictionaries, stream.store, training[0].config, report)
+    return signal
