@@ -23,9 +23,9 @@ from rich.table import Table
 from bench.measurement import Measurement, peak_bytes, seconds
 from sae_harvest.common.console import output
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.planning.costs import memory, shape_of
-from sae_harvest.train.planning.plan import Rates, step_seconds
-from sae_harvest.train.planning.rates import measure_rates
+from sae_harvest.train.planning.count import memory, shape_of
+from sae_harvest.train.planning.estimate import Rates, step_seconds
+from sae_harvest.train.planning.measure import measure_rates
 from sae_harvest.train.step.learner import Learner
 
 # n_latents, k, d_in, batch_rows

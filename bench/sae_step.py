@@ -25,9 +25,9 @@ from rich.table import Table
 from bench.measurement import Measurement
 from sae_harvest.common.console import output
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.step.initial import Start, initial_sae
+from sae_harvest.train.step.initialization import Start, initial_sae
+from sae_harvest.train.step.loss_and_gradients import Workspace, train_step
 from sae_harvest.train.step.optimizer import Optimizer
-from sae_harvest.train.step.step import Workspace, train_step
 
 D_IN, N_LATENTS, K, BATCH_ROWS = 768, 24_576, 32, 4096
 ROUNDS = 12

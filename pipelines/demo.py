@@ -15,21 +15,21 @@ from sae_harvest.common.console import Progress, Terminated
 from sae_harvest.common.errors import RunError
 from sae_harvest.common.parsing import first_line, parse_json
 from sae_harvest.common.paths import shown
-from sae_harvest.harvest.commands.cli import harvest_with_bar
 from sae_harvest.harvest.run.config import HarvestConfig
 from sae_harvest.harvest.run.driver import Means
+from sae_harvest.harvest.run.progress import harvest_with_progress
 from sae_harvest.harvest.text.corpus import CorpusSpec
 from sae_harvest.pipelines.evaluate.downstream import downstream_loss
 from sae_harvest.pipelines.features.building.config import FeatureConfig
-from sae_harvest.pipelines.features.commands.cli import build_with_bar
+from sae_harvest.pipelines.features.building.progress import build_with_progress
 from sae_harvest.pipelines.features.reading.query import connect, reading
 from sae_harvest.pipelines.features.reading.show import highlight
 from sae_harvest.pipelines.features.tables.texts import pieces
 from sae_harvest.store.atomic import new_folder
 from sae_harvest.store.reader import ActivationStore
-from sae_harvest.train.commands.cli import train_with_bar
 from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.run.files import write_json
+from sae_harvest.train.run.progress import train_with_progress
 
 SITE = "resid_post.12"
 HARVEST = HarvestConfig(
@@ -66,15 +66,15 @@ def run_demo(root: Path, workers: int, console: Console, tokens: int | None = No
     new_folder(root.resolve())
     figures = Figures(root / "figures.json")
     console.rule("1/4  harvest: SmolLM2-135M over news")
-    harvested = harvest_with_bar(harvest, store, Means(workers=workers))
+    harvested = harvest_with_progress(harvest, store, Means(workers=workers))
     if harvested.rows_run:
         figures.set("harvest", harvested.digest, rate=harvested.rows_run / harvested.seconds)
     console.rule("2/4  train: a TopK sparse autoencoder")
-    trained = train_with_bar(train, store, sae, SITE, "auto")
+    trained = train_with_progress(train, store, sae, SITE, "auto")
     if not trained.finished:
         raise KeyboardInterrupt if trained.signal == signal.SIGINT else Terminated
     console.rule("3/4  features: tables of every latent")
-    built = build_with_bar(store, sae, features, FEATURES)
+    built = build_with_progress(store, sae, features, FEATURES)
     digest = built.run["sae_digest"]
     console.rule("4/4  downstream loss: the SAE in the model's place")
     if figures.get("downstream", digest) is None:

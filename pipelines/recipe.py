@@ -26,17 +26,17 @@ from sae_harvest.common.errors import InputError, RunError
 from sae_harvest.common.numbers import Count
 from sae_harvest.common.parsing import first_line
 from sae_harvest.common.paths import exact_file
-from sae_harvest.harvest.commands.cli import harvest_with_bar
 from sae_harvest.harvest.model.models import load_config, resolve_model
 from sae_harvest.harvest.model.sites import SITE_KINDS
 from sae_harvest.harvest.run.config import HarvestConfig
 from sae_harvest.harvest.run.driver import Means
+from sae_harvest.harvest.run.progress import harvest_with_progress
 from sae_harvest.store.atomic import replacing
 from sae_harvest.store.objects import make_folder
-from sae_harvest.train.commands.cli import sweep_with_bar
 from sae_harvest.train.commands.yamlfile import MAX_DEPTH, read_yaml
 from sae_harvest.train.run.files import read_json, write_json
 from sae_harvest.train.run.folder import finished_evaluation
+from sae_harvest.train.run.progress import sweep_with_progress
 from sae_harvest.train.sweeps.sweep import SweepResult
 from sae_harvest.train.sweeps.sweepfile import Sweep, parse_sweep
 
@@ -151,7 +151,7 @@ def run_recipe(
         if left:
             sites = ", ".join(str(sweeps[place].places.site) for place in left)
             announce(f"Layer {layer}, {number} of {len(layers)}: {sites}")
-            harvest_with_bar(recipe.harvest_config(layer), sweeps[0].places.store, means)
+            harvest_with_progress(recipe.harvest_config(layer), sweeps[0].places.store, means)
         for place in left:
             result = _train(sweeps[place])
             if result.signal is not None:
@@ -169,7 +169,7 @@ def run_recipe(
 def _train(sweep: Sweep) -> SweepResult:
     """Trains all members; `RunError` if one failed."""
     folder = Path(sweep.places.out)
-    result: SweepResult = sweep_with_bar(sweep, folder)
+    result: SweepResult = sweep_with_progress(sweep, folder)
     if result.failed:
         raise RunError(
             f"Training in {folder} failed for {', '.join(result.failed)}; the failed.json of each "

@@ -12,15 +12,15 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 
-import sae_harvest.train.parallel.slices as slices
+import sae_harvest.train.parallel.checkpoint_shards as slices
 from sae_harvest.common.errors import InputError, RunError, SaeHarvestError
-from sae_harvest.train.commands.job import may_pass
+from sae_harvest.train.commands.exit_codes import may_pass
 from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.parallel.distributed import group_of
 from sae_harvest.train.run.checkpoint import load_checkpoint, save_checkpoint, saved_steps
 from sae_harvest.train.run.trainer import train
 from sae_harvest.train.sae.sae import SAE
-from sae_harvest.train.sae.sharded import digest_of
+from sae_harvest.train.sae.sharded_sae import digest_of
 from tests.processes import CPU, answers, start, together
 from tests.synthetic import make_plan, make_store
 from tests.test_learner import KINDS, begin, config_of, data
@@ -227,7 +227,7 @@ def test_more_processes_than_parts_are_refused(parallel, sentence):
 
 def encode_divided(sae_folder, x):
     """Latents and reconstructions of a dictionary divided among processes."""
-    from sae_harvest.train.sae.sharded import ShardedSAE, load_part
+    from sae_harvest.train.sae.sharded_sae import ShardedSAE, load_part
 
     group = group_of("latents", 94, 12, CPU)
     part, n_latents = load_part(sae_folder, "cpu", group)

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import sae_harvest.harvest.model.models
 import sae_harvest.pipelines.demo
-import sae_harvest.train.planning.rates
+import sae_harvest.train.planning.measure
 import sae_harvest.train.scaling.fits
 from sae_harvest.harvest.model.models import ResolvedModel
 from sae_harvest.harvest.text.corpus import NewsCorpus
@@ -118,9 +118,9 @@ def surroundings(corpus_file: Path, model: Path) -> Iterator[None]:
             lambda law, losses, _, seed: fit(law, losses, 50, seed),
         )
         patch.setattr(
-            sae_harvest.train.planning.rates,
+            sae_harvest.train.planning.measure,
             "measure_rates",
-            cache(sae_harvest.train.planning.rates.measure_rates),
+            cache(sae_harvest.train.planning.measure.measure_rates),
         )
         yield
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from sae_harvest.common.errors import InputError
 from sae_harvest.pipelines.exports import delphi
-from sae_harvest.pipelines.features.building.job import Job, encode_block
+from sae_harvest.pipelines.features.building.tasks import Job, encode_block
 from sae_harvest.pipelines.features.commands.cli import main
 from sae_harvest.pipelines.features.encoding import sources
 from sae_harvest.pipelines.features.encoding.delphi_cache import DelphiCache

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sae_harvest.common.errors import InputError
 from sae_harvest.store.rules import RowRule
-from sae_harvest.train.commands.cli_formats import add_format_commands
+from sae_harvest.train.commands.formats import add_format_commands
 from sae_harvest.train.sae.formats import FORMATS, export_sae, format_named, import_sae
 from sae_harvest.train.sae.formats.reading import Origin
 from sae_harvest.train.sae.formats.saelens import hook_name, site_of

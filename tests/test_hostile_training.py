@@ -25,7 +25,7 @@ from sae_harvest.train.sae.formats import format_named
 from sae_harvest.train.sae.formats.pickles import read_pt, write_pt
 from sae_harvest.train.sae.formats.reading import Origin
 from sae_harvest.train.sae.sae import CONFIG_FILE, SAE, TENSORS_FILE
-from sae_harvest.train.sae.sharded import digest_of
+from sae_harvest.train.sae.sharded_sae import digest_of
 from sae_harvest.train.scaling.points import read_sweep
 from sae_harvest.train.sweeps.sweepfile import parse_sweep, read_sweep_file
 from tests.hostile import RAW, VALUES, altered, damaged, json_text, outcome

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from sae_harvest.common.errors import InputError, RunError
 from sae_harvest.train.config import SAEConfig, TrainConfig
 from sae_harvest.train.sae.sae import SAE
-from sae_harvest.train.step.initial import prepare, random_rows
+from sae_harvest.train.step.initialization import prepare, random_rows
 from sae_harvest.train.step.learner import Learner
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import sae_harvest.pipelines.features.commands.cli
 import sae_harvest.train.commands.cli
-from sae_harvest.common import cluster
+from sae_harvest.common import ray_cluster as cluster
 from sae_harvest.common.errors import RunError, SaeHarvestError
 from sae_harvest.common.masking import masked
 from sae_harvest.harvest.run import log

@@ -11,8 +11,8 @@ from sae_harvest.train.config import SAEConfig, TrainConfig
 from sae_harvest.train.sae.kernels.cpu import CpuKernels
 from sae_harvest.train.sae.kernels.torch_ops import TorchKernels
 from sae_harvest.train.sae.sae import SAE
-from sae_harvest.train.step.batch import Workspace
-from sae_harvest.train.step.step import train_step
+from sae_harvest.train.step.loss_and_gradients import train_step
+from sae_harvest.train.step.step_context import Workspace
 from tests.dense_objectives import Dense
 
 BACKENDS = [CpuKernels, TorchKernels]

@@ -15,7 +15,8 @@ import sae_harvest.harvest.commands.cli
 import sae_harvest.pipelines.cli
 import sae_harvest.pipelines.features.commands.cli
 import sae_harvest.train.commands.cli
-from sae_harvest.common import cluster, environment
+from sae_harvest.common import environment
+from sae_harvest.common import ray_cluster as cluster
 from sae_harvest.common.options import NameOption, PathOption, PlaceOption
 from sae_harvest.common.paths import shown
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from sae_harvest.train.commands.cli_plan import GPUS
-from sae_harvest.train.commands.cli_plan import plan as plan_command
+from sae_harvest.train.commands.plan import GPUS
+from sae_harvest.train.commands.plan import plan as plan_command
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.planning import costs
-from sae_harvest.train.planning.costs import (
+from sae_harvest.train.planning import count as costs
+from sae_harvest.train.planning.count import (
     available_bytes,
     memory,
     memory_bytes,
@@ -23,8 +23,14 @@ from sae_harvest.train.planning.costs import (
     step_flops,
     step_work,
 )
-from sae_harvest.train.planning.plan import PUBLISHED, Rates, plan, published_rates, step_seconds
-from sae_harvest.train.planning.rates import measure_rates
+from sae_harvest.train.planning.estimate import (
+    PUBLISHED,
+    Rates,
+    plan,
+    published_rates,
+    step_seconds,
+)
+from sae_harvest.train.planning.measure import measure_rates
 from sae_harvest.train.sae.kernels.cpu import CpuKernels
 from sae_harvest.train.step.learner import Learner
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from sae_harvest.common import cluster
+from sae_harvest.common import ray_cluster as cluster
 from sae_harvest.common.errors import InputError, RunError
-from sae_harvest.harvest.run import raycluster, raypool
+from sae_harvest.harvest.run import ray_nodes as raycluster
+from sae_harvest.harvest.run import ray_pool as raypool
 from sae_harvest.harvest.run.pool import Pool, open_pool
 from sae_harvest.harvest.run.worker import ShardWorker
 from sae_harvest.harvest.tokens.contexts import ShardInput

@@ -13,9 +13,9 @@ from click.testing import CliRunner
 
 from sae_harvest.common.errors import InputError, RunError
 from sae_harvest.train.commands.cli import main
-from sae_harvest.train.commands.cli_scaling import scaling
+from sae_harvest.train.commands.scaling import scaling
 from sae_harvest.train.config import SAEConfig, TrainConfig
-from sae_harvest.train.planning.costs import step_flops
+from sae_harvest.train.planning.count import step_flops
 from sae_harvest.train.scaling.envelope import envelope
 from sae_harvest.train.scaling.fits import analyse, fits, table
 from sae_harvest.train.scaling.points import RunPoint, read_sweep

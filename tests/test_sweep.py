@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from sae_harvest.common.errors import RunError
 from sae_harvest.train.commands.cli import main
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.run import member as members_of_passes
+from sae_harvest.train.run import run_state as members_of_passes
 from sae_harvest.train.run.checkpoint import saved_steps
 from sae_harvest.train.run.trainer import train
 from sae_harvest.train.step.learner import Diverged

@@ -22,7 +22,7 @@ from sae_harvest.train.evaluate import Fvu, evaluate
 from sae_harvest.train.run.folder import locked
 from sae_harvest.train.run.trainer import train
 from sae_harvest.train.sae.sae import SAE
-from sae_harvest.train.step.initial import geometric_median, prepare
+from sae_harvest.train.step.initialization import geometric_median, prepare
 from tests.synthetic import SITE, make_plan, make_store, rows_of
 
 STEPS = 200

@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-import sae_harvest.train.run.member as members
+import sae_harvest.train.run.run_state as members
 from sae_harvest.common.errors import RunError
 from sae_harvest.common.units import size_text
 from sae_harvest.train.commands.cli import main

@@ -21,7 +21,7 @@ from sae_harvest.store.loading.chunks import selected_at
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import OUTLIER_MEDIANS, RowRule
 from sae_harvest.store.statistics.stats import Moments
-from sae_harvest.train.sae.sharded import Dictionary
+from sae_harvest.train.sae.sharded_sae import Dictionary
 
 # Each row is of one class: (whether it is an outlier, whether it is a BOS).
 CLASSES = ((False, False), (False, True), (True, False), (True, True))

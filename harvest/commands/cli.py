@@ -20,8 +20,8 @@ from sae_harvest.common.console import (
 from sae_harvest.common.numbers import CountRange
 from sae_harvest.common.options import PlaceOption
 from sae_harvest.common.paths import absolute, shown
-from sae_harvest.harvest.commands.cli_stores import export, merge
-from sae_harvest.harvest.commands.request import make_config, request_options
+from sae_harvest.harvest.commands.request import make_config, parse_shards, request_options
+from sae_harvest.harvest.commands.stores import export, merge
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -43,7 +43,7 @@ def plan(**given: Any) -> None:
     \b
     harvest plan --model smollm2-135m --layer 12 --tokens 262144
     """
-    from sae_harvest.harvest.run.plan import estimate
+    from sae_harvest.harvest.run.estimate import estimate
 
     def say(line: str) -> None:
         click.echo(line, err=True)
@@ -97,8 +97,10 @@ def run(
     if store is None:
         name = Path(given["model"]).resolve().name
         store = absolute(f"runs/{name}-{'-'.join(config.sites)}/store")
+    from sae_harvest.harvest.run.progress import harvest_with_progress
+
     means = make_means(workers, given["device"], address)
-    result = harvest_with_bar(config, store, means, parse_shards(only))
+    result = harvest_with_progress(config, store, means, parse_shards(only))
     rate = f", {result.rows_run / result.seconds:,.0f} tokens/s" if result.rows_run else ""
     ending = (
         f"Digest {result.digest}."
@@ -114,16 +116,6 @@ def run(
     )
 
 
-def parse_shards(text: str | None) -> range | None:
-    """`4:8` as range(4, 8); a usage error for anything else."""
-    if text is None:
-        return None
-    first, colon, last = text.partition(":")
-    if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-        raise click.UsageError(f"--shards {text} is not FIRST:LAST, such as 0:100.")
-    return range(int(first), int(last))
-
-
 def make_means(workers: int, device: str, address: str | None) -> Any:
     """The Means of the options; a usage error for a cluster without workers."""
     from sae_harvest.harvest.run.driver import Means
@@ -133,32 +125,6 @@ def make_means(workers: int, device: str, address: str | None) -> Any:
             "--address names a cluster and --workers 0 uses none; leave one out."
         )
     return Means(workers=workers, device=device, address=address)
-
-
-def harvest_with_bar(config: Any, store: str | Path, means: Any, only: range | None = None) -> Any:
-    """`harvest.run.driver.run` with its progress shown."""
-    from sae_harvest.harvest.run.driver import run as harvest
-
-    with when_interrupted(lambda: kept(store)), Progress("tokens") as progress:
-        report = progress.counting("harvesting", tokens_rate)
-        return harvest(config, store, means, only, report, progress.say)
-
-
-def tokens_rate(speed: float) -> str:
-    return f"{speed:,.0f} tokens/s"
-
-
-def kept(store: str | Path) -> str:
-    """The sentence that says what an interrupted harvest leaves, and how to go on."""
-    from sae_harvest.common.errors import SaeHarvestError
-    from sae_harvest.store.commits import committed_shards
-    from sae_harvest.store.objects import open_objects
-
-    try:
-        n = len(committed_shards(open_objects(store)))
-    except SaeHarvestError as error:  # a bucket that is out of reach now
-        return f"What was committed is kept ({error}) The same command continues."
-    return f"{n} shard{'s' * (n != 1)} committed in {shown(store)}; the same command continues."
 
 
 @main.command()
@@ -232,6 +198,7 @@ def verify(store: str, repair: bool, workers: int, address: str | None, device: 
 def repair_with_bar(store: str, means: Any) -> Any:
     """`harvest.run.driver.repair` with its progress; tells what was done; the report afterwards."""
     from sae_harvest.harvest.run.driver import repair as mend
+    from sae_harvest.harvest.run.progress import tokens_rate
 
     with when_interrupted(SAME_COMMAND), Progress("tokens") as progress:
         before, after = mend(store, means, progress.counting("repairing", tokens_rate))

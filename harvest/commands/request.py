@@ -146,3 +146,13 @@ def make_config(given: dict[str, Any]) -> Any:
     if given["tokens"] is not None:
         values["tokens"] = given["tokens"]
     return HarvestConfig(corpus=corpus, sites=sites, **values)
+
+
+def parse_shards(text: str | None) -> range | None:
+    """`4:8` as range(4, 8); a usage error for anything else."""
+    if text is None:
+        return None
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise click.UsageError(f"--shards {text} is not FIRST:LAST, such as 0:100.")
+    return range(int(first), int(last))

@@ -11,10 +11,10 @@ from typing import Any
 
 from sae_harvest.common.device import choose_device
 from sae_harvest.common.errors import InputError
-from sae_harvest.harvest.run.ahead import Ahead
 from sae_harvest.harvest.run.config import HarvestConfig
 from sae_harvest.harvest.run.log import HarvestLog
 from sae_harvest.harvest.run.pool import Pool, open_pool
+from sae_harvest.harvest.run.prefetch import Ahead
 from sae_harvest.harvest.run.prepare import ALL_SHARDS, Prepared, prepare, prepare_again, versions
 from sae_harvest.harvest.run.status import Heartbeat
 from sae_harvest.harvest.text.folders import sentence

@@ -1,4 +1,4 @@
-"""Pools of workers for shards: Ray actors (`harvest.run.raypool`), or threads of this process."""
+"""Pools of workers for shards: Ray actors (`harvest.run.ray_pool`), or threads of this process."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def open_pool(
     """
     pool: Pool
     if workers:
-        from sae_harvest.harvest.run.raypool import RayPool
+        from sae_harvest.harvest.run.ray_pool import RayPool
 
         pool = RayPool(workers, address, report, model, sites, compute_dtype, device)
     else:

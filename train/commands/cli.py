@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from rich.table import Column, Table
 
 from sae_harvest.common.console import (
     EXIT_FAILURE,
-    EXIT_INTERRUPTED,
     Progress,
     output,
     store_option,
@@ -20,10 +18,14 @@ from sae_harvest.common.console import (
 from sae_harvest.common.numbers import CountRange
 from sae_harvest.common.options import PathOption
 from sae_harvest.common.paths import shown
-from sae_harvest.train.commands.cli_formats import add_format_commands
-from sae_harvest.train.commands.cli_plan import plan
-from sae_harvest.train.commands.cli_scaling import scaling
-from sae_harvest.train.commands.job import EXIT_UNFINISHED, Job, JobCommands, stopped_code_option
+from sae_harvest.train.commands.exit_codes import (
+    EXIT_UNFINISHED,
+    Job,
+    JobCommands,
+    stopped,
+    stopped_code_option,
+)
+from sae_harvest.train.commands.formats import add_format_commands
 from sae_harvest.train.commands.options import (
     CONFIG,
     PLACES,
@@ -32,7 +34,10 @@ from sae_harvest.train.commands.options import (
     options_for,
     run_settings,
 )
+from sae_harvest.train.commands.plan import plan
+from sae_harvest.train.commands.scaling import scaling
 from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.run.progress import sweep_with_progress, train_with_progress, warn
 
 folder = PathOption(file_okay=False)
 
@@ -91,7 +96,7 @@ def run(
     cluster = None
     if workers is not None:
         cluster = {"workers": workers, "parallel": parallel, "address": address}
-    result = train_with_bar(config, places.store, out, places.site, places.device, cluster)
+    result = train_with_progress(config, places.store, out, places.site, places.device, cluster)
     if not result.finished:
         stopped(f"Stopped after step {result.steps}, saved in {name}", result.signal, stopped_code)
     output().print(summary({name: result.evaluation}))
@@ -114,7 +119,7 @@ def sweep(context: click.Context, file: Path, stopped_code: int, **given: Any) -
 
     found = read_sweep_file(file, given_options(context))
     out = Path(found.places.out)
-    result = sweep_with_bar(found, out)
+    result = sweep_with_progress(found, out)
     if result.signal is not None:
         stopped(f"Stopped, saved in {shown(out)}", result.signal, stopped_code)
     done = {name: member.evaluation for name, member in result.members.items()}
@@ -203,62 +208,6 @@ def evaluation(sae_folder: Path, store: str, rows: int, device: str, out: Path |
         write_json(out, result)
     warn({shown(sae_folder): result})
     output().print(summary({shown(sae_folder): result}))
-
-
-def stopped(what: str, number: int | None, code: int) -> None:
-    """Ends the command: with `code` for a scheduler that asked, with 130 for Ctrl-C."""
-    click.echo(f"{what}; the same command continues.", err=True)
-    sys.exit(EXIT_INTERRUPTED if number == signal.SIGINT else code)
-
-
-def train_with_bar(
-    config: Any,
-    store: str | Path,
-    out: Path,
-    site: str | None,
-    device: str,
-    cluster: dict[str, Any] | None = None,
-) -> Any:
-    """`train` with its progress shown; with `cluster`, that of `train.parallel.cluster`."""
-    with Progress() as progress:
-        if cluster is None:
-            from sae_harvest.train.run.trainer import train
-
-            result = train(config, store, out, site, device, progress)
-        else:
-            from sae_harvest.train.parallel.cluster import train_on_workers
-
-            result = train_on_workers(config, store, out, site, device, report=progress, **cluster)
-    warn({shown(out): result.evaluation})
-    return result
-
-
-def sweep_with_bar(found: Any, out: Path) -> Any:
-    """`train.sweeps.sweep.sweep` with its progress shown."""
-    from sae_harvest.train.sweeps.sweep import sweep as train_all
-
-    places = found.places
-    with Progress() as progress:
-        result = train_all(
-            found.members,
-            places.store,
-            out,
-            places.site,
-            places.device,
-            progress,
-            progress.say,
-        )
-    warn({name: member.evaluation for name, member in result.members.items()})
-    return result
-
-
-def warn(evaluations: dict[str, Any]) -> None:
-    """Say on standard error what evaluations show to have gone wrong."""
-    from sae_harvest.train.evaluate import remarks
-
-    for name, evaluation in evaluations.items():
-        for sentence in remarks(evaluation) if evaluation is not None else ():
-            click.echo(f"Warning: {name}: {sentence}", err=True)
 
 
 ROWS = {

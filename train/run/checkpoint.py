@@ -1,7 +1,7 @@
 """Checkpoints: whole or absent, checked when read, the newest two kept.
 
 They are the same files however many processes train together, each of which writes and reads its
-part of them (`train.parallel.slices`).
+part of them (`train.parallel.checkpoint_shards`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from sae_harvest.common.errors import RunError
 from sae_harvest.store.objects import sync_folder
-from sae_harvest.train.parallel.group import Group
-from sae_harvest.train.parallel.slices import hash_files, read_slices, write_slices
+from sae_harvest.train.parallel.checkpoint_shards import hash_files, read_slices, write_slices
+from sae_harvest.train.parallel.process_group import Group
 from sae_harvest.train.run.files import read_record, write_json
 from sae_harvest.train.run.records import State
 from sae_harvest.train.sae.sae import CONFIG_FILE, SAE, TENSORS_FILE
-from sae_harvest.train.sae.sharded import load_part, save_part
+from sae_harvest.train.sae.sharded_sae import load_part, save_part
 
 FOLDER, STATE_FILE, OPTIMIZER_FILE = "checkpoints", "state.json", "optimizer.safetensors"
 TEMPORARY = ".unfinished-"

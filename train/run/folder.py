@@ -26,7 +26,7 @@ from sae_harvest.train.config import READERS, TrainConfig
 from sae_harvest.train.run.files import read_json, read_record, write_json
 from sae_harvest.train.run.records import Evaluation, Failure
 from sae_harvest.train.sae.sae import CONFIG_FILE
-from sae_harvest.train.sae.sharded import digest_of
+from sae_harvest.train.sae.sharded_sae import digest_of
 
 RUN_FILE, METRICS_FILE, EVALUATION_FILE = "run.json", "metrics.jsonl", "evaluation.json"
 FAILED_FILE, LOCK_FILE = "failed.json", ".lock"

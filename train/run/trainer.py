@@ -20,7 +20,7 @@ from sae_harvest.common.device import choose_device
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.evaluate import evaluate_all
-from sae_harvest.train.parallel.group import Group
+from sae_harvest.train.parallel.process_group import Group
 from sae_harvest.train.run.checkpoint import saved_steps
 from sae_harvest.train.run.faults import explained
 from sae_harvest.train.run.files import write_json
@@ -32,8 +32,8 @@ from sae_harvest.train.run.folder import (
     open_store,
 )
 from sae_harvest.train.run.interrupt import Interruption
-from sae_harvest.train.run.member import ALONE, Member, Stream
-from sae_harvest.train.sae.sharded import Dictionary
+from sae_harvest.train.run.run_state import ALONE, Member, Stream
+from sae_harvest.train.sae.sharded_sae import Dictionary
 
 Report = Callable[[str, int, int, str], None]
 

@@ -14,7 +14,7 @@ import numpy as np
 from sae_harvest.common.errors import InputError, RunError
 from sae_harvest.common.parsing import first_line, parse_json
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.planning.costs import step_flops
+from sae_harvest.train.planning.count import step_flops
 from sae_harvest.train.run.files import read_record
 from sae_harvest.train.run.folder import (
     EVALUATION_FILE,

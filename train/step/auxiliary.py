@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_harvest.train.sae.kernels import Pairs
-from sae_harvest.train.step.batch import Batch
+from sae_harvest.train.step.step_context import Batch
 
 
 def add_auxiliary(batch: Batch, slope: Tensor, dead: Tensor) -> float:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from sae_harvest.common.errors import RunError
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.parallel.group import Group
+from sae_harvest.train.parallel.process_group import Group
 from sae_harvest.train.sae.sae import SAE
-from sae_harvest.train.step.batch import Workspace
-from sae_harvest.train.step.initial import initial_sae, prepare
+from sae_harvest.train.step.initialization import initial_sae, prepare
+from sae_harvest.train.step.loss_and_gradients import StepResult, train_step
 from sae_harvest.train.step.optimizer import Optimizer
-from sae_harvest.train.step.step import StepResult, train_step
+from sae_harvest.train.step.step_context import Workspace
 
 THRESHOLD_DECAY = 0.999  # share of BatchTopK's threshold kept each step, less in the beginning
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.sae.kernels import AdamNumbers
 from sae_harvest.train.sae.sae import SAE
-from sae_harvest.train.step.batch import Workspace
+from sae_harvest.train.step.step_context import Workspace
 
 
 class Optimizer:

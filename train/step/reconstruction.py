@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sae_harvest.train.sae.kernels import Pairs
-from sae_harvest.train.step.batch import Batch
+from sae_harvest.train.step.step_context import Batch
 
 
 @dataclass

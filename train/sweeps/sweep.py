@@ -23,7 +23,7 @@ from sae_harvest.common.errors import RunError
 from sae_harvest.common.units import size_text
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.planning.costs import available_bytes, memory_bytes
+from sae_harvest.train.planning.count import available_bytes, memory_bytes
 from sae_harvest.train.run.checkpoint import saved_steps
 from sae_harvest.train.run.faults import explained
 from sae_harvest.train.run.files import read_record, write_json
@@ -35,10 +35,10 @@ from sae_harvest.train.run.folder import (
     finished_evaluation,
     open_store,
 )
-from sae_harvest.train.run.member import Member, Stream
 from sae_harvest.train.run.records import Sweep as SweepRecord
+from sae_harvest.train.run.run_state import Member, Stream
 from sae_harvest.train.run.trainer import Report, evaluate_into, run_pass, silent
-from sae_harvest.train.sae.sharded import Dictionary
+from sae_harvest.train.sae.sharded_sae import Dictionary
 
 SWEEP_FILE, PASSES = "sweep.json", "passes"
 USABLE = 0.9  # of the memory that is free: what else runs on the machine needs some, too

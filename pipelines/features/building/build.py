@@ -27,11 +27,11 @@ from sae_harvest.common.device import choose_device
 from sae_harvest.common.differences import differences
 from sae_harvest.common.errors import RunError
 from sae_harvest.harvest.model.models import load_tokenizer
-from sae_harvest.pipelines.features.building import job as jobs
-from sae_harvest.pipelines.features.building.aside import aside
+from sae_harvest.pipelines.features.building import tasks as jobs
+from sae_harvest.pipelines.features.building.background import aside
 from sae_harvest.pipelines.features.building.config import FeatureConfig
-from sae_harvest.pipelines.features.building.job import Job, Work, held
 from sae_harvest.pipelines.features.building.pool import Pool, open_pool
+from sae_harvest.pipelines.features.building.tasks import Job, Work, held
 from sae_harvest.pipelines.features.counting.candidates import TokenRows
 from sae_harvest.pipelines.features.counting.lens import logit_lens
 from sae_harvest.pipelines.features.counting.neighbours import counted_rows, counted_share

@@ -78,7 +78,7 @@ class OnRay:
         import ray
         from ray.exceptions import RayError, RayTaskError
 
-        from sae_harvest.common import cluster
+        from sae_harvest.common import ray_cluster as cluster
 
         left = iter(arguments)
         running: deque[Any] = deque()
@@ -111,7 +111,7 @@ def open_pool(workers: int, address: str | None, gpu: bool) -> Iterator[Pool]:
         return
     import ray
 
-    from sae_harvest.common import cluster
+    from sae_harvest.common import ray_cluster as cluster
 
     cluster.connect(address, workers, WITHOUT)
     try:

@@ -8,18 +8,15 @@ from typing import Any
 import click
 
 from sae_harvest.common.console import (
-    SAME_COMMAND,
     Commands,
-    Progress,
     output,
     store_option,
-    when_interrupted,
 )
 from sae_harvest.common.numbers import CountRange
 from sae_harvest.common.options import NameOption, PathOption
 from sae_harvest.common.paths import shown
 from sae_harvest.pipelines.exports.cli import export_command
-from sae_harvest.pipelines.features.commands.cli_query import query
+from sae_harvest.pipelines.features.commands.query import query
 from sae_harvest.pipelines.options import features_option
 from sae_harvest.pipelines.viewer.cli import serve, site
 
@@ -130,6 +127,7 @@ def build(
     sae-features build --store runs/demo/store --sae runs/demo/sae --out runs/demo/features
     """
     from sae_harvest.pipelines.features.building.config import FeatureConfig
+    from sae_harvest.pipelines.features.building.progress import build_with_progress
 
     config = FeatureConfig(
         n_top=top,
@@ -140,7 +138,7 @@ def build(
         window_tokens=window,
         seed=seed,
     )
-    built = build_with_bar(store, sae, out, config, **means)
+    built = build_with_progress(store, sae, out, config, **means)
     if built.seconds is None:
         output().print(f"{shown(out)}: the tables are there already.", soft_wrap=True)
     else:
@@ -150,20 +148,6 @@ def build(
             f"({built.run['rows']}), {rate:,.0f} rows/s.",
             soft_wrap=True,
         )
-
-
-def build_with_bar(store: str | Path, sae: Path | str, out: Path, config: Any, **means: Any) -> Any:
-    """Build tables with progress shown, in a process that keeps its memory; see `build`."""
-    from sae_harvest.common.memory import keep_memory
-    from sae_harvest.pipelines.features.building.build import build as run_build
-
-    keep_memory()
-    with when_interrupted(SAME_COMMAND), Progress() as progress:
-
-        def show(what: str, done: int, total: int) -> None:
-            progress(f"{what} {'blocks' if what == 'encoding' else 'latents'}", done, total)
-
-        return run_build(store, sae, out, config, on_progress=show, **means)
 
 
 @main.command()

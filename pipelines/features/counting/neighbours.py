@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from numba import get_num_threads
 
-from sae_harvest.pipelines.features.counting.together import most_together, transposed
+from sae_harvest.pipelines.features.counting.cofiring import most_together, transposed
 from sae_harvest.pipelines.features.encoding.firings import READS, Blocks
 from sae_harvest.train.sae.kernels import cpu_choice
 from sae_harvest.train.sae.kernels.cpu import CpuKernels

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sae_harvest.common.cache import use_numba_cache
-from sae_harvest.pipelines.features.counting.prefetch import prefetch
+from sae_harvest.pipelines.features.counting.cpu_prefetch import prefetch
 from sae_harvest.pipelines.features.encoding.firings import Firings
 
 use_numba_cache()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sae_harvest.train.step.batch import Batch
 from sae_harvest.train.step.objectives.batchtopk import batchtopk
 from sae_harvest.train.step.objectives.gated import gated
 from sae_harvest.train.step.objectives.jumprelu import jumprelu
@@ -21,6 +20,7 @@ from sae_harvest.train.step.objectives.outcome import Outcome
 from sae_harvest.train.step.objectives.relu_kl import relu_kl
 from sae_harvest.train.step.objectives.relu_l1 import relu_l1
 from sae_harvest.train.step.objectives.topk import topk
+from sae_harvest.train.step.step_context import Batch
 
 OBJECTIVES: dict[str, Callable[[Batch], Outcome]] = {
     "topk": topk,

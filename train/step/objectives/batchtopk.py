@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from sae_harvest.train.sae.kernels import Pairs
-from sae_harvest.train.step.batch import Batch
 from sae_harvest.train.step.objectives.outcome import Outcome, outcome
 from sae_harvest.train.step.reconstruction import reconstruct
+from sae_harvest.train.step.step_context import Batch
 
 EVERY = 16  # one row in so many is looked at for the estimate
 MOST_OF_MEAN = 4  # largest values of such a row, in units of k

@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 
 from sae_harvest.train.sae.kernels import Pairs
-from sae_harvest.train.step.batch import Batch
 from sae_harvest.train.step.objectives.outcome import Outcome
 from sae_harvest.train.step.objectives.relu_l1 import l1_slope
 from sae_harvest.train.step.reconstruction import error_of, reconstruct
+from sae_harvest.train.step.step_context import Batch
 
 
 def gated(batch: Batch) -> Outcome:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sae_harvest.train.step.batch import Batch
 from sae_harvest.train.step.reconstruction import Reconstruction
+from sae_harvest.train.step.step_context import Batch
 
 
 @dataclass

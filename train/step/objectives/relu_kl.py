@@ -18,9 +18,9 @@ from __future__ import annotations
 import torch
 
 from sae_harvest.train.sae.kernels import Pairs
-from sae_harvest.train.step.batch import Batch
 from sae_harvest.train.step.objectives.outcome import Outcome, outcome
 from sae_harvest.train.step.reconstruction import reconstruct
+from sae_harvest.train.step.step_context import Batch
 
 
 def relu_kl(batch: Batch) -> Outcome:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from sae_harvest.train.sae.kernels import Pairs
-from sae_harvest.train.step.batch import Batch
 from sae_harvest.train.step.objectives.outcome import Outcome, outcome
 from sae_harvest.train.step.reconstruction import reconstruct, widened
+from sae_harvest.train.step.step_context import Batch
 
 
 def topk(batch: Batch) -> Outcome:

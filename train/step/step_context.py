@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae_harvest.common.errors import RunError
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.parallel.group import Group
+from sae_harvest.train.parallel.process_group import Group
 from sae_harvest.train.sae.kernels import Gradients
 from sae_harvest.train.sae.sae import SAE
 

@@ -17,7 +17,7 @@ from typing import Literal
 
 from sae_harvest.store.loading.loader import WINDOW_ROWS
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.planning.costs import COUNTER, FLOAT, LOW, Shape, memory, shape_of, step_work
+from sae_harvest.train.planning.count import COUNTER, FLOAT, LOW, Shape, memory, shape_of, step_work
 
 MOVING = ("exact values", "decode", "gradients", "Adam", "batch")  # parts bound by memory
 WINDOWS = 2  # of the loader: one is used while the next is read

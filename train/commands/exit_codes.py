@@ -12,11 +12,19 @@ from __future__ import annotations
 
 import errno
 import re
+import signal
+import sys
 from typing import Any
 
 import click
 
-from sae_harvest.common.console import Commands, Terminated, ending, when_interrupted
+from sae_harvest.common.console import (
+    EXIT_INTERRUPTED,
+    Commands,
+    Terminated,
+    ending,
+    when_interrupted,
+)
 from sae_harvest.common.errors import SaeHarvestError
 
 EXIT_UNFINISHED = 3
@@ -81,3 +89,9 @@ stopped_code_option = click.option(
     show_default=True,
     help="Exit code when SIGTERM stops it with work left, for schedulers that take 0 for done.",
 )
+
+
+def stopped(what: str, number: int | None, code: int) -> None:
+    """Ends the command: with `code` for a scheduler that asked, with 130 for Ctrl-C."""
+    click.echo(f"{what}; the same command continues.", err=True)
+    sys.exit(EXIT_INTERRUPTED if number == signal.SIGINT else code)

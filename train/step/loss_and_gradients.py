@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.parallel.group import Group
+from sae_harvest.train.parallel.process_group import Group
 from sae_harvest.train.sae.normalization import normalise_target
 from sae_harvest.train.sae.sae import SAE
 from sae_harvest.train.step.auxiliary import add_auxiliary
-from sae_harvest.train.step.batch import Batch, Workspace
 from sae_harvest.train.step.objectives import OBJECTIVES
+from sae_harvest.train.step.step_context import Batch, Workspace
 
 __all__ = ["StepResult", "Workspace", "train_step"]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from sae_harvest.common.errors import RunError
 from sae_harvest.store.atomic import new_folder, write_text
 from sae_harvest.train.config import SAEConfig
-from sae_harvest.train.parallel.group import Group
-from sae_harvest.train.parallel.slices import read_slices, write_slices
+from sae_harvest.train.parallel.checkpoint_shards import read_slices, write_slices
+from sae_harvest.train.parallel.process_group import Group
 from sae_harvest.train.run.files import reading_tensors, require_finite
 from sae_harvest.train.sae.normalization import restore
 from sae_harvest.train.sae.sae import CONFIG_FILE, REMEDY, SAE, TENSORS_FILE

@@ -27,7 +27,7 @@ import torch
 from sae_harvest.common.device import choose_device
 from sae_harvest.common.errors import InputError, RunError, SaeHarvestError
 from sae_harvest.store.objects import make_folder
-from sae_harvest.train.commands.job import may_pass
+from sae_harvest.train.commands.exit_codes import may_pass
 from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.parallel.distributed import (
     TIMEOUT,
@@ -117,7 +117,8 @@ def train_on_workers(
     Raises:
         SaeHarvestError: as `train`; or a worker is gone, which may pass.
     """
-    from sae_harvest.common import cluster, environment
+    from sae_harvest.common import environment
+    from sae_harvest.common import ray_cluster as cluster
 
     out = Path(out).absolute()
     with explained(out):
@@ -148,7 +149,7 @@ def train_on_workers(
 def _connected(address: str | None, workers: int) -> Iterator[None]:
     import ray
 
-    from sae_harvest.common import cluster
+    from sae_harvest.common import ray_cluster as cluster
 
     cluster.connect(address, workers, WITHOUT)
     try:
@@ -272,7 +273,7 @@ def _gone(rank: int, error: BaseException) -> BaseException:
     """Of a worker that could not say anything itself."""
     from ray.exceptions import RayError
 
-    from sae_harvest.common import cluster
+    from sae_harvest.common import ray_cluster as cluster
 
     if isinstance(error, ModuleNotFoundError):
         return RunError(

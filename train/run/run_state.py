@@ -13,13 +13,13 @@ from torch import Tensor
 from sae_harvest.store.loading.loader import Batch, ShuffledLoader
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.parallel.group import Group
+from sae_harvest.train.parallel.process_group import Group
 from sae_harvest.train.run.checkpoint import discard_after, load_checkpoint, save_checkpoint
 from sae_harvest.train.run.files import write_json
 from sae_harvest.train.run.folder import FAILED_FILE, METRICS_FILE, finished_evaluation
 from sae_harvest.train.run.metrics import MetricsFile
-from sae_harvest.train.sae.sharded import Dictionary, ShardedSAE, digest_of, save_part
-from sae_harvest.train.step.initial import SAMPLE_ROWS
+from sae_harvest.train.sae.sharded_sae import Dictionary, ShardedSAE, digest_of, save_part
+from sae_harvest.train.step.initialization import SAMPLE_ROWS
 from sae_harvest.train.step.learner import Diverged, Learner
 
 ALONE = Group()

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize as unit_length
 
 from sae_harvest.common.errors import InputError
 from sae_harvest.train.config import SAEConfig, TrainConfig
-from sae_harvest.train.parallel.group import Group
+from sae_harvest.train.parallel.process_group import Group
 from sae_harvest.train.sae.normalization import normalise_rows
 from sae_harvest.train.sae.sae import SAE
 

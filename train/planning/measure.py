@@ -12,8 +12,8 @@ from math import inf
 import torch
 
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.planning.costs import BATCH_PASSES, available_bytes, shape_of, step_work
-from sae_harvest.train.planning.plan import Rates
+from sae_harvest.train.planning.count import BATCH_PASSES, available_bytes, shape_of, step_work
+from sae_harvest.train.planning.estimate import Rates
 from sae_harvest.train.sae.kernels import AdamNumbers, Gradients, Kernels, Pairs, kernels_for
 
 ROWS, N_LATENTS, K, WIDTH = 2048, 8192, 32, 512

@@ -89,7 +89,7 @@ def export(
     \b
     harvest export --store runs/demo/store --out runs/demo/rows --format parquet
     """
-    from sae_harvest.harvest.commands.cli import parse_shards
+    from sae_harvest.harvest.commands.request import parse_shards
     from sae_harvest.harvest.inspect.export import ExportConfig
     from sae_harvest.harvest.inspect.export import export as write
 

@@ -5,8 +5,8 @@ Two ways to divide the work, of which a group may use either:
     by rows      each process has all latents and a part of the batch's rows (data parallel)
     by latents   each process has all rows and a part of the latents (latent-sharded)
 
-A step (`train.step.step`) calls these methods wherever a sum runs over what is divided, and nowhere
-else, so that every way gives the numbers of one process up to the order of sums.
+`train.step.loss_and_gradients` calls these methods wherever a sum runs over what is divided, and
+nowhere else, so that every way gives the numbers of one process up to the order of sums.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sae_harvest.common.cache import use_numba_cache
-from sae_harvest.pipelines.features.counting.prefetch import LINE, prefetch
+from sae_harvest.pipelines.features.counting.cpu_prefetch import LINE, prefetch
 
 use_numba_cache()
 

@@ -1,7 +1,7 @@
 """What a training run takes, counted: memory, floating-point operations, bytes moved.
 
 Everything here follows from the configuration and the widths of the activations; nothing is
-measured. `train.planning.plan` turns the counts into seconds with the rates of a machine.
+measured. `train.planning.estimate` turns the counts into seconds with the rates of a machine.
 """
 
 from __future__ import annotations

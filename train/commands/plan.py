@@ -88,7 +88,7 @@ def plan(store: str | None, site: str | None, d_in: int | None, **given: Any) ->
     if given["gpu"] and given["device"] != "auto":
         raise click.UsageError("--gpu estimates and --device measures; give one of them.")
     from sae_harvest.train.config import TrainConfig
-    from sae_harvest.train.planning.plan import plan as make_plan
+    from sae_harvest.train.planning.estimate import plan as make_plan
 
     stored_bytes = 2
     if store is not None:
@@ -129,7 +129,7 @@ def _rates(gpu: str | None, device: str, link: float | None) -> Any:
     """Published or measured rates."""
     from dataclasses import replace
 
-    from sae_harvest.train.planning.plan import published_rates
+    from sae_harvest.train.planning.estimate import published_rates
 
     if gpu is not None:
         rates = published_rates(gpu)
@@ -137,7 +137,7 @@ def _rates(gpu: str | None, device: str, link: float | None) -> Any:
         import torch
 
         from sae_harvest.common.device import choose_device
-        from sae_harvest.train.planning.rates import measure_rates
+        from sae_harvest.train.planning.measure import measure_rates
 
         rates = measure_rates(torch.device(choose_device(device)))
     return rates if link is None else replace(rates, link=link * 1e9)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sae_harvest.common.errors import RunError
 from sae_harvest.store.atomic import publish, temporary_name
-from sae_harvest.train.parallel.group import Group
+from sae_harvest.train.parallel.process_group import Group
 from sae_harvest.train.run.files import reading_tensors
 
 BLOCK_BYTES = 64 << 20  # written at a time, by way of the processor's memory

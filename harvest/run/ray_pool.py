@@ -15,10 +15,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from sae_harvest.common import cluster
+from sae_harvest.common import ray_cluster as cluster
 from sae_harvest.common.errors import RunError, SaeHarvestError
 from sae_harvest.harvest.model.models import ResolvedModel
-from sae_harvest.harvest.run import raycluster
+from sae_harvest.harvest.run import ray_nodes as raycluster
 from sae_harvest.harvest.run.actor import ShardActor
 from sae_harvest.harvest.run.log import Report
 from sae_harvest.harvest.run.pool import POLL_SECONDS, sentence

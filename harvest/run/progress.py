@@ -1,0 +1,36 @@
+"""A harvest with its progress shown in the terminal or the log."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sae_harvest.common.console import Progress, when_interrupted
+from sae_harvest.common.errors import SaeHarvestError
+from sae_harvest.common.paths import shown
+from sae_harvest.harvest.run.config import HarvestConfig
+from sae_harvest.harvest.run.driver import Means, Result, run
+from sae_harvest.store.commits import committed_shards
+from sae_harvest.store.objects import open_objects
+
+
+def harvest_with_progress(
+    config: HarvestConfig, store: str | Path, means: Means, only: range | None = None
+) -> Result:
+    """See `harvest.run.driver.run`."""
+    with when_interrupted(lambda: kept(store)), Progress("tokens") as progress:
+        report = progress.counting("harvesting", tokens_rate)
+        return run(config, store, means, only, report, progress.say)
+
+
+def tokens_rate(speed: float) -> str:
+    """A speed in words."""
+    return f"{speed:,.0f} tokens/s"
+
+
+def kept(store: str | Path) -> str:
+    """The sentence that says what an interrupted harvest leaves, and how to go on."""
+    try:
+        n = len(committed_shards(open_objects(store)))
+    except SaeHarvestError as error:  # a bucket that is out of reach now
+        return f"What was committed is kept ({error}) The same command continues."
+    return f"{n} shard{'s' * (n != 1)} committed in {shown(store)}; the same command continues."
