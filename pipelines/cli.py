@@ -10,8 +10,8 @@ from sae_harvest.common.console import SAME_COMMAND, output, when_interrupted
 from sae_harvest.common.numbers import CountRange
 from sae_harvest.common.options import NameOption, PathOption
 from sae_harvest.common.paths import shown
-from sae_harvest.train.commands.exit_codes import Job, JobCommands, stopped, stopped_code_option
-from sae_harvest.train.commands.yamlfile import read_value
+from sae_harvest.common.yamlfile import read_value
+from sae_harvest.train.run.exit_codes import Job, JobCommands, stopped, stopped_code_option
 
 
 @click.group(cls=JobCommands, context_settings={"help_option_names": ["-h", "--help"]})

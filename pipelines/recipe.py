@@ -26,6 +26,7 @@ from sae_harvest.common.errors import InputError, RunError
 from sae_harvest.common.numbers import Count
 from sae_harvest.common.parsing import first_line
 from sae_harvest.common.paths import exact_file
+from sae_harvest.common.yamlfile import MAX_DEPTH, read_yaml
 from sae_harvest.harvest.model.models import load_config, resolve_model
 from sae_harvest.harvest.model.sites import SITE_KINDS
 from sae_harvest.harvest.run.config import HarvestConfig
@@ -33,7 +34,6 @@ from sae_harvest.harvest.run.driver import Means
 from sae_harvest.harvest.run.progress import harvest_with_progress
 from sae_harvest.store.atomic import replacing
 from sae_harvest.store.objects import make_folder
-from sae_harvest.train.commands.yamlfile import MAX_DEPTH, read_yaml
 from sae_harvest.train.run.files import read_json, write_json
 from sae_harvest.train.run.folder import finished_evaluation
 from sae_harvest.train.run.progress import sweep_with_progress

@@ -13,9 +13,9 @@ import torch
 
 import sae_harvest.train.parallel.distributed
 from sae_harvest.common.errors import SaeHarvestError
-from sae_harvest.train.commands.exit_codes import may_pass
 from sae_harvest.train.parallel.distributed import group_of
 from sae_harvest.train.parallel.process_group import Group
+from sae_harvest.train.run.exit_codes import may_pass
 from sae_harvest.train.step.learner import Learner
 from tests.processes import CPU, answers, start, together
 from tests.test_learner import MODEL, config_of, data, predicted

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sae_harvest.train.commands.exit_codes import EXIT_TRY_AGAIN, may_pass
 from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.parallel.ray_train import WorkerError, _reported
 from sae_harvest.train.run.checkpoint import saved_steps
+from sae_harvest.train.run.exit_codes import EXIT_TRY_AGAIN, may_pass
 from sae_harvest.train.run.trainer import train
 from tests.commands import PATIENCE
 from tests.forked import forked

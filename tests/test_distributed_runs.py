@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 import sae_harvest.train.parallel.checkpoint_shards as slices
 from sae_harvest.common.errors import InputError, RunError, SaeHarvestError
-from sae_harvest.train.commands.exit_codes import may_pass
 from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.parallel.distributed import group_of
 from sae_harvest.train.run.checkpoint import load_checkpoint, save_checkpoint, saved_steps
+from sae_harvest.train.run.exit_codes import may_pass
 from sae_harvest.train.run.trainer import train
 from sae_harvest.train.sae.sae import SAE
 from sae_harvest.train.sae.sharded_sae import digest_of

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sae_harvest.common.errors import RunError
+from sae_harvest.common.yamlfile import MAX_BYTES, MAX_DEPTH, read_value, read_yaml
 from sae_harvest.pipelines.recipe import read_recipe
-from sae_harvest.train.commands.yamlfile import MAX_BYTES, MAX_DEPTH, read_value, read_yaml
 from sae_harvest.train.config import SAEConfig, TrainConfig
 from sae_harvest.train.run.checkpoint import load_checkpoint, save_checkpoint, saved_steps
 from sae_harvest.train.run.folder import FAILED_FILE, failure_of, finished_evaluation

@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 
 from sae_harvest.common.errors import DamagedError, RunError, SaeHarvestError
 from sae_harvest.train.commands.cli import main
-from sae_harvest.train.commands.exit_codes import EXIT_TRY_AGAIN, may_pass
-from sae_harvest.train.commands.options import CONFIG, PLACES, Source
+from sae_harvest.train.options import CONFIG, PLACES, Source
 from sae_harvest.train.run import run_state as member
 from sae_harvest.train.run import trainer
+from sae_harvest.train.run.exit_codes import EXIT_TRY_AGAIN, may_pass
 from sae_harvest.train.run.folder import locked
 from sae_harvest.train.step.learner import Diverged
 from sae_harvest.train.sweeps.sweepfile import read_sweep_file

@@ -12,7 +12,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from sae_harvest.store.rules import RowRule
-from sae_harvest.train.commands.options import (
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.options import (
     CONFIG,
     PLACES,
     Places,
@@ -20,7 +21,6 @@ from sae_harvest.train.commands.options import (
     options_for,
     run_settings,
 )
-from sae_harvest.train.config import TrainConfig
 
 PLACE = ("--store", "/s", "--out", "/o")
 FILE = "store: /s\nout: /o\n"

@@ -18,15 +18,11 @@ from sae_harvest.common.console import (
 from sae_harvest.common.numbers import CountRange
 from sae_harvest.common.options import PathOption
 from sae_harvest.common.paths import shown
-from sae_harvest.train.commands.exit_codes import (
-    EXIT_UNFINISHED,
-    Job,
-    JobCommands,
-    stopped,
-    stopped_code_option,
-)
 from sae_harvest.train.commands.formats import add_format_commands
-from sae_harvest.train.commands.options import (
+from sae_harvest.train.commands.plan import plan
+from sae_harvest.train.commands.scaling import scaling
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.options import (
     CONFIG,
     PLACES,
     config_file_option,
@@ -34,9 +30,13 @@ from sae_harvest.train.commands.options import (
     options_for,
     run_settings,
 )
-from sae_harvest.train.commands.plan import plan
-from sae_harvest.train.commands.scaling import scaling
-from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.run.exit_codes import (
+    EXIT_UNFINISHED,
+    Job,
+    JobCommands,
+    stopped,
+    stopped_code_option,
+)
 from sae_harvest.train.run.progress import sweep_with_progress, train_with_progress, warn
 
 folder = PathOption(file_okay=False)

@@ -27,8 +27,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sae_harvest.common.errors import InputError, SaeHarvestError
-from sae_harvest.train.commands.exit_codes import may_pass
 from sae_harvest.train.parallel.process_group import Group
+from sae_harvest.train.run.exit_codes import may_pass
 from sae_harvest.train.run.faults import is_of_gpu, lacks_memory
 from sae_harvest.train.sae.kernels import Gradients
 
@@ -73,7 +73,7 @@ def reaching_peers() -> Iterator[None]:
 
 
 def passing(why: str) -> OSError:
-    """A cause by which `train.commands.exit_codes` knows that trying again may help."""
+    """A cause by which `train.run.exit_codes` knows that trying again may help."""
     return ConnectionResetError(errno.ECONNRESET, why)
 
 

@@ -27,7 +27,6 @@ import torch
 from sae_harvest.common.device import choose_device
 from sae_harvest.common.errors import InputError, RunError, SaeHarvestError
 from sae_harvest.store.objects import make_folder
-from sae_harvest.train.commands.exit_codes import may_pass
 from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.parallel.distributed import (
     TIMEOUT,
@@ -39,6 +38,7 @@ from sae_harvest.train.parallel.distributed import (
     passing,
 )
 from sae_harvest.train.run.checkpoint import saved_steps
+from sae_harvest.train.run.exit_codes import may_pass
 from sae_harvest.train.run.faults import explained
 from sae_harvest.train.run.files import read_record
 from sae_harvest.train.run.folder import EVALUATION_FILE, METRICS_FILE

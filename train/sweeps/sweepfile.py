@@ -26,9 +26,9 @@ from typing import Any
 import click
 
 from sae_harvest.common.paths import shown
-from sae_harvest.train.commands.options import KEYS, Places, Source
-from sae_harvest.train.commands.yamlfile import read_yaml
+from sae_harvest.common.yamlfile import read_yaml
 from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.options import KEYS, Places, Source
 
 GRID, RUNS, NAME = "grid", "runs", "name"
 # the stream of batches, and when all are saved and what all are judged on

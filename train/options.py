@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 
 from sae_harvest.common.options import PathOption
 from sae_harvest.common.paths import absolute, shown
-from sae_harvest.train.commands.yamlfile import read_yaml
+from sae_harvest.common.yamlfile import read_yaml
 from sae_harvest.train.config import MAX_WEIGHT, READERS, TrainConfig
 
 T = TypeVar("T", bound=BaseModel)
