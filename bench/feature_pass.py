@@ -24,7 +24,7 @@ from bench.measurement import Measurement, peak_bytes, seconds
 from sae_harvest.common.console import output
 from sae_harvest.common.memory import keep_memory
 from sae_harvest.harvest.run.config import HarvestConfig
-from sae_harvest.harvest.run.driver import Means, run
+from sae_harvest.harvest.run.driver import Execution, run
 from sae_harvest.harvest.text.corpus import CorpusSpec
 from sae_harvest.pipelines.features.building.build import build
 from sae_harvest.pipelines.features.building.config import FeatureConfig
@@ -54,7 +54,7 @@ def measure(folder: Path) -> list[Measurement]:
             model=str(model), corpus=CorpusSpec(name=str(corpus)), sites=(SITE,), tokens=rows
         )
         store = folder / f"rows-{rows}"
-        run(config, store, Means(workers=0))
+        run(config, store, Execution(workers=0))
         found[rows] = _measure(store, folder)
         if rows == SMALL:
             peer = _peer(store, folder)

@@ -17,7 +17,7 @@ from bench.measurement import Measurement
 from sae_harvest.common.console import output
 from sae_harvest.harvest.model.models import PACKAGED, resolve_model
 from sae_harvest.harvest.run.config import HarvestConfig
-from sae_harvest.harvest.run.driver import Means, run
+from sae_harvest.harvest.run.driver import Execution, run
 from sae_harvest.harvest.run.log import log_path
 from sae_harvest.harvest.text.corpus import CorpusSpec
 from sae_harvest.store.layout import Plan
@@ -85,7 +85,7 @@ def measure(folder: Path) -> list[Measurement]:
 
 def make_store(folder: Path) -> None:
     """The store that other benches read, where this one is not run: SmolLM2's, in `folder`."""
-    run(SMOLLM2.config, folder / "store", Means(workers=1))
+    run(SMOLLM2.config, folder / "store", Execution(workers=1))
 
 
 def _measure_case(case: _Case, folder: Path) -> list[Measurement]:
@@ -94,13 +94,13 @@ def _measure_case(case: _Case, folder: Path) -> list[Measurement]:
     assert log is not None, "the parts of a harvest's time are read from its log"
     # A first small harvest makes the plan; it also converts the model if need be.
     warm = folder / f"warm{case.suffix}"
-    plan = run(config.model_copy(update={"tokens": 4096}), warm, Means(workers=0)).plan
+    plan = run(config.model_copy(update={"tokens": 4096}), warm, Execution(workers=0)).plan
     forward = [forward_rates(warm)]
     rounds = []
     for _ in range(ROUNDS):
         shutil.rmtree(store, ignore_errors=True)
         log.unlink(missing_ok=True)
-        result = run(config, store, Means(workers=1))
+        result = run(config, store, Execution(workers=1))
         forward.append(forward_rates(warm))
         bare, captured = (sum(rates) / 2 for rates in zip(*forward[-2:], strict=True))
         parts = _parts(log, result.rows_run, result.seconds, bare, captured)

@@ -17,7 +17,7 @@ from bench.measurement import Measurement, peak_bytes
 from sae_harvest.common.console import output
 from sae_harvest.common.memory import keep_memory
 from sae_harvest.harvest.run.config import HarvestConfig
-from sae_harvest.harvest.run.driver import Means, run
+from sae_harvest.harvest.run.driver import Execution, run
 from sae_harvest.harvest.text.corpus import CorpusSpec
 from sae_harvest.pipelines.features.building.build import build
 from sae_harvest.pipelines.features.building.config import FeatureConfig
@@ -40,7 +40,7 @@ def measure(folder: Path) -> list[Measurement]:
         sites=tuple(f"mlp_act.{layer}" for layer in range(LAYERS)),
         tokens=ROWS,
     )
-    run(config, store, Means(workers=0))
+    run(config, store, Execution(workers=0))
     command = [sys.executable, "-m", "bench.neurons", store, folder / "tables"]
     arguments = [str(part) for part in command]
     printed = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout

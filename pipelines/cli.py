@@ -100,11 +100,11 @@ def run(
     sae-pipeline run gpt2-small --out runs/gpt2-small
     sae-pipeline run gpt2-small --out runs/one-layer --set layers=[8]
     """
-    from sae_harvest.harvest.run.driver import Means
+    from sae_harvest.harvest.run.driver import Execution
     from sae_harvest.pipelines.recipe import SUITE_FILE, read_recipe, run_recipe, suite_table
 
     found = read_recipe(recipe, dict(map(_change, changes)))
-    signal = run_recipe(found, out, Means(workers, device, address), output().print)
+    signal = run_recipe(found, out, Execution(workers, device, address), output().print)
     if signal is not None:
         stopped(f"Stopped, saved in {shown(out)}", signal, stopped_code)
     output().print(suite_table(out))

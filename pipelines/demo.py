@@ -16,7 +16,7 @@ from sae_harvest.common.errors import RunError
 from sae_harvest.common.parsing import first_line, parse_json
 from sae_harvest.common.paths import shown
 from sae_harvest.harvest.run.config import HarvestConfig
-from sae_harvest.harvest.run.driver import Means
+from sae_harvest.harvest.run.driver import Execution
 from sae_harvest.harvest.run.progress import harvest_with_progress
 from sae_harvest.harvest.text.corpus import CorpusSpec
 from sae_harvest.pipelines.evaluate.downstream import downstream_loss
@@ -66,7 +66,7 @@ def run_demo(root: Path, workers: int, console: Console, tokens: int | None = No
     new_folder(root.resolve())
     figures = Figures(root / "figures.json")
     console.rule("1/4  harvest: SmolLM2-135M over news")
-    harvested = harvest_with_progress(harvest, store, Means(workers=workers))
+    harvested = harvest_with_progress(harvest, store, Execution(workers=workers))
     if harvested.rows_run:
         figures.set("harvest", harvested.digest, rate=harvested.rows_run / harvested.seconds)
     console.rule("2/4  train: a TopK sparse autoencoder")

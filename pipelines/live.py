@@ -28,7 +28,7 @@ from sae_harvest.harvest.text.documents import Document
 from sae_harvest.harvest.tokens.encoding import DocumentEncoder
 from sae_harvest.pipelines.features.tables.folder import require_run
 from sae_harvest.pipelines.features.tables.texts import TokenTexts
-from sae_harvest.pipelines.source import NOTHING_MOVED, Moved, model_of, sae_of, store_of
+from sae_harvest.pipelines.source import NOTHING_MOVED, Locations, model_of, sae_of, store_of
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.train.sae.sae import SAE
 
@@ -89,7 +89,9 @@ class LiveModel:
             self._largest_norm = medians * store.norm_median(sae.config.site, 0)
 
     @classmethod
-    def open(cls, features: Path, device: str = "cpu", moved: Moved = NOTHING_MOVED) -> LiveModel:
+    def open(
+        cls, features: Path, device: str = "cpu", moved: Locations = NOTHING_MOVED
+    ) -> LiveModel:
         """Load what the tables in a folder were made from.
 
         Args:

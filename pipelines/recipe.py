@@ -30,7 +30,7 @@ from sae_harvest.common.yamlfile import MAX_DEPTH, read_yaml
 from sae_harvest.harvest.model.models import load_config, resolve_model
 from sae_harvest.harvest.model.sites import SITE_KINDS
 from sae_harvest.harvest.run.config import HarvestConfig
-from sae_harvest.harvest.run.driver import Means
+from sae_harvest.harvest.run.driver import Execution
 from sae_harvest.harvest.run.progress import harvest_with_progress
 from sae_harvest.store.atomic import replacing
 from sae_harvest.store.objects import make_folder
@@ -129,7 +129,7 @@ def read_recipe(name: str, changes: Mapping[str, Any]) -> Recipe:
 
 
 def run_recipe(
-    recipe: Recipe, out: Path, means: Means, announce: Announce = lambda text: None
+    recipe: Recipe, out: Path, execution: Execution, announce: Announce = lambda text: None
 ) -> int | None:
     """Harvests and trains everything that is not finished yet, and writes the suite's table.
 
@@ -145,13 +145,13 @@ def run_recipe(
     layers = _layers(recipe)
     suite: list[dict[str, Any]] = []
     for number, layer in enumerate(layers, 1):
-        sweeps = [_sweep(recipe, out, f"{kind}.{layer}", means.device) for kind in recipe.sites]
+        sweeps = [_sweep(recipe, out, f"{kind}.{layer}", execution.device) for kind in recipe.sites]
         found = [_evaluations(sweep) for sweep in sweeps]
         left = [place for place, evaluations in enumerate(found) if None in evaluations.values()]
         if left:
             sites = ", ".join(str(sweeps[place].places.site) for place in left)
             announce(f"Layer {layer}, {number} of {len(layers)}: {sites}")
-            harvest_with_progress(recipe.harvest_config(layer), sweeps[0].places.store, means)
+            harvest_with_progress(recipe.harvest_config(layer), sweeps[0].places.store, execution)
         for place in left:
             result = _train(sweeps[place])
             if result.signal is not None:

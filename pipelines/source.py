@@ -20,7 +20,7 @@ from sae_harvest.train.sae.sae import SAE
 
 
 @dataclass(frozen=True)
-class Moved:
+class Locations:
     """Places that were given for what is not where the tables say; several for several tables."""
 
     saes: Sequence[Path] = ()
@@ -28,7 +28,7 @@ class Moved:
     models: Sequence[str] = ()
 
 
-NOTHING_MOVED = Moved()
+NOTHING_MOVED = Locations()
 
 
 def model_of(store: ActivationStore, given: Sequence[str] = ()) -> ResolvedModel:

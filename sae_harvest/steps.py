@@ -83,7 +83,7 @@ def harvest_activations(
         SaeHarvestError: the store cannot be written.
     """
     from sae_harvest.harvest.run.config import HarvestConfig
-    from sae_harvest.harvest.run.driver import Means, run
+    from sae_harvest.harvest.run.driver import Execution, run
     from sae_harvest.harvest.text.corpus import CorpusSpec
 
     named = [] if layer is None else [f"resid_post.{layer}"]
@@ -95,7 +95,7 @@ def harvest_activations(
         sites=(*named, *sites),
         **options,
     )
-    run(request, out, Means(workers, device, address))
+    run(request, out, Execution(workers, device, address))
     return ActivationStore.open(out)
 
 

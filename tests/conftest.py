@@ -122,7 +122,7 @@ def tiny_store(
 ) -> Path:
     """A sealed store of 8 shards of 1,024 rows: resid_post.1, width 32, float16."""
     from sae_harvest.harvest.run.config import HarvestConfig
-    from sae_harvest.harvest.run.driver import Means, run
+    from sae_harvest.harvest.run.driver import Execution, run
     from sae_harvest.harvest.text.corpus import CorpusSpec
 
     config = HarvestConfig(
@@ -136,7 +136,7 @@ def tiny_store(
     )
 
     def make(folder: Path) -> None:
-        run(config, folder / "store", Means(workers=0, device="cpu"))
+        run(config, folder / "store", Execution(workers=0, device="cpu"))
 
     return made_once(tmp_path_factory, "store", make) / "store"
 

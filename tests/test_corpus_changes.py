@@ -16,7 +16,7 @@ import sae_harvest.harvest.run.driver
 import sae_harvest.harvest.run.prepare
 from sae_harvest.common.errors import InputError
 from sae_harvest.harvest.run.config import HarvestConfig
-from sae_harvest.harvest.run.driver import Means, run
+from sae_harvest.harvest.run.driver import Execution, run
 from sae_harvest.harvest.text import inputs
 from sae_harvest.harvest.text.corpus import CorpusSpec, open_corpus
 from sae_harvest.store.objects import open_objects
@@ -112,7 +112,7 @@ def test_nothing_is_sealed_of_a_corpus_that_is_rewritten_and_put_back_it_goes_on
     path = Path(shutil.copy2(corpus_file, tmp_path / "a.jsonl"))
     kept = Path(shutil.copy2(corpus_file, tmp_path / "kept"))
     config = configuration(model_folder, path)
-    local = Means(workers=0, device="cpu")
+    local = Execution(workers=0, device="cpu")
     expected = run(config, tmp_path / "expected", local).digest
     place = tmp_path / "store"
     commit, count = sae_harvest.harvest.run.driver.commit_shard, 0
@@ -148,5 +148,5 @@ def test_text_under_the_same_size_and_time_is_found_before_the_seal(
 
     monkeypatch.setattr(sae_harvest.harvest.run.driver, "commit_shard", commit_and_rewrite)
     with pytest.raises(InputError, match=r"though not in size or time; nothing is sealed"):
-        run(configuration(model_folder, path, tokens=512), tmp_path / "store", Means(workers=0))
+        run(configuration(model_folder, path, tokens=512), tmp_path / "store", Execution(workers=0))
     assert sealed_counts(open_objects(tmp_path / "store")) == []

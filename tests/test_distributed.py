@@ -14,7 +14,7 @@ import torch
 import sae_harvest.train.parallel.distributed
 from sae_harvest.common.errors import SaeHarvestError
 from sae_harvest.train.parallel.distributed import group_of
-from sae_harvest.train.parallel.process_group import Group
+from sae_harvest.train.parallel.process_group import ProcessGroup
 from sae_harvest.train.run.exit_codes import may_pass
 from sae_harvest.train.step.learner import Learner
 from tests.processes import CPU, answers, start, together
@@ -86,7 +86,7 @@ def joined(parts, parallel, n_latents):
 
 def assert_equal(found, config, parallel, weights=1e-5):
     """What processes found is what one process finds."""
-    alone, lines = trained(config, Group())
+    alone, lines = trained(config, ProcessGroup())
     assert all(part[1] == found[0][1] for part in found)  # metrics: the same in all
     for here, there in zip(lines, found[0][1], strict=True):
         assert here == pytest.approx(there, rel=1e-4, abs=1e-6)

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from sae_harvest.common.errors import InputError, SaeHarvestError
 from sae_harvest.harvest.model.models import load_model, resolve_model
 from sae_harvest.harvest.run.config import HarvestConfig
-from sae_harvest.harvest.run.driver import Means, run
+from sae_harvest.harvest.run.driver import Execution, run
 from sae_harvest.harvest.text.corpus import CorpusSpec
 from sae_harvest.pipelines.evaluate import downstream
 from sae_harvest.pipelines.evaluate.downstream import downstream_loss, heldout_contexts
@@ -171,7 +171,7 @@ def other_sites(tmp_path_factory, model_folder, corpus_file):
         compute_dtype="float32",
         bos="context",
     )
-    run(config, path, Means(workers=0, device="cpu"))
+    run(config, path, Execution(workers=0, device="cpu"))
     return ActivationStore.open(path)
 
 

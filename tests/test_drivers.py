@@ -10,7 +10,7 @@ import pytest
 from sae_harvest.common.errors import InputError
 from sae_harvest.harvest.run import status
 from sae_harvest.harvest.run.config import HarvestConfig
-from sae_harvest.harvest.run.driver import Means, Result, run
+from sae_harvest.harvest.run.driver import Execution, Result, run
 from sae_harvest.harvest.run.worker import Done, ShardWorker
 from sae_harvest.harvest.text.corpus import CorpusSpec
 from sae_harvest.harvest.tokens.contexts import ShardInput
@@ -20,7 +20,7 @@ from sae_harvest.store.objects import LocalObjects, Objects
 from sae_harvest.store.writer import create_store, discard, write_shard
 from tests.synthetic import make_plan, make_shard
 
-MEANS = Means(workers=0, device="cpu")
+MEANS = Execution(workers=0, device="cpu")
 
 
 @pytest.fixture

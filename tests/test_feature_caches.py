@@ -190,7 +190,7 @@ def encode_first(job: Job) -> None:
 
 def test_another_process_reads_a_cache_alike(cache_folder: Path, tmp_path: Path) -> None:
     assert counted(cache_folder, tmp_path / "here", "--site", "resid_post.1").exit_code == 0
-    given = sources.Given(str(cache_folder), "delphi", "resid_post.1", None, "cpu")
+    given = sources.SourceSpec(str(cache_folder), "delphi", "resid_post.1", None, "cpu")
     digest = DelphiCache(cache_folder).digest()
     made = Job(given, digest, digest, str(tmp_path / "there"), BUILD_CONFIG)
     source = sources.open_source(given)

@@ -105,7 +105,7 @@ def test_rows_that_are_not_finite_are_refused_by_number(
         return x
 
     monkeypatch.setattr(ActivationStore, "read", damaged)
-    given = sources.Given(store.place, str(folders[1]), None, None, "cpu")
+    given = sources.SourceSpec(store.place, str(folders[1]), None, None, "cpu")
     sources.StoreSource(given, None).firings(2048, 3072, 256, Event())
     row = bad
     told = build_refusal(store.place, folders[1], tmp_path / "out")

@@ -14,7 +14,7 @@ import torch
 
 from sae_harvest.common.errors import RunError
 from sae_harvest.pipelines.features.building.build import build
-from sae_harvest.pipelines.features.building.pool import AT_ONCE, Here
+from sae_harvest.pipelines.features.building.pool import AT_ONCE, InProcess
 from tests.feature_cases import BUILD_CONFIG, assert_same_files
 
 Folders = tuple[Path, Path, Path]
@@ -43,7 +43,7 @@ def test_answers_are_in_order_and_threads_are_shared_out(
         return number, torch.get_num_threads()
 
     numbers = range(3 * at_once)
-    assert list(Here().spread(work, ((n,) for n in numbers))) == [(n, each) for n in numbers]
+    assert list(InProcess().spread(work, ((n,) for n in numbers))) == [(n, each) for n in numbers]
     with ThreadPoolExecutor(1) as other:
         assert other.submit(torch.get_num_threads).result() == given
     assert torch.get_num_threads() == given
@@ -60,7 +60,7 @@ def test_an_error_stops_the_others() -> None:
             waited.append(stopped.wait(30))
 
     with pytest.raises(RunError, match="no room"):
-        list(Here().spread(work, ((n,) for n in range(50))))
+        list(InProcess().spread(work, ((n,) for n in range(50))))
     assert waited
     assert all(waited)
     assert len(begun) <= 2 * THREADS

@@ -15,7 +15,7 @@ import torch
 from sae_harvest.common.errors import InputError, RunError
 from sae_harvest.harvest.model.models import PACKAGED_INSTALL
 from sae_harvest.harvest.run.config import HarvestConfig
-from sae_harvest.harvest.run.driver import Means, run
+from sae_harvest.harvest.run.driver import Execution, run
 from sae_harvest.harvest.text.corpus import CorpusSpec
 from sae_harvest.pipelines.features.tables.folder import RUN_FILE
 from sae_harvest.pipelines.live import LiveModel
@@ -40,7 +40,7 @@ def harvested(path: Path, model: str, corpus: Path, **options) -> ActivationStor
         "context_length": 32,
         "compute_dtype": "float32",
     } | options
-    run(HarvestConfig(**given), path, Means(workers=0, device="cpu"))
+    run(HarvestConfig(**given), path, Execution(workers=0, device="cpu"))
     return ActivationStore.open(path)
 
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from sae_harvest.common.errors import DamagedError, InputError
 from sae_harvest.harvest.inspect.provenance import Provenance, trace_row
 from sae_harvest.harvest.run.config import HarvestConfig
-from sae_harvest.harvest.run.driver import Means, run
+from sae_harvest.harvest.run.driver import Execution, run
 from sae_harvest.harvest.text.corpus import CorpusSpec
 from sae_harvest.store.reader import ActivationStore
 from tests.commands import invoke, refusal
@@ -54,7 +54,7 @@ def harvested(model: Path, corpus: Path, place: Path, **given: Any) -> Path:
         "compute_dtype": "float32",
     }
     config = HarvestConfig.model_validate(fields | given)
-    run(config, place, Means(workers=0, device="cpu"))
+    run(config, place, Execution(workers=0, device="cpu"))
     return place
 
 

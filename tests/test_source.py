@@ -14,7 +14,7 @@ from sae_harvest.common.errors import InputError, RunError, SaeHarvestError
 from sae_harvest.pipelines.features.commands.cli import main
 from sae_harvest.pipelines.features.tables.folder import read_run
 from sae_harvest.pipelines.live import LiveModel
-from sae_harvest.pipelines.source import NOTHING_MOVED, Moved, relative_places, sae_of, store_of
+from sae_harvest.pipelines.source import NOTHING_MOVED, Locations, relative_places, sae_of, store_of
 from sae_harvest.pipelines.viewer import run as run_module
 from sae_harvest.pipelines.viewer.compare import Comparison
 from sae_harvest.pipelines.viewer.server import Viewer
@@ -49,7 +49,7 @@ def together(tmp_path: Path, tiny_store: Path) -> Path:
     return root
 
 
-def found(features: Path, moved: Moved = NOTHING_MOVED) -> tuple[str, str]:
+def found(features: Path, moved: Locations = NOTHING_MOVED) -> tuple[str, str]:
     """Digest of the SAE, and place of the store."""
     run = read_run(features)
     assert run is not None
@@ -89,18 +89,18 @@ def test_given_places_are_looked_at_instead_and_have_to_hold_the_right_thing(
     with pytest.raises(RunError, match=r"say where it is with --sae"):
         found(features)
     with pytest.raises(RunError, match=r"say where it is with --store"):
-        found(features, Moved(saes=[tmp_path / "sae"]))
-    moved = Moved([tmp_path / "sae"], [str(tmp_path / "store")])
+        found(features, Locations(saes=[tmp_path / "sae"]))
+    moved = Locations([tmp_path / "sae"], [str(tmp_path / "store")])
     assert found(features, moved) == (digest, str(tmp_path / "store"))
     other = random_sae(ActivationStore.open(tmp_path / "store"), N, 4, RowRule(), seed=9)
     other.save(tmp_path / "other")
     with pytest.raises(RunError, match="other holds another SAE than the one"):
-        found(features, Moved([tmp_path / "other"], moved.stores))
-    both = Moved([tmp_path / "other", tmp_path / "sae"], moved.stores)
+        found(features, Locations([tmp_path / "other"], moved.stores))
+    both = Locations([tmp_path / "other", tmp_path / "sae"], moved.stores)
     assert found(features, both)[0] == digest
     model = ActivationStore.open(tmp_path / "store").plan["model"]["name"]
     shutil.copytree(model, tmp_path / "model")
-    here = Moved(moved.saes, moved.stores, [str(tmp_path / "model")])
+    here = Locations(moved.saes, moved.stores, [str(tmp_path / "model")])
     assert LiveModel.open(features, moved=here).activations("the cat").token_ids
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")

@@ -58,7 +58,7 @@ def store_path(
 ) -> Path:
     """Two sites of the fixture model: 3 shards of 1,024 rows, width 32."""
     from sae_harvest.harvest.run.config import HarvestConfig
-    from sae_harvest.harvest.run.driver import Means, run
+    from sae_harvest.harvest.run.driver import Execution, run
     from sae_harvest.harvest.text.corpus import CorpusSpec
 
     path = tmp_path_factory.mktemp("two-sites") / "store"
@@ -71,7 +71,7 @@ def store_path(
         shard_rows=1024,
         compute_dtype="float32",
     )
-    run(config, path, Means(workers=0, device="cpu"))
+    run(config, path, Execution(workers=0, device="cpu"))
     return path
 
 

@@ -145,7 +145,9 @@ def run_settings(ctx: click.Context, file: Path | None) -> tuple[Places, TrainCo
     Raises:
         click.UsageError: an unknown key, a value that does not fit, something missing.
     """
-    found = Source(read_yaml(file) if file else {}, shown(file) if file else "", given_options(ctx))
+    found = SettingsSource(
+        read_yaml(file) if file else {}, shown(file) if file else "", given_options(ctx)
+    )
     return found.places(), found.config()
 
 
@@ -158,7 +160,7 @@ def given_options(ctx: click.Context) -> dict[str, Any]:
     }
 
 
-class Source:
+class SettingsSource:
     """Values from a file and from options, and where each came from.
 
     Args:

@@ -99,8 +99,8 @@ def run(
         store = absolute(f"runs/{name}-{'-'.join(config.sites)}/store")
     from sae_harvest.harvest.run.progress import harvest_with_progress
 
-    means = make_means(workers, given["device"], address)
-    result = harvest_with_progress(config, store, means, parse_shards(only))
+    execution = make_execution(workers, given["device"], address)
+    result = harvest_with_progress(config, store, execution, parse_shards(only))
     rate = f", {result.rows_run / result.seconds:,.0f} tokens/s" if result.rows_run else ""
     ending = (
         f"Digest {result.digest}."
@@ -116,15 +116,15 @@ def run(
     )
 
 
-def make_means(workers: int, device: str, address: str | None) -> Any:
-    """The Means of the options; a usage error for a cluster without workers."""
-    from sae_harvest.harvest.run.driver import Means
+def make_execution(workers: int, device: str, address: str | None) -> Any:
+    """The execution that the options describe; a usage error for a cluster without workers."""
+    from sae_harvest.harvest.run.driver import Execution
 
     if address is not None and workers == 0:
         raise click.UsageError(
             "--address names a cluster and --workers 0 uses none; leave one out."
         )
-    return Means(workers=workers, device=device, address=address)
+    return Execution(workers=workers, device=device, address=address)
 
 
 @main.command()
@@ -165,7 +165,7 @@ def verify(store: str, repair: bool, workers: int, address: str | None, device: 
 
     name = shown(store)
     if repair:
-        report = repair_with_bar(store, make_means(workers, device, address))
+        report = repair_and_report(store, make_execution(workers, device, address))
     else:
         with Progress("bytes") as progress:
             show = progress.counting("verifying", lambda speed: f"{speed / 1e9:,.2f} GB/s")
@@ -195,13 +195,13 @@ def verify(store: str, repair: bool, workers: int, address: str | None, device: 
     )
 
 
-def repair_with_bar(store: str, means: Any) -> Any:
+def repair_and_report(store: str, execution: Any) -> Any:
     """`harvest.run.driver.repair` with its progress; tells what was done; the report afterwards."""
     from sae_harvest.harvest.run.driver import repair as mend
     from sae_harvest.harvest.run.progress import tokens_rate
 
     with when_interrupted(SAME_COMMAND), Progress("tokens") as progress:
-        before, after = mend(store, means, progress.counting("repairing", tokens_rate))
+        before, after = mend(store, execution, progress.counting("repairing", tokens_rate))
     for item in before.damage:
         click.echo(item.sentence, err=True)
     shards = sorted({item.shard for item in before.damage if item.shard is not None})

@@ -41,7 +41,7 @@ SMALL_COLUMNS = {
     "norm": pa.float32(),
 }
 
-Progress = Callable[[int, int], None]  # rows written, rows to write, over all sites
+OnProgress = Callable[[int, int], None]  # rows written, rows to write, over all sites
 
 
 class ExportConfig(BaseModel):
@@ -72,7 +72,7 @@ def export(
     place: str | Path,
     out: str | Path,
     config: ExportConfig,
-    on_progress: Progress = lambda done, todo: None,
+    on_progress: OnProgress = lambda done, todo: None,
 ) -> Exported:
     """Write the rows of a sealed store into `out`, a folder or s3://bucket/prefix.
 

@@ -30,7 +30,7 @@ from sae_harvest.store.maintenance.repair import (
     reseal,
     restore_plan,
 )
-from sae_harvest.store.maintenance.verify import Report, verify
+from sae_harvest.store.maintenance.verify import Verification, verify
 from sae_harvest.store.objects import Objects, open_objects, require_space
 from sae_harvest.store.records import digest_of
 from sae_harvest.store.seals import seal, trusted_commits
@@ -38,7 +38,7 @@ from sae_harvest.store.writer import check_place, check_same, create_store, disc
 
 SMALL_BYTES_PER_ROW = 16  # tokens, norms, tables and commit records, generously
 
-Progress = Callable[[int, int | None], None]  # rows done in this run, and to do, if known
+OnProgress = Callable[[int, int | None], None]  # rows done in this run, and to do, if known
 Notify = Callable[[str], None]
 Keep = Callable[[dict[str, Any]], object]  # what becomes of a shard's commit record
 
@@ -59,7 +59,7 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
-class Means:
+class Execution:
     """What a harvest runs on.
 
     Attributes:
@@ -82,9 +82,9 @@ class Means:
 def run(
     config: HarvestConfig,
     place: str | Path,
-    means: Means | None = None,
+    execution: Execution | None = None,
     only: range | None = None,
-    on_progress: Progress = lambda done, todo: None,
+    on_progress: OnProgress = lambda done, todo: None,
     notify: Notify = lambda line: None,
 ) -> Result:
     """Harvest into the store at `place`, continue what was begun there, or make it longer.
@@ -98,10 +98,10 @@ def run(
     Raises:
         SaeHarvestError: any of its kinds; nothing half-written is ever taken for whole.
     """
-    means = means or Means()
+    execution = execution or Execution()
     objects = open_objects(place)
     check_place(objects)
-    device = means.resolved_device
+    device = execution.resolved_device
     existing = read_plan(objects) if objects.size(layout.PLAN_KEY) is not None else None
     prepared = prepare(config, existing, device)
     n_shards = prepared.n_shards
@@ -135,7 +135,9 @@ def run(
                 ended = ahead.ended()
                 if existing and open_end and ended:
                     return _close(objects, existing, len(done), 0, 0.0)
-            with _pool(prepared, means, device, log) as pool:  # tokenizes while the workers start
+            with _pool(
+                prepared, execution, device, log
+            ) as pool:  # tokenizes while the workers start
                 plan = prepared.plan(pool.widths())
                 need = bytes_per_row(plan) * (n_todo or 1) * plan.shard_rows
                 require_space(objects, need, "ask for fewer --tokens or use another --store")
@@ -172,8 +174,8 @@ def _log_left_out(prepared: Prepared, log: HarvestLog) -> None:
 
 
 def repair(
-    place: str | Path, means: Means, on_progress: Progress = lambda done, todo: None
-) -> tuple[Report, Report]:
+    place: str | Path, execution: Execution, on_progress: OnProgress = lambda done, todo: None
+) -> tuple[Verification, Verification]:
     """Harvest exactly the damaged shards again; what was found before and after.
 
     Raises:
@@ -186,13 +188,13 @@ def repair(
     before = verify(objects, lambda done, total: None)
     shards = sorted({item.shard for item in before.damage if item.shard is not None})
     if shards:
-        device = means.resolved_device
+        device = execution.resolved_device
         prepared = prepare_again(plan, device)
         inputs = shard_inputs(prepared, objects, plan, runs(shards), shards[-1] + 1)
         with (
             HarvestLog(objects.place) as log,
             closing(Ahead(inputs, prepared.corpus.stop)) as ahead,
-            _pool(prepared, means, device, log) as pool,
+            _pool(prepared, execution, device, log) as pool,
         ):
             _log_left_out(prepared, log)
             pool.widths()  # the model loads, or this ends before anything is removed
@@ -230,7 +232,7 @@ class _Work:
         plan: Plan,
         pool: Pool,
         n_shards: int | None,
-        on_progress: Progress,
+        on_progress: OnProgress,
         heartbeat: Heartbeat | None = None,
         already: int = 0,
     ) -> None:
@@ -283,11 +285,13 @@ class _Work:
 
 
 def _pool(
-    prepared: Prepared, means: Means, device: str, log: HarvestLog
+    prepared: Prepared, execution: Execution, device: str, log: HarvestLog
 ) -> AbstractContextManager[Pool]:
     dtype = prepared.fields["compute_dtype"]
     sites = prepared.config.sites
-    return open_pool(means.workers, prepared.model, sites, dtype, device, means.address, log.write)
+    return open_pool(
+        execution.workers, prepared.model, sites, dtype, device, execution.address, log.write
+    )
 
 
 def _within_corpus(

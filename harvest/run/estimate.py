@@ -10,7 +10,7 @@ import numpy as np
 from sae_harvest.common.device import choose_device
 from sae_harvest.harvest.run.config import HarvestConfig
 from sae_harvest.harvest.run.driver import bytes_per_row
-from sae_harvest.harvest.run.log import Report
+from sae_harvest.harvest.run.log import Notify
 from sae_harvest.harvest.run.prepare import prepare
 from sae_harvest.harvest.run.worker import ShardWorker
 from sae_harvest.harvest.text.folders import sentence
@@ -21,7 +21,7 @@ MILLION = 1_000_000
 
 
 def estimate(
-    config: HarvestConfig, device: str, notify: Report = lambda line: None
+    config: HarvestConfig, device: str, notify: Notify = lambda line: None
 ) -> dict[str, str]:
     """Rows, bytes, shards and time of a harvest; the time from a short measured forward pass.
 

@@ -16,7 +16,7 @@ import xxhash
 from sae_harvest.common.cache import configured_cache_dir, kept_cache_dir
 from sae_harvest.common.masking import masked
 
-Report = Callable[[str], None]  # one sentence for people, about what the workers do
+Notify = Callable[[str], None]  # one sentence for people, about what the workers do
 
 
 def log_path(place: str) -> Path | None:

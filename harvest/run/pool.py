@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 from sae_harvest.harvest.model.models import ResolvedModel
-from sae_harvest.harvest.run.log import Report
+from sae_harvest.harvest.run.log import Notify
 from sae_harvest.harvest.run.worker import IN_FLIGHT, Done, ShardWorker
 from sae_harvest.harvest.tokens.contexts import ShardInput
 from sae_harvest.store.layout import Plan
@@ -56,7 +56,7 @@ class LocalPool:
 
     def __init__(
         self,
-        report: Report,
+        report: Notify,
         model: ResolvedModel,
         sites: tuple[str, ...],
         compute_dtype: str,
@@ -111,7 +111,7 @@ def open_pool(
     compute_dtype: str,
     device: str,
     address: str | None,
-    report: Report,
+    report: Notify,
 ) -> Iterator[Pool]:
     """Workers that load the model, until the block is left; then none of them writes any more.
 

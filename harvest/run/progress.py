@@ -8,18 +8,18 @@ from sae_harvest.common.console import Progress, when_interrupted
 from sae_harvest.common.errors import SaeHarvestError
 from sae_harvest.common.paths import shown
 from sae_harvest.harvest.run.config import HarvestConfig
-from sae_harvest.harvest.run.driver import Means, Result, run
+from sae_harvest.harvest.run.driver import Execution, Result, run
 from sae_harvest.store.commits import committed_shards
 from sae_harvest.store.objects import open_objects
 
 
 def harvest_with_progress(
-    config: HarvestConfig, store: str | Path, means: Means, only: range | None = None
+    config: HarvestConfig, store: str | Path, execution: Execution, only: range | None = None
 ) -> Result:
     """See `harvest.run.driver.run`."""
     with when_interrupted(lambda: kept(store)), Progress("tokens") as progress:
         report = progress.counting("harvesting", tokens_rate)
-        return run(config, store, means, only, report, progress.say)
+        return run(config, store, execution, only, report, progress.say)
 
 
 def tokens_rate(speed: float) -> str:

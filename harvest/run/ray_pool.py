@@ -20,7 +20,7 @@ from sae_harvest.common.errors import RunError, SaeHarvestError
 from sae_harvest.harvest.model.models import ResolvedModel
 from sae_harvest.harvest.run import ray_nodes as raycluster
 from sae_harvest.harvest.run.actor import ShardActor
-from sae_harvest.harvest.run.log import Report
+from sae_harvest.harvest.run.log import Notify
 from sae_harvest.harvest.run.pool import POLL_SECONDS, sentence
 from sae_harvest.harvest.run.prepare import model_name
 from sae_harvest.harvest.run.worker import IN_FLIGHT, Done
@@ -56,7 +56,7 @@ class RayPool:
         self,
         workers: int,
         address: str | None,
-        report: Report,
+        report: Notify,
         model: ResolvedModel,
         sites: tuple[str, ...],
         compute_dtype: str,

@@ -18,7 +18,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from sae_harvest.common.errors import DamagedError, StoreError
 from sae_harvest.common.parsing import first_line
-from sae_harvest.harvest.run.log import Report
+from sae_harvest.harvest.run.log import Notify
 from sae_harvest.store.commits import committed_shards, read_plan
 from sae_harvest.store.layout import STATUS_KEY, Plan
 from sae_harvest.store.objects import Objects
@@ -71,7 +71,7 @@ class Heartbeat:
     that reads a long way into its corpus still shows that it lives.
     """
 
-    def __init__(self, objects: Objects, plan: Plan, n_shards: int | None, report: Report) -> None:
+    def __init__(self, objects: Objects, plan: Plan, n_shards: int | None, report: Notify) -> None:
         """`n_shards`: of the whole store when this harvest is done, None if nobody knows yet."""
         self._objects, self._plan, self._n_shards = objects, plan.hash, n_shards
         self._report = report

@@ -35,7 +35,7 @@ _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 
 
 @dataclass(frozen=True)
-class Batch:
+class EncodedDocuments:
     """Some documents, one after the other, each closed by the end-of-text token.
 
     tokens     int32 [tokens]
@@ -111,7 +111,7 @@ class DocumentEncoder:
         text_length: int,
         start: Start | None = None,
         keep_text: bool = False,
-    ) -> Iterator[Batch]:
+    ) -> Iterator[EncodedDocuments]:
         """The stream, cut to contexts of `text_length` tokens, a batch of documents at a time.
 
         Begun at the start of any batch, it goes on as it did from the first document.
@@ -125,7 +125,7 @@ class DocumentEncoder:
 
     def _encode(
         self, group: list[Document], start: Start, text_length: int, keep_text: bool
-    ) -> Batch:
+    ) -> EncodedDocuments:
         runs = self._runs([document.text for document in group], start.token, text_length)
         lengths = np.array([run.n_tokens for run in runs], dtype=np.int64)
         columns: Columns = {
@@ -149,7 +149,7 @@ class DocumentEncoder:
             borders = [place for run in runs for place in getattr(run, name)]
             pieces[name] = np.array(borders, dtype=np.int64)
         tokens = np.concatenate([part for run in runs for part in run.tokens])
-        return Batch(tokens, pieces, columns, start)
+        return EncodedDocuments(tokens, pieces, columns, start)
 
     def _runs(self, texts: list[str], first_token: int, text_length: int) -> list[_Run]:
         """The texts tokenized, a bounded number of characters at a time."""

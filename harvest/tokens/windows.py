@@ -20,7 +20,7 @@ import numpy as np
 
 from sae_harvest.common.errors import InputError
 from sae_harvest.harvest.text.duplicates import Hashes, without_duplicates
-from sae_harvest.harvest.tokens.encoding import Batch, Columns, DocumentEncoder, Start
+from sae_harvest.harvest.tokens.encoding import Columns, DocumentEncoder, EncodedDocuments, Start
 from sae_harvest.store.loading.permutation import permutation
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _shuffled(stream: Window, seed: int, prefix: np.ndarray) -> Window:
 
 
 def _windows(
-    batches: Iterator[Batch], text_length: int, window_contexts: int, first: int
+    batches: Iterator[EncodedDocuments], text_length: int, window_contexts: int, first: int
 ) -> Iterator[Window]:
     """The stream cut to contexts, in the order of the corpus; tokens [contexts, text_length].
 
@@ -157,7 +157,7 @@ class _Pending:
     def n_tokens(self) -> int:
         return sum(len(tokens) for tokens in self._tokens)
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: EncodedDocuments) -> None:
         tokens, pieces, documents = batch.tokens, batch.pieces, batch.documents
         before = max(0, self._token - batch.start.token)
         if not self._starts and before:  # of a window that is not asked for

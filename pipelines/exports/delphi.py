@@ -26,7 +26,7 @@ from sae_harvest.common.errors import InputError, RunError
 from sae_harvest.harvest.model.models import ResolvedModel, resolve_model
 from sae_harvest.pipelines.exports.hookpoints import hookpoint
 from sae_harvest.pipelines.exports.tables import Tables
-from sae_harvest.pipelines.source import Moved, store_of
+from sae_harvest.pipelines.source import Locations, store_of
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.train.run.files import write_json
 
@@ -45,7 +45,7 @@ def write(
     out: Path,
     name: str | None,
     on_block: Callable[[], None],
-    moved: Moved,
+    moved: Locations,
 ) -> None:
     """Write a hookpoint for each of the tables.
 

@@ -12,7 +12,7 @@ from sae_harvest.pipelines.exports.files import new_folder
 from sae_harvest.pipelines.exports.selection import parse_latents
 from sae_harvest.pipelines.exports.tables import Tables
 from sae_harvest.pipelines.features.tables.folder import firing_files
-from sae_harvest.pipelines.source import Moved
+from sae_harvest.pipelines.source import Locations
 
 BY_LATENT = {
     "neuronpedia": neuronpedia.write,
@@ -20,7 +20,7 @@ BY_LATENT = {
     "circuit-tracer": circuit_tracer.write,
 }
 
-Progress = Callable[[int, int], None]  # how many are done, of how many
+OnProgress = Callable[[int, int], None]  # how many are done, of how many
 
 
 def export(
@@ -32,7 +32,7 @@ def export(
     name: str | None = None,
     store: str | None = None,
     model: str | None = None,
-    on_progress: Progress = lambda done, total: None,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> int:
     """Write the tables of one or more folders into a new folder; the number of latents.
 
@@ -65,7 +65,7 @@ def export(
     with new_folder(out) as folder:
         on_progress(0, total)
         if format_name == "delphi":
-            moved = Moved(stores=[store] if store else [], models=[model] if model else [])
+            moved = Locations(stores=[store] if store else [], models=[model] if model else [])
             delphi.write(all_tables, ranges, folder, name, on_one, moved)
         else:
             BY_LATENT[format_name](all_tables, ranges, folder, name, on_one)

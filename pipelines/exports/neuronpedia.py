@@ -47,7 +47,7 @@ def write(
 ) -> None:
     """Write a source for each of the tables."""
     for tables, some in zip(all_tables, latents, strict=True):
-        source = Source(tables, name)
+        source = NeuronpediaRows(tables, name)
         folder = out / source.model / source.source
         if folder.exists():
             raise InputError(
@@ -73,7 +73,7 @@ def write(
                     write_lines(folder / kind / f"batch-{number}.jsonl.gz", rows)
 
 
-class Source:
+class NeuronpediaRows:
     """Rows of Neuronpedia's tables for one SAE."""
 
     def __init__(self, tables: Tables, name: str | None) -> None:

@@ -85,11 +85,11 @@ def serve(
             f"pip install {' '.join(missing)}."
         )
     from sae_harvest.pipelines.live import LiveModel
-    from sae_harvest.pipelines.source import Moved
+    from sae_harvest.pipelines.source import Locations
     from sae_harvest.pipelines.viewer.run import run_server
     from sae_harvest.pipelines.viewer.server import open_viewer
 
-    open_model = partial(LiveModel.open, moved=Moved(saes, stores, models))
+    open_model = partial(LiveModel.open, moved=Locations(saes, stores, models))
     viewer = open_viewer(features, compare, allow_sql, device, open_model, saes)
     run_server(viewer, host, port, lambda line: click.echo(line), lambda w: click.echo(w, err=True))
 

@@ -40,14 +40,14 @@ from sae_harvest.pipelines.viewer.parameters import (
 )
 from sae_harvest.pipelines.viewer.search import search
 from sae_harvest.pipelines.viewer.sql import FencedSQL
-from sae_harvest.pipelines.viewer.stream import Stream
+from sae_harvest.pipelines.viewer.stream import AnswerStream
 from sae_harvest.pipelines.viewer.tables import Tables
 
 STATIC = Path(__file__).parent / "static"
 
 
 @dataclass(frozen=True)
-class Shown:
+class ServedSAE:
     """One SAE's tables with everything the pages need of them."""
 
     tables: Tables
@@ -55,7 +55,7 @@ class Shown:
     models: Models
 
     @classmethod
-    def open(cls, features: Path, open_model: Callable[[], LiveModel]) -> Shown:
+    def open(cls, features: Path, open_model: Callable[[], LiveModel]) -> ServedSAE:
         tables = Tables(features)
         notes = Notes.beside(tables.features, str(tables.run["sae_digest"]))
         return cls(tables, notes, Models(tables, open_model))
@@ -69,12 +69,12 @@ class Shown:
 class Viewer:
     """What the server was started with."""
 
-    shown: Shown
-    other: Shown | None = None
+    shown: ServedSAE
+    other: ServedSAE | None = None
     comparison: Comparison | None = None
     sql: FencedSQL | None = None
 
-    def of(self, request: Request) -> Shown:
+    def of(self, request: Request) -> ServedSAE:
         """The SAE a request is about: `?sae=b` is the one compared with."""
         if request.query_params.get("sae", "a") == "a":
             return self.shown
@@ -99,10 +99,10 @@ def open_viewer(
     Raises:
         RunError: a folder holds no tables. InputError: the SAEs cannot be compared.
     """
-    shown = Shown.open(features, lambda: open_model(features, device))
+    shown = ServedSAE.open(features, lambda: open_model(features, device))
     other = comparison = None
     if compare is not None:
-        other = Shown.open(compare, lambda: open_model(compare, device))
+        other = ServedSAE.open(compare, lambda: open_model(compare, device))
         comparison = Comparison(shown.tables, other.tables, saes)
     return Viewer(shown, other, comparison, FencedSQL(features) if allow_sql else None)
 
@@ -120,7 +120,7 @@ def make_app(
             try:
                 body = body_of(await request.body()) if method == "POST" else {}
                 found = await run_in_threadpool(answer, request, body)
-                if isinstance(found, Stream):
+                if isinstance(found, AnswerStream):
                     return await found.response(request)
                 return JSONResponse(found)
             except BusyError as error:
@@ -174,7 +174,7 @@ def make_app(
     def live(request: Request, body: dict[str, Any]) -> dict[str, Any]:
         return viewer.of(request).models.activations(text_of(body, "text"))
 
-    def steer(request: Request, body: dict[str, Any]) -> Stream:
+    def steer(request: Request, body: dict[str, Any]) -> AnswerStream:
         models = viewer.of(request).models
         given = (
             text_of(body, "prompt"),
@@ -183,7 +183,7 @@ def make_app(
             number_of(body, "temperature"),
             seed_of(body),
         )
-        return Stream(lambda tell: models.generate(*given, tell))
+        return AnswerStream(lambda tell: models.generate(*given, tell))
 
     def compared(request: Request, _: dict[str, Any]) -> dict[str, Any]:
         if viewer.comparison is None:
@@ -224,7 +224,7 @@ def make_app(
     )
 
 
-def notes_of(shown: Shown, latent: int) -> dict[str, Any]:
+def notes_of(shown: ServedSAE, latent: int) -> dict[str, Any]:
     """note and tags of a latent; if their file is damaged, a page says so and shows the rest."""
     try:
         return shown.notes.get(latent)

@@ -22,7 +22,7 @@ from sae_harvest.common.errors import SaeHarvestError
 Tell = Callable[[str], bool]  # the text so far; False: nobody wants more
 
 
-class Stream:
+class AnswerStream:
     """The lines of one answer.
 
     Args:

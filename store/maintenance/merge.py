@@ -25,7 +25,7 @@ from sae_harvest.store.objects import Objects, content_hash, require_space
 from sae_harvest.store.seals import make_seals, read_seal, seal, sealed_counts, trusted_commits
 from sae_harvest.store.writer import WRITERS, check_place, create_store
 
-Progress = Callable[[int, int], None]  # bytes copied, bytes to copy
+OnProgress = Callable[[int, int], None]  # bytes copied, bytes to copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Merged:
     digest: str | None
 
 
-def merge(target: Objects, sources: Sequence[Objects], on_progress: Progress) -> Merged:
+def merge(target: Objects, sources: Sequence[Objects], on_progress: OnProgress) -> Merged:
     """Copy every committed shard that the target lacks, from the first source that has it.
 
     The target may be empty. A shard that it has is kept. Where the target then has its first n

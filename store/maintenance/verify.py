@@ -33,7 +33,7 @@ class Damage:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Verification:
     """What a verification found.
 
     digest is the store's, if nothing is damaged and something sealed; sealed_digest is what that
@@ -50,7 +50,7 @@ class Report:
     leftovers: list[str]
 
 
-def verify(objects: Objects, on_progress: Callable[[int, int], None]) -> Report:
+def verify(objects: Objects, on_progress: Callable[[int, int], None]) -> Verification:
     """Check a store, finished or not: every byte, and that every record agrees with the others.
 
     Args:
@@ -78,7 +78,7 @@ def verify(objects: Objects, on_progress: Callable[[int, int], None]) -> Report:
             on_progress(done, total)
     damage += _metadata_damage(objects, plan, records)
     latest = records.latest
-    return Report(
+    return Verification(
         objects=len(items),
         n_bytes=done,
         shards=len(commits),

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sae_harvest.common.errors import RunError
 from sae_harvest.store.atomic import publish, temporary_name
-from sae_harvest.train.parallel.process_group import Group
+from sae_harvest.train.parallel.process_group import ProcessGroup
 from sae_harvest.train.run.files import reading_tensors
 
 BLOCK_BYTES = 64 << 20  # written at a time, by way of the processor's memory
@@ -52,7 +52,9 @@ def is_divided(name: str) -> bool:
     return name.rpartition(".")[2] not in UNDIVIDED
 
 
-def write_slices(path: Path, tensors: dict[str, Tensor], n_latents: int, group: Group) -> None:
+def write_slices(
+    path: Path, tensors: dict[str, Tensor], n_latents: int, group: ProcessGroup
+) -> None:
     """Writes a file under a temporary name, syncs it, renames it. All processes call it.
 
     Args:
@@ -93,7 +95,7 @@ def write_slices(path: Path, tensors: dict[str, Tensor], n_latents: int, group: 
 
 
 def read_slices(
-    path: Path, what: str, remedy: str, device: str, n_latents: int, group: Group
+    path: Path, what: str, remedy: str, device: str, n_latents: int, group: ProcessGroup
 ) -> dict[str, Tensor]:
     """This process's rows of a file's divided tensors, and the others whole.
 
@@ -120,7 +122,7 @@ def read_slices(
     return found
 
 
-def hash_files(paths: Sequence[Path], group: Group) -> dict[str, str]:
+def hash_files(paths: Sequence[Path], group: ProcessGroup) -> dict[str, str]:
     """xxh3-128 of files by name, in hex; the processes divide the work and all get the result.
 
     Of a file larger than HASH_BYTES it is the hash of the hashes of its pieces of so many bytes.

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sae_harvest.common.errors import InputError, SaeHarvestError
-from sae_harvest.train.parallel.process_group import Group
+from sae_harvest.train.parallel.process_group import ProcessGroup
 from sae_harvest.train.run.exit_codes import may_pass
 from sae_harvest.train.run.faults import is_of_gpu, lacks_memory
 from sae_harvest.train.sae.kernels import Gradients
@@ -92,7 +92,7 @@ def _from_numbers(numbers: Tensor) -> tuple[str, bool]:
     return bytes(text).rstrip(b"\0").decode(errors="ignore"), bool(passes)
 
 
-class _Processes(Group):
+class _Processes(ProcessGroup):
     """What both ways of division share. torch.distributed has been initialised."""
 
     def __init__(self, device: torch.device) -> None:
@@ -257,7 +257,9 @@ def part_of(n_latents: int, part: int, parts: int) -> tuple[int, int]:
     return n_latents * part // parts, n_latents * (part + 1) // parts
 
 
-def group_of(parallel: Parallel, n_latents: int, batch_rows: int, device: torch.device) -> Group:
+def group_of(
+    parallel: Parallel, n_latents: int, batch_rows: int, device: torch.device
+) -> ProcessGroup:
     """The group of this process, once torch.distributed is initialised.
 
     Raises:

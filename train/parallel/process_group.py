@@ -24,7 +24,7 @@ T = TypeVar("T")
 GREATEST_KEY = 0x7F800000  # the bits of float32 infinity
 
 
-class Group:
+class ProcessGroup:
     """One process alone; `train.parallel.distributed` has the others.
 
     rank, world: this process, and how many there are.

@@ -45,7 +45,7 @@ from sae_harvest.train.run.folder import EVALUATION_FILE, METRICS_FILE
 from sae_harvest.train.run.interrupt import Interruption
 from sae_harvest.train.run.metrics import last_metrics
 from sae_harvest.train.run.records import Evaluation
-from sae_harvest.train.run.trainer import Report, RunResult, silent, train
+from sae_harvest.train.run.trainer import OnPhase, RunResult, silent, train
 
 POLL_SECONDS = 0.2
 WITHOUT = "leave out --workers to train in one process"
@@ -101,7 +101,7 @@ def train_on_workers(
     workers: int,
     parallel: Parallel,
     address: str | None = None,
-    report: Report = silent,
+    report: OnPhase = silent,
 ) -> RunResult:
     """`train.run.trainer.train` by several workers, each with a GPU or its share of the cores.
 
@@ -158,7 +158,7 @@ def _connected(address: str | None, workers: int) -> Iterator[None]:
         ray.shutdown()  # ends a Ray of our own; of a cluster's, the workers
 
 
-def _watched(assignment: Assignment, workers: int, steps: int, report: Report) -> RunResult:
+def _watched(assignment: Assignment, workers: int, steps: int, report: OnPhase) -> RunResult:
     """Starts the workers and waits for their end, or for a signal to stop them."""
     errors: list[BaseException] = []
 
@@ -290,7 +290,7 @@ def _gone(rank: int, error: BaseException) -> BaseException:
     return found
 
 
-def _show(assignment: Assignment, steps: int, report: Report) -> None:
+def _show(assignment: Assignment, steps: int, report: OnPhase) -> None:
     """Reports how far the run is, by its metrics."""
     last = _metrics(Path(assignment.out))
     if not last:

@@ -76,7 +76,7 @@ def published_rates(name: str) -> Rates:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Estimate:
     """What one device of a run takes, and how long the whole run.
 
     memory: bytes by use; flops, moved: of one step by part; seconds: of one step by part;
@@ -125,7 +125,7 @@ def plan(
     parallel: Parallel = "data",
     dead_share: float = 0.0,
     stored_bytes: int = 2,
-) -> Plan:
+) -> Estimate:
     """The plan of a run.
 
     Args:
@@ -146,7 +146,7 @@ def plan(
     seconds = step_seconds(shape, rates, dead_share)
     if devices > 1:
         seconds["exchange"] = exchanged / rates.link
-    return Plan(
+    return Estimate(
         shape=shape,
         rates=rates,
         devices=devices,

@@ -17,7 +17,7 @@ from torch import Tensor
 from sae_harvest.common.errors import RunError
 from sae_harvest.store.objects import sync_folder
 from sae_harvest.train.parallel.checkpoint_shards import hash_files, read_slices, write_slices
-from sae_harvest.train.parallel.process_group import Group
+from sae_harvest.train.parallel.process_group import ProcessGroup
 from sae_harvest.train.run.files import read_record, write_json
 from sae_harvest.train.run.records import State
 from sae_harvest.train.sae.sae import CONFIG_FILE, SAE, TENSORS_FILE
@@ -72,7 +72,7 @@ def save_checkpoint(
     tensors: dict[str, Tensor],
     state: dict[str, Any],
     n_latents: int | None = None,
-    group: Group | None = None,
+    group: ProcessGroup | None = None,
 ) -> Path:
     """Writes `OUT/checkpoints/<step>` under a temporary name, renames it, drops older ones.
 
@@ -81,7 +81,7 @@ def save_checkpoint(
         n_latents: of the whole; none: of `sae`.
         group: the processes that train together, all of which call this; none: this one alone.
     """
-    group = group or Group()
+    group = group or ProcessGroup()
     n_latents = sae.config.n_latents if n_latents is None else n_latents
     folder = out / FOLDER
     final = _folder(out, step)
@@ -110,13 +110,15 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(out: Path, step: int, device: str, group: Group | None = None) -> Checkpoint:
+def load_checkpoint(
+    out: Path, step: int, device: str, group: ProcessGroup | None = None
+) -> Checkpoint:
     """The checkpoint of a run at a step; of what is divided by latents, this process's part.
 
     Raises:
         RunError: it is damaged; names the file.
     """
-    group = group or Group()
+    group = group or ProcessGroup()
     folder = _folder(out, step)
     earlier = [other for other in saved_steps(out) if other < step]
     go_on = f"from {_folder(out, earlier[-1]).name}" if earlier else "from the start"

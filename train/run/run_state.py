@@ -13,7 +13,7 @@ from torch import Tensor
 from sae_harvest.store.loading.loader import Batch, ShuffledLoader
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.parallel.process_group import Group
+from sae_harvest.train.parallel.process_group import ProcessGroup
 from sae_harvest.train.run.checkpoint import discard_after, load_checkpoint, save_checkpoint
 from sae_harvest.train.run.files import write_json
 from sae_harvest.train.run.folder import FAILED_FILE, METRICS_FILE, finished_evaluation
@@ -22,10 +22,10 @@ from sae_harvest.train.sae.sharded_sae import Dictionary, ShardedSAE, digest_of,
 from sae_harvest.train.step.initialization import SAMPLE_ROWS
 from sae_harvest.train.step.learner import Diverged, Learner
 
-ALONE = Group()
+ALONE = ProcessGroup()
 
 
-class Stream:
+class BatchStream:
     """The batches that members are trained on, and what is the same for all of them.
 
     Args:
@@ -41,7 +41,7 @@ class Stream:
         store: ActivationStore,
         site: str,
         device: torch.device,
-        group: Group = ALONE,
+        group: ProcessGroup = ALONE,
     ) -> None:
         self.store, self.site, self.device, self.group = store, site, device, group
         self.batch_rows = config.batch_rows
@@ -99,13 +99,13 @@ def first_rows(loader: ShuffledLoader) -> tuple[Tensor, Tensor | None]:
     return x, torch.cat(targets)[:SAMPLE_ROWS] if targets else None
 
 
-class Member:
+class TrainingRun:
     """One dictionary in training, and the folder it is written to.
 
     With several processes, the first one writes, and each its part of checkpoints and result.
     """
 
-    def __init__(self, config: TrainConfig, out: Path, stream: Stream) -> None:
+    def __init__(self, config: TrainConfig, out: Path, stream: BatchStream) -> None:
         self.config, self.out = config, out
         self.metrics: dict[str, Any] = {}
         self.failure: Diverged | None = None

@@ -20,7 +20,7 @@ from sae_harvest.common.device import choose_device
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.evaluate import evaluate_all
-from sae_harvest.train.parallel.process_group import Group
+from sae_harvest.train.parallel.process_group import ProcessGroup
 from sae_harvest.train.run.checkpoint import saved_steps
 from sae_harvest.train.run.faults import explained
 from sae_harvest.train.run.files import write_json
@@ -32,10 +32,10 @@ from sae_harvest.train.run.folder import (
     open_store,
 )
 from sae_harvest.train.run.interrupt import Interruption
-from sae_harvest.train.run.run_state import ALONE, Member, Stream
+from sae_harvest.train.run.run_state import ALONE, BatchStream, TrainingRun
 from sae_harvest.train.sae.sharded_sae import Dictionary
 
-Report = Callable[[str, int, int, str], None]
+OnPhase = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ def silent(phase: str, done: int, total: int, rate: str) -> None:
 
 
 def run_pass(
-    members: Sequence[Member],
-    stream: Stream,
-    report: Report,
+    members: Sequence[TrainingRun],
+    stream: BatchStream,
+    report: OnPhase,
     asked: Callable[[], bool] = lambda: False,
 ) -> int | None:
     """Trains members that have begun at one step, until all are done or failed.
@@ -100,8 +100,8 @@ def train(
     out: str | Path,
     site: str | None = None,
     device: str = "auto",
-    report: Report = silent,
-    group: Group = ALONE,
+    report: OnPhase = silent,
+    group: ProcessGroup = ALONE,
     asked: Callable[[], bool] = lambda: False,
 ) -> RunResult:
     """Trains a dictionary, or continues to.
@@ -125,14 +125,14 @@ def train(
     store = open_store(place, out)
     site = store.site(site)
     # before the folder is claimed: it refuses a store too small for a batch
-    stream = Stream(config, store, site, chosen, group)
+    stream = BatchStream(config, store, site, chosen, group)
     try:
         with explained(out), ExitStack() as stack:
             claimed = claim(out, describe_run(config, store, site))
             group.together(lambda: stack.enter_context(claimed) if group.rank == 0 else None)
             group.check_shared(out)
             report("preparing", 0, config.steps, "")
-            member = Member(config, out, stream)
+            member = TrainingRun(config, out, stream)
             saved = saved_steps(out)
             stream.seek(member.begin(group.from_first(saved[-1] if saved else 0)))
             signal = run_pass([member], stream, report, asked)
@@ -156,7 +156,7 @@ def evaluate_into(
     members: Sequence[tuple[Path, Dictionary]],
     store: ActivationStore,
     config: TrainConfig,
-    report: Report,
+    report: OnPhase,
 ) -> list[dict[str, Any]]:
     """Writes the evaluations of dictionaries on held-out rows into their folders.
 

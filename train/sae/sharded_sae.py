@@ -13,7 +13,7 @@ from sae_harvest.common.errors import RunError
 from sae_harvest.store.atomic import new_folder, write_text
 from sae_harvest.train.config import SAEConfig
 from sae_harvest.train.parallel.checkpoint_shards import read_slices, write_slices
-from sae_harvest.train.parallel.process_group import Group
+from sae_harvest.train.parallel.process_group import ProcessGroup
 from sae_harvest.train.run.files import reading_tensors, require_finite
 from sae_harvest.train.sae.normalization import restore
 from sae_harvest.train.sae.sae import CONFIG_FILE, REMEDY, SAE, TENSORS_FILE
@@ -26,7 +26,7 @@ def whole_config(sae: SAE, n_latents: int) -> SAEConfig:
     return sae.config.model_copy(update={"n_latents": n_latents})
 
 
-def save_part(folder: Path, sae: SAE, n_latents: int, group: Group) -> None:
+def save_part(folder: Path, sae: SAE, n_latents: int, group: ProcessGroup) -> None:
     """`SAE.save` by all processes of the group, each its part; the bytes are those of one."""
     group.together(lambda: new_folder(folder))
     write_slices(folder / TENSORS_FILE, sae.tensors(), n_latents, group)
@@ -39,7 +39,7 @@ def save_part(folder: Path, sae: SAE, n_latents: int, group: Group) -> None:
     group.together(end)
 
 
-def load_part(folder: Path, device: str, group: Group) -> tuple[SAE, int]:
+def load_part(folder: Path, device: str, group: ProcessGroup) -> tuple[SAE, int]:
     """This process's part of the SAE in a folder, and the number of all its latents.
 
     Raises:
@@ -87,7 +87,7 @@ class ShardedSAE:
     the whole, and reconstructions from them.
     """
 
-    def __init__(self, part: SAE, n_latents: int, group: Group, digest: str = "") -> None:
+    def __init__(self, part: SAE, n_latents: int, group: ProcessGroup, digest: str = "") -> None:
         """digest: of the whole, in the process that writes it down."""
         self.config, self.digest = whole_config(part, n_latents), digest
         k = part.config.k and min(part.config.k, part.config.n_latents)

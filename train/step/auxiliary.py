@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from sae_harvest.train.sae.kernels import Pairs
-from sae_harvest.train.step.step_context import Batch
+from sae_harvest.train.step.step_context import StepContext
 
 
-def add_auxiliary(batch: Batch, slope: Tensor, dead: Tensor) -> float:
+def add_auxiliary(batch: StepContext, slope: Tensor, dead: Tensor) -> float:
     """Adds the gradients of AuxK to those in the workspace; the loss.
 
     Args:
-        slope: float32 [batch, d_out], the error times `Batch.error_slope`; overwritten.
+        slope: float32 [batch, d_out], the error times `StepContext.error_slope`; overwritten.
         dead: bool [n_latents].
     """
     sae, group, config = batch.sae, batch.group, batch.config
@@ -52,7 +52,7 @@ def add_auxiliary(batch: Batch, slope: Tensor, dead: Tensor) -> float:
     return float(config.auxk_alpha * squared / spread)
 
 
-def _largest(batch: Batch, latents: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _largest(batch: StepContext, latents: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest pi of each row among `latents` (int64 [n]), or all of them if they are fewer.
 
     Returns:

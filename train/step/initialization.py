@@ -13,7 +13,7 @@ from torch.nn.functional import normalize as unit_length
 
 from sae_harvest.common.errors import InputError
 from sae_harvest.train.config import SAEConfig, TrainConfig
-from sae_harvest.train.parallel.process_group import Group
+from sae_harvest.train.parallel.process_group import ProcessGroup
 from sae_harvest.train.sae.normalization import normalise_rows
 from sae_harvest.train.sae.sae import SAE
 
@@ -106,7 +106,7 @@ def initial_sae(
     start: Start,
     device: torch.device,
     model: dict[str, Any],
-    group: Group | None = None,
+    group: ProcessGroup | None = None,
 ) -> SAE:
     """Random unit decoder rows, encoder rows along them, b_dec the median.
 
@@ -123,7 +123,7 @@ def initial_sae(
         group: the SAE has its part of the latents; none: all of them.
     """
     d_in = len(start.b_dec) if start.b_in is None else len(start.b_in)
-    first, last = (group or Group()).latents(config.n_latents)
+    first, last = (group or ProcessGroup()).latents(config.n_latents)
     whole = SAEConfig(
         d_in=d_in,
         d_out=None if start.b_in is None else len(start.b_dec),

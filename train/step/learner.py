@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae_harvest.common.errors import RunError
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.parallel.process_group import Group
+from sae_harvest.train.parallel.process_group import ProcessGroup
 from sae_harvest.train.sae.sae import SAE
 from sae_harvest.train.step.initialization import initial_sae, prepare
 from sae_harvest.train.step.loss_and_gradients import StepResult, train_step
@@ -31,11 +31,15 @@ class Learner:
     """
 
     def __init__(
-        self, config: TrainConfig, sae: SAE, total_variance: float, group: Group | None = None
+        self,
+        config: TrainConfig,
+        sae: SAE,
+        total_variance: float,
+        group: ProcessGroup | None = None,
     ) -> None:
         """Before the first step; `begin` and `restore` are the ways in."""
         self.config, self.sae = config, sae
-        self._group = group or Group()
+        self._group = group or ProcessGroup()
         self._total_variance = total_variance
         self._optimizer = Optimizer(sae, config)
         # tokens seen when each latent last fired
@@ -51,7 +55,7 @@ class Learner:
         target_sample: Tensor | None,
         device: torch.device,
         model: dict[str, Any],
-        group: Group | None = None,
+        group: ProcessGroup | None = None,
     ) -> Learner:
         """A run's first state.
 
@@ -74,7 +78,7 @@ class Learner:
         tensors: dict[str, Tensor],
         numbers: dict[str, Any],
         device: torch.device,
-        group: Group | None = None,
+        group: ProcessGroup | None = None,
     ) -> Learner:
         """The state that `sae`, `tensors()` and `numbers()` were taken from.
 
@@ -84,7 +88,7 @@ class Learner:
         Raises:
             RunError: they are not of such a run.
         """
-        first, last = (group or Group()).latents(config.n_latents)
+        first, last = (group or ProcessGroup()).latents(config.n_latents)
         if (sae.config.activation, sae.config.n_latents) != (config.sae_activation, last - first):
             raise RunError(
                 f"The checkpoint is of a {sae.config.activation} SAE with {sae.config.n_latents} "

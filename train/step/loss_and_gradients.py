@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.parallel.process_group import Group
+from sae_harvest.train.parallel.process_group import ProcessGroup
 from sae_harvest.train.sae.normalization import normalise_target
 from sae_harvest.train.sae.sae import SAE
 from sae_harvest.train.step.auxiliary import add_auxiliary
 from sae_harvest.train.step.objectives import OBJECTIVES
-from sae_harvest.train.step.step_context import Batch, Workspace
+from sae_harvest.train.step.step_context import StepContext, Workspace
 
 __all__ = ["StepResult", "Workspace", "train_step"]
 
@@ -52,7 +52,7 @@ def train_step(
     workspace: Workspace,
     step: int = 0,
     target: Tensor | None = None,
-    group: Group | None = None,
+    group: ProcessGroup | None = None,
 ) -> StepResult:
     """Gradients of all losses at one batch.
 
@@ -67,7 +67,7 @@ def train_step(
         target: float32 [batch, d_out], of a transcoder.
         group: the processes that share this step; none: this one alone.
     """
-    group = group or Group()
+    group = group or ProcessGroup()
     batch = _prepare(sae, x, config, total_variance, workspace, step, target, group)
     workspace.extra.clear()
     result = OBJECTIVES[config.activation](batch)
@@ -105,13 +105,13 @@ def _prepare(
     workspace: Workspace,
     step: int,
     target: Tensor | None,
-    group: Group,
-) -> Batch:
+    group: ProcessGroup,
+) -> StepContext:
     centred = sae.centre(x, out=workspace.buffer("centred", x))  # [batch, d_in]
     wanted = centred
     if target is not None:
         wanted = normalise_target(target.to(sae.device), sae.config) - sae.b_dec  # [batch, d_out]
-    return Batch(
+    return StepContext(
         sae=sae,
         config=config,
         group=group,

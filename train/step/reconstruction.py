@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sae_harvest.train.sae.kernels import Pairs
-from sae_harvest.train.step.step_context import Batch
+from sae_harvest.train.step.step_context import StepContext
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Reconstruction:
     """Losses, and what the rest of a step needs; gradients are in the batch's workspace.
 
     loss: as above; squared: squared error of all pairs together, over all processes' rows.
-    slope: float32 [batch, d_out], the error of all pairs times `Batch.error_slope`.
+    slope: float32 [batch, d_out], the error of all pairs times `StepContext.error_slope`.
     decoder_slope: float32 [d_out], d loss / d x_hat' summed over this process's rows.
     counts: int64 [n_latents], pairs with a value in this process's rows.
     terms: further losses by name, weights included.
@@ -37,7 +37,7 @@ class Reconstruction:
     terms: dict[str, float] = field(default_factory=dict)
 
 
-def error_of(batch: Batch, indices: Tensor, values: Tensor, name: str) -> Tensor:
+def error_of(batch: StepContext, indices: Tensor, values: Tensor, name: str) -> Tensor:
     """x_hat' - x' of pairs [batch, w], float32 [batch, d_out], in the buffer of that name."""
     error = batch.workspace.buffer(name, batch.target)
     if batch.group.latent_part == 0:
@@ -49,7 +49,7 @@ def error_of(batch: Batch, indices: Tensor, values: Tensor, name: str) -> Tensor
 
 
 def reconstruct(
-    batch: Batch, pairs: Pairs, add: bool = False, slopes: Tensor | None = None
+    batch: StepContext, pairs: Pairs, add: bool = False, slopes: Tensor | None = None
 ) -> Reconstruction:
     """The loss that the configuration asks for: plain, or nested.
 
@@ -68,7 +68,7 @@ def reconstruct(
     return Reconstruction(loss, squared, slope, slope.sum(0), counts)
 
 
-def _nested(batch: Batch, pairs: Pairs, add: bool, slopes: Tensor | None) -> Reconstruction:
+def _nested(batch: StepContext, pairs: Pairs, add: bool, slopes: Tensor | None) -> Reconstruction:
     """A latent is in every reconstruction whose size exceeds its number, so its error is their
     sum: errors are made from the smallest to the largest, and summed from the largest back."""
     sizes = batch.config.matryoshka
@@ -101,7 +101,7 @@ def _nested(batch: Batch, pairs: Pairs, add: bool, slopes: Tensor | None) -> Rec
     return Reconstruction(loss, every[-1], slope, gradient.sum(0), counts)
 
 
-def widened(batch: Batch, narrow: Pairs, wide: Pairs, weight: float) -> Reconstruction:
+def widened(batch: StepContext, narrow: Pairs, wide: Pairs, weight: float) -> Reconstruction:
     """Multi-TopK.
 
     Args:
@@ -126,7 +126,7 @@ def widened(batch: Batch, narrow: Pairs, wide: Pairs, weight: float) -> Reconstr
 
 
 def _gradients(
-    batch: Batch, pairs: Pairs, slope: Tensor, add: bool, slopes: Tensor | None
+    batch: StepContext, pairs: Pairs, slope: Tensor, add: bool, slopes: Tensor | None
 ) -> Tensor:
     sae, into = batch.sae, batch.workspace.gradients
     return sae.kernels.gradients(

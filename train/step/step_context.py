@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae_harvest.common.errors import RunError
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.parallel.process_group import Group
+from sae_harvest.train.parallel.process_group import ProcessGroup
 from sae_harvest.train.sae.kernels import Gradients
 from sae_harvest.train.sae.sae import SAE
 
@@ -40,7 +40,7 @@ class Workspace:
 
 
 @dataclass(frozen=True)
-class Batch:
+class StepContext:
     """What the parts of a step share.
 
     centred: float32 [batch, d_in], what the encoder sees. target: float32 [batch, d_out], the
@@ -51,7 +51,7 @@ class Batch:
 
     sae: SAE
     config: TrainConfig
-    group: Group
+    group: ProcessGroup
     workspace: Workspace
     centred: Tensor
     target: Tensor

@@ -36,8 +36,8 @@ from sae_harvest.train.run.folder import (
     open_store,
 )
 from sae_harvest.train.run.records import Sweep as SweepRecord
-from sae_harvest.train.run.run_state import Member, Stream
-from sae_harvest.train.run.trainer import Report, evaluate_into, run_pass, silent
+from sae_harvest.train.run.run_state import BatchStream, TrainingRun
+from sae_harvest.train.run.trainer import OnPhase, evaluate_into, run_pass, silent
 from sae_harvest.train.sae.sharded_sae import Dictionary
 
 SWEEP_FILE, PASSES = "sweep.json", "passes"
@@ -77,7 +77,7 @@ def sweep(
     out: str | Path,
     site: str | None = None,
     device: str = "auto",
-    report: Report = silent,
+    report: OnPhase = silent,
     announce: Announce = lambda text: None,
 ) -> SweepResult:
     """Trains members on one stream, or continues to.
@@ -98,7 +98,7 @@ def sweep(
     chosen = torch.device(choose_device(device))
     store = open_store(place, out, SWEEP_FILE)
     site = store.site(site)
-    stream = Stream(next(iter(members.values())), store, site, chosen)
+    stream = BatchStream(next(iter(members.values())), store, site, chosen)
     try:
         with explained(out), ExitStack() as stack:
             stack.enter_context(claim(out, describe_sweep(members, store, site), SWEEP_FILE))
@@ -177,8 +177,8 @@ def read_result(folder: Path) -> MemberResult:
 def _train(
     members: Mapping[str, TrainConfig],
     out: Path,
-    stream: Stream,
-    report: Report,
+    stream: BatchStream,
+    report: OnPhase,
     announce: Announce,
 ) -> int | None:
     """Pass after pass, then the evaluations; the signal that stopped it."""
@@ -211,10 +211,10 @@ def _train(
 
 
 def _pass(
-    configs: Mapping[str, TrainConfig], out: Path, stream: Stream, report: Report
+    configs: Mapping[str, TrainConfig], out: Path, stream: BatchStream, report: OnPhase
 ) -> int | None:
     """Members that fit into memory together: trained, written, evaluated."""
-    training = [Member(config, out / name, stream) for name, config in configs.items()]
+    training = [TrainingRun(config, out / name, stream) for name, config in configs.items()]
     saved = {member.out: saved_steps(member.out) for member in training}
     done = [m for m in training if m.config.steps in saved[m.out]]
     going = [m for m in training if m not in done]

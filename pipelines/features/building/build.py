@@ -35,11 +35,11 @@ from sae_harvest.pipelines.features.building.tasks import Job, Work, held
 from sae_harvest.pipelines.features.counting.candidates import TokenRows
 from sae_harvest.pipelines.features.counting.lens import logit_lens
 from sae_harvest.pipelines.features.counting.neighbours import counted_rows, counted_share
-from sae_harvest.pipelines.features.counting.profile import Kept, Profile, latents_at_once
-from sae_harvest.pipelines.features.encoding.sources import Given, open_source
+from sae_harvest.pipelines.features.counting.profile import ChosenRows, Profile, latents_at_once
+from sae_harvest.pipelines.features.encoding.sources import SourceSpec, open_source
 from sae_harvest.pipelines.features.tables import rows
 from sae_harvest.pipelines.features.tables import writers as tables
-from sae_harvest.pipelines.features.tables.contexts import AT_ONCE, Wanted, wanted_rows
+from sae_harvest.pipelines.features.tables.contexts import AT_ONCE, WantedContexts, wanted_rows
 from sae_harvest.pipelines.features.tables.folder import (
     BUILDING_FILE,
     DELPHI,
@@ -73,7 +73,7 @@ MOVED = ("store", "sae", "relative", "code")  # may differ between a build and i
 LOCK_FILE = ".lock"
 OURS = {LOCK_FILE, f".{BUILDING_FILE}.tmp"}  # of a build that is about to begin
 
-Progress = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
+OnProgress = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def build(
     workers: int = 0,
     address: str | None = None,
     device: str = "auto",
-    on_progress: Progress = lambda what, done, total: None,
+    on_progress: OnProgress = lambda what, done, total: None,
 ) -> Built:
     """Write the tables of every latent of an SAE into `out`, or find them there already.
 
@@ -115,7 +115,7 @@ def build(
     sae, device = str(sae_path), choose_device(device)
     if sae not in (IDENTITY, DELPHI):
         sae = str(Path(sae).resolve())
-    given = Given(str(place), sae, site, model, device)
+    given = SourceSpec(str(place), sae, site, model, device)
     source = open_source(given)
     dictionary = source.dictionary
     asked: dict[str, Any] = {
@@ -208,7 +208,7 @@ def writing(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _make(work: Work, pool: Pool, on_progress: Progress) -> dict[str, Any]:
+def _make(work: Work, pool: Pool, on_progress: OnProgress) -> dict[str, Any]:
     """Makes everything; what run.json says of it."""
     out = work.out
     with ThreadPoolExecutor(1, "rows") as thread:
@@ -232,7 +232,7 @@ def _make(work: Work, pool: Pool, on_progress: Progress) -> dict[str, Any]:
     return {"n_rows": n_read, "n_firings": n_firings, "cofire_rows": cofire_rows}
 
 
-def _encode(work: Work, pool: Pool, on_progress: Progress) -> None:
+def _encode(work: Work, pool: Pool, on_progress: OnProgress) -> None:
     """The blocks that are not there yet."""
     missing = work.blocks.missing()
     done = len(work.blocks) - len(missing)
@@ -243,8 +243,8 @@ def _encode(work: Work, pool: Pool, on_progress: Progress) -> None:
 
 
 def _profile(
-    work: Work, pool: Pool, n_read: int, on_progress: Progress
-) -> tuple[list[Kept], int, list[pa.Table]]:
+    work: Work, pool: Pool, n_read: int, on_progress: OnProgress
+) -> tuple[list[ChosenRows], int, list[pa.Table]]:
     """latents and histograms.
 
     Returns:
@@ -283,7 +283,9 @@ def _write_tokens(work: Work, parts: list[pa.Table]) -> None:
             writer.add(table)
 
 
-def _compare(work: Work, pool: Pool, share: float, on_progress: Progress) -> npt.NDArray[np.int64]:
+def _compare(
+    work: Work, pool: Pool, share: float, on_progress: OnProgress
+) -> npt.NDArray[np.int64]:
     """neighbours; the nearest few of each latent [n_latents, at most 2 FOLLOWED]."""
     nearest = []
     n_latents = work.dictionary.n_latents
@@ -299,16 +301,16 @@ def _compare(work: Work, pool: Pool, share: float, on_progress: Progress) -> npt
 def _show(
     work: Work,
     pool: Pool,
-    kept: list[Kept],
+    kept: list[ChosenRows],
     others: npt.NDArray[np.int64],
-    on_progress: Progress,
+    on_progress: OnProgress,
 ) -> None:
     """contexts."""
     job, n_rows = work.job, work.source.n_rows
     drawn = np.concatenate([np.where(k.random.used, k.random.row, -1) for k in kept])
     token_rows = TokenRows(work.rows, job.config.seed)
 
-    def pieces() -> Iterator[tuple[Job, Wanted, int, int]]:
+    def pieces() -> Iterator[tuple[Job, WantedContexts, int, int]]:
         for part in kept:
             end = part.first + len(part.tokens)
             for first in range(part.first, end, AT_ONCE):

@@ -38,7 +38,7 @@ class Pool(Protocol):
         """`work(stopped, *a)`; the event is set when nobody waits for the answer any more."""
 
 
-class Here:
+class InProcess:
     """This process, with all its threads."""
 
     workers = 1
@@ -57,7 +57,7 @@ class Here:
                 torch.set_num_threads(threads)  # they may have started threads themselves
 
 
-class OnRay:
+class RayWorkers:
     """Ray tasks. Work may be done again when a worker dies, so it has to be repeatable."""
 
     def __init__(self, workers: int, threads: int, gpu: bool) -> None:
@@ -107,7 +107,7 @@ def open_pool(workers: int, address: str | None, gpu: bool) -> Iterator[Pool]:
         RunError: Ray cannot be started or joined, or has no room for them.
     """
     if workers == 0:
-        yield Here()
+        yield InProcess()
         return
     import ray
 
@@ -116,7 +116,7 @@ def open_pool(workers: int, address: str | None, gpu: bool) -> Iterator[Pool]:
     cluster.connect(address, workers, WITHOUT)
     try:
         threads = cluster.threads_per_worker(workers, gpu)
-        yield OnRay(workers, threads, gpu)
+        yield RayWorkers(workers, threads, gpu)
     finally:
         ray.shutdown()
 
@@ -132,4 +132,4 @@ def _call(threads: int, work: Callable[..., T], arguments: tuple[Any, ...]) -> T
 
 def _several(work: Callable[..., T], arguments: list[tuple[Any, ...]]) -> list[T]:
     """In a worker."""
-    return list(Here().spread(work, arguments))
+    return list(InProcess().spread(work, arguments))

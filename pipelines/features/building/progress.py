@@ -12,7 +12,7 @@ from sae_harvest.pipelines.features.building.config import FeatureConfig
 
 
 def build_with_progress(
-    store: str | Path, sae: Path | str, out: Path, config: FeatureConfig, **means: Any
+    store: str | Path, sae: Path | str, out: Path, config: FeatureConfig, **execution: Any
 ) -> Built:
     """See `build`; the process keeps the memory that it frees."""
     keep_memory()
@@ -21,4 +21,4 @@ def build_with_progress(
         def show(what: str, done: int, total: int) -> None:
             progress(f"{what} {'blocks' if what == 'encoding' else 'latents'}", done, total)
 
-        return build(store, sae, out, config, on_progress=show, **means)
+        return build(store, sae, out, config, on_progress=show, **execution)

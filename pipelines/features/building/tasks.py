@@ -17,8 +17,8 @@ from sae_harvest.pipelines.features.building.config import FeatureConfig
 from sae_harvest.pipelines.features.counting.neighbours import Neighbours, neighbours
 from sae_harvest.pipelines.features.counting.profile import Profile, profile
 from sae_harvest.pipelines.features.encoding.firings import Blocks, publish
-from sae_harvest.pipelines.features.encoding.sources import Given, Source, open_source
-from sae_harvest.pipelines.features.tables.contexts import Wanted, contexts
+from sae_harvest.pipelines.features.encoding.sources import Source, SourceSpec, open_source
+from sae_harvest.pipelines.features.tables.contexts import WantedContexts, contexts
 from sae_harvest.pipelines.features.tables.rows import Rows
 from sae_harvest.pipelines.features.tables.texts import TokenTexts
 from sae_harvest.store.objects import LocalObjects
@@ -31,7 +31,7 @@ class Job:
     source_digest: of the store as it was when the build began; out: an absolute path.
     """
 
-    given: Given
+    given: SourceSpec
     source_digest: str
     dictionary_digest: str
     out: str
@@ -105,7 +105,7 @@ def neighbours_of_latents(job: Job, share: float, first: int, last: int) -> Neig
     return neighbours(work.blocks, length, work.dictionary.W_dec, n, share, first, last)
 
 
-def contexts_of_latents(job: Job, wanted: Wanted, first: int, last: int) -> pa.Table:
+def contexts_of_latents(job: Job, wanted: WantedContexts, first: int, last: int) -> pa.Table:
     """See `contexts`."""
     work = work_of(job)
     length, config = work.source.context_length, job.config

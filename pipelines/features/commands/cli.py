@@ -117,7 +117,7 @@ def build(
     n_silent: int,
     window: int,
     seed: int,
-    **means: Any,
+    **execution: Any,
 ) -> None:
     """One pass over the store: latents, contexts, histograms, neighbours, tokens, documents.
 
@@ -138,7 +138,7 @@ def build(
         window_tokens=window,
         seed=seed,
     )
-    built = build_with_progress(store, sae, out, config, **means)
+    built = build_with_progress(store, sae, out, config, **execution)
     if built.seconds is None:
         output().print(f"{shown(out)}: the tables are there already.", soft_wrap=True)
     else:

@@ -48,7 +48,7 @@ class ShortLists:
 
 
 @dataclass(eq=False)
-class Kept:
+class ChosenRows:
     """Firings of the latents [first, first + n) that are shown as examples, or lead to some.
 
     top: highest activations, one per document; random: drawn from all firings; deciles [10 n
@@ -79,7 +79,7 @@ class Profile:
     histogram: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
     tokens: TokenCounts
-    kept: Kept
+    kept: ChosenRows
 
 
 def latents_at_once(blocks: Blocks, n_tokens: int) -> int:
@@ -96,7 +96,7 @@ def profile(
 ) -> Profile:
     """Goes through the firings of the latents [first, last) twice: counts, and draws by decile."""
     n, length = last - first, context_length
-    kept = Kept(
+    kept = ChosenRows(
         first,
         ShortLists(n, config.n_top),
         ShortLists(n, config.n_random),

@@ -16,7 +16,7 @@ from sae_harvest.pipelines.features.encoding.firings import Firings
 from sae_harvest.train.sae.kernels.gradient_jit import pairs_by_latent
 
 # rows within a block, int32 [batch], and their activations, float32 [batch, d_in]
-Batch = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
+EncodedRows = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
 
 
 class Encoder(Protocol):
@@ -32,7 +32,7 @@ def batches(
     first_row: int,
     chunk_rows: int,
     batch_rows: int,
-) -> Iterator[Batch]:
+) -> Iterator[EncodedRows]:
     """The rows of a block that count, so many at a time.
 
     Args:
@@ -40,7 +40,7 @@ def batches(
         selected: which rows count [rows]; first_row: the first one's number in the store.
         chunk_rows: that the store reads at once.
     """
-    parts: list[Batch] = []
+    parts: list[EncodedRows] = []
     waiting, last = 0, first_row + len(selected)
     for chunk in range(first_row - first_row % chunk_rows, last, chunk_rows):
         low, high = max(chunk, first_row), min(chunk + chunk_rows, last)
@@ -58,7 +58,7 @@ def batches(
         yield _joined(parts)
 
 
-def _joined(parts: list[Batch]) -> Batch:
+def _joined(parts: list[EncodedRows]) -> EncodedRows:
     if len(parts) == 1:
         return parts[0]
     rows, x = zip(*parts, strict=True)
@@ -77,7 +77,7 @@ class OneAtATime:
 
 
 def encode(
-    encoder: Encoder, n_latents: int, first_row: int, given: Iterator[Batch], stopped: Event
+    encoder: Encoder, n_latents: int, first_row: int, given: Iterator[EncodedRows], stopped: Event
 ) -> Firings:
     """What fires in a block.
 
@@ -85,7 +85,7 @@ def encode(
         first_row: of the block; given: its rows.
         stopped: set when nobody waits for it any more.
     """
-    rows, found = [np.empty(0, np.int32)], list[Batch]()
+    rows, found = [np.empty(0, np.int32)], list[EncodedRows]()
     for some_rows, x in given:
         if stopped.is_set():
             raise CancelledError

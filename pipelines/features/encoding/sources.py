@@ -34,7 +34,7 @@ CONTEXTS = 4096  # of a cache, whose rows are told of at a time
 
 
 @dataclass(frozen=True)
-class Given:
+class SourceSpec:
     """What a build was asked to count, in a form that travels to a worker.
 
     store: place of a store, or the folder of a cache. sae: path of a trained SAE, `identity` for
@@ -84,7 +84,7 @@ class Source(Protocol):
         ...
 
 
-def open_source(given: Given, digest: str | None = None) -> Source:
+def open_source(given: SourceSpec, digest: str | None = None) -> Source:
     """Open what was given; a store that has grown since as it was with this digest.
 
     Raises:
@@ -104,7 +104,7 @@ def open_source(given: Given, digest: str | None = None) -> Source:
 class StoreSource:
     """A store, and the SAE or the neurons of it."""
 
-    def __init__(self, given: Given, digest: str | None) -> None:
+    def __init__(self, given: SourceSpec, digest: str | None) -> None:
         self.store = ActivationStore.open(given.store, digest)
         self.dictionary = load_dictionary(self.store, given.sae, given.site, given.device)
         self.place, self.digest = self.store.place, self.store.digest
@@ -162,7 +162,7 @@ class CacheSource:
     Activations are as delphi has rounded them, to float16.
     """
 
-    def __init__(self, given: Given) -> None:
+    def __init__(self, given: SourceSpec) -> None:
         self._cache = cache = DelphiCache(Path(given.store))
         self.place, self.digest = str(cache.folder.resolve()), cache.digest()
         self.n_rows, self.context_length = cache.n_rows, cache.context_length

@@ -16,7 +16,7 @@ from sae_harvest.pipelines.features.counting.candidates import (
     by_token,
     inactive,
 )
-from sae_harvest.pipelines.features.counting.profile import Kept, ShortLists
+from sae_harvest.pipelines.features.counting.profile import ChosenRows, ShortLists
 from sae_harvest.pipelines.features.encoding.firings import Blocks
 from sae_harvest.pipelines.features.tables.folder import DECILES, FIRING, STRATA
 from sae_harvest.pipelines.features.tables.rows import Rows
@@ -29,7 +29,7 @@ REASONS = (None, "token", "neighbour")
 
 
 @dataclass(eq=False)
-class Wanted:
+class WantedContexts:
     """Rows to be shown, sorted by latent, stratum, rank; arrays [wanted].
 
     latent; stratum: index in STRATA; reason: index in REASONS; rank; row.
@@ -44,12 +44,12 @@ class Wanted:
     def __len__(self) -> int:
         return len(self.row)
 
-    def take(self, places: npt.NDArray[np.integer] | npt.NDArray[np.bool_]) -> Wanted:
-        return Wanted(*(getattr(self, field.name)[places] for field in fields(self)))
+    def take(self, places: npt.NDArray[np.integer] | npt.NDArray[np.bool_]) -> WantedContexts:
+        return WantedContexts(*(getattr(self, field.name)[places] for field in fields(self)))
 
 
 def wanted_rows(
-    kept: Kept,
+    kept: ChosenRows,
     others: npt.NDArray[np.int64],
     drawn: npt.NDArray[np.int64],
     token_rows: TokenRows,
@@ -57,7 +57,7 @@ def wanted_rows(
     config: FeatureConfig,
     first: int,
     last: int,
-) -> Wanted:
+) -> WantedContexts:
     """What to look at for the latents [first, last): more than is shown, see `candidates`.
 
     Args:
@@ -83,7 +83,7 @@ def contexts(
     context_length: int,
     config: FeatureConfig,
     texts: TokenTexts,
-    wanted: Wanted,
+    wanted: WantedContexts,
     first: int,
     last: int,
 ) -> pa.Table:
@@ -101,7 +101,7 @@ def contexts(
     return _table(shown, begin[places], found, rows, texts, context_length)
 
 
-def _of_lists(kept: Kept, first: int, last: int) -> Wanted:
+def _of_lists(kept: ChosenRows, first: int, last: int) -> WantedContexts:
     """What `profile` has kept of the latents [first, last)."""
     parts = []
     low, high = first - kept.first, last - kept.first
@@ -110,7 +110,9 @@ def _of_lists(kept: Kept, first: int, last: int) -> Wanted:
         which, rank = np.nonzero(lists.used[a:b])
         row = lists.row[a:b][which, rank]
         reason = np.zeros_like(which)
-        parts.append(Wanted(first + which // each, stratum + which % each, reason, rank, row))
+        parts.append(
+            WantedContexts(first + which // each, stratum + which % each, reason, rank, row)
+        )
 
     part(kept.top, low, high, 1, 0)
     part(kept.deciles, low * DECILES, high * DECILES, DECILES, 1)
@@ -118,21 +120,23 @@ def _of_lists(kept: Kept, first: int, last: int) -> Wanted:
     return _joined(parts)
 
 
-def _joined(parts: list[Wanted]) -> Wanted:
-    names = [field.name for field in fields(Wanted)]
-    return Wanted(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+def _joined(parts: list[WantedContexts]) -> WantedContexts:
+    names = [field.name for field in fields(WantedContexts)]
+    return WantedContexts(
+        *(np.concatenate([getattr(part, name) for part in parts]) for name in names)
+    )
 
 
 def _tried(
     latents: npt.NDArray[np.int64], stratum: int, reason: int, rows: npt.NDArray[np.int64]
-) -> Wanted:
+) -> WantedContexts:
     """Candidates [latents, any], -1: none."""
     which, rank = np.nonzero(rows >= 0)
     same = np.full_like(which, stratum), np.full_like(which, reason)
-    return Wanted(latents[which], *same, rank, rows[which, rank])
+    return WantedContexts(latents[which], *same, rank, rows[which, rank])
 
 
-def _chosen(fit: Wanted, config: FeatureConfig) -> npt.NDArray[np.int64]:
+def _chosen(fit: WantedContexts, config: FeatureConfig) -> npt.NDArray[np.int64]:
     """Places of what is shown, in the order of the table: each row once per latent and stratum.
 
     Of hard negatives a token's and a neighbour's take turns.
@@ -169,7 +173,7 @@ def _begin(row: npt.NDArray[np.int64], context_length: int, window: int) -> npt.
 
 def _windows(
     blocks: Blocks,
-    wanted: Wanted,
+    wanted: WantedContexts,
     firing: npt.NDArray[np.bool_],
     begin: npt.NDArray[np.int64],
     window: int,
@@ -194,7 +198,7 @@ def _windows(
 
 
 def _table(
-    shown: Wanted,
+    shown: WantedContexts,
     begin: npt.NDArray[np.int64],
     activations: npt.NDArray[np.float32],
     rows: Rows,

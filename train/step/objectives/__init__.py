@@ -20,9 +20,9 @@ from sae_harvest.train.step.objectives.outcome import Outcome
 from sae_harvest.train.step.objectives.relu_kl import relu_kl
 from sae_harvest.train.step.objectives.relu_l1 import relu_l1
 from sae_harvest.train.step.objectives.topk import topk
-from sae_harvest.train.step.step_context import Batch
+from sae_harvest.train.step.step_context import StepContext
 
-OBJECTIVES: dict[str, Callable[[Batch], Outcome]] = {
+OBJECTIVES: dict[str, Callable[[StepContext], Outcome]] = {
     "topk": topk,
     "batchtopk": batchtopk,
     "jumprelu": jumprelu,

@@ -18,7 +18,7 @@ from torch import Tensor
 from sae_harvest.train.sae.kernels import Pairs
 from sae_harvest.train.step.objectives.outcome import Outcome, outcome
 from sae_harvest.train.step.reconstruction import reconstruct
-from sae_harvest.train.step.step_context import Batch
+from sae_harvest.train.step.step_context import StepContext
 
 EVERY = 16  # one row in so many is looked at for the estimate
 MOST_OF_MEAN = 4  # largest values of such a row, in units of k
@@ -27,7 +27,7 @@ LOWERED = 0.5  # and to this share of that, each time it was too high
 TRIES = 3  # after which all positive pre-activations are found
 
 
-def batchtopk(batch: Batch) -> Outcome:
+def batchtopk(batch: StepContext) -> Outcome:
     """Gradients of the reconstruction loss in the batch's workspace."""
     assert batch.config.k is not None
     indices, values, least = largest_of_batch(batch, batch.config.k)
@@ -36,7 +36,7 @@ def batchtopk(batch: Batch) -> Outcome:
     return result
 
 
-def largest_of_batch(batch: Batch, k: int) -> tuple[Tensor, Tensor, float]:
+def largest_of_batch(batch: StepContext, k: int) -> tuple[Tensor, Tensor, float]:
     """The n_rows * k largest ReLU(pi), over all processes.
 
     Returns:
@@ -57,7 +57,7 @@ def largest_of_batch(batch: Batch, k: int) -> tuple[Tensor, Tensor, float]:
     return indices.masked_fill(cut, -1), pi.masked_fill(indices < 0, 0), least
 
 
-def _estimate(batch: Batch, k: int) -> float:
+def _estimate(batch: StepContext, k: int) -> float:
     """About the (n_rows * k)-th largest value of the batch, from a part of the rows."""
     sae = batch.sae
     rows = batch.centred[::EVERY].contiguous()  # [batch / EVERY, d_in]

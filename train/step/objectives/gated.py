@@ -17,10 +17,10 @@ from sae_harvest.train.sae.kernels import Pairs
 from sae_harvest.train.step.objectives.outcome import Outcome
 from sae_harvest.train.step.objectives.relu_l1 import l1_slope
 from sae_harvest.train.step.reconstruction import error_of, reconstruct
-from sae_harvest.train.step.step_context import Batch
+from sae_harvest.train.step.step_context import StepContext
 
 
-def gated(batch: Batch) -> Outcome:
+def gated(batch: StepContext) -> Outcome:
     """Gradients of all three losses in the batch's workspace."""
     sae, into = batch.sae, batch.workspace.gradients
     indices, pi = batch.above(torch.zeros_like(sae.b_enc))  # [batch, w]

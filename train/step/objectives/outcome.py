@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sae_harvest.train.step.reconstruction import Reconstruction
-from sae_harvest.train.step.step_context import Batch
+from sae_harvest.train.step.step_context import StepContext
 
 
 @dataclass
@@ -25,6 +25,6 @@ class Outcome:
     least_kept: float | None = None
 
 
-def outcome(batch: Batch, reconstruction: Reconstruction, **penalties: float) -> Outcome:
+def outcome(batch: StepContext, reconstruction: Reconstruction, **penalties: float) -> Outcome:
     """Of an objective whose pairs reach b_enc and b_dec alike."""
     return Outcome(reconstruction, penalties, batch.workspace.gradients.bias)

@@ -20,10 +20,10 @@ import torch
 from sae_harvest.train.sae.kernels import Pairs
 from sae_harvest.train.step.objectives.outcome import Outcome, outcome
 from sae_harvest.train.step.reconstruction import reconstruct
-from sae_harvest.train.step.step_context import Batch
+from sae_harvest.train.step.step_context import StepContext
 
 
-def relu_kl(batch: Batch) -> Outcome:
+def relu_kl(batch: StepContext) -> Outcome:
     """Gradients of reconstruction loss and KL in the batch's workspace."""
     config, width = batch.config, batch.config.bandwidth
     assert config.k is not None

@@ -12,16 +12,16 @@ import torch
 from sae_harvest.train.sae.kernels import Pairs
 from sae_harvest.train.step.objectives.outcome import Outcome, outcome
 from sae_harvest.train.step.reconstruction import reconstruct
-from sae_harvest.train.step.step_context import Batch
+from sae_harvest.train.step.step_context import StepContext
 
 
-def l1_slope(batch: Batch) -> float:
+def l1_slope(batch: StepContext) -> float:
     """d penalty / d v of a pair."""
     weight = batch.penalty_share * batch.config.l1
     return float(weight / (batch.n_rows * batch.total_variance**0.5))
 
 
-def relu_l1(batch: Batch) -> Outcome:
+def relu_l1(batch: StepContext) -> Outcome:
     """Gradients of reconstruction loss and L1 in the batch's workspace."""
     indices, pi = batch.above(torch.zeros_like(batch.sae.b_enc))  # [batch, w]
     values, slope = pi.clamp(min=0), l1_slope(batch)

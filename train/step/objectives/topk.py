@@ -11,10 +11,10 @@ from torch import Tensor
 from sae_harvest.train.sae.kernels import Pairs
 from sae_harvest.train.step.objectives.outcome import Outcome, outcome
 from sae_harvest.train.step.reconstruction import reconstruct, widened
-from sae_harvest.train.step.step_context import Batch
+from sae_harvest.train.step.step_context import StepContext
 
 
-def topk(batch: Batch) -> Outcome:
+def topk(batch: StepContext) -> Outcome:
     """Gradients of the reconstruction loss, Multi-TopK included, in the batch's workspace."""
     config, group = batch.config, batch.group
     assert config.k is not None
@@ -33,7 +33,7 @@ def topk(batch: Batch) -> Outcome:
     )
 
 
-def largest(batch: Batch, k: int) -> tuple[Tensor, Tensor]:
+def largest(batch: StepContext, k: int) -> tuple[Tensor, Tensor]:
     """The k largest ReLU(pi) of each row among this process's latents, in decreasing order.
 
     Returns:
