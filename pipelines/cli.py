@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from sae_harvest.common.console import SAME_COMMAND, output, when_interrupted
+from sae_harvest.common.console import SAME_COMMAND, device_option, output, when_interrupted
 from sae_harvest.common.numbers import CountRange
 from sae_harvest.common.options import NameOption, PathOption
 from sae_harvest.common.paths import shown
@@ -70,7 +70,7 @@ def demo(out: Path, workers: int, tokens: int) -> None:
     "changes",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Another value for a key of the recipe, harvest.tokens=1e6 say; may be repeated.",
+    help="Value for a key of the recipe, such as harvest.tokens=1e6; repeat for several.",
 )
 @click.option(
     "--workers",
@@ -80,7 +80,7 @@ def demo(out: Path, workers: int, tokens: int) -> None:
     help="Ray workers that harvest; 0 harvests in this process without Ray.",
 )
 @click.option("--address", help="Ray cluster to harvest on: auto, or HOST:PORT.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@device_option
 @stopped_code_option
 def run(
     recipe: str,

@@ -193,7 +193,7 @@ class TrainConfig(BaseModel):
     )
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of Adam's first moment, a step")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment, a step")
-    adam_eps: Weight = Field(6.25e-10, gt=0, description="added to Adam's denominator")
+    adam_eps: Weight = Field(6.25e-10, gt=0, description="constant added to Adam's denominator")
     ema_decay: float | None = Field(
         0.999,
         ge=0,
@@ -247,9 +247,9 @@ class TrainConfig(BaseModel):
         description="width, in units of pre-activations, of the window around the threshold "
         "that gives it a gradient (jumprelu, relu_kl)",
     )
-    seed: Count = Field(0, ge=0, description="of the initial weights and the order of rows")
+    seed: Count = Field(0, ge=0, description="seed of the initial weights and of the order of rows")
     order_seed: Count | None = Field(
-        None, ge=0, description="of the order of rows alone; none: seed"
+        None, ge=0, description="seed of the order of rows alone; none: seed"
     )
     rule: RowRule = Field(RowRule(), description="which rows to train on")
     checkpoint_every: Count = Field(200, ge=1, description="steps between checkpoints")

@@ -44,11 +44,11 @@ class Places(BaseModel):
         json_schema_extra={"metavar": "PLACE"},
     )
     out: Place = Field(
-        description="the run's folder; the same command continues a run that is there",
+        description="folder of the run; the same command continues a run that is there",
         json_schema_extra={"metavar": "FOLDER"},
     )
     site: str | None = Field(
-        None, description="which activations, resid_post.12 say; none: the only site"
+        None, description="site to train on, such as resid_post.12; none: the store's only one"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
 
@@ -135,7 +135,7 @@ config_file_option = click.option(
     "--config",
     "file",
     type=PathOption(dir_okay=False),
-    help="YAML file with any of these options; those given here win over it.",
+    help="YAML file with any of these options. An option given here takes precedence.",
 )
 
 

@@ -13,6 +13,7 @@ from sae_harvest.common.console import (
     SAME_COMMAND,
     Commands,
     Progress,
+    device_option,
     output,
     store_option,
     when_interrupted,
@@ -64,7 +65,7 @@ def means_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="Ray workers; 0 runs in this process without Ray.",
         ),
-        click.option("--address", help="Of a running Ray cluster, host:port or auto."),
+        click.option("--address", help="Address of a running Ray cluster: HOST:PORT or auto."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -76,14 +77,14 @@ def means_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--store",
     type=PlaceOption(),
-    help="Where to write: a folder or s3://bucket/prefix; default runs/MODEL-SITE/store.",
+    help="Folder or s3://bucket/prefix to write. Default: runs/MODEL-SITE/store.",
 )
 @means_options
 @click.option(
     "--shards",
     "only",
     metavar="FIRST:LAST",
-    help="Work on these shards only, LAST left out; `harvest merge` joins what several did.",
+    help="Shards to harvest, without LAST. `harvest merge` joins the parts.",
 )
 def run(
     store: str | None, workers: int, address: str | None, only: str | None, **given: Any
@@ -150,9 +151,7 @@ def status(store: str) -> None:
 @store_option
 @click.option("--repair", is_flag=True, help="Harvest the damaged shards again.")
 @means_options
-@click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
-)
+@device_option
 def verify(store: str, repair: bool, workers: int, address: str | None, device: str) -> None:
     """Re-read and re-hash every object; name each damaged one, and mend it if asked to.
 
@@ -219,7 +218,9 @@ def repair_and_report(store: str, execution: Any) -> Any:
 
 @main.command()
 @store_option
-@click.option("--row", type=CountRange(min=0), help="Where one row comes from, instead.")
+@click.option(
+    "--row", type=CountRange(min=0), help="Number of a row; prints where that row comes from."
+)
 def show(store: str, row: int | None) -> None:
     """What a store holds: model, text, sites, statistics, outlier rows.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from sae_harvest.common.console import device_option
 from sae_harvest.common.numbers import CountRange
 from sae_harvest.common.options import NameOption
 
@@ -32,24 +33,34 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--model",
             required=True,
             type=NameOption("smollm2-135m"),
-            help="Hub id, folder, .gguf file or smollm2-135m.",
+            help="Model: Hub id, folder, .gguf file, or smollm2-135m.",
         ),
-        click.option("--model-revision", help="Branch, tag or commit of a hub model."),
+        click.option("--model-revision", help="Branch, tag or commit of the Hub model."),
         click.option(
             "--corpus",
             type=NameOption(DEFAULT_CORPUS),
             default=DEFAULT_CORPUS,
             show_default=True,
-            help="Hub dataset id; a text, JSONL, CSV or Parquet file, or a folder or s3:// "
-            "prefix of them; or news, the packaged one.",
+            help="Text: a dataset on the Hub; a text, JSONL, CSV or Parquet file; a folder or"
+            " s3:// "
+            "prefix of such files; or news, the packaged articles.",
         ),
-        click.option("--dataset-config", help="Configuration of a hub dataset."),
-        click.option("--split", default="train", show_default=True, help="Of a hub dataset."),
-        click.option("--revision", help="Of a hub dataset."),
-        click.option("--text-column", help="Column of the text; found by itself if usual."),
-        click.option("--dedup", is_flag=True, help="Leave out documents seen before."),
-        click.option("--keep-text", is_flag=True, help="Store the documents' texts as well."),
-        click.option("--layer", type=int, multiple=True, help="N means the site resid_post.N."),
+        click.option("--dataset-config", help="Configuration of the Hub dataset."),
+        click.option(
+            "--split", default="train", show_default=True, help="Split of the Hub dataset."
+        ),
+        click.option("--revision", help="Branch, tag or commit of the Hub dataset."),
+        click.option(
+            "--text-column", help="Column that holds the text. Default: a usual one, such as text."
+        ),
+        click.option("--dedup", is_flag=True, help="Leave out documents whose text came before."),
+        click.option("--keep-text", is_flag=True, help="Store the texts of the documents as well."),
+        click.option(
+            "--layer",
+            type=int,
+            multiple=True,
+            help="Number N of a layer, for the site resid_post.N.",
+        ),
         click.option(
             "--site",
             multiple=True,
@@ -74,7 +85,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(["auto", "none", "context"]),
             default="auto",
             show_default=True,
-            help="BOS token at position 0 of each context?",
+            help="BOS token at position 0 of each context; auto does as the tokenizer does.",
         ),
         click.option(
             "--seed",
@@ -88,14 +99,14 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(["float16", "float32", "int8"]),
             default="float16",
             show_default=True,
-            help="Type of the stored activations; int8 has a scale per channel and shard.",
+            help="Type of the stored activations. int8 has a scale per channel and shard.",
         ),
         click.option(
             "--compute-dtype",
             type=click.Choice(["auto", "bfloat16", "float32"]),
             default="auto",
             show_default=True,
-            help="Type that the forward pass computes in.",
+            help="Type of the forward pass; auto is bfloat16 where that is fast.",
         ),
         click.option(
             "--shard-rows",
@@ -103,12 +114,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Rows per shard: what a killed worker loses. Default: 65,536 on a GPU, about "
             "half a minute's on a CPU.",
         ),
-        click.option(
-            "--device",
-            type=click.Choice(["auto", "cpu", "cuda"]),
-            default="auto",
-            show_default=True,
-        ),
+        device_option,
     ]
     for option in reversed(options):
         command = option(command)

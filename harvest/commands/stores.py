@@ -23,7 +23,7 @@ from sae_harvest.common.paths import shown
     "--into",
     type=PlaceOption(),
     required=True,
-    help="The store that gets the shards it lacks: a folder or s3://bucket/prefix, new or not.",
+    help="Store that receives the shards it lacks: a folder or s3://bucket/prefix, new or not.",
 )
 @click.argument("sources", metavar="SOURCE...", type=PlaceOption(), nargs=-1, required=True)
 def merge(into: str, sources: tuple[str, ...]) -> None:
@@ -70,11 +70,17 @@ def merge(into: str, sources: tuple[str, ...]) -> None:
 @click.command()
 @store_option
 @click.option(
-    "--out", type=PlaceOption(), required=True, help="A new folder, or s3://bucket/prefix."
+    "--out", type=PlaceOption(), required=True, help="New folder or s3://bucket/prefix to write."
 )
-@click.option("--format", "kind", type=click.Choice(["parquet", "safetensors"]), required=True)
-@click.option("--site", multiple=True, help="Several times for several; by itself all.")
-@click.option("--shards", metavar="FIRST:LAST", help="These shards only, LAST left out.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["parquet", "safetensors"]),
+    required=True,
+    help="Format of the files.",
+)
+@click.option("--site", multiple=True, help="Site to export; repeat for several. Default: all.")
+@click.option("--shards", metavar="FIRST:LAST", help="Shards to export, without LAST.")
 @click.option("--without-outliers", is_flag=True, help="Leave out the outlier rows.")
 def export(
     store: str,

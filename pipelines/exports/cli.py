@@ -19,13 +19,17 @@ FORMATS = ("neuronpedia", "delphi", "openai", "circuit-tracer")
     type=PathOption(),
     multiple=True,
     required=True,
-    help="Folder of the tables; of several layers, each with one such option.",
+    help="Folder of the tables; repeat for several layers.",
 )
 @click.option(
-    "--format", "format_name", type=click.Choice(FORMATS), required=True, help="Whose format."
+    "--format",
+    "format_name",
+    type=click.Choice(FORMATS),
+    required=True,
+    help="Package whose format is read or written.",
 )
-@click.option("--out", type=PathOption(), required=True, help="Folder to write, a new one.")
-@click.option("--latents", metavar="0-99,512", help="Which; all by default.")
+@click.option("--out", type=PathOption(), required=True, help="New folder to write.")
+@click.option("--latents", metavar="0-99,512", help="Latents to export. Default: all.")
 @click.option(
     "--name",
     help="What it is called there: delphi's hookpoint, Neuronpedia's source set, "

@@ -17,14 +17,14 @@ from sae_harvest.pipelines.options import features_option
 compare_option = click.option(
     "--compare",
     type=PathOption(),
-    help="Tables of a second SAE, of the same site, to put beside the first.",
+    help="Folder of the tables of a second SAE of the same site, shown beside the first.",
 )
 sae_option = click.option(
     "--sae",
     "saes",
     type=PathOption(),
     multiple=True,
-    help="Where the SAE is now, if it has moved; also that of --compare.",
+    help="Folder of the SAE, if it has moved; repeat for that of --compare.",
 )
 
 
@@ -37,7 +37,7 @@ sae_option = click.option(
     "stores",
     type=PlaceOption(),
     multiple=True,
-    help="Where the store is now, if it has moved; also that of --compare.",
+    help="Place of the store, if it has moved; repeat for that of --compare.",
 )
 @click.option(
     "--model",
@@ -50,7 +50,7 @@ sae_option = click.option(
     "--host",
     default="127.0.0.1",
     show_default=True,
-    help="Address to listen on; anything but this machine's own asks for a token.",
+    help="Address to listen on. Any but this machine's own asks for a token.",
 )
 @click.option(
     "--port",
@@ -60,8 +60,8 @@ sae_option = click.option(
     help="Port to listen on; 0 takes a free one.",
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="cpu",
-              show_default=True, help="Where live text and steering run the model.")  # fmt: skip
-@click.option("--allow-sql", is_flag=True, help="A page for SELECTs over the tables.")
+              show_default=True, help="Device for live text and steering.")  # fmt: skip
+@click.option("--allow-sql", is_flag=True, help="Offer a page for SELECT queries over the tables.")
 def serve(
     features: Path,
     compare: Path | None,

@@ -65,6 +65,13 @@ class _StoreOption(click.Option):
         return super().process_value(ctx, value)
 
 
+device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Device to compute on; auto takes a GPU where there is one.",
+)
 store_option = click.option(
     "--store",
     cls=_StoreOption,

@@ -12,6 +12,7 @@ from rich.table import Column, Table
 from sae_harvest.common.console import (
     EXIT_FAILURE,
     Progress,
+    device_option,
     output,
     store_option,
 )
@@ -92,7 +93,7 @@ def run(
     places, config = run_settings(context, file)
     out, name = Path(places.out), shown(places.out)
     if workers is None and address is not None:
-        raise click.UsageError("--address is of runs with --workers; say how many.")
+        raise click.UsageError("--address requires --workers; give their number.")
     cluster = None
     if workers is not None:
         cluster = {"workers": workers, "parallel": parallel, "address": address}
@@ -177,7 +178,7 @@ def _number(value: Any, form: str) -> str:
 
 
 @main.command("eval")
-@click.option("--sae", "sae_folder", type=folder, required=True, help="Folder of any SAE of ours.")
+@click.option("--sae", "sae_folder", type=folder, required=True, help="Folder of a trained SAE.")
 @store_option
 @click.option(
     "--rows",
@@ -186,8 +187,8 @@ def _number(value: Any, form: str) -> str:
     show_default=True,
     help="Held-out rows to read, at most.",
 )
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-@click.option("--out", type=PathOption(), help="Also write it here, as JSON.")
+@device_option
+@click.option("--out", type=PathOption(), help="JSON file to write the evaluation into as well.")
 def evaluation(sae_folder: Path, store: str, rows: int, device: str, out: Path | None) -> None:
     """How well an SAE reconstructs held-out rows of a store.
 

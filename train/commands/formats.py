@@ -11,7 +11,11 @@ from sae_harvest.common.paths import shown
 from sae_harvest.train.sae.formats import FORMATS, export_sae, import_sae
 
 format_option = click.option(
-    "--format", "name", type=click.Choice(FORMATS), required=True, help="Whose format."
+    "--format",
+    "name",
+    type=click.Choice(FORMATS),
+    required=True,
+    help="Package whose format is read or written.",
 )
 
 
@@ -27,7 +31,7 @@ format_option = click.option(
     "--out",
     type=PathOption(),
     required=True,
-    help="Where to write; openai: a .pt file, the others: a folder.",
+    help="What to write: a .pt file for openai, a folder for the others.",
 )
 def export_command(sae: Path, name: str, out: Path) -> None:
     """Write an SAE in the format of another package.
@@ -47,7 +51,7 @@ def export_command(sae: Path, name: str, out: Path) -> None:
     metavar="PATH",
     type=PathOption(),
     required=True,
-    help="What that package has written; openai: a .pt file, the others: a folder.",
+    help="What the package has written: a .pt file for openai, a folder for the others.",
 )
 @click.option(
     "--out",
@@ -55,9 +59,11 @@ def export_command(sae: Path, name: str, out: Path) -> None:
     required=True,
     help="Folder to save the SAE in.",
 )
-@click.option("--site", help="Activations that it reads, resid_post.12 say, if PATH has none.")
-@click.option("--target-site", help="Activations that a transcoder predicts, if PATH has none.")
-@click.option("--model", help="Name of the model it was trained on, if PATH has none.")
+@click.option(
+    "--site", help="Site that the SAE reads, such as resid_post.12, if PATH does not say."
+)
+@click.option("--target-site", help="Site that a transcoder predicts, if PATH does not say.")
+@click.option("--model", help="Name of the model that it was trained on, if PATH does not say.")
 def import_command(
     name: str,
     path: Path,

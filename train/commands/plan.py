@@ -16,12 +16,28 @@ GPUS = ("a100", "h100", "h200", "b200")
 
 
 @click.command()
-@click.option("--store", type=PlaceOption(), help="Of a store, for its widths; instead of --d-in.")
-@click.option("--site", help="Which of the store's sites; default: the only one.")
+@click.option(
+    "--store",
+    type=PlaceOption(),
+    help="Activation store whose widths are taken, instead of --d-in.",
+)
+@click.option("--site", help="Site of the store. Default: the only one.")
 @click.option("--d-in", type=CountRange(min=1), help="Width of the activations.")
 @click.option("--d-out", type=CountRange(min=1), help="Width that a transcoder predicts.")
-@click.option("--n-latents", type=CountRange(min=1), default=8192, show_default=True)
-@click.option("--k", type=CountRange(min=1), default=32, show_default=True)
+@click.option(
+    "--n-latents",
+    type=CountRange(min=1),
+    default=8192,
+    show_default=True,
+    help="Number of latents.",
+)
+@click.option(
+    "--k",
+    type=CountRange(min=1),
+    default=32,
+    show_default=True,
+    help="Active latents per row.",
+)
 @click.option(
     "--tokens",
     type=CountRange(min=1),
@@ -36,7 +52,9 @@ GPUS = ("a100", "h100", "h200", "b200")
     show_default=True,
     help="Rows per step, of all devices together.",
 )
-@click.option("--devices", type=CountRange(min=1), default=1, show_default=True, help="How many.")
+@click.option(
+    "--devices", type=CountRange(min=1), default=1, show_default=True, help="Number of devices."
+)
 @click.option(
     "--parallel",
     type=click.Choice(["data", "latents"]),
@@ -66,7 +84,7 @@ GPUS = ("a100", "h100", "h200", "b200")
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     show_default=True,
-    help="What to measure.",
+    help="Device to measure.",
 )
 def plan(store: str | None, site: str | None, d_in: int | None, **given: Any) -> None:
     """Print the memory, operations, bytes and time of a training run.

@@ -30,7 +30,7 @@ from sae_harvest.common.paths import shown
     type=CountRange(min=0),
     default=0,
     show_default=True,
-    help="Of the bootstrap behind the intervals.",
+    help="Seed of the bootstrap behind the intervals.",
 )
 def scaling(sweep: Path, out: Path, plots: bool, seed: int) -> None:
     """Fit scaling laws, L(n), L(n, k) and L(C), to the runs of a sweep.

@@ -87,7 +87,8 @@ stopped_code_option = click.option(
     type=click.IntRange(0, 255),
     default=0,
     show_default=True,
-    help="Exit code when SIGTERM stops it with work left, for schedulers that take 0 for done.",
+    help="Exit code when SIGTERM stops the run before its end, for schedulers that take 0 for "
+    "done.",
 )
 
 

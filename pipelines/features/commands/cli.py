@@ -9,6 +9,7 @@ import click
 
 from sae_harvest.common.console import (
     Commands,
+    device_option,
     output,
     store_option,
 )
@@ -44,10 +45,15 @@ main.add_command(export_command)
     "--sae",
     type=NameOption("identity", "delphi"),
     required=True,
-    help="Trained SAE; identity for the neurons themselves; delphi if --store is a cache of it.",
+    help="Folder of a trained SAE; identity for the neurons; delphi if --store is a cache of "
+    "delphi's.",
 )
-@click.option("--site", help="Of the neurons, if the store has several, or of the cache: mlp_out.8")
-@click.option("--model", type=NameOption(), help="Of the cache, if it does not name it.")
+@click.option(
+    "--site", help="Site of the neurons or of the cache, such as mlp_out.8, if there are several."
+)
+@click.option(
+    "--model", type=NameOption(), help="Model of the cache, if the cache does not name it."
+)
 @click.option("--out", type=PathOption(), required=True, help="Folder to write.")
 @click.option(
     "--top",
@@ -85,14 +91,14 @@ main.add_command(export_command)
     type=CountRange(min=1),
     default=64,
     show_default=True,
-    help="Tokens shown around a peak.",
+    help="Tokens shown around an activation.",
 )
 @click.option(
     "--seed",
     type=CountRange(0, 2**62 - 1),
     default=0,
     show_default=True,
-    help="Of everything that is drawn.",
+    help="Seed of everything that is drawn.",
 )
 @click.option(
     "--workers",
@@ -104,9 +110,7 @@ main.add_command(export_command)
 @click.option(
     "--address", help="Ray cluster: auto, or HOST:PORT. --out has to be seen by all of it."
 )
-@click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
-)
+@device_option
 def build(
     store: str,
     sae: str,

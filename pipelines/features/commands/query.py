@@ -37,7 +37,7 @@ MAX_SQL_BYTES = 1 << 20
     "target",
     type=PathOption(),
     metavar="FILE",
-    help="New file to write the result into: .csv, .json or .parquet.",
+    help="New file for the result: .csv, .json or .parquet.",
 )
 @click.option(
     "--limit",
