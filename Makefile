@@ -49,7 +49,7 @@ check: $(STAMP)
 # documented commands, which are typed one after the other. What these compile, the tests need not.
 test: $(STAMP)
 	$(MAKE) --no-print-directory -j 3 check small-demo documented
-	$(PYTEST) -n 4 --dist loadfile --no-loadscope-reorder --ignore tests/test_documented_commands.py
+	$(PYTEST) -n 4 --dist loadfile --no-loadscope-reorder --durations 40 --ignore tests/test_documented_commands.py
 
 # every command of README, docs and --help, small
 documented: $(STAMP)

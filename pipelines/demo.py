@@ -67,6 +67,7 @@ def run_demo(root: Path, workers: int, console: Console, tokens: int | None = No
     figures = Figures(root / "figures.json")
     console.rule("1/4  harvest: SmolLM2-135M over news")
     harvested = harvest_with_progress(harvest, store, Execution(workers=workers))
+    assert harvested.digest is not None  # every shard was asked for
     if harvested.rows_run:
         figures.set("harvest", harvested.digest, rate=harvested.rows_run / harvested.seconds)
     console.rule("2/4  train: a TopK sparse autoencoder")
