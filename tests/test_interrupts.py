@@ -12,10 +12,11 @@ import pytest
 from click.testing import CliRunner
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
 
+from sae_harvest.harvest.commands.cli import main
 from sae_harvest.harvest.run import driver as run
 from sae_harvest.harvest.run.prefetch import Ahead
 from sae_harvest.harvest.run.prepare import default_shard_rows
-from sae_harvest.harvest.run.progress import kept, main
+from sae_harvest.harvest.run.progress import kept
 from sae_harvest.harvest.run.worker import ShardWorker, Stopped
 from sae_harvest.harvest.text.corpus import CorpusSpec, open_corpus
 from sae_harvest.store.objects import LocalObjects
