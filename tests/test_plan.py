@@ -64,7 +64,9 @@ def held_bytes(owner: object) -> int:
         elif isinstance(value, list | tuple):
             for item in value:
                 visit(item)
-        elif type(value).__module__.startswith("sae_harvest.train.") and not isinstance(value, CpuKernels):
+        elif isinstance(value, CpuKernels):
+            return
+        elif type(value).__module__.startswith("sae_harvest.train."):
             visit(vars(value))
 
     visit(owner)
