@@ -23,7 +23,7 @@ __all__ = ["Features", "Latent", "open_features"]
 
 @dataclass(frozen=True)
 class Latent:
-    """What the tables hold about one latent; docs/tables.md describes every column.
+    """One latent in the tables; docs/tables.md describes every column.
 
     >>> latent = open_features("runs/demo/features").latent(3)
     >>> latent.number, "density" in latent.statistics
@@ -61,7 +61,7 @@ class Features:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.run: dict[str, Any] = require_run(self.path)
-        """What the tables were made from: `run.json`."""
+        """The origin of the tables: store, SAE, model, settings; the contents of `run.json`."""
         connection = connect(self.path)
         with reading(self.path):
             [(self._n_latents,)] = connection.execute("SELECT count(*) FROM latents").fetchall()

@@ -25,7 +25,7 @@ class ShardActor:
 
     @staticmethod
     def versions(libraries: list[str]) -> dict[str, str | None]:
-        """Of the libraries on this machine; builds for other devices are no other version."""
+        """Versions of libraries on this machine, None if absent; a build for a device is left out."""
         found: dict[str, str | None] = {}
         for name in libraries:
             try:

@@ -10,7 +10,7 @@ from sae_harvest.harvest.run.prepare import LIBRARIES
 
 
 def versions() -> dict[str, str | None]:
-    """Of the libraries that decide the bytes, on this machine."""
+    """Versions on this machine of the libraries that decide the bytes."""
     return ShardActor.versions(list(LIBRARIES))
 
 

@@ -31,7 +31,7 @@ format_option = click.option(
     "--out",
     type=PathOption(),
     required=True,
-    help="What to write: a .pt file for openai, a folder for the others.",
+    help="Path to write: a .pt file for openai, a folder for the others.",
 )
 def export_command(sae: Path, name: str, out: Path) -> None:
     """Write an SAE in the format of another package.
@@ -51,7 +51,7 @@ def export_command(sae: Path, name: str, out: Path) -> None:
     metavar="PATH",
     type=PathOption(),
     required=True,
-    help="What the package has written: a .pt file for openai, a folder for the others.",
+    help="Path that the package has written: a .pt file for openai, else a folder.",
 )
 @click.option(
     "--out",

@@ -67,7 +67,7 @@ class WorkerError(SaeHarvestError):
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a worker needs to know; see `train.run.trainer.train`."""
+    """The task of a worker; see `train.run.trainer.train`."""
 
     config: dict[str, Any]
     store: str
