@@ -25,7 +25,7 @@ class ShardActor:
 
     @staticmethod
     def versions(libraries: list[str]) -> dict[str, str | None]:
-        """Versions of libraries on this machine, None if absent; a build for a device is left out."""
+        """Versions of libraries on this machine, None if absent; without names of builds."""
         found: dict[str, str | None] = {}
         for name in libraries:
             try:
