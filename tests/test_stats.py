@@ -142,7 +142,8 @@ def test_quantization_errors_are_merged_and_compared_with_the_variance() -> None
 
 
 def test_numba_is_imported_only_to_compute() -> None:
-    code = "import sys, store.stats, store.quantize; sys.exit('numba' in sys.modules)"
+    names = "sae_harvest.store.statistics.stats, sae_harvest.store.statistics.quantize"
+    code = f"import sys, {names}; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
