@@ -29,7 +29,6 @@ INTERVAL_SECONDS = 2.0
 INTERVAL_SECONDS_S3 = 10.0  # each is a request that costs money
 STALE_INTERVALS = 3
 STALE_SECONDS = 15.0  # at least
-OTHERS_INTERVALS = 1.5
 RATE_SECONDS = 60.0  # over which the rate is taken
 
 
@@ -135,14 +134,19 @@ class Heartbeat:
     def others_at_work(self) -> bool:
         """True if another harvest gives signs of life at the place, once this one has ended.
 
-        Its sign may have been overwritten by ours: this waits until it must have given another.
+        Ours has overwritten its sign. This waits for the next one as long as a harvest may be late.
         """
-        time.sleep(OTHERS_INTERVALS * self._interval)
-        try:
-            found = read_status(self._objects)
-        except DamagedError:
-            return True  # it is being written
-        return found is not None and found.alive
+        deadline = time.monotonic() + STALE_INTERVALS * self._interval
+        while True:
+            try:
+                found = read_status(self._objects)
+            except DamagedError:
+                return True  # it is being written
+            if found is not None and found.alive:
+                return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(self._interval / 4)
 
     def _beat(self) -> None:
         while True:
