@@ -11,11 +11,16 @@ of one; a damaged one is made again.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import secrets
 import shutil
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+import gguf
 import torch
 from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -29,40 +34,42 @@ from sae_harvest.store.objects import file_hash
 
 RECORD = "complete.json"
 
+_one_at_a_time = threading.Lock()
 
-def converted(gguf: Path) -> Path:
+
+def converted(source: Path) -> Path:
     """The folder with the float32 safetensors copy of a GGUF file and its tokenizer.
 
     Made on the first call, in `cache_dir()/models/<name>-<hash of the file>`. Raises InputError
     if the file is not GGUF, if transformers can't read its architecture, or if the copy can't be
     written.
     """
-    refuse_pointer(gguf)
-    with gguf.open("rb") as file:
+    refuse_pointer(source)
+    with source.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise InputError(f"{gguf} is not a GGUF file: it doesn't begin with the word GGUF.")
-    folder = cache_dir() / "models" / f"{gguf.stem}-{file_hash(gguf)[:16]}"
+            raise InputError(f"{source} is not a GGUF file: it doesn't begin with the word GGUF.")
+    folder = cache_dir() / "models" / f"{source.stem}-{file_hash(source)[:16]}"
     if _is_intact(folder):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(folder.name + ".lock")):
             if not _is_intact(folder):  # another process may have made it while we waited
-                _make(gguf, folder)
+                _make(source, folder)
     except OSError as error:
         raise InputError(
-            f"The converted copy of {gguf.name} can't be written to {folder.parent}: {error}; "
+            f"The converted copy of {source.name} can't be written to {folder.parent}: {error}; "
             "free some space there, or set SAE_HARVEST_CACHE to another folder."
         ) from error
     return folder
 
 
-def _make(gguf: Path, folder: Path) -> None:
+def _make(source: Path, folder: Path) -> None:
     # not by mkdtemp, whose folders only their maker can read: a cache may be shared
     aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     aside.mkdir()
     try:
-        _convert(gguf, aside)
+        _convert(source, aside)
         files = sorted(path for path in aside.iterdir())
         record = {p.name: {"bytes": p.stat().st_size, "xxh3": file_hash(p)} for p in files}
         (aside / RECORD).write_text(json.dumps(record, indent=1))
@@ -76,35 +83,54 @@ def _make(gguf: Path, folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)  # gone already, once renamed
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert(file: Path, folder: Path) -> None:
     """Decode the weights into float32 and save model and tokenizer to `folder`.
 
     Not by `from_pretrained(gguf_file=…)`: it asks for accelerate, and marks the model as
     quantised, which `save_pretrained` then refuses.
     """
     try:
-        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        config = AutoConfig.from_pretrained(**source, local_files_only=True)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        weights = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)
+        source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+        with _parsed_once():
+            config = AutoConfig.from_pretrained(**source, local_files_only=True)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            weights = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)
+            tokenizer = AutoTokenizer.from_pretrained(**source, local_files_only=True)
         result = model.load_state_dict(weights["tensors"], strict=False)
-        tokenizer = AutoTokenizer.from_pretrained(**source, local_files_only=True)
     except Exception as error:  # the readers of a damaged file may raise anything
         raise InputError(
-            f"{gguf.name} can't be read: {_first_line(error)}; it may be damaged, or of an "
+            f"{file.name} can't be read: {_first_line(error)}; it may be damaged, or of an "
             "architecture that transformers doesn't read from GGUF: use its safetensors release."
         ) from error
     # tied weights are missing from the file and share memory with one that is there
-    given = {model.state_dict()[name].data_ptr() for name in weights["tensors"]}
-    missing = [n for n in result.missing_keys if model.state_dict()[n].data_ptr() not in given]
+    state = model.state_dict()
+    given = {state[name].data_ptr() for name in weights["tensors"]}
+    missing = [name for name in result.missing_keys if state[name].data_ptr() not in given]
     if missing or result.unexpected_keys:
         raise InputError(
-            f"{gguf.name} doesn't hold the weights of a {config.model_type} model: "
+            f"{file.name} doesn't hold the weights of a {config.model_type} model: "
             f"{len(missing)} are missing and {len(result.unexpected_keys)} are too many, such as "
             f"{(missing + result.unexpected_keys)[0]}; use its safetensors release."
         )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Keep what transformers otherwise makes anew: three readers of the file, 397 maps of names.
+
+    A reader parses the whole header, several seconds for the 49,152 tokens of a vocabulary; a map
+    of the tensors' names is the same for every module of the model.
+    """
+    with _one_at_a_time:
+        reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+        gguf.GGUFReader = functools.cache(reader)
+        gguf.get_tensor_name_map = functools.cache(names)
+        try:
+            yield
+        finally:
+            gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
 
 
 def _is_intact(folder: Path) -> bool:
