@@ -124,7 +124,7 @@ def figures_table(
     figures: Figures,
     store_digest: str,
 ) -> Table:
-    """What the demo measured; every figure says on which rows."""
+    """The figures that the demo measured, each with the rows it was measured on."""
     store = ActivationStore.open(store_path)
     site, plan = SITE, store.plan
     ordinary, every = evaluation["without_outliers"], evaluation["with_outliers"]
@@ -226,7 +226,7 @@ def brief(features: Path, latent: int) -> Group:
 
 
 def next_commands(store: Path, sae: Path, features: Path) -> Group:
-    """What to type next."""
+    """The commands to type next."""
     sql = "SELECT latent, density, top_tokens FROM latents ORDER BY density DESC LIMIT 10"
     latent = [*interesting_latents(features), 0][0]
     tables = shown(features)

@@ -69,7 +69,7 @@ class LiveModel:
     def __init__(
         self, store: ActivationStore, sae: SAE, model: PreTrainedModel, tokenizer: Any
     ) -> None:
-        """As `open` has found them; the site must be one that the model offers (`InputError`)."""
+        """Arguments as `open` gives them; `InputError` if the model does not have the site."""
         self.sae, self.model = sae, model
         self.site = Site.parse(sae.config.site)
         self.context_length = store.context_length
@@ -172,9 +172,9 @@ class LiveModel:
         return ids
 
     def context(self, ids: list[int]) -> Tensor:
-        """What the model is given for a text of these tokens: int64 [1, 1 + tokens]."""
+        """The model's input for these tokens: int64 [1, 1 + tokens]."""
         return torch.tensor([[self.prefix, *ids]], device=self.model.device)
 
     def reads(self, x: Tensor) -> Tensor:
-        """Which rows [rows, d_in] the SAE's rule reads, by their norm: bool [rows]."""
+        """Mask of the rows [rows, d_in] that the SAE's rule selects by their norm: bool [rows]."""
         return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) <= self._largest_norm

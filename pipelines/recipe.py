@@ -47,7 +47,7 @@ Announce = Callable[[str], None]
 
 
 class Recipe(BaseModel):
-    """What to harvest, and what to train on each site of it."""
+    """The harvest, and the SAEs to train on each of its sites."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -188,7 +188,7 @@ def _layers(recipe: Recipe) -> tuple[int, ...]:
 
 
 def _sweep(recipe: Recipe, out: Path, site: str, device: str) -> Sweep:
-    """What is trained on a site, and where."""
+    """The SAE that is trained on a site, and its folder."""
     layer = site.rpartition(".")[2]
     places = {
         "store": str(out / f"layer.{layer}" / STORE),
@@ -253,7 +253,7 @@ def _set(content: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def suite_table(out: Path) -> Table:
-    """What `suite.parquet` holds, for the terminal."""
+    """The content of `suite.parquet`, for the terminal."""
     table = Table("site", "latents", "k", "FVU", "L0", "never fired", box=None)
     for row in pq.read_table(exact_file(out / SUITE_FILE)).to_pylist():
         table.add_row(

@@ -125,7 +125,7 @@ def relative_places(features: Path, store: str, sae: str) -> dict[str, str]:
 
 
 def _places(features: Path, run: dict[str, Any], name: str) -> list[str]:
-    """Where a part may be: as seen from the tables, then where it was."""
+    """Possible places of a part: relative to the tables, then its original place."""
     relative = run["relative"].get(name)
     near = [] if relative is None else [os.path.normpath(features.resolve() / relative)]
     return list(dict.fromkeys([*near, run[name]]))

@@ -157,7 +157,7 @@ def clamped(live: LiveModel, clamps: Sequence[Clamp]) -> Iterator[None]:
 
 
 def clamping(sae: SAE, x: Tensor, clamps: Sequence[Clamp]) -> Tensor:
-    """What clamping adds to rows.
+    """The vectors that clamping adds to rows.
 
     Args:
         x: [rows, d_in], as the model computes them at the site that the SAE reads.

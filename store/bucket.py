@@ -181,7 +181,7 @@ def _endpoint() -> str:
 
 
 def seconds_for(n_bytes: int) -> int:
-    """How long a request with so many bytes may take, in few steps: each has its own client."""
+    """Time limit of a request of this size, rounded up to few steps: each step needs a client."""
     seconds = GIVE_UP_SECONDS
     while seconds * SLOWEST_BYTES_A_SECOND < n_bytes:
         seconds *= 2

@@ -205,7 +205,7 @@ def check_commit(plan: Plan, record: dict[str, Any], name: str) -> None:
 
 
 def place_in_corpus(record: dict[str, Any]) -> dict[str, Any]:
-    """Where in the corpus the text of a shard begins: the cursor in its commit record.
+    """The cursor in the shard's commit record: the place in the corpus where its text begins.
 
     Raises:
         DamagedError: it is no place in a corpus.

@@ -1,4 +1,4 @@
-"""Where the objects of a store live: published once, whole, durable; never overwritten.
+"""The place that holds a store's objects: each is published once, whole and durably.
 
 A *place* is a folder, or `s3://bucket/prefix` (see `store.s3`). A reader sees an object either
 complete or not at all. On a local disk an object is written under a temporary name, flushed, and
@@ -351,7 +351,7 @@ def _is_temporary(key: str) -> bool:
 
 
 def _is_locked(temporary: Path) -> bool:
-    """Whether its writer is alive: the kernel takes a killed one's lock away."""
+    """Whether the writer of the file is alive: the kernel releases the lock of a killed process."""
     try:
         with temporary.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -136,7 +136,7 @@ class ActivationStore:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of what `read` gives: the stored type, float32 for int8."""
+        """The dtype that `read` returns: the stored dtype, or float32 for an int8 store."""
         return np.dtype("float32" if self._plan.dtype == "int8" else self._plan.dtype)
 
     @property
@@ -274,12 +274,12 @@ class ActivationStore:
         return document, text_hash
 
     def selected(self, site: str, rule: RowRule) -> npt.NDArray[np.bool_]:
-        """Which rows the rule reads, bool [n_rows]."""
+        """Mask of the rows that the rule selects, bool [n_rows]."""
         parts = [self.selected_in_shard(site, rule, shard) for shard in range(self.n_shards)]
         return np.concatenate(parts)
 
     def selected_in_shard(self, site: str, rule: RowRule, shard: int) -> npt.NDArray[np.bool_]:
-        """Which rows of a shard the rule reads, bool [rows of the shard]."""
+        """Mask of the rows of a shard that the rule selects, bool [rows of the shard]."""
         start, stop = self.shard_span(shard)
         keep = np.ones(stop - start, np.bool_)
         if rule.max_norm_medians is not None:
@@ -294,7 +294,7 @@ class ActivationStore:
         return keep
 
     def cursor(self, shard: int) -> dict[str, Any]:
-        """Where in the corpus the text of a shard begins."""
+        """The place in the corpus where the text of a shard begins."""
         return place_in_corpus(self._read_commit(shard))
 
     def _commit(self, shard: int) -> _Committed:

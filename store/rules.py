@@ -1,4 +1,4 @@
-"""Which rows a consumer reads. The rule is saved with whatever was made from them."""
+"""The rule that selects the rows to read. It is saved with what was made from them."""
 
 from __future__ import annotations
 

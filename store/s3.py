@@ -121,7 +121,7 @@ class S3Objects:
         return None
 
     def _path(self, key: str) -> str:
-        """Where an object is in the bucket; `StoreError` for a key that leads out of the place."""
+        """The object's key in the bucket; `StoreError` if it leads out of the store's place."""
         try:
             return self._prefix + safe_name(key)
         except ValueError as error:

@@ -37,7 +37,7 @@ Check = Callable[[bytes], None]  # raises DamagedError for bytes that are not th
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What a worker made of one shard of the plan.
+    """The arrays and tables that a worker computed for one shard of the plan.
 
     tokens int32 [contexts, context_length]; activations and norms per site, [rows, width] in
     the stored dtype (float16 for int8) and float32 [rows]; contexts and documents are the two

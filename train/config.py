@@ -1,4 +1,4 @@
-"""What a dictionary is (`SAEConfig`) and how one is trained (`TrainConfig`)."""
+"""The description of an SAE (`SAEConfig`) and of its training (`TrainConfig`)."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class SAEConfig(BaseModel):
 
     @property
     def is_transcoder(self) -> bool:
-        """Whether it predicts another site than it reads."""
+        """Whether the SAE is a transcoder: it predicts another site than it reads."""
         return self.d_out is not None
 
     @property

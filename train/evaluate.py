@@ -1,4 +1,4 @@
-"""How well a dictionary reconstructs rows it was not trained on: one streaming pass, float64.
+"""Reconstruction error on held-out rows: one streaming pass with sums in float64.
 
     fvu = sum_rows |x - x_hat|^2 / sum_rows |x - mean|^2
 

@@ -1,1 +1,1 @@
-"""How good a dictionary is, judged by the model it was trained on."""
+"""Metrics of an SAE that need the model it was trained on."""

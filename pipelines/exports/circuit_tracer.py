@@ -50,7 +50,7 @@ def write(
 
 
 def feature(latent: Latent, transcoder: str) -> dict[str, Any]:
-    """What circuit-tracer's `frontend.feature_models.Model` says of a feature."""
+    """The record of a feature in circuit-tracer's `frontend.feature_models.Model`."""
     facts = latent.facts
     return {
         "transcoder_id": transcoder,

@@ -205,13 +205,13 @@ class NeuronpediaRows:
         }
 
     def _id(self, *what: object) -> str:
-        """Of the length and letters of Neuronpedia's; the same for the same thing."""
+        """An identifier of Neuronpedia's length and letters; the same input gives the same one."""
         run = self._tables.run
         key = (run["store_digest"], run["sae_digest"], self.model, self.source, *what)
         return "c" + xxhash.xxh3_128_hexdigest(repr(key).encode())[:24]
 
     def _n_contexts(self) -> int | None:
-        """Of the store, by a latent that fires."""
+        """The number of contexts of the store, computed from a latent that fires."""
         table = self._tables.read("latents", columns=["n_contexts", "context_density"])
         fires = table.filter(pc.greater(table["n_contexts"], 0)).slice(0, 1)
         if not len(fires):

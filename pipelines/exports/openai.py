@@ -23,7 +23,7 @@ BAR_WIDTH = 0.2  # fixed in the viewer
 
 
 def widths(largest: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Of bars, the same for all latents."""
+    """The width of the histogram's bars, the same for all latents."""
     return np.full(len(largest), BAR_WIDTH)
 
 
@@ -52,7 +52,7 @@ def write(
 
 
 def atom(latent: Latent) -> dict[str, Any]:
-    """What sae-viewer's `FeatureInfo` says of a latent; moments are over all rows, about 0."""
+    """The record of a latent in sae-viewer's `FeatureInfo`; moments are over all rows, about 0."""
     facts, (first, second, third, fourth) = latent.facts, moments(latent.facts)
     return {
         "density": facts["density"],

@@ -1,4 +1,4 @@
-"""Which latents are exported, and in what pieces."""
+"""The latents that are exported, and the pieces they are exported in."""
 
 from __future__ import annotations
 

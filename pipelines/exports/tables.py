@@ -60,7 +60,7 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """What the tables say of a latent.
+    """One latent's data from the tables.
 
     facts: its row of latents; contexts: by stratum; bars: number of firings in (b - 1, b] widths,
     by b; percentiles: 100 quantiles from 1 to 100 %; deciles: lower and upper edge of each tenth of
@@ -99,7 +99,7 @@ class Tables:
         return self._read(self.features / f"{name}.parquet", latents, **options)
 
     def explanations(self) -> dict[int, list[str]]:
-        """Of each latent that has some; the folder need not have that table."""
+        """Explanations by latent; empty if the folder has no table of explanations."""
         if not (self.features / f"{EXPLANATIONS}.parquet").is_file():
             return {}
         table = self.read(EXPLANATIONS, columns=["latent", "explanation"])
@@ -272,7 +272,7 @@ def heights(latent: Latent) -> list[int]:
 def tenths(
     histogram: npt.NDArray[np.int64], largest: npt.NDArray[np.float64]
 ) -> list[list[tuple[float, float, int]]]:
-    """Of each latent: edges and firings of the tenths that its contexts are drawn from."""
+    """For each latent, the edges and number of firings of each tenth of its activations."""
     edges = decile_edges(histogram)  # at edges of bins
     number = (np.log2(edges) - kernels.LOWEST_OCTAVE) * kernels.BINS_PER_OCTAVE
     below = np.zeros((len(histogram), kernels.BINS + 1), np.int64)

@@ -48,7 +48,7 @@ class Comparison:
         return pair | {"label": self.theirs.labels([pair["other"]]).get(pair["other"])}
 
     def overview(self) -> dict[str, Any]:
-        """How alike the two are as a whole."""
+        """The similarity of the two dictionaries as a whole."""
         edges = np.linspace(min(0.0, float(self.cosine.min())), 1, 41)
         counts, _ = np.histogram(np.clip(self.cosine, edges[0], 1), edges)
         return {

@@ -1,4 +1,4 @@
-"""Who may ask the server for what, before any route is reached.
+"""Checks of each request before any route is reached: host, token, origin, size.
 
 On loopback any name but this machine's is refused, so that a page elsewhere cannot reach the server
 by pointing its own name here (DNS rebinding). Anywhere else a token is asked for. What changes
@@ -110,7 +110,7 @@ class Guard:
     def _without_token(
         self, scope: Scope, headers: Headers, token: str
     ) -> JSONResponse | RedirectResponse | None:
-        """None if the request has the token; where it is in the address, it moves to a cookie."""
+        """None if the request has the token; a token in the address moves to a cookie."""
         query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         if scope["path"] == "/" and (given := query.pop("token", None)):
             if not _same(given[0], token):

@@ -14,7 +14,7 @@ PAGE = 50
 
 @dataclass(frozen=True)
 class Listing:
-    """What part of the list is asked for.
+    """The part of the list that is asked for.
 
     Args:
         between: smallest and largest value of a column of `SUMMARY`, either may be None.

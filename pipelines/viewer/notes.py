@@ -141,5 +141,5 @@ class Notes:
 
 
 def _is_made(connection: sqlite3.Connection) -> bool:
-    """Whether anything was ever saved: who was killed at the first save leaves an empty file."""
+    """Whether a note was ever saved: a server killed at its first save leaves an empty file."""
     return bool(connection.execute(MADE).fetchone()[0])

@@ -23,7 +23,7 @@ PLOTTED = (
 
 
 def overview(tables: Tables) -> dict[str, Any]:
-    """What the start page shows apart from the list."""
+    """The content of the start page, without the list."""
     columns = ", ".join(f"{name}::DOUBLE AS {name}" for name in SUMMARY)
     live = tables.ask(f"SELECT {columns} FROM summary WHERE NOT dead ORDER BY latent")
     values = {

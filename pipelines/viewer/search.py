@@ -74,7 +74,7 @@ TEXT_CONTEXTS = (
 
 
 def search(tables: Tables, question: str) -> dict[str, Any]:
-    """What is found, by kind; `latent` is None unless the question is a latent's number.
+    """The results by kind; `latent` is None unless the question is a latent's number.
 
     Raises:
         InputError: the question is empty or too long.

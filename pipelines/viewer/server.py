@@ -67,7 +67,7 @@ class ServedSAE:
 
 @dataclass(frozen=True)
 class Viewer:
-    """What the server was started with."""
+    """The settings that the server was started with."""
 
     shown: ServedSAE
     other: ServedSAE | None = None

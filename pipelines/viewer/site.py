@@ -71,7 +71,7 @@ OnProgress = Callable[[str, int, int], None]  # phase, latents done, latents to 
 
 @dataclass(frozen=True)
 class Size:
-    """What was written."""
+    """The files that were written."""
 
     n_files: int
     n_bytes: int

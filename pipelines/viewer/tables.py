@@ -74,7 +74,7 @@ class Tables:
 
     @property
     def name(self) -> str:
-        """What tells these tables from others, for people: the end of their path."""
+        """A short name for people: the end of the tables' path."""
         return "/".join(self.features.parts[-2:])
 
     def ask(self, sql: str, *values: object) -> list[dict[str, Any]]:

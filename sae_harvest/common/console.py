@@ -92,7 +92,7 @@ class Commands(click.Group):
     """
 
     def exit_code(self, error: SaeHarvestError) -> int:
-        """What an error ends with; for groups that tell errors apart."""
+        """Ending of the error message, for command groups that tell errors apart."""
         return EXIT_FAILURE
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:

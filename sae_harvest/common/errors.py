@@ -1,4 +1,4 @@
-"""What can go wrong, for people.
+"""The errors that sae-harvest raises; each message is one sentence for the user.
 
     SaeHarvestError            every error a user can cause or meet; its message is one sentence
     ├── StoreError             about an activation store

@@ -1,4 +1,4 @@
-"""What all who work with Ray ask of it: a connection, room for workers, why one is gone."""
+"""Shared helpers for Ray: connect, size the workers, explain why a worker is gone."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def share(nodes: list[tuple[int, int]], workers: int, gpu: bool) -> int | None:
 
 
 def resources() -> str:
-    """What Ray has, in words."""
+    """The cores, GPUs and machines of the Ray cluster, in words."""
     nodes = _nodes()
     free = ray.available_resources()
     counts = [f"{sum(c for c, _ in nodes)} cores ({free.get('CPU', 0):.0f} free)"]
@@ -140,7 +140,7 @@ def reason(error: RayError) -> str:
 
 
 def has_gpus(workers: int) -> bool:
-    """Whether there is a GPU for each of so many workers."""
+    """Whether the cluster has a GPU for each of `workers` workers."""
     return share(_nodes(), workers, gpu=True) is not None
 
 

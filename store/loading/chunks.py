@@ -32,7 +32,7 @@ class RowBuffer:
 def selected_at(
     store: ActivationStore, sites: Sequence[str], rule: RowRule, shard: int
 ) -> npt.NDArray[np.bool_]:
-    """Which rows of a shard the rule reads at every one of the sites, bool [rows of the shard]."""
+    """Mask of a shard's rows that the rule selects at all the sites, bool [rows of the shard]."""
     return np.logical_and.reduce([store.selected_in_shard(site, rule, shard) for site in sites])
 
 

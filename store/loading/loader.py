@@ -115,7 +115,7 @@ class ShuffledLoader:
         self._sent: tuple[npt.NDArray[np.int64], Sent] | None = None  # the batch after this one
 
     def state(self) -> dict[str, Any]:
-        """Where the consumer is, after the last batch it was given, and in which order. JSON-able.
+        """The position after the last batch given out, and the identity of the order. JSON-able.
 
         It is the same for every rank and every world.
         """

@@ -96,11 +96,11 @@ class Order:
             epoch, begin = epoch + 1, 0
 
     def count(self, window: Window) -> int:
-        """How many of our rows are in a window."""
+        """The number of this rank's rows in a window."""
         return len(self._ours(window))
 
     def places(self, window: Window) -> Int64s:
-        """Where each row of a window comes among ours, int64 [rows]; `capacity` if it is not ours.
+        """The place of each row of a window among this rank's rows; `capacity` for others' rows.
 
         The rows are given chunk after chunk, as `window.edges` numbers them.
         """
@@ -114,11 +114,11 @@ class Order:
         return places
 
     def _ours(self, window: Window) -> range:
-        """Which of our rows of the epoch, in their order, a window has."""
+        """The part of this rank's rows of the epoch that a window holds."""
         return range(self._before(window.first), self._before(window.first + int(window.edges[-1])))
 
     def _before(self, position: int) -> int:
-        """How many of our rows come before a position of an epoch."""
+        """The number of this rank's rows before a position of an epoch."""
         batch, inside = divmod(position, self._batch_rows)
         if batch >= self.batches_per_epoch:
             return self.batches_per_epoch * self.share

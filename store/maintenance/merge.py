@@ -30,7 +30,7 @@ OnProgress = Callable[[int, int], None]  # bytes copied, bytes to copy
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What a merge did.
+    """The result of a merge.
 
     copied: shards taken from a source, each with its place; already: shards of the sources that the
     target had; differing: those of them whose objects are not the same in both, last bits that

@@ -34,7 +34,7 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What a verification found.
+    """The result of a verification.
 
     digest is the store's, if nothing is damaged and something sealed; sealed_digest is what that
     seal says; beyond_seal counts the shards that are committed and not sealed yet.
@@ -162,7 +162,7 @@ class _Records:
 def _damage_of(
     objects: Objects, plan: Plan, shard: int, key: str, entry: dict[str, Any], contexts: int
 ) -> str | None:
-    """What is wrong with an object, None if nothing is."""
+    """A sentence about the damage of an object; None if the object is as committed."""
     name = f"{objects.place}/{key}"
     try:
         data = read_object(objects, key, entry)

@@ -103,7 +103,7 @@ def warm_up() -> None:
 
 
 def outlier_rows(norms: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-    """Which rows of a shard are outliers, bool [rows], by the norms [rows] of them all."""
+    """Mask of a shard's outlier rows, bool [rows], from the norms [rows] of all its rows."""
     return norms > np.float32(OUTLIER_MEDIANS * float(np.median(norms)))
 
 

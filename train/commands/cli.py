@@ -139,7 +139,7 @@ def sweep(context: click.Context, file: Path, stopped_code: int, **given: Any) -
 @main.command()
 @click.argument("out", type=folder)
 def status(out: Path) -> None:
-    """How far a run or a sweep is: exit code 0 if finished, 3 if not, 1 if it failed.
+    """Show the progress of a run or a sweep. Exit code 0: finished; 3: not finished; 1: failed.
 
     \b
     train-sae status runs/demo/sae
@@ -190,7 +190,7 @@ def _number(value: Any, form: str) -> str:
 @device_option
 @click.option("--out", type=PathOption(), help="JSON file to write the evaluation into as well.")
 def evaluation(sae_folder: Path, store: str, rows: int, device: str, out: Path | None) -> None:
-    """How well an SAE reconstructs held-out rows of a store.
+    """Evaluate an SAE's reconstruction of held-out rows of a store.
 
     \b
     train-sae eval --sae runs/demo/sae --store runs/demo/store

@@ -36,7 +36,7 @@ DTYPES = {torch.int64: "I64", torch.float32: "F32"}  # in the order safetensors 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor is in a file: its whole shape, and the offset of its first byte."""
+    """The place of a tensor in a file: its whole shape, and the offset of its first byte."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

@@ -93,7 +93,7 @@ def _from_numbers(numbers: Tensor) -> tuple[str, bool]:
 
 
 class _Processes(ProcessGroup):
-    """What both ways of division share. torch.distributed has been initialised."""
+    """The part that data and latent parallelism share. torch.distributed must be initialised."""
 
     def __init__(self, device: torch.device) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -145,7 +145,7 @@ class _Processes(ProcessGroup):
 
 
 def appears(file: Path) -> bool:
-    """Whether a file is there, or comes into sight: network drives are late."""
+    """Whether a file exists, waiting a little: network drives show new files late."""
     limit = time.monotonic() + SIGHT_SECONDS
     while not file.exists():
         if time.monotonic() > limit:
@@ -191,7 +191,7 @@ class ShardedLatents(_Processes):
         return self._sum(tensor)
 
     def keep_top(self, indices: Tensor, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Of equal values the lower latent is kept."""
+        """Keep the k largest values of each row over all processes; ties: the lower latent."""
         rows = max(self.world, BLOCK_KEYS // k)  # at a time, or keys would take much memory
         out = [
             self._cut_off(self._keys(*pairs), k)
@@ -201,7 +201,7 @@ class ShardedLatents(_Processes):
         return indices.masked_fill(beyond, -1), values.masked_fill(beyond, 0)
 
     def _cut_off(self, own: Tensor, k: int) -> Tensor:
-        """Which pairs are not among the k largest of their row over all parts: bool [rows, w].
+        """Mask of the pairs outside the k largest of their row over all processes, bool [rows, w].
 
         Each process finds the k-th largest for its share of the rows. It is sent the keys of those
         rows by all others, and tells them where to cut: so a process receives about one number

@@ -1,4 +1,4 @@
-"""How several processes share one step. Alone, there is nothing to share.
+"""The exchange of numbers between the processes of one training step; a single process has none.
 
 Two ways to divide the work, of which a group may use either:
 
@@ -73,7 +73,7 @@ class ProcessGroup:
         return tensor
 
     def anywhere(self, here: bool) -> bool:
-        """Whether it is so in any process. None goes on before all have asked."""
+        """Logical or of `here` over all processes. Every process waits for the others."""
         return bool(self.collect(torch.tensor(int(here))))
 
     def from_first(self, number: int) -> int:
@@ -81,7 +81,10 @@ class ProcessGroup:
         return int(self.collect(torch.tensor(number if self.rank == 0 else 0)))
 
     def together(self, work: Callable[[], T]) -> T:
-        """What `work` gives here, once every process has done it; if one fails, all do."""
+        """Run `work` in every process, wait for all, and return this process's result.
+
+        If one process fails, all fail.
+        """
         return work()
 
     def check_shared(self, folder: Path) -> None:

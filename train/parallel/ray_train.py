@@ -183,7 +183,7 @@ def _watched(assignment: Assignment, workers: int, steps: int, report: OnPhase) 
 
 
 def _result(out: Path, steps: int, number: int | None) -> RunResult:
-    """What the workers left in the folder; `number` of the signal that stopped them."""
+    """The result of a run, read from its folder; `number`: the signal that stopped it."""
     done = max(saved_steps(out), default=0)
     metrics = _metrics(out)
     if done < steps:
@@ -218,7 +218,7 @@ def _fit(assignment: Assignment, workers: int) -> None:
 
 
 def work(settings: dict[str, Any]) -> None:
-    """What a worker does, once torch.distributed is there."""
+    """The work of a worker, after torch.distributed is initialised."""
     import numba
     import ray.train.torch
 
@@ -270,7 +270,7 @@ def _sentence(error: WorkerError) -> SaeHarvestError:
 
 
 def _gone(rank: int, error: BaseException) -> BaseException:
-    """Of a worker that could not say anything itself."""
+    """The error for a worker that ended without an error of its own."""
     from ray.exceptions import RayError
 
     from sae_harvest.common import ray_cluster as cluster

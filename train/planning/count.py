@@ -1,4 +1,4 @@
-"""What a training run takes, counted: memory, floating-point operations, bytes moved.
+"""Counts of what a training run needs: memory, floating-point operations, bytes moved.
 
 Everything here follows from the configuration and the widths of the activations; nothing is
 measured. `train.planning.estimate` turns the counts into seconds with the rates of a machine.
@@ -40,7 +40,7 @@ VECTORS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What a step's costs depend on, for one device.
+    """The sizes that decide the costs of a step on one device.
 
     n_latents: latents the device holds; rows: rows it sees per step; active: mean of those
     latents per row; width: the most per row in memory, padding included; chosen: candidates per
@@ -152,7 +152,7 @@ class Work:
 
 
 def step_work(shape: Shape, dead_share: float = 0.0, low_bytes: float = LOW) -> dict[str, Work]:
-    """What each part of a step computes and moves, on one device.
+    """Operations and bytes moved by each part of a step, on one device.
 
     A multiplication and an addition are two operations; comparisons count as none. Scores of the
     encoder's product stay in cache. Bytes of sparse parts are the rows gathered, one of `d_in` or
@@ -216,7 +216,7 @@ def _machine_bytes() -> int:
 
 
 def _group_bytes(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """What a container's limit leaves; a number above any memory where there is none.
+    """Bytes left under the container's memory limit; a huge number where there is no limit.
 
     Versions 2 and 1 of control groups; pages of files that can be dropped count as free.
     """

@@ -1,4 +1,4 @@
-"""What a training run would take, before it is begun: memory, operations, bytes and seconds.
+"""Estimate of a training run before it starts: memory, operations, bytes and seconds.
 
 The parts of a step run one after the other, and each is bound by what it does most of:
 

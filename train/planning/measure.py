@@ -1,4 +1,4 @@
-"""How fast this machine does what a training step is made of, measured in about a second.
+"""Measure the speed of the parts of a training step on this machine, in about a second.
 
 The trainer's own kernels are timed on a small step: the rates are those of the code that will run.
 """

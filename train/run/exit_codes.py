@@ -1,4 +1,4 @@
-"""How a training command ends, in codes that a scheduler can act on. `docs/jobs.md` has them all.
+"""Exit codes of the training commands, for schedulers. `docs/jobs.md` lists them all.
 
 0    finished; or stopped by SIGTERM, and the same command continues
 1    an error that trying again does not mend
@@ -41,7 +41,7 @@ PASSING = frozenset(
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether an error comes from something outside that may be mended by the time of a retry."""
+    """Whether the error has a temporary cause outside the program, so that a retry may succeed."""
     from obstore.exceptions import BaseError  # here, since --help needs neither
     from safetensors import SafetensorError
 

@@ -114,7 +114,7 @@ def claim(out: Path, description: dict[str, Any], name: str = RUN_FILE) -> Itera
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether a file is more than what a run killed at its very start leaves."""
+    """Whether the file shows that a run got past its very start."""
     return path.name != LOCK_FILE and not path.name.endswith(".tmp")
 
 
@@ -141,7 +141,7 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def is_locked(out: Path) -> bool:
-    """Whether a process is writing there."""
+    """Whether a process is writing in the folder."""
     if not (out / LOCK_FILE).exists():
         return False
     try:

@@ -72,7 +72,7 @@ class Line(Record):
 
 
 class Loader(Record):
-    """Where the stream of batches was; `ShuffledLoader.load_state` compares the rest."""
+    """The position in the stream of batches; `ShuffledLoader.load_state` compares the rest."""
 
     epoch: int = Field(ge=0, lt=2**63)
     step: int = Field(ge=0, lt=2**63)

@@ -1,4 +1,4 @@
-"""What a pass works on: a stream of batches, and members that are trained on it."""
+"""The state of a pass: a stream of batches, and the SAEs that are trained on it."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class TrainingRun:
 
     @property
     def is_live(self) -> bool:
-        """Whether there are steps to do."""
+        """Whether steps remain to be done."""
         return self.failure is None and self.step < self.config.steps
 
     def begin(self, step: int) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""How far a run or a sweep is, read from its folder."""
+"""The progress of a run or a sweep, read from its folder."""
 
 from __future__ import annotations
 

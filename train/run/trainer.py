@@ -40,7 +40,7 @@ OnPhase = Callable[[str, int, int, str], None]
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended.
+    """The result of a run.
 
     steps: done; finished: whether that is all of them; metrics: the last ones; evaluation: if
     finished; signal: that stopped it, SIGTERM say.

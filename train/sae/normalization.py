@@ -1,4 +1,4 @@
-"""How rows are normalised before the encoder, and how reconstructions are given back their units.
+"""Normalisation of rows before the encoder, and its inverse for reconstructions.
 
     none        x' = x
     scale       x' = x / input_scale                       one number for all rows
@@ -39,7 +39,7 @@ def normalise_rows(
 
 
 def normalise_target(target: Tensor, config: SAEConfig) -> Tensor:
-    """What a transcoder predicts, in the units it predicts: float32 [batch, d_out]."""
+    """The target of a transcoder in the units of its output: float32 [batch, d_out]."""
     return target.float() / config.output_scale
 
 

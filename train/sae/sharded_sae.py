@@ -96,7 +96,7 @@ class ShardedSAE:
         self._first, self._last = group.latents(n_latents)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """As `SAE.encode`: indices int32 [batch, w], values float32 [batch, w], decreasing."""
+        """Same as `SAE.encode`: indices int32 [batch, w], values float32 [batch, w], decreasing."""
         indices, values = self._part.encode(x)  # [batch, own w]
         indices = indices + self._first
         indices, values = self._group.gather_pairs(indices, values)  # [batch, all w]
@@ -109,7 +109,7 @@ class ShardedSAE:
         return indices.gather(1, order), values[:, :width].contiguous()
 
     def decode(self, indices: Tensor, values: Tensor, x: Tensor | None = None) -> Tensor:
-        """As `SAE.decode`: reconstructions, float32 [batch, d_out]."""
+        """Same as `SAE.decode`: reconstructions, float32 [batch, d_out]."""
         part = self._part
         here = (indices >= self._first) & (indices < self._last)
         local = (indices - self._first).masked_fill(~here, -1).int().contiguous()  # [batch, w]

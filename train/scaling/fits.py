@@ -116,7 +116,7 @@ def analyse(points: Sequence[RunPoint], draws: int = DRAWS, seed: int = 0) -> Sc
 
 
 def _doubts(k: int, group: Sequence[Size]) -> list[str]:
-    """Whether larger sizes have had too few rows for the law to be about size."""
+    """Whether the larger SAEs saw too few rows for the fit to describe the effect of size."""
     best = min(group, key=lambda size: size.fvu)
     if best == group[-1]:
         return []

@@ -1,4 +1,4 @@
-"""What a run starts from: a sample's scale, variance and geometric median, and tied weights."""
+"""Initial values of a run: scale, variance and geometric median of a sample, and tied weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RIDGE = 1e-3  # of the inputs' mean variance, added to it in the linear map
 
 @dataclass(frozen=True)
 class Start:
-    """What a sample says.
+    """Statistics of the sample that decide the initial weights.
 
     total_variance: of the normalised target, summed over dimensions. b_dec: float32 [d_out],
     its geometric median. probe: float32 [rows, d_in], rows as the encoder sees them.
@@ -72,7 +72,7 @@ def geometric_median(rows: Tensor) -> Tensor:
 
 
 def prepare(rows: Tensor, normalization: str, target: Tensor | None = None) -> Start:
-    """What a run needs to know of a sample.
+    """Compute the statistics of a sample that a run needs.
 
     Args:
         rows: [n, d_in]. normalization: as in `TrainConfig`. target: of a transcoder, [n, d_out].
@@ -212,7 +212,7 @@ def encoder_length(config: TrainConfig, d_in: int) -> float:
 
 
 def sparse_floor(config: TrainConfig, start: Start) -> float:
-    """What a pre-activation W_enc c exceeds as often as latents are to be active at the start."""
+    """Threshold that W_enc c exceeds as often as latents should be active at the start."""
     assert start.probe is not None
     active = ACTIVE if config.k is None else ACTIVE_FACTOR * config.k
     density = min(MOST_ACTIVE, active / config.n_latents)
@@ -223,7 +223,7 @@ def sparse_floor(config: TrainConfig, start: Start) -> float:
 
 
 def _scale(rows: Tensor, normalization: str) -> tuple[float, float]:
-    """What rows [n, d] are divided by, and their total variance after that."""
+    """The scale that rows [n, d] are divided by, and their total variance after the division."""
     total = float(rows.double().var(0, correction=0).sum())
     if total == 0:
         raise InputError(

@@ -118,11 +118,11 @@ class Learner:
         return self.step * self.config.batch_rows
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint needs beside the SAE's own tensors; themselves, not copies."""
+        """The tensors that a checkpoint needs beside the SAE's own; not copies."""
         return {**self._optimizer.tensors(), "last_fired": self._last_fired}
 
     def numbers(self) -> dict[str, Any]:
-        """What a checkpoint needs beside tensors, as JSON."""
+        """The state that a checkpoint needs beside tensors, as JSON."""
         return {"step": self.step, "total_variance": self._total_variance}
 
     def result(self) -> SAE:

@@ -39,7 +39,7 @@ class StepResult:
 
     @property
     def total(self) -> float:
-        """What the gradients are those of."""
+        """The total loss that is differentiated."""
         return self.loss + self.auxk + sum(self.penalties.values())
 
 

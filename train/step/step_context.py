@@ -41,7 +41,7 @@ class Workspace:
 
 @dataclass(frozen=True)
 class StepContext:
-    """What the parts of a step share.
+    """Values that the parts of a step share.
 
     centred: float32 [batch, d_in], what the encoder sees. target: float32 [batch, d_out], the
     normalised target less b_dec; of an SAE the same tensor as `centred`.
@@ -61,7 +61,7 @@ class StepContext:
 
     @property
     def error_slope(self) -> float:
-        """Of the loss |error|^2 / (n_rows * total_variance) by the error, over the error."""
+        """Factor c: d loss / d error = c error, for |error|^2 / (n_rows total_variance)."""
         return 2 / (self.n_rows * self.total_variance)
 
     def squares(self, rows: Tensor) -> float:

@@ -63,7 +63,7 @@ class SweepResult:
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to train."""
+        """Whether all runs of the sweep are finished."""
         return self.signal is None
 
     @property
@@ -114,7 +114,7 @@ def sweep(
 def describe_sweep(
     members: Mapping[str, TrainConfig], store: ActivationStore, site: str
 ) -> dict[str, Any]:
-    """What decides the results, as kept in sweep.json."""
+    """The inputs that decide the results of a sweep, as kept in sweep.json."""
     return {
         "format": FORMAT,
         "site": site,
@@ -167,7 +167,7 @@ def common_step(saved: Sequence[Sequence[int]]) -> int:
 
 
 def read_result(folder: Path) -> MemberResult:
-    """How the run in a folder ended, if it has."""
+    """The result of the run in a folder, or None if it has not ended."""
     failure = failure_of(folder)
     if failure is not None:
         return MemberResult(None, failure)

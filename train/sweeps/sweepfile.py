@@ -41,7 +41,7 @@ TAKEN = ("sweep.json",)  # in the folder of the members' folders
 
 @dataclass(frozen=True)
 class Sweep:
-    """Where a sweep reads and writes, and its members by the names of their folders."""
+    """The places that a sweep reads and writes, and its runs by the names of their folders."""
 
     places: Places
     members: dict[str, TrainConfig]

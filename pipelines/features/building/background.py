@@ -10,7 +10,7 @@ from typing import Any
 
 @contextmanager
 def aside() -> Iterator[Callable[..., None]]:
-    """What makes calls in another thread: one at a time, in order, waiting for the one before.
+    """A function that makes calls in another thread: one at a time, in order.
 
     What a call raises is raised by the next one, or at the end.
     """

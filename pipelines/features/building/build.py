@@ -198,7 +198,7 @@ def _require_same(out: Path, there: dict[str, Any], asked: dict[str, Any]) -> No
 
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """What goes wrong within is about writing `out`."""
+    """Report an OSError raised in this block as a failure to write `out`."""
     try:
         yield
     except OSError as error:

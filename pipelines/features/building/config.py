@@ -1,4 +1,4 @@
-"""What a feature build is asked for: one object for the command line and Python."""
+"""The configuration of a feature build: one object for the command line and Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every worker of a build needs to know, and the pieces of work it does."""
+"""The description of a build that every worker gets, and the tasks that workers do."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Job:
 
 
 class Work:
-    """What the pieces of work of a job share."""
+    """Data that the tasks of a job share in one process."""
 
     def __init__(self, job: Job, source: Source) -> None:
         self.job, self.source = job, source

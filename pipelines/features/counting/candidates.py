@@ -20,7 +20,7 @@ SPARE = 4  # times as many rows are looked at as wanted
 
 
 class TokenRows:
-    """For every token a few of the rows where it stands, drawn uniformly.
+    """A few rows of every token, drawn uniformly.
 
     rows: int64 [tokens, ROWS_PER_TOKEN], -1 where there are fewer.
     """

@@ -242,7 +242,7 @@ def fires_within(
     begin: npt.NDArray[np.int64],
     window: int,
 ) -> npt.NDArray[np.bool_]:
-    """Whether latent[j] fires on any of the rows from begin[j] on; numbers as of `cut_windows`."""
+    """Whether latent[j] fires in the window from row begin[j]; arrays as in `cut_windows`."""
     fires = np.zeros(len(latent), np.bool_)
     for j in prange(len(latent)):
         low, high = starts[latent[j]], starts[latent[j] + 1]

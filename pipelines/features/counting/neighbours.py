@@ -1,4 +1,4 @@
-"""Which latents are alike: by the cosine of their decoder rows, and by firing together."""
+"""Similar latents: by cosine of decoder rows, and by firing on the same rows."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def counted_share(n_pairs: int, n_rows: int) -> float:
 
 
 def counted_rows(first: int, last: int, context_length: int, share: float) -> npt.NDArray[np.bool_]:
-    """Which of the rows [first, last), whole contexts, are of counted contexts."""
+    """Mask of the rows [first, last) whose contexts are counted."""
     contexts = np.arange(first // context_length, last // context_length)
     chosen = np.floor((contexts + 1) * share) > np.floor(contexts * share)
     return np.repeat(chosen, context_length)
@@ -182,7 +182,7 @@ def _listed(pairs: torch.Tensor, n: int) -> torch.Tensor:
 def _cosines(
     W_dec: torch.Tensor | None, first: int, others: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
-    """Of the decoder rows from `first` on with those of others [some, any]; NaN if not known."""
+    """Cosines of the decoder rows from `first` on with the rows of `others`; NaN if unknown."""
     if W_dec is None or not others.size:
         return np.full(others.shape, np.nan, np.float32)
     unit = torch.nn.functional.normalize(W_dec, dim=1)

@@ -39,7 +39,7 @@ class ShortLists:
 
     @property
     def used(self) -> npt.NDArray[np.bool_]:
-        """Which places are in use [lists, places]."""
+        """Mask of the places in use, bool [lists, places]."""
         return np.arange(self.row.shape[1]) < self.kept[:, None]
 
     def arrays(self) -> tuple[npt.NDArray[np.generic], ...]:
@@ -83,7 +83,7 @@ class Profile:
 
 
 def latents_at_once(blocks: Blocks, n_tokens: int) -> int:
-    """How many latents' statistics fit into memory, whatever the store's size.
+    """The number of latents whose statistics fit into memory, whatever the store's size.
 
     A latent has as many pairs (latent, token) as tokens it fires on: at most all of them.
     """

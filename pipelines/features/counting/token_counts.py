@@ -51,7 +51,7 @@ class TokenCounts:
         return TokenCounts(*_add(*mine, firings.starts[:-1], sizes, *found))
 
     def entropy_bits(self) -> npt.NDArray[np.float64]:
-        """Of the distribution of each latent's firings over tokens [latents]."""
+        """Entropy in bits of each latent's firings over tokens, float64 [latents]."""
         return _entropy(self.starts, self.count)
 
     def strongest(self, n: int, seen: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -219,7 +219,7 @@ def _strongest(
     n: int,
     seen: int,
 ) -> npt.NDArray[np.int64]:
-    """As `TokenCounts.strongest`; places [latents, n], -1 where there are fewer."""
+    """Same as `TokenCounts.strongest`; places [latents, n], -1 where there are fewer."""
     places = np.full((len(starts) - 1, n), -1, np.int64)
     for i in range(len(places)):
         most = 0

@@ -133,7 +133,7 @@ class DelphiCache:
         return self.tokens.shape[1]
 
     def digest(self) -> str:
-        """Of the files, whatever the folder is called."""
+        """Hash of the cache's files; the folder's name does not matter."""
         state = xxhash.xxh3_128()
         for split in self._splits:
             state.update(split.path.name.encode())
@@ -143,7 +143,7 @@ class DelphiCache:
         return state.hexdigest()
 
     def firings(self, first: int, last: int) -> Firings:
-        """What fires in the contexts [first, last).
+        """The firings in the contexts [first, last).
 
         delphi keeps negative activations as well; here only those above 0 are firings.
 

@@ -1,4 +1,4 @@
-"""What a feature build describes: the latents of an SAE, or the neurons of an MLP."""
+"""The dictionary that a feature build describes: the latents of an SAE, or neurons of an MLP."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def load_dictionary(
 
 
 def output_weights(store: ActivationStore, site: str) -> Tensor:
-    """What each neuron of a site adds to the residual stream: float32 [d_mlp, d_model].
+    """The vector that each neuron of a site adds to the residual stream: float32 [d_mlp, d_model].
 
     Read off the projection's answers, so that it doesn't matter how a family stores its weights.
     """

@@ -79,7 +79,7 @@ class OneAtATime:
 def encode(
     encoder: Encoder, n_latents: int, first_row: int, given: Iterator[EncodedRows], stopped: Event
 ) -> Firings:
-    """What fires in a block.
+    """The firings in a block.
 
     Args:
         first_row: of the block; given: its rows.

@@ -39,7 +39,7 @@ COLUMNS = ("latent", "row", "value")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Firings:
-    """What fires in a block, or in several, sorted by latent, then row.
+    """The firings of one or several blocks, sorted by latent, then row.
 
     first_row: of the first block; first_latent: that `starts` begins with; starts: int64
     [latents + 1], where each latent's pairs begin; row: int32 [pairs], from first_row on; value:
@@ -180,7 +180,7 @@ class Blocks:
             yield slice(begin, self.n_rows), _joined(parts)
 
     def _side_by_side(self, first: int, last: int | None) -> Iterator[Firings]:
-        """Of all blocks, a few read at a time."""
+        """The firings of all blocks, a few blocks read at a time."""
         with ThreadPoolExecutor(READS) as pool:
             for block in range(0, len(self), READS):
                 some = range(block, min(block + READS, len(self)))

@@ -1,4 +1,4 @@
-"""What a build counts: a store encoded by a dictionary, or a cache that delphi has encoded."""
+"""The source of a build's firings: a store encoded by a dictionary, or a delphi cache."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CONTEXTS = 4096  # of a cache, whose rows are told of at a time
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """What a build was asked to count, in a form that travels to a worker.
+    """The source that a build was asked to count, in a form that can be sent to a worker.
 
     store: place of a store, or the folder of a cache. sae: path of a trained SAE, `identity` for
     the neurons of a site, `delphi` for a cache. site: where several are possible. model: of a
@@ -65,7 +65,7 @@ class Source(Protocol):
 
     @property
     def model(self) -> ResolvedModel:
-        """Whose tokens these are; `InputError` if it is not there."""
+        """The model whose tokens these are; `InputError` if it is not found."""
         ...
 
     def rows(self) -> Iterator[RowsPart]:
@@ -73,7 +73,7 @@ class Source(Protocol):
         ...
 
     def firings(self, first: int, last: int, batch_rows: int, stopped: Event) -> Firings:
-        """Of the rows [first, last), whole contexts; several threads may ask.
+        """The firings of the rows [first, last), whole contexts; several threads may call this.
 
         stopped: set when nobody waits for them any more.
         """
@@ -143,7 +143,7 @@ class StoreSource:
         return encode(self._encoder, self.dictionary.n_latents, first, given, stopped)
 
     def _selected(self, first: int, last: int) -> npt.NDArray[np.bool_]:
-        """Which rows of a block the rule reads."""
+        """Mask of the rows of a block that the rule selects."""
         shard, begin = divmod(first, self.store.shard_rows)
         rule, site = self.dictionary.rule, self.dictionary.site
         return self.store.selected_in_shard(site, rule, shard)[begin : begin + last - first]

@@ -31,7 +31,7 @@ VISIBLE = dict.fromkeys(CONTROLS, "·") | {ord("\n"): "↵"}
 
 
 def render_latent(features: Path, latent: int, n_contexts: int) -> RenderableType:
-    """What `sae-features show` prints.
+    """The output of `sae-features show`.
 
     Raises:
         InputError: no such latent.

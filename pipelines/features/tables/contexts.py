@@ -58,7 +58,7 @@ def wanted_rows(
     first: int,
     last: int,
 ) -> WantedContexts:
-    """What to look at for the latents [first, last): more than is shown, see `candidates`.
+    """The candidate contexts of the latents [first, last): more than are shown, see `candidates`.
 
     Args:
         kept: of latents that include these.
@@ -102,7 +102,7 @@ def contexts(
 
 
 def _of_lists(kept: ChosenRows, first: int, last: int) -> WantedContexts:
-    """What `profile` has kept of the latents [first, last)."""
+    """The contexts that `profile` chose for the latents [first, last)."""
     parts = []
     low, high = first - kept.first, last - kept.first
 
@@ -158,7 +158,7 @@ def _chosen(fit: WantedContexts, config: FeatureConfig) -> npt.NDArray[np.int64]
 
 
 def _before(key: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """How many equal ones stand before each one; equal ones stand together."""
+    """The number of equal keys before each key; equal keys are neighbours."""
     starts = np.flatnonzero(np.diff(key, prepend=-1))
     return np.arange(len(key)) - np.repeat(starts, np.diff(np.append(starts, len(key))))
 

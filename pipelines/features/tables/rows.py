@@ -1,4 +1,4 @@
-"""What stands at a store's rows, in a form that any row is found in at once.
+"""Token and document of each row of a store, found by the row's number.
 
     FEATURES/rows/token.npy       int32, token id
     FEATURES/rows/document.npy    int64, its document; -1 between documents
@@ -37,11 +37,11 @@ class Rows:
         )
 
     def read(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Whether the rule reads these rows."""
+        """Mask of the rows that the rule selects."""
         return (self.split[rows] & READ) > 0
 
     def scores(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Whether their documents are for scores."""
+        """Mask of the rows whose documents belong to the score split."""
         return (self.split[rows] & SCORE) > 0
 
 

@@ -165,7 +165,7 @@ def _lens_columns(lens: LogitLens | None, texts: TokenTexts, inside: slice) -> d
 
 
 def _token_columns(found: Profile, texts: TokenTexts) -> dict[str, Any]:
-    """Of all tokens that each latent fires on."""
+    """Columns about all the tokens that each latent fires on."""
     tokens, starts = found.tokens, found.tokens.starts
     often = _first_of_each(starts, NAMED_TOKENS)
     strong_starts, strongest = tokens.strongest(NAMED_TOKENS, SEEN)

@@ -33,7 +33,7 @@ FORMATS = ("openai", "saelens", "sparsify", "dictionary_learning")
 
 
 class Format(Protocol):
-    """What a module of this package offers."""
+    """The functions that each module of this package offers."""
 
     def read(self, path: Path, given: Origin) -> SAE:
         """The SAE at the path. Raises InputError if it is none, or one that SAE cannot be."""

@@ -84,7 +84,7 @@ def write(sae: SAE, path: Path) -> None:
 
 
 def _state(sae: SAE, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the class's state_dict has, by its names."""
+    """The tensors of the class's state_dict, under its names."""
     activation, b_dec = sae.config.activation, tensors["b_dec"]
     if activation == "jumprelu":
         tensors = absorb(tensors, b_dec)  # rows come uncentred

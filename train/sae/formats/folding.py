@@ -66,5 +66,5 @@ def rescaled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unit_rows(weight: Tensor) -> bool:
-    """Whether every row [n_latents, d] has norm 1, up to rounding."""
+    """Whether all rows [n_latents, d] have norm 1, up to rounding."""
     return bool(((weight.norm(dim=1) - 1).abs() < UNIT_TOLERANCE).all())

@@ -1,4 +1,4 @@
-"""What the formats share when reading: checked tensors and fields, and where an SAE comes from."""
+"""Helpers for reading all formats: checked tensors and fields, and the origin of an SAE."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REMEDY = "copy or export the SAE again"
 
 @dataclass(frozen=True)
 class Origin:
-    """What an SAE was trained on, as far as is known; as in `SAEConfig`.
+    """The model, site and rows that the SAE was trained on, as far as known; as in `SAEConfig`.
 
     target_site: what a transcoder predicts.
     """

@@ -89,11 +89,11 @@ class Low(Protocol):
         """A copy for some latents, int64 [any]; they are numbered from 0 in it."""
 
     def candidates(self, k: int) -> int:
-        """How many latents to choose so that the exact k largest are among them."""
+        """The number of latents to choose so that the exact k largest are among them."""
 
 
 class Kernels(Protocol):
-    """What a device offers.
+    """The operations that a device's kernels provide.
 
     Weights are float32 [n_latents, d], `centred` float32 [batch, d_in] is what the encoder sees,
     `low` a Low that the same kernels made.
@@ -107,7 +107,7 @@ class Kernels(Protocol):
         """Copies the weight into its low-precision copy again."""
 
     def choose(self, centred: Tensor, low: Any, bias: Tensor, count: int) -> Tensor:
-        """Where low-precision pre-activations are largest: int32 [batch, count], distinct."""
+        """Latents with the largest low-precision pre-activations: int32 [batch, count]."""
 
     def choose_above(self, centred: Tensor, low: Any, bias: Tensor, floor: Tensor) -> Tensor:
         """The latents whose pre-activation may reach their floor, which is float32 [n_latents].

@@ -23,7 +23,7 @@ _starting = Lock()
 
 
 def by_rows(batch: int, work: Callable[[slice], Result]) -> list[Result]:
-    """What `work` returns for consecutive slices of the rows; as many threads as torch uses."""
+    """Call `work` on consecutive slices of the rows, in as many threads as torch uses."""
     threads = torch.get_num_threads()
     step = min(MOST_ROWS, max(LEAST_ROWS, -(-batch // threads)))
     parts = [slice(first, min(first + step, batch)) for first in range(0, batch, step)]

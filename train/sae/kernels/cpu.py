@@ -44,7 +44,7 @@ class CpuKernels:
     def choose_both_ends(
         self, centred: Tensor, low: Int8 | Float32, bias: Tensor, count: int
     ) -> tuple[Tensor, Tensor]:
-        """As `choose`: the latents with the largest pre-activations, and with the smallest."""
+        """Latents with the largest, and with the smallest pre-activations, as `choose`."""
         return cpu_choice.both_ends(low.factors(centred), bias, count)
 
     def choose_above(

@@ -76,7 +76,7 @@ class Int8:
         quantize_weights(*self._arrays(rows))
 
     def _arrays(self, rows: Tensor) -> Any:
-        """As `quantize_rows` takes them."""
+        """The arguments of `quantize_rows`, in its order."""
         given = rows.numpy(), random_signs(self._d_in), blocks_of(self._d_in)
         return *given, self._codes.numpy(), self._scale.numpy(), self._norms.numpy()
 

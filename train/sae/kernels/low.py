@@ -11,7 +11,7 @@ CHUNK_ELEMENTS = 1 << 20
 
 
 def candidates(k: int, n_latents: int) -> int:
-    """How many latents to choose in low precision, so that the exact k largest are among them.
+    """The number of latents to choose in low precision so that the exact k largest are among them.
 
     Rounding moves a pre-activation by 0.004 (bfloat16) or 0.011 (int8) standard deviations. Among
     24,576 latents one or two lie that close to the 32nd largest; the margin is eight, which finds

@@ -23,7 +23,7 @@ PARTS = 64  # pieces of the weights that threads take in turn
 
 
 def blocks_of(d_in: int) -> int:
-    """How many blocks a row is cut into."""
+    """The number of blocks that a row is cut into."""
     blocks = MOST_BLOCKS
     while blocks > 1 and d_in < blocks * LEAST_BLOCK:
         blocks //= 2

@@ -20,7 +20,7 @@ LEAST = -(2**31)  # of int32; the key of no number
 
 @njit(**FAST)
 def _count_at_least(keys: Any, threshold: Any) -> Any:
-    """How many of the keys are at least `threshold`."""
+    """Count the keys that are at least `threshold`."""
     total = np.int32(0)
     for i in range(keys.shape[0]):
         total += np.int32(keys[i] >= threshold)

@@ -73,7 +73,7 @@ class GroupedLow:
         self._positions = self.positions(torch.arange(n_latents, device=device))
 
     def positions(self, latents: Tensor) -> Tensor:
-        """Where latents, int64 [any], stand in `values`."""
+        """The positions in `values` of latents, int64 [any]."""
         member, group = latents // self.groups, latents % self.groups
         block = group // LANES * (LANES * MEMBERS)
         return block + member * LANES + group % LANES

@@ -1,4 +1,4 @@
-"""Which latents may reach their floor, from the bits that `triton_scores` writes."""
+"""List the latents that may reach their floor, from the bits that `triton_scores` writes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORDS = 1024  # words that one program reads at a time
 def _count_kernel(
     words: tl.tensor, counts: tl.tensor, groups: tl.tensor, WIDTH: tl.constexpr
 ) -> None:
-    """How many bits of a row's words are set."""
+    """Count the bits that are set in a row's words."""
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros((WIDTH,), tl.int32)
     for first in tl.range(0, groups, WIDTH):

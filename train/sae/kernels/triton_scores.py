@@ -95,7 +95,7 @@ def _two_largest(keys: tl.tensor) -> Any:
 
 @triton.jit
 def _tile(row_tiles: tl.tensor, groups: tl.tensor, COLUMNS: tl.constexpr) -> Any:
-    """Which tile a program computes: 16 tiles of rows share those of latents in the cache."""
+    """The tile that a program computes: 16 tiles of rows share those of latents in the cache."""
     column_tiles = groups // (COLUMNS // 32)
     sweep = tl.program_id(0) // (16 * column_tiles)
     place = tl.program_id(0) % (16 * column_tiles)
@@ -247,7 +247,7 @@ def reaching(
     doubt: Tensor,
     tile: Tile = TILE,
 ) -> Tensor:
-    """Which scores may reach their floor: int32 [rows filled up, groups], bit m is member m.
+    """Mask of scores that may reach their floor: int32 [padded rows, groups], bit m is member m.
 
     A score s of row r and latent l does if s + height[l] + doubt[r] spread[l] >= 0. Divided by
     spread and the row's scale, that is two products and two sums for each score.

@@ -1,4 +1,4 @@
-"""Where scores are largest, from the summaries of `triton_scores`.
+"""Find the largest scores, from the summaries of `triton_scores`.
 
 The `count` largest scores of a row are found exactly, though only two of each group of 32 are
 known. Call the known ones candidates, and let T be the count-th largest candidate. A score that
@@ -243,7 +243,7 @@ def choose_by_groups(
 def choose_by_rows(
     short: Tensor, scale: Tensor, low: GroupedLow, bias: Tensor, count: int
 ) -> Tensor:
-    """As `choose_by_groups`, from whole scores of a chunk of rows: for few latents or many chosen.
+    """Same as `choose_by_groups`, from all scores of some rows: for few latents or a large count.
 
     Among equal scores any may be chosen.
     """
@@ -262,5 +262,5 @@ def choose_by_rows(
 
 
 def group_choice_pays(low: GroupedLow, count: int) -> bool:
-    """Whether `choose_by_groups` is the faster: few of the row's largest share a group."""
+    """Whether `choose_by_groups` is faster: few of a row's largest scores share a group."""
     return low.groups >= GROUPS_A_CANDIDATE * count

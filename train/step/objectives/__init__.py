@@ -1,4 +1,4 @@
-"""What a dictionary is trained for: one module per activation function and its penalty.
+"""Training objectives: one module per activation function and its penalty.
 
 Each has one function that takes a batch, chooses its pairs, and leaves the gradients of
 

@@ -1,4 +1,4 @@
-"""What an objective gives back beside the gradients in the workspace."""
+"""The result of an objective, beside the gradients in the workspace."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ class Outcome:
 
 
 def outcome(batch: StepContext, reconstruction: Reconstruction, **penalties: float) -> Outcome:
-    """Of an objective whose pairs reach b_enc and b_dec alike."""
+    """The result of an objective whose pairs have the same gradient for b_enc and b_dec."""
     return Outcome(reconstruction, penalties, batch.workspace.gradients.bias)
