@@ -51,7 +51,7 @@ RECIPES = {
     "saelens": ("default", "scaled"),
     "dictionary_learning": ("default", "scaled"),
 }
-LARGEST_MISREADING = 1e-3  # of a peer's weights: error against its own reconstruction, relative
+MAX_MISREADING = 1e-3  # of a peer's weights: error against its own reconstruction, relative
 
 
 class Judge:
@@ -113,7 +113,7 @@ class Judge:
         sae = SAE(config, **{name: tensor.contiguous() for name, tensor in tensors.items()})
         spread = float((expected - expected.mean(0)).norm())
         error = float((sae.decode(*sae.encode(x)) - expected).norm()) / spread
-        if error > LARGEST_MISREADING:
+        if error > MAX_MISREADING:
             raise SystemExit(f"{path} is read wrongly: relative error {error:.2g}")
         return sae, seconds
 

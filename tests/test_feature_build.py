@@ -185,7 +185,7 @@ def test_firing_together_is_counted_on_some_contexts_of_a_large_store(
 ) -> None:
     _, read, dense = truth
     pairs = int((dense > 0).sum()) ** 2 / int(read.sum())
-    monkeypatch.setattr(neighbours_module, "MOST_PAIRS", int(0.3 * pairs))
+    monkeypatch.setattr(neighbours_module, "MAX_PAIRS", int(0.3 * pairs))
     run = build(*folders[:2], tmp_path / "out", BUILD_CONFIG).run
     counted = counted_rows(0, len(read), truth[0].context_length, int(0.3 * pairs) / pairs)
     assert 0.2 < counted.mean() < 0.4

@@ -115,7 +115,7 @@ def test_wide_numbers_where_short_ones_would_not_do(
     features: Path, firings: Triples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delphi, "SHORT", 255)  # fewer than contexts
-    monkeypatch.setattr(delphi, "LARGEST_HALF", 0.9 * max(firings.values()))
+    monkeypatch.setattr(delphi, "MAX_FLOAT16", 0.9 * max(firings.values()))
     folder = exported(features, "delphi", tmp_path / "out") / "latents" / "h.1"
     (tensors,) = split_files(folder).values()
     assert tensors["locations"].dtype == np.uint32

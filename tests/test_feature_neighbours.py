@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sae_harvest.pipelines.features.counting.neighbours import (
-    MOST_PAIRS,
+    MAX_PAIRS,
     counted_rows,
     counted_share,
     decoder_neighbours,
@@ -106,7 +106,7 @@ def test_counted_contexts_are_evenly_spaced_and_the_same_block_by_block() -> Non
         parts = [counted_rows(low, low + 1600, 16, share) for low in range(0, 16_000, 1600)]
         assert (np.concatenate(parts) == rows).all()
     assert counted_share(0, 0) == counted_share(10**6, 10**6) == 1
-    assert counted_share(32 * 10**9, 10**9) == pytest.approx(MOST_PAIRS / (32**2 * 10**9))
+    assert counted_share(32 * 10**9, 10**9) == pytest.approx(MAX_PAIRS / (32**2 * 10**9))
 
 
 @pytest.mark.parametrize("n_latents", [1, 2, 5, 1500])

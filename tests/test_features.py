@@ -89,7 +89,7 @@ def test_firings_of_some_latents_come_several_blocks_at_a_time(
     last: int,
 ) -> None:
     monkeypatch.setattr(firings_module, "AT_ONCE", at_once)
-    monkeypatch.setattr(firings_module, "MOST_ROWS", most_rows)
+    monkeypatch.setattr(firings_module, "MAX_ROWS", most_rows)
     dense, blocks = case.dense, encode_blocks(case, tmp_path, 7)
     found = list(blocks.all(first, last))
     assert [inside.start for inside, _ in found[1:]] == [inside.stop for inside, _ in found[:-1]]

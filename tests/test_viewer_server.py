@@ -18,7 +18,7 @@ pytest.importorskip("uvicorn", reason="the viewer's server is an extra: .[viewer
 
 from sae_harvest.common.errors import InputError, RunError
 from sae_harvest.pipelines.live import LiveModel, LiveText
-from sae_harvest.pipelines.viewer.models import LONGEST_TEXT, MOST_TOKENS
+from sae_harvest.pipelines.viewer.models import MAX_TEXT_CHARS, MAX_TOKENS
 from sae_harvest.pipelines.viewer.run import listen, model_threads
 from sae_harvest.pipelines.viewer.server import open_viewer
 from tests.made_tables import write_sae, write_tables
@@ -100,7 +100,7 @@ def test_the_api_answers_with_json(client):
         ("/api/latent/1/notes", {"note": "", "tags": [1]}, "Tags are text"),
         ("/api/latent/99/notes", {"note": "", "tags": []}, "There is no latent 99"),
         ("/api/live", {"text": " "}, "Type a text"),
-        ("/api/live", {"text": "a" * (LONGEST_TEXT + 1)}, "5,001 characters; at most 5,000"),
+        ("/api/live", {"text": "a" * (MAX_TEXT_CHARS + 1)}, "5,001 characters; at most 5,000"),
         ("/api/live", {}, "lacks text"),
         ("/api/sql", {"sql": "DROP VIEW latents"}, "A query is one SELECT"),
         ("/api/live", b"{", "not JSON"),
@@ -116,8 +116,8 @@ def test_what_cannot_be_answered_gets_one_sentence(client, path, body, sentence)
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"n_tokens": 0}, f"1 to {MOST_TOKENS} tokens"),
-        ({"n_tokens": MOST_TOKENS + 1}, f"1 to {MOST_TOKENS} tokens"),
+        ({"n_tokens": 0}, f"1 to {MAX_TOKENS} tokens"),
+        ({"n_tokens": MAX_TOKENS + 1}, f"1 to {MAX_TOKENS} tokens"),
         ({"n_tokens": True}, "lacks n_tokens"),
         ({"temperature": -1}, "between 0 and 5"),
         ({"clamps": [{"latent": N, "value": 1}]}, f"There is no latent {N}"),

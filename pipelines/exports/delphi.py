@@ -33,7 +33,7 @@ from sae_harvest.train.run.files import write_json
 FOLDER = "latents"
 SPLIT_FIRINGS = 1 << 24  # of a file, which delphi holds in memory, with 28 bytes each
 LEAST = 1e-5  # delphi leaves out what is not above
-LARGEST_HALF = 65504.0
+MAX_FLOAT16 = 65504.0
 SHORT = 1 << 16
 HEADER_BYTES = 512
 CONTEXTS = 4096  # whose tokens are in memory
@@ -90,7 +90,7 @@ def _write_hookpoint(
     if not n_fire.any():
         raise InputError("None of these latents fires, so that delphi's cache would be empty.")
     highest = np.nan_to_num(facts["max"].to_numpy().astype(np.float64))[chosen].max()
-    kind = np.dtype(np.float16 if highest <= LARGEST_HALF else np.float32)
+    kind = np.dtype(np.float16 if highest <= MAX_FLOAT16 else np.float32)
     spans = splits(n_fire, latents[0].start, latents[-1].stop)
     length = store.context_length
     with ExitStack() as stack:

@@ -32,7 +32,7 @@ from sae_harvest.pipelines.features.tables.texts import pieces as texts_of_token
 from sae_harvest.pipelines.features.tables.writers import quantiles
 
 HISTOGRAM_COLUMNS = ("latent", "bin", "low", "high", "count")
-LARGEST_BAR = 2**32
+MAX_BAR = 2**32
 BARS = 50  # of a histogram, where a format has a fixed number
 AT_ONCE = 128  # latents whose contexts are in memory
 COUNTED = 8192  # latents whose bars are: a pass over the firings each
@@ -225,7 +225,7 @@ class Tables:
             value = table["value"].to_numpy().astype(np.float64)
             with np.errstate(divide="ignore", over="ignore"):
                 number = np.ceil(value / widths[place])
-            if not (number < LARGEST_BAR).all():
+            if not (number < MAX_BAR).all():
                 raise RunError(
                     f"{self.features} has activations too large to be counted in bars; "
                     "if they are wrong, build the tables again."

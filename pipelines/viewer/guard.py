@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sae_harvest.pipelines.viewer.connections import ADMIT
 
-LONGEST_BODY = 64 * 1024
+MAX_BODY_BYTES = 64 * 1024
 BODY_SECONDS = 10.0  # for a body to arrive
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 HEADERS = {
@@ -81,7 +81,7 @@ class Guard:
                 answer.headers["connection"] = "close"
             else:
                 if body is None:
-                    answer = _refused(413, f"The request is larger than {LONGEST_BODY:,} bytes.")
+                    answer = _refused(413, f"The request is larger than {MAX_BODY_BYTES:,} bytes.")
                 else:
                     receive = _replay(body, receive)
         await (answer or self._app)(scope, receive, guarded_send)
@@ -160,7 +160,7 @@ def _refused(status: int, sentence: str) -> JSONResponse:
 
 
 async def _bounded_body(receive: Receive) -> bytes | None:
-    """The whole body, None if it is longer than `LONGEST_BODY`.
+    """The whole body, None if it is longer than `MAX_BODY_BYTES`.
 
     Raises:
         ClientDisconnect: the other side left before the end of it.
@@ -171,7 +171,7 @@ async def _bounded_body(receive: Receive) -> bytes | None:
         if message["type"] != "http.request":
             raise ClientDisconnect
         body += message.get("body", b"")
-        if len(body) > LONGEST_BODY:
+        if len(body) > MAX_BODY_BYTES:
             return None
         if not message.get("more_body", False):
             return body

@@ -15,9 +15,9 @@ from sae_harvest.pipelines.steer import Clamp, generate
 from sae_harvest.pipelines.viewer.tables import Tables, plain
 from sae_harvest.pipelines.viewer.unusual import Unusual
 
-LONGEST_TEXT = 5_000  # characters of a text or prompt
-MOST_TOKENS = 200  # generated
-MOST_CLAMPS = 8
+MAX_TEXT_CHARS = 5_000  # characters of a text or prompt
+MAX_TOKENS = 200  # generated
+MAX_CLAMPS = 8
 PER_TOKEN = 64  # latents listed for a token
 
 
@@ -80,10 +80,10 @@ class Models:
         Raises:
             InputError: out of bounds. BusyError: somebody else's turn.
         """
-        if not 1 <= n_tokens <= MOST_TOKENS:
-            raise InputError(f"Ask for 1 to {MOST_TOKENS} tokens, not {n_tokens}.")
-        if len(clamps) > MOST_CLAMPS:
-            raise InputError(f"Clamp at most {MOST_CLAMPS} latents, not {len(clamps)}.")
+        if not 1 <= n_tokens <= MAX_TOKENS:
+            raise InputError(f"Ask for 1 to {MAX_TOKENS} tokens, not {n_tokens}.")
+        if len(clamps) > MAX_CLAMPS:
+            raise InputError(f"Clamp at most {MAX_CLAMPS} latents, not {len(clamps)}.")
         if not 0 <= temperature <= 5:
             raise InputError(f"The temperature is between 0 and 5, not {temperature:g}.")
         for clamp in clamps:
@@ -110,6 +110,6 @@ def check_text(text: str, what: str) -> str:
     """The text; `InputError` if it is empty or too long."""
     if not text.strip():
         raise InputError(f"Type a {what}.")
-    if len(text) > LONGEST_TEXT:
-        raise InputError(f"The {what} has {len(text):,} characters; at most {LONGEST_TEXT:,}.")
+    if len(text) > MAX_TEXT_CHARS:
+        raise InputError(f"The {what} has {len(text):,} characters; at most {MAX_TEXT_CHARS:,}.")
     return text

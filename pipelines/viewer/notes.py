@@ -12,8 +12,8 @@ from typing import Any
 from sae_harvest.common.errors import InputError, RunError
 
 NOTES_FILE = "notes.sqlite"
-LONGEST_NOTE = 20_000  # characters
-LONGEST_TAG, MOST_TAGS = 40, 20
+MAX_NOTE_CHARS = 20_000  # characters
+MAX_TAG_CHARS, MAX_TAGS = 40, 20
 
 SCHEMA = (
     "CREATE TABLE IF NOT EXISTS notes (sae TEXT NOT NULL, latent INTEGER NOT NULL, "
@@ -71,13 +71,13 @@ class Notes:
             InputError: too long. RunError: the file cannot be written.
         """
         tags = sorted({tag.strip() for tag in tags} - {""})
-        if len(note) > LONGEST_NOTE:
+        if len(note) > MAX_NOTE_CHARS:
             raise InputError(
-                f"A note has at most {LONGEST_NOTE:,} characters, this one has {len(note):,}."
+                f"A note has at most {MAX_NOTE_CHARS:,} characters, this one has {len(note):,}."
             )
-        if len(tags) > MOST_TAGS or any(len(tag) > LONGEST_TAG for tag in tags):
+        if len(tags) > MAX_TAGS or any(len(tag) > MAX_TAG_CHARS for tag in tags):
             raise InputError(
-                f"A latent has at most {MOST_TAGS} tags of at most {LONGEST_TAG} characters."
+                f"A latent has at most {MAX_TAGS} tags of at most {MAX_TAG_CHARS} characters."
             )
         with self._open() as connection:
             connection.execute("BEGIN IMMEDIATE")

@@ -17,8 +17,8 @@ from sae_harvest.pipelines.viewer.listing import PAGE, Listing
 from sae_harvest.pipelines.viewer.notes import Notes
 from sae_harvest.pipelines.viewer.tables import SUMMARY
 
-MOST_ROWS = 500
-MOST_DIGITS = 15
+MAX_ROWS = 500
+MAX_DIGITS = 15
 SHOWN = 20  # characters of a wrong value that a sentence repeats
 
 
@@ -70,7 +70,7 @@ def number_of(body: dict[str, Any], name: str) -> float:
         raise InputError(f"The {name} is too large a number.") from None
 
 
-def whole_of(body: dict[str, Any], name: str, high: int = 10**MOST_DIGITS) -> int:
+def whole_of(body: dict[str, Any], name: str, high: int = 10**MAX_DIGITS) -> int:
     """A member that is a whole number below `high` in size."""
     value: int = typed(body, name, int)
     if not -high < value < high:
@@ -103,7 +103,7 @@ def seed_of(body: dict[str, Any]) -> int:
 
 def latent_of(text: str, n_latents: int) -> int:
     """The number of a latent, as an address names it."""
-    if not (text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS):
+    if not (text.isascii() and text.isdecimal() and len(text) <= MAX_DIGITS):
         raise InputError(
             f"There is no latent {_short(text)}; these tables hold 0 to {n_latents - 1}."
         )
@@ -128,7 +128,7 @@ def listing_of(query: QueryParams, notes: Notes) -> Listing:
         dead=query.get("dead") == "1",
         latents=latents,
         offset=whole(query.get("offset"), 0, 0),
-        limit=whole(query.get("limit"), PAGE, 1, MOST_ROWS),
+        limit=whole(query.get("limit"), PAGE, 1, MAX_ROWS),
     )
 
 
@@ -136,7 +136,7 @@ def whole(text: str | None, default: int, low: int, high: int = 2**31 - 1) -> in
     """A whole number of a query, `default` where it is left out."""
     if text is None:
         return default
-    if not (text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS) or not (
+    if not (text.isascii() and text.isdecimal() and len(text) <= MAX_DIGITS) or not (
         low <= int(text) <= high
     ):
         raise InputError(f"{_short(text)!r} is not a whole number from {low} to {high}.")

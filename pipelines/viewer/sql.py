@@ -20,7 +20,7 @@ from sae_harvest.pipelines.viewer import sqlworker
 from sae_harvest.pipelines.viewer.models import BusyError
 
 SQL_ROWS, SQL_SECONDS, SQL_MEMORY = 200, 10.0, 10**9
-LONGEST_SQL = 10_000
+MAX_SQL_CHARS = 10_000
 START_SECONDS = 10.0  # for the process to begin, on a busy machine
 
 
@@ -49,8 +49,8 @@ class FencedSQL:
             InputError: not one SELECT, not understood, not allowed, too slow or too large.
             BusyError: another query is running.
         """
-        if len(sql) > LONGEST_SQL:
-            raise InputError(f"A query has at most {LONGEST_SQL:,} characters.")
+        if len(sql) > MAX_SQL_CHARS:
+            raise InputError(f"A query has at most {MAX_SQL_CHARS:,} characters.")
         if not self._turn.acquire(blocking=False):
             raise BusyError("Another query is running; try again in a moment.")
         try:
@@ -95,7 +95,7 @@ class FencedSQL:
             sqlworker.MEMORY: f"The query needs more than {self._memory / 1e9:g} GB of memory; "
             "ask for less at a time.",
             sqlworker.RESULT: f"The result has {text} bytes, more than "
-            f"{sqlworker.LARGEST_ANSWER:,}; select fewer columns.",
+            f"{sqlworker.MAX_ANSWER_BYTES:,}; select fewer columns.",
             sqlworker.SAID: text,
             sqlworker.VALUE: f"The result cannot be shown ({text}); cast it to VARCHAR.",
             sqlworker.DUCKDB: f"DuckDB does not answer this ({first_line(Exception(text))}).",

@@ -23,8 +23,8 @@ from sae_harvest.common.errors import SaeHarvestError
 from sae_harvest.pipelines.features.reading.query import connect_fenced, only_select
 from sae_harvest.pipelines.viewer.tables import plain
 
-LONGEST_CELL = 2_000  # characters of a value shown
-LARGEST_ANSWER = 4_000_000  # bytes of JSON
+MAX_CELL_CHARS = 2_000  # characters of a value shown
+MAX_ANSWER_BYTES = 4_000_000  # bytes of JSON
 DEADLINE = signal.SIGALRM  # ends a process whose time is up
 MEMORY, RESULT, VALUE, DUCKDB, SAID = "memory", "result", "value", "duckdb", "said"
 
@@ -38,7 +38,7 @@ def main() -> None:
         text = json.dumps(answer, allow_nan=False).encode()
     except MemoryError:
         text = _fault(MEMORY, "")
-    if len(text) > LARGEST_ANSWER:
+    if len(text) > MAX_ANSWER_BYTES:
         text = _fault(RESULT, f"{len(text):,}")
     sys.stdout.buffer.write(text)
     sys.stdout.buffer.flush()
@@ -104,7 +104,7 @@ def cell(value: object) -> Any:
         text = ", ".join(map(str, value))
     else:
         text = value if isinstance(value, str) else str(value)
-    return text if len(text) <= LONGEST_CELL else text[:LONGEST_CELL] + " …"
+    return text if len(text) <= MAX_CELL_CHARS else text[:MAX_CELL_CHARS] + " …"
 
 
 def _fault(fault: str, text: str) -> bytes:

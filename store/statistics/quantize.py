@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from sae_harvest.store.statistics.stats import bits_of, moments_of_groups
 
-LARGEST_CODE = 127  # -128 is the fill value, never a number of a row
+MAX_CODE = 127  # -128 is the fill value, never a number of a row
 BINS = 500  # of a channel's range. No power of two: all channels would share few cache lines
 ROUNDS = 4  # moves of both ends of a range; after the second they hardly change
 APART_DEVIATIONS = 10.0
@@ -71,8 +71,8 @@ def calibrate(x: npt.NDArray[Any], is_apart: npt.NDArray[np.bool_]) -> npt.NDArr
     counts = np.zeros((width, BINS), np.int32)
     count_bins(bits, is_apart, low, _inverse(bin_width), counts)
     start, stop = np.empty((2, width), np.int64)
-    best_parts(counts, 2 * LARGEST_CODE, ROUNDS, start, stop)
-    scale = (stop - start) * bin_width / (2 * LARGEST_CODE)
+    best_parts(counts, 2 * MAX_CODE, ROUNDS, start, stop)
+    scale = (stop - start) * bin_width / (2 * MAX_CODE)
     return np.stack([scale, bottom + (start + stop) / 2 * bin_width]).astype(np.float32)
 
 
@@ -92,7 +92,7 @@ def encode(
     from sae_harvest.store.statistics.quantize_jit import nearest_codes
 
     codes = np.empty(x.shape, np.int8)
-    limit = np.float32(LARGEST_CODE)
+    limit = np.float32(MAX_CODE)
     nearest_codes(bits_of(x), is_apart, offset, _inverse(scale), limit, codes)
     return codes
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from sae_harvest.train.config import SAEConfig
 
 LAYER_NORM_EPS = 1e-5
-LEAST_NORM = 1e-12  # a row of zeros stays one
+MIN_NORM = 1e-12  # a row of zeros stays one
 
 
 def normalise(x: Tensor, config: SAEConfig, out: Tensor | None = None) -> Tensor:
@@ -62,7 +62,7 @@ def restore(reconstruction: Tensor, x: Tensor | None, config: SAEConfig) -> Tens
 def _length(x: Tensor) -> Tensor:
     """|x| / sqrt(d), [batch, 1]."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return norm.clamp_(min=LEAST_NORM).div_(x.shape[1] ** 0.5)
+    return norm.clamp_(min=MIN_NORM).div_(x.shape[1] ** 0.5)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

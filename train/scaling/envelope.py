@@ -17,7 +17,7 @@ from sae_harvest.train.scaling.points import RunPoint
 
 PER_OCTAVE = 2  # points of the envelope per doubling of compute
 WINDOW = 0.5  # octaves of compute that one point of a curve is smoothed over
-LEAST_STEPS = 3  # in that window
+MIN_STEPS = 3  # in that window
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,6 @@ def smooth(flops: Array, fvu: Array, grid: Array) -> Array:
     logs, values = np.log2(flops), np.log(np.maximum(fvu, 1e-12))
     for index, centre in enumerate(np.log2(grid)):
         near = np.abs(logs - centre) <= WINDOW / 2
-        if near.sum() >= LEAST_STEPS and logs[0] <= centre <= logs[-1]:
+        if near.sum() >= MIN_STEPS and logs[0] <= centre <= logs[-1]:
             found[index] = np.polyfit(logs[near] - centre, values[near], 1)[1]
     return found

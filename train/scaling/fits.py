@@ -26,9 +26,9 @@ from sae_harvest.train.scaling.laws import JointLaw, PowerLaw
 from sae_harvest.train.scaling.least_squares import DRAWS, Fit, fit
 from sae_harvest.train.scaling.points import RunPoint
 
-LEAST_SIZES = 4  # three parameters and one to spare
-LEAST_K, LEAST_PAIRS = 3, 8  # of L(n, k), six parameters
-LEAST_INNER = 6  # points of an envelope
+MIN_SIZES = 4  # three parameters and one to spare
+MIN_K, MIN_PAIRS = 3, 8  # of L(n, k), six parameters
+MIN_INNER = 6  # points of an envelope
 TABLE_FILE, FITS_FILE = "scaling.parquet", "fits.json"
 LATENTS, JOINT, COMPUTE = "L(n)", "L(n,k)", "L(C)"
 
@@ -79,11 +79,11 @@ def analyse(points: Sequence[RunPoint], draws: int = DRAWS, seed: int = 0) -> Sc
     per_k: dict[int, list[Size]] = defaultdict(list)
     for size in sizes:
         per_k[size.k].append(size)
-    enough = {k: group for k, group in sorted(per_k.items()) if len(group) >= LEAST_SIZES}
+    enough = {k: group for k, group in sorted(per_k.items()) if len(group) >= MIN_SIZES}
     if not enough:
         most = max(per_k, key=lambda k: len(per_k[k]))
         raise InputError(
-            f"A scaling law needs runs of at least {LEAST_SIZES} values of n_latents at one k; "
+            f"A scaling law needs runs of at least {MIN_SIZES} values of n_latents at one k; "
             f"there are {len(per_k[most])} at k {most}; add sizes to the sweep and run it again."
         )
     left_out: dict[str, str] = {}
@@ -92,21 +92,21 @@ def analyse(points: Sequence[RunPoint], draws: int = DRAWS, seed: int = 0) -> Sc
         for k, group in enough.items()
     }
     joint = None
-    if len(per_k) >= LEAST_K and len(sizes) >= LEAST_PAIRS:
+    if len(per_k) >= MIN_K and len(sizes) >= MIN_PAIRS:
         pairs = np.array([(size.n_latents, size.k) for size in sizes], float)
         joint = fit(JointLaw(pairs), _losses(sizes), draws, seed)
     else:
         left_out[JOINT] = (
-            f"needs {LEAST_K} values of k and {LEAST_PAIRS} pairs of n_latents and k, found "
+            f"needs {MIN_K} values of k and {MIN_PAIRS} pairs of n_latents and k, found "
             f"{len(per_k)} and {len(sizes)}"
         )
     envelopes, compute = {}, {}
     for k in enough:
         envelopes[k] = found = envelope([point for point in points if point.k == k])
         inner = int(found.inner.sum())
-        if inner < LEAST_INNER:
+        if inner < MIN_INNER:
             left_out[f"{COMPUTE} at k {k}"] = (
-                f"needs {LEAST_INNER} half octaves of compute in which the best size is neither "
+                f"needs {MIN_INNER} half octaves of compute in which the best size is neither "
                 f"the smallest nor the largest, found {inner}"
             )
             continue

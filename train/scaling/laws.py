@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 FRACTIONS = (1e-4, 0.2, 0.4, 0.6, 0.8, 0.95)  # of the least loss, that e is first taken to be
-LEAST_FRACTION = 1e-6  # e below this share of the least loss is as good as none
-LEAST_B, MOST_B = 1e-4, 5.0  # exponents beyond these say nothing: no fall, or a cliff
+MIN_FRACTION = 1e-6  # e below this share of the least loss is as good as none
+MIN_B, MAX_B = 1e-4, 5.0  # exponents beyond these say nothing: no fall, or a cliff
 
 
 class Law(Protocol):
@@ -51,8 +51,8 @@ class PowerLaw:
     def __init__(self, x: Array, centre: float | None = None, least: float = -np.inf) -> None:
         self._centre = float(np.log(x).mean()) if centre is None else centre
         self._z = np.log(x) - self._centre  # [points]
-        self.least = np.array([least, -np.inf, np.log(LEAST_B)])
-        self.most = np.array([np.inf, np.inf, np.log(MOST_B)])
+        self.least = np.array([least, -np.inf, np.log(MIN_B)])
+        self.most = np.array([np.inf, np.inf, np.log(MAX_B)])
 
     def log_loss(self, theta: Array) -> tuple[Array, Array]:
         floor, slope = theta[:, :1], np.exp(theta[:, 2:])  # [sets, 1]
@@ -64,7 +64,7 @@ class PowerLaw:
 
     def starts(self, log_loss: Array) -> Array:
         least = float(np.exp(log_loss.min()))
-        self.least[0] = np.log(least * LEAST_FRACTION)
+        self.least[0] = np.log(least * MIN_FRACTION)
         found = []
         for fraction in FRACTIONS:
             rest = np.log(np.exp(log_loss) - fraction * least)  # ln a - b ln x
@@ -111,7 +111,7 @@ class JointLaw:
 
     def starts(self, log_loss: Array) -> Array:
         loss = np.exp(log_loss)
-        self.least[4] = np.log(loss.min() * LEAST_FRACTION)
+        self.least[4] = np.log(loss.min() * MIN_FRACTION)
         design = self._floor
         found = []
         trend = np.linalg.lstsq(design, log_loss, rcond=None)[0][1]  # loss against k alone

@@ -24,11 +24,11 @@ BLOCK_LATENTS = 65_536  # drawn from one seed, so that a part of the latents nee
 PROBE_ROWS, PROBE_LATENTS = 2048, 4096  # that a quantile of pre-activations is taken over
 ACTIVE_FACTOR = 3.0  # active latents at the start, in units of the k aimed at
 ACTIVE = 100.0  # active latents at the start where no k is given
-MOST_ACTIVE = 1 / 8  # share of the latents that are active at the start, at most
+MAX_ACTIVE = 1 / 8  # share of the latents that are active at the start, at most
 # All of it in the threshold makes reconstructions far too large at first; none of it, and the
 # thresholds, of which each step changes a small share, grow too slowly to hold the number down.
 JUMP = 0.5
-LEAST_THRESHOLD = 1e-3  # its logarithm is trained
+MIN_THRESHOLD = 1e-3  # its logarithm is trained
 RIDGE = 1e-3  # of the inputs' mean variance, added to it in the linear map
 
 
@@ -156,7 +156,7 @@ def initial_sae(
         floor = sparse_floor(config, start)
         jump = 0.0
         if config.activation == "jumprelu":
-            jump = max(LEAST_THRESHOLD, JUMP * floor)
+            jump = max(MIN_THRESHOLD, JUMP * floor)
             extra["threshold"].fill_(jump)
         if config.activation == "gated":
             extra["b_mag"].fill_(-floor)
@@ -215,7 +215,7 @@ def sparse_floor(config: TrainConfig, start: Start) -> float:
     """Threshold that W_enc c exceeds as often as latents should be active at the start."""
     assert start.probe is not None
     active = ACTIVE if config.k is None else ACTIVE_FACTOR * config.k
-    density = min(MOST_ACTIVE, active / config.n_latents)
+    density = min(MAX_ACTIVE, active / config.n_latents)
     rows, _ = _weights(config, start, 0, min(config.n_latents, PROBE_LATENTS))
     scores = (start.probe @ rows.T).flatten()  # [probe rows * latents]
     above = max(1, round(density * len(scores)))

@@ -34,7 +34,7 @@ GRID, RUNS, NAME = "grid", "runs", "name"
 # the stream of batches, and when all are saved and what all are judged on
 SHARED = ("batch_rows", "target_site", "order_seed", "rule", "checkpoint_every", "eval_rows")
 ONLY = "run"  # name of the member of a sweep that has one
-LONGEST_NAME = 120  # bytes; file systems end at 255
+MAX_NAME_BYTES = 120  # bytes; file systems end at 255
 MAX_MEMBERS = 10_000
 TAKEN = ("sweep.json",)  # in the folder of the members' folders
 
@@ -139,7 +139,7 @@ def _names(variants: list[tuple[str | None, dict[str, Any]]], file: str) -> list
                 f"{file}: {count} members are called {name}; members have to differ, or be given "
                 "names."
             )
-        if len(name.encode()) > LONGEST_NAME:
+        if len(name.encode()) > MAX_NAME_BYTES:
             raise click.UsageError(
                 f"{file}: {name} is too long to name a folder; list the members under {RUNS} and "
                 f"give each a {NAME}."

@@ -17,8 +17,8 @@ from sae_harvest.train.sae.kernels.cpu import CpuKernels
 
 BLOCK, BATCH = 2048, 8192  # latents, and those they are compared with, at a time
 SPARE = 2  # times as many are looked at exactly as wanted
-MOST_PAIRS = 1 << 29  # (row, latent, latent) that are counted; above, on evenly spaced contexts
-MOST_FIRINGS = 1 << 25  # that they are counted from, 8 bytes of memory each; above, likewise
+MAX_PAIRS = 1 << 29  # (row, latent, latent) that are counted; above, on evenly spaced contexts
+MAX_FIRINGS = 1 << 25  # that they are counted from, 8 bytes of memory each; above, likewise
 
 
 @dataclass(eq=False)
@@ -43,7 +43,7 @@ class Neighbours:
 def counted_share(n_pairs: int, n_rows: int) -> float:
     """Share of the contexts on which firing together is counted: all, while that takes not long."""
     pairs_of_pairs = n_pairs**2 / max(n_rows, 1)
-    return min(1.0, MOST_PAIRS / max(pairs_of_pairs, 1.0), MOST_FIRINGS / max(n_pairs, 1))
+    return min(1.0, MAX_PAIRS / max(pairs_of_pairs, 1.0), MAX_FIRINGS / max(n_pairs, 1))
 
 
 def counted_rows(first: int, last: int, context_length: int, share: float) -> npt.NDArray[np.bool_]:

@@ -32,7 +32,7 @@ FOLDER = "firings"
 ROW_GROUP = 1 << 16  # pairs that a read of a few latents decodes at least
 BLOCK_NUMBERS = 1 << 24  # of activations that a block may have, if all of them fire
 AT_ONCE = 1 << 23  # firings of some latents in memory, of several blocks; 8 bytes each
-MOST_ROWS = 1 << 30  # of those blocks
+MAX_ROWS = 1 << 30  # of those blocks
 READS = 2  # under way at once
 COLUMNS = ("latent", "row", "value")
 
@@ -172,7 +172,7 @@ class Blocks:
         for block, part in enumerate(self._side_by_side(first, last)):
             end = self.span(block)[1]
             pairs += len(part.row)
-            if parts and (pairs > AT_ONCE or end - begin > MOST_ROWS):
+            if parts and (pairs > AT_ONCE or end - begin > MAX_ROWS):
                 yield slice(begin, part.first_row), _joined(parts)
                 parts, begin, pairs = [], part.first_row, len(part.row)
             parts.append(part)

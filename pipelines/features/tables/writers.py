@@ -23,7 +23,7 @@ from sae_harvest.store.atomic import publish, temporary_name
 
 ROW_GROUP = 2048  # a point query reads one group: about 30 latents' contexts
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
-LEAST_SPREAD = 1e-3  # of the mean, for skew and kurtosis; the error there is below 1 %
+MIN_SPREAD = 1e-3  # of the mean, for skew and kurtosis; the error there is below 1 %
 NAMED_TOKENS = 10
 SORTED_ROWS = 4_000_000  # of the table of tokens, at a time
 SEEN = 3  # firings on a token before its mean says something
@@ -105,7 +105,7 @@ def latents_table(
     third = raw[:, 2] - 3 * mean * raw[:, 1] + 2 * mean**3
     fourth = raw[:, 3] - 4 * mean * raw[:, 2] + 6 * mean**2 * raw[:, 1] - 3 * mean**4
     # Sums of powers lose the shape of a spread this narrow to rounding.
-    safe = np.where(spread > LEAST_SPREAD * mean, spread, np.nan)
+    safe = np.where(spread > MIN_SPREAD * mean, spread, np.nan)
     skew, kurtosis = third / safe**3, fourth / safe**4
     columns: dict[str, Any] = {
         "latent": np.arange(inside.start, inside.stop, dtype=np.int32),

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-LEAST_ROWS, MOST_ROWS = 64, 512  # of a slice; with few, a product prepares all weights again
+MIN_ROWS, MAX_ROWS = 64, 512  # of a slice; with few, a product prepares all weights again
 
 Result = TypeVar("Result")
 
@@ -25,7 +25,7 @@ _starting = Lock()
 def by_rows(batch: int, work: Callable[[slice], Result]) -> list[Result]:
     """Call `work` on consecutive slices of the rows, in as many threads as torch uses."""
     threads = torch.get_num_threads()
-    step = min(MOST_ROWS, max(LEAST_ROWS, -(-batch // threads)))
+    step = min(MAX_ROWS, max(MIN_ROWS, -(-batch // threads)))
     parts = [slice(first, min(first + step, batch)) for first in range(0, batch, step)]
     if threads == 1 or len(parts) == 1:
         return list(map(work, parts))

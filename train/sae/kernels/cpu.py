@@ -22,7 +22,7 @@ from sae_harvest.train.sae.kernels.gradient_jit import (
 
 PARTS = 64  # pieces of the latents, balanced by their pairs, that threads take
 ROW_COST = 4  # writing a latent's gradients costs about as much as this many pairs
-LEAST_BLOCK, BLOCK_PAIRS = 256, 48  # of gradients taken some rows at a time
+MIN_BLOCK, BLOCK_PAIRS = 256, 48  # of gradients taken some rows at a time
 
 
 class CpuKernels:
@@ -178,5 +178,5 @@ def _rows_at_a_time(batch: int, counts: Any) -> int:
     latent has BLOCK_PAIRS of them stay in the cache from one latent to the next.
     """
     pairs, live = int(counts.sum()), int(np.count_nonzero(counts))
-    step = max(LEAST_BLOCK, BLOCK_PAIRS * batch * live // max(1, pairs))
+    step = max(MIN_BLOCK, BLOCK_PAIRS * batch * live // max(1, pairs))
     return step if 2 * step <= batch else max(1, batch)

@@ -23,7 +23,7 @@ from sae_harvest.train.sae.kernels.selection_jit import (
 )
 
 LATENTS = 1024  # of a tile
-LEAST_ROOM = 64  # latents above their floor that a row has room for at first
+MIN_ROOM = 64  # latents above their floor that a row has room for at first
 
 
 def largest(factors: Factors, bias: Tensor, count: int) -> Tensor:
@@ -75,7 +75,7 @@ def above(factors: Factors, least: Tensor) -> Tensor:
     scale, spread, floor = factors.scale.numpy(), factors.spread.numpy(), least.numpy()
 
     def choose(rows: slice) -> Any:
-        out = np.full((rows.stop - rows.start, LEAST_ROOM), -1, np.int32)
+        out = np.full((rows.stop - rows.start, MIN_ROOM), -1, np.int32)
         found = np.zeros(len(out), np.int64)
         row_scale, doubt = factors.row_scale[rows].numpy(), factors.doubt[rows].numpy()
         for latents, scores in _tiles(factors, rows):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LEAST_MARGIN = 8  # candidates beyond k
+MIN_MARGIN = 8  # candidates beyond k
 DEVIATIONS = 4.0  # standard deviations of the error that a floor is lowered by
 CHUNK_ELEMENTS = 1 << 20
 
@@ -17,7 +17,7 @@ def candidates(k: int, n_latents: int) -> int:
     24,576 latents one or two lie that close to the 32nd largest; the margin is eight, which finds
     them all (docs/kernels.md).
     """
-    return min(n_latents, k + max(LEAST_MARGIN, k // 8))
+    return min(n_latents, k + max(MIN_MARGIN, k // 8))
 
 
 def fourth_norm(rows: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ import numpy as np
 
 from sae_harvest.train.sae.kernels.jit import FAST, njit, prange
 
-MOST_BLOCKS = 64  # a power of two, as the transform needs
-LEAST_BLOCK = 8  # numbers that the transform adds at a time
-LEAST_WIDTH = 4  # torch 2.13 gives zeros for products of width 1
+MAX_BLOCKS = 64  # a power of two, as the transform needs
+MIN_BLOCK = 8  # numbers that the transform adds at a time
+MIN_WIDTH = 4  # torch 2.13 gives zeros for products of width 1
 LARGEST = 127  # of a code; -128 isn't used
 SEED = 0
 PARTS = 64  # pieces of the weights that threads take in turn
@@ -24,8 +24,8 @@ PARTS = 64  # pieces of the weights that threads take in turn
 
 def blocks_of(d_in: int) -> int:
     """The number of blocks that a row is cut into."""
-    blocks = MOST_BLOCKS
-    while blocks > 1 and d_in < blocks * LEAST_BLOCK:
+    blocks = MAX_BLOCKS
+    while blocks > 1 and d_in < blocks * MIN_BLOCK:
         blocks //= 2
     return blocks
 
@@ -33,7 +33,7 @@ def blocks_of(d_in: int) -> int:
 def padded_width(d_in: int) -> int:
     """Codes of a row: d_in, rounded up to whole blocks."""
     blocks = blocks_of(d_in)
-    return max(LEAST_WIDTH, -(-d_in // blocks) * blocks)
+    return max(MIN_WIDTH, -(-d_in // blocks) * blocks)
 
 
 def random_signs(d_in: int) -> Any:

@@ -19,7 +19,7 @@ from sae_harvest.train.sae.kernels.low import DEVIATIONS, candidates, fourth_nor
 
 MEMBERS, LANES, GROUP_STEP, DEPTH_STEP = 32, 4, 8, 128
 FP8_LARGEST = 448.0  # of e4m3
-LEAST_SCALE = 1e-30  # of a row of zeros
+MIN_SCALE = 1e-30  # of a row of zeros
 FP8_LEAST_MARGIN = 32
 # Standard deviation of a product's relative error when both factors are rounded, at most:
 # uniform within half a unit, twice. One unit is 2^-8 of bfloat16 and 2^-3 of e4m3.
@@ -42,7 +42,7 @@ def shorten(rows: Tensor, fp8: bool) -> tuple[Tensor, Tensor]:
     """
     if fp8:
         scale = torch.linalg.vector_norm(rows, torch.inf, dim=1) / FP8_LARGEST
-        scale = scale.clamp_(min=LEAST_SCALE)
+        scale = scale.clamp_(min=MIN_SCALE)
         short = (rows / scale.unsqueeze(1)).to(torch.float8_e4m3fn)
     else:
         scale = rows.new_ones(len(rows))

@@ -24,8 +24,8 @@ from sae_harvest.train.sae.kernels.triton_low import GroupedLow
 
 ROW_STEP = 128  # rows of the outputs are filled up to a multiple
 TILE_BYTES = 128  # depth of a tile: what the shared memory's swizzle spans
-LEAST_KEY = tl.constexpr(-(2**31))
-LEAST_SPREAD = 1e-30  # of a latent of zeros
+MIN_KEY = tl.constexpr(-(2**31))
+MIN_SPREAD = 1e-30  # of a latent of zeros
 # The interpreter multiplies bfloat16 by its bits; in float32 the products are exact.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -258,7 +258,7 @@ def reaching(
     """
     rows = len(short)
     words = torch.empty(_filled_up(rows), low.groups, dtype=torch.int32, device=short.device)
-    spread = low.spread.clamp(min=LEAST_SPREAD)
+    spread = low.spread.clamp(min=MIN_SPREAD)
     grid, by_name = tile.arguments(short, low)
     reaching_kernel[grid](
         *tile.factors(short, low),

@@ -17,27 +17,27 @@ import triton.language as tl
 from torch import Tensor
 
 from sae_harvest.train.sae.kernels.triton_low import GroupedLow
-from sae_harvest.train.sae.kernels.triton_scores import LEAST_KEY, group_maxima, ordered
+from sae_harvest.train.sae.kernels.triton_scores import MIN_KEY, group_maxima, ordered
 
 KEYS_BYTES = 1 << 30  # keys of one chunk of rows
-LEAST_CLASSES = 1024  # of a row's keys
-LEAST_ROOM = 128  # survivors of a row, at least
+MIN_CLASSES = 1024  # of a row's keys
+MIN_ROOM = 128  # survivors of a row, at least
 GROUPS_A_CANDIDATE = 8  # with fewer groups, too many would be computed again
 SCORES_BYTES = 256 << 20  # of one chunk, where groups don't pay
-LEAST_PACKED = tl.constexpr(-(2**63))
+MIN_PACKED = tl.constexpr(-(2**63))
 
 
 @triton.jit
 def _reached_by(keys: tl.tensor, count: tl.tensor, LAST_BIT: tl.constexpr) -> Any:
     """The largest number, zero below LAST_BIT, that `count` of the keys reach; int32."""
-    shifted = (keys ^ LEAST_KEY).to(tl.uint32, bitcast=True)  # orders as the keys do
+    shifted = (keys ^ MIN_KEY).to(tl.uint32, bitcast=True)  # orders as the keys do
     floor = tl.full((), 0, tl.uint32)
     bit = tl.full((), 1 << 31, tl.uint32)
     for _ in tl.range(0, 32 - LAST_BIT):
         trial = floor | bit
         bit = bit >> 1
         floor = tl.where(tl.sum((shifted >= trial).to(tl.int32), 0) >= count, trial, floor)
-    return floor.to(tl.int32, bitcast=True) ^ LEAST_KEY
+    return floor.to(tl.int32, bitcast=True) ^ MIN_KEY
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def _take(
     equal = tl.full((), 0, tl.int32)
     for first in tl.range(0, width, CLASSES):
         here = first + lane < width
-        key = tl.load(keys + first + lane, mask=here, other=LEAST_KEY)
+        key = tl.load(keys + first + lane, mask=here, other=MIN_KEY)
         same = ((key == floor) & here).to(tl.int32)
         among = equal + tl.cumsum(same, 0)  # how many equal ones up to here
         keep = ((key > floor) & here) | ((same > 0) & (among <= ties))
@@ -92,7 +92,7 @@ def _survivors_kernel(
     found += row * ROOM
     places += row * ROOM
     lane = tl.arange(0, CLASSES)
-    best = tl.full((CLASSES,), LEAST_KEY, tl.int32)
+    best = tl.full((CLASSES,), MIN_KEY, tl.int32)
     for first in tl.range(0, width, CLASSES):
         best = tl.maximum(best, tl.load(keys + first + lane, mask=first + lane < width, other=best))
     floor = _reached_by(best, count, 8)
@@ -104,15 +104,15 @@ def _survivors_kernel(
         for _ in tl.range(0, 32):
             trial = bits | bit
             bit = bit >> 1
-            middle = trial.to(tl.int32, bitcast=True) ^ LEAST_KEY
+            middle = trial.to(tl.int32, bitcast=True) ^ MIN_KEY
             reached = tl.full((), 0, tl.int32)
             for first in tl.range(0, width, CLASSES):
                 here = first + lane < width
-                key = tl.load(keys + first + lane, mask=here, other=LEAST_KEY)
+                key = tl.load(keys + first + lane, mask=here, other=MIN_KEY)
                 reached += tl.sum(((key >= middle) & here).to(tl.int32), 0)
             above = tl.where(reached >= count, above, reached)
             bits = tl.where(reached >= count, trial, bits)
-        floor = bits.to(tl.int32, bitcast=True) ^ LEAST_KEY
+        floor = bits.to(tl.int32, bitcast=True) ^ MIN_KEY
         # `above` of the last trial that too few reached: those above the floor
         _take(keys, found, places, width, floor, count - above, CLASSES, ROOM)
 
@@ -126,14 +126,14 @@ def _packed(key: tl.tensor, latent: tl.tensor) -> Any:
 @triton.jit
 def _count_th(packed: tl.tensor, count: tl.tensor) -> Any:
     """The largest number that `count` of the packed, int64 [any], reach: the count-th largest."""
-    shifted = (packed ^ LEAST_PACKED).to(tl.uint64, bitcast=True)  # orders as they do
+    shifted = (packed ^ MIN_PACKED).to(tl.uint64, bitcast=True)  # orders as they do
     floor = tl.full((), 0, tl.uint64)
     bit = tl.full((), 1 << 63, tl.uint64)
     for _ in tl.range(0, 64):
         trial = floor | bit
         bit = bit >> 1
         floor = tl.where(tl.sum((shifted >= trial).to(tl.int32), 0) >= count, trial, floor)
-    return floor.to(tl.int64, bitcast=True) ^ LEAST_PACKED
+    return floor.to(tl.int64, bitcast=True) ^ MIN_PACKED
 
 
 @triton.jit
@@ -158,10 +158,10 @@ def _settle_kernel(
     row = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, ROOM)
     place = tl.load(places + row * ROOM + slot)
-    key = tl.load(found + row * ROOM + slot, mask=place >= 0, other=LEAST_KEY)
+    key = tl.load(found + row * ROOM + slot, mask=place >= 0, other=MIN_KEY)
     group = place >> 1
     packed = _packed(key, (31 - (key & 31)) * groups + group)
-    packed = tl.where(place < 0, LEAST_PACKED, packed)
+    packed = tl.where(place < 0, MIN_PACKED, packed)
     last = _count_th(packed, count)
     hiding = (place >= 0) & (place % 2 == 1) & (packed >= last)
     rank = tl.cumsum(hiding.to(tl.int32), 0)
@@ -183,11 +183,11 @@ def _settle_kernel(
         known = keys + (row * groups + this) * 2  # the two candidates are there already
         first_known, second_known = 31 - (tl.load(known) & 31), 31 - (tl.load(known + 1) & 31)
         new = _packed((ordered(score) & -32) | (31 - member), latent)
-        new = tl.where((member == first_known) | (member == second_known), LEAST_PACKED, new)
+        new = tl.where((member == first_known) | (member == second_known), MIN_PACKED, new)
         free = packed < last  # all but `count` of the places
         nth = tl.minimum(tl.cumsum(free.to(tl.int32), 0) - 1, 31)
         packed = tl.where(free, tl.gather(new, tl.maximum(nth, 0), 0), packed)
-        packed = tl.where(free & (tl.cumsum(free.to(tl.int32), 0) > 32), LEAST_PACKED, packed)
+        packed = tl.where(free & (tl.cumsum(free.to(tl.int32), 0) > 32), MIN_PACKED, packed)
         last = _count_th(packed, count)
     keep = packed >= last
     chosen = 0x7FFFFFFF - (packed & 0x7FFFFFFF).to(tl.int32)
@@ -206,8 +206,8 @@ def choose_by_groups(
         bias: float32 [n_latents].
     """
     out = torch.empty(len(short), count, dtype=torch.int32, device=short.device)
-    room = max(LEAST_ROOM, triton.next_power_of_2(count + count // 2 + 32))
-    classes = max(LEAST_CLASSES, triton.next_power_of_2(4 * count))
+    room = max(MIN_ROOM, triton.next_power_of_2(count + count // 2 + 32))
+    classes = max(MIN_CLASSES, triton.next_power_of_2(4 * count))
     inverse, offsets = scale.reciprocal(), low.by_position(bias, -torch.inf)
     step = max(128, KEYS_BYTES // (8 * low.groups) // 128 * 128)
     for first in range(0, len(short), step):

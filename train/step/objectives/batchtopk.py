@@ -21,7 +21,7 @@ from sae_harvest.train.step.reconstruction import reconstruct
 from sae_harvest.train.step.step_context import StepContext
 
 EVERY = 16  # one row in so many is looked at for the estimate
-MOST_OF_MEAN = 4  # largest values of such a row, in units of k
+MAX_OVER_K = 4  # largest values of such a row, in units of k
 MARGIN = 0.9  # the estimate is lowered to this share: it errs by some per cent
 LOWERED = 0.5  # and to this share of that, each time it was too high
 TRIES = 3  # after which all positive pre-activations are found
@@ -61,7 +61,7 @@ def _estimate(batch: StepContext, k: int) -> float:
     """About the (n_rows * k)-th largest value of the batch, from a part of the rows."""
     sae = batch.sae
     rows = batch.centred[::EVERY].contiguous()  # [batch / EVERY, d_in]
-    count = min(len(sae.W_enc), MOST_OF_MEAN * k)
+    count = min(len(sae.W_enc), MAX_OVER_K * k)
     chosen = sae.kernels.choose(rows, sae.low, sae.b_enc, count)
     pi = sae.kernels.preactivations(rows, sae.W_enc, sae.b_enc, chosen)  # [rows, count]
     n_rows = batch.group.sum_rows(torch.tensor(len(rows), device=rows.device))
