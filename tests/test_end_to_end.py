@@ -64,10 +64,6 @@ def test_train_build_show_and_query(
     )
     assert f"latent {latent}" in shown
     assert "top contexts" in shown
-    again = type_in(folder, "sae-features", *build, env=environment)
-    assert "there already" in again
-    help_text = type_in(folder, "sae-pipeline", "demo", "--help", env=environment)
-    assert "sae-pipeline demo" in help_text
     checkout = Path(environment["PYTHONPATH"])
     assert not [p for p in checkout.rglob("*") if "__pycache__" in p.parts]
 

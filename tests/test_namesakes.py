@@ -21,15 +21,14 @@ from tests.commands import (
     commits,
     dead_network,
     digest_of,
-    harvesting,
     invoke,
     locked_checkout,
     options,
-    refusal,
     session_processes,
     started,
     wait_for,
 )
+from tests.forked import forked
 
 pytestmark = pytest.mark.slow
 
@@ -112,19 +111,6 @@ def test_no_process_is_left_when_the_command_ends(two_workers: Run) -> None:
     assert two_workers.left == {}
 
 
-def test_weights_that_a_worker_cannot_read_are_refused_in_one_sentence(
-    tmp_path: Path, model_folder: Path, corpus_file: Path
-) -> None:
-    cut = Path(shutil.copytree(model_folder, tmp_path / "cut"))
-    os.truncate(cut / "model.safetensors", 20_000)
-    with harvesting(*options(cut, corpus_file, tmp_path / "store", workers=1)) as process:
-        stdout, stderr = process.communicate(timeout=PATIENCE)
-        assert session_processes(process.pid) == {}
-    result = subprocess.CompletedProcess((), process.returncode, stdout, stderr)
-    assert f"The model of {cut} can't be loaded" in refusal(result)
-    assert not (tmp_path / "store").exists()
-
-
 @pytest.mark.parametrize(
     ("workers", "number", "word", "code"),
     [(0, signal.SIGTERM, "Terminated.", 143), (1, signal.SIGINT, "Interrupted.", 130)],
@@ -140,10 +126,11 @@ def test_an_interrupted_harvest_ends_soon_says_what_is_kept_and_can_be_continued
 ) -> None:
     store = tmp_path / "store"
     long = {"tokens": 7680, "shard_rows": 64}
-    with harvesting(*options(model_folder, corpus_file, store, workers=workers, **long)) as process:
+    arguments = options(model_folder, corpus_file, store, workers=workers, **long)
+    with forked("harvest", *arguments) as process:
         assert wait_for(lambda: commits(store) >= 3)
         os.killpg(process.pid, number)  # as a terminal does, and a scheduler
-        stdout, stderr = process.communicate(timeout=15)
+        stdout, stderr = process.communicate(timeout=PATIENCE)
         assert process.returncode == code
         assert session_processes(process.pid) == {}
     assert stdout == ""

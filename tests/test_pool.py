@@ -1,56 +1,24 @@
-"""Pools of workers: what comes back, and what a worker that dies costs."""
+"""Shards through a worker in this process, and the sizes of workers on other machines."""
 
 from __future__ import annotations
 
 import os
 import re
-import signal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from sae_harvest.common import ray_cluster as cluster
-from sae_harvest.common.errors import InputError, RunError
+from sae_harvest.common.errors import InputError
 from sae_harvest.harvest.run import ray_nodes as raycluster
-from sae_harvest.harvest.run import ray_pool as raypool
-from sae_harvest.harvest.run.pool import Pool, open_pool
 from sae_harvest.harvest.run.worker import ShardWorker
-from sae_harvest.harvest.tokens.contexts import ShardInput
 from sae_harvest.store.layout import Plan
-from sae_harvest.store.objects import LocalObjects, Objects
-from tests.commands import wait_for
-from tests.shards import SITES, deadly, local_model, make_inputs, make_plan
-from tests.told import alive, gone, started
+from sae_harvest.store.objects import LocalObjects
+from tests.shards import SITES, local_model, make_inputs, make_plan, opened_pool, through_pool
 
 COUNT = 6
-
-Records = dict[int, dict[str, Any]]
-
-
-def opened(model_folder: Path, workers: int, report: Any = print) -> Any:
-    model = local_model(model_folder)
-    return open_pool(workers, model, SITES, "float32", "cpu", address=None, report=report)
-
-
-def work(pool: Pool, objects: Objects, plan: Plan, shards: list[ShardInput]) -> Records:
-    """Every shard through the pool, as the driver does it."""
-    waiting, records = list(shards), {}
-    while waiting or pool.in_flight():
-        while waiting and len(pool.in_flight()) < pool.capacity:
-            pool.submit(objects, plan, waiting.pop(0))
-        for record in pool.collect():
-            records[record["shard"]] = record
-        pool.rows_done()
-    return records
-
-
-def collect_into(pool: Pool, records: Records) -> None:
-    """Collect until it fails."""
-    while True:
-        records |= {record["shard"]: record for record in pool.collect()}
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +26,13 @@ def plan(model_folder: Path) -> Plan:
     return make_plan(local_model(model_folder))
 
 
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, plan: Plan) -> Records:
-    """The records of the shards, made in this process."""
-    objects = LocalObjects(tmp_path_factory.mktemp("expected"))
-    with opened(model_folder, 0) as pool:
+def test_one_process_gives_a_record_for_each_shard(
+    model_folder: Path, plan: Plan, tmp_path: Path
+) -> None:
+    with opened_pool(model_folder, 0) as pool:
         assert pool.widths() == {SITES[0]: 32}
-        records = work(pool, objects, plan, make_inputs(COUNT))
+        expected = through_pool(pool, LocalObjects(tmp_path), plan, make_inputs(COUNT))
         assert pool.rows_done() == COUNT * plan.shard_rows
-    return records
-
-
-def test_one_process_gives_a_record_for_each_shard(expected: Records) -> None:
     assert sorted(expected) == list(range(COUNT))
     assert [expected[u]["cursor"] for u in range(COUNT)] == [{"shard": u} for u in range(COUNT)]
 
@@ -105,11 +68,11 @@ def test_an_error_of_a_worker_reaches_the_driver(
 ) -> None:
     shard = make_inputs(1)[0]
     shard.tokens[3, 4] = 400
-    with opened(model_folder, 0) as pool:
+    with opened_pool(model_folder, 0) as pool:
         pool.submit(LocalObjects(tmp_path), plan, shard)
         assert pool.in_flight() == [0]
         with pytest.raises(InputError, match="gives token 400, the model's vocabulary ends at 399"):
-            work(pool, LocalObjects(tmp_path), plan, [])
+            through_pool(pool, LocalObjects(tmp_path), plan, [])
 
 
 def test_a_machine_with_other_weights_is_refused(
@@ -167,63 +130,3 @@ def test_a_node_with_other_software_is_named() -> None:
     assert found == (
         "The Ray node node7 has sae-harvest 0.1.0 instead of 0.2.0; install the same on every node."
     )
-
-
-@pytest.mark.slow
-def test_what_a_killed_worker_had_is_done_by_others(
-    tmp_path: Path,
-    model_folder: Path,
-    plan: Plan,
-    expected: Records,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    told: list[str] = []
-    before = signal.getsignal(signal.SIGTERM)
-    with opened(model_folder, 2, told.append) as pool:
-        assert signal.getsignal(signal.SIGTERM) is before
-        assert pool.widths() == {SITES[0]: 32}
-        records = work(pool, deadly(tmp_path / "a", 2, times=1), plan, make_inputs(COUNT))
-        assert records == expected
-        assert len([line for line in told if line.startswith("shard ")]) == COUNT
-        (death,) = gone(told)
-        assert re.search(r"worker \d on .* \(pid \d+\) is gone: its process was killed", death)
-        assert re.search(r"shards? .*\b2\b.* to be done by another", death)
-        assert wait_for(lambda: pool.rows_done() == COUNT * plan.shard_rows)
-
-        # Idle workers that are killed are noticed as well, and replaced.
-        assert wait_for(lambda: pool.collect() == [] and len(started(told)) == 3)
-        for pid in filter(alive, started(told)):
-            os.kill(pid, signal.SIGKILL)
-        assert wait_for(lambda: (pool.collect(), pool.rows_done()) and len(gone(told)) == 3)
-        records = work(pool, LocalObjects(tmp_path / "b"), plan, make_inputs(COUNT))
-        assert records == expected
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert wait_for(lambda: not any(alive(pid) for pid in started(told)))
-    assert capfd.readouterr() == ("", "")  # Ray would print each death
-
-
-@pytest.mark.slow
-def test_a_shard_that_kills_its_workers_is_named_and_the_others_are_done(
-    tmp_path: Path,
-    model_folder: Path,
-    plan: Plan,
-    expected: Records,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    told: list[str] = []
-    records: Records = {}
-    objects = deadly(tmp_path, 1, times=99)
-    monkeypatch.setattr(raypool, "DEATHS", 2)
-    with opened(model_folder, 1, told.append) as pool:
-        for shard in make_inputs(2):
-            pool.submit(objects, plan, shard)
-        with pytest.raises(RunError, match=r"Shard 1 has killed 2 workers.*fewer --workers"):
-            collect_into(pool, records)
-        assert pool.in_flight() == [1]
-        assert records == {0: expected[0]}
-        assert len(list(tmp_path.glob("killed.*"))) == 2
-
-        # The replacement has just been asked for and is not given the time to come up.
-        monkeypatch.setattr(raypool, "START_SECONDS", 0.1)
-        with pytest.raises(RunError, match=r"No worker came up .* Ray has \d+ cores \(\d+ free\)"):
-            collect_into(pool, records)

