@@ -16,10 +16,10 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from sae_harvest.common.atomic import Buffer
 from sae_harvest.common.errors import DamagedError
 from sae_harvest.store import layout
 from sae_harvest.store.layout import Plan
-from sae_harvest.store.objects import Buffer
 
 CRC_BYTES = 4
 ABSENT = 2**64 - 1  # in a shard's index: offset and size of a chunk that is not there

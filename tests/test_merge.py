@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sae_harvest.common.atomic import Buffer
 from sae_harvest.common.errors import (
     DamagedError,
     InputError,
@@ -25,7 +26,7 @@ from sae_harvest.store.commits import commit_shard, committed_shards
 from sae_harvest.store.layout import Plan
 from sae_harvest.store.maintenance.merge import Merged, merge
 from sae_harvest.store.maintenance.verify import verify
-from sae_harvest.store.objects import Buffer, LocalObjects, Objects, open_objects
+from sae_harvest.store.objects import LocalObjects, Objects, open_objects
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.seals import read_seal, seal
 from sae_harvest.store.writer import create_store, write_shard

@@ -22,9 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
+from sae_harvest.common.atomic import Buffer
 from sae_harvest.common.errors import InputError
 from sae_harvest.common.parsing import parse_json
-from sae_harvest.store.objects import Buffer, Objects, open_objects, require_space
+from sae_harvest.store.objects import Objects, open_objects, require_space
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.records import digest_of
 from sae_harvest.store.rules import RowRule

@@ -12,17 +12,17 @@ of one; a damaged one is made again.
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from sae_harvest.common.atomic import making
 from sae_harvest.common.cache import cache_dir
 from sae_harvest.common.errors import InputError
+from sae_harvest.common.locks import lock
 from sae_harvest.common.parsing import parse_json, safe_name
 from sae_harvest.common.pointers import refuse_pointer
 from sae_harvest.store.objects import file_hash
@@ -46,7 +46,7 @@ def converted(gguf: Path) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(folder.name + ".lock")):
+        with lock(folder.with_name(f"{folder.name}.lock"), wait=True):
             if not _is_intact(folder):  # another process may have made it while we waited
                 _make(gguf, folder)
     except OSError as error:
@@ -58,10 +58,8 @@ def converted(gguf: Path) -> Path:
 
 
 def _make(gguf: Path, folder: Path) -> None:
-    # not by mkdtemp, whose folders only their maker can read: a cache may be shared
-    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-    aside.mkdir()
-    try:
+    with making(folder) as aside:
+        aside.mkdir()  # not by mkdtemp, whose folders only their maker can read: it may be shared
         _convert(gguf, aside)
         files = sorted(path for path in aside.iterdir())
         record = {p.name: {"bytes": p.stat().st_size, "xxh3": file_hash(p)} for p in files}
@@ -71,9 +69,6 @@ def _make(gguf: Path, folder: Path) -> None:
             path.chmod(mode)
         if folder.exists():  # damaged, or begun by hand
             shutil.rmtree(folder)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)  # gone already, once renamed
 
 
 def _convert(gguf: Path, folder: Path) -> None:

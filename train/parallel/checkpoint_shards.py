@@ -22,8 +22,8 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
+from sae_harvest.common.atomic import publish, temporary_name
 from sae_harvest.common.errors import RunError
-from sae_harvest.store.atomic import publish, temporary_name
 from sae_harvest.train.parallel.process_group import ProcessGroup
 from sae_harvest.train.run.files import reading_tensors
 
