@@ -106,9 +106,8 @@ def test_another_recipe_in_the_folder_is_refused(small: list[str], tmp_path: Pat
     other = run("gpt2-small", "--out", tmp_path / "suite", *small, *one, "--set=train.k=2")
     assert "differing: train.k: 4 → 2. " in refusal(other)
     with lock(tmp_path / "suite" / LOCK_FILE):
-        assert "Another process is writing to" in refusal(
-            run("gpt2-small", "--out", tmp_path / "suite", *small, *one)
-        )
+        again = run("gpt2-small", "--out", tmp_path / "suite", *small, *one)
+    assert "Another process is writing to" in refusal(again, 75)
 
 
 def test_counts_of_a_recipe_are_spelled_as_people_do() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -67,14 +66,9 @@ class TableWriter:
     def __enter__(self) -> TableWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._stack.push(self._write_rest)
-        self._stack.__exit__(kind, error, trace)
+        self._stack.__exit__(*error)
 
     def _write_rest(self, kind: type[BaseException] | None, *_: object) -> None:
         rest = sum(map(len, self._rest))
