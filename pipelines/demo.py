@@ -11,6 +11,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from sae_harvest.common.atomic import new_folder
 from sae_harvest.common.console import Progress, Terminated
 from sae_harvest.common.errors import RunError
 from sae_harvest.common.parsing import first_line, parse_json
@@ -25,7 +26,6 @@ from sae_harvest.pipelines.features.building.progress import build_with_progress
 from sae_harvest.pipelines.features.reading.query import connect, reading
 from sae_harvest.pipelines.features.reading.show import highlight
 from sae_harvest.pipelines.features.tables.texts import pieces
-from sae_harvest.store.atomic import new_folder
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.run.files import write_json

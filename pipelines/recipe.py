@@ -21,8 +21,10 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from rich.table import Table
 
+from sae_harvest.common.atomic import replacing
 from sae_harvest.common.differences import differences
 from sae_harvest.common.errors import InputError, RunError
+from sae_harvest.common.locks import claimed
 from sae_harvest.common.numbers import Count
 from sae_harvest.common.parsing import first_line
 from sae_harvest.common.paths import exact_file
@@ -32,8 +34,6 @@ from sae_harvest.harvest.model.sites import SITE_KINDS
 from sae_harvest.harvest.run.config import HarvestConfig
 from sae_harvest.harvest.run.driver import Execution
 from sae_harvest.harvest.run.progress import harvest_with_progress
-from sae_harvest.store.atomic import replacing
-from sae_harvest.store.objects import make_folder
 from sae_harvest.train.run.files import read_json, write_json
 from sae_harvest.train.run.folder import finished_evaluation
 from sae_harvest.train.run.progress import sweep_with_progress
@@ -138,10 +138,15 @@ def run_recipe(
 
     Raises:
         SaeHarvestError: of any step; the same call continues.
-        RunError: `out` holds another recipe, or a member of a sweep failed.
+        RunError: `out` holds another recipe, another process works on it, or a member of a sweep
+            failed.
     """
-    make_folder(out.resolve())
-    _claim(out, recipe)
+    with claimed(out, RECIPE_FILE):
+        _begin(out, recipe)
+        return _run(recipe, out, execution, announce)
+
+
+def _run(recipe: Recipe, out: Path, execution: Execution, announce: Announce) -> int | None:
     layers = _layers(recipe)
     suite: list[dict[str, Any]] = []
     for number, layer in enumerate(layers, 1):
@@ -204,12 +209,10 @@ def _evaluations(sweep: Sweep) -> dict[str, dict[str, Any] | None]:
     return {name: finished_evaluation(Path(sweep.places.out) / name) for name in sweep.members}
 
 
-def _claim(out: Path, recipe: Recipe) -> None:
-    """Makes `out` this recipe's folder; `RunError` if it is another's."""
+def _begin(out: Path, recipe: Recipe) -> None:
+    """Writes recipe.json; `RunError` if another recipe's is there."""
     path, wanted = out / RECIPE_FILE, recipe.model_dump(mode="json")
     if not path.exists():
-        if any(out.iterdir()):
-            raise RunError(f"{out} holds other files and no {RECIPE_FILE}; choose another --out.")
         write_json(path, wanted)
     found = read_json(path, "The suite", "choose another --out")
     if not isinstance(found, dict):

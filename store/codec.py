@@ -16,10 +16,9 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from sae_harvest.common.atomic import Buffer
 from sae_harvest.common.errors import DamagedError
-from sae_harvest.store import layout
-from sae_harvest.store.layout import Plan
-from sae_harvest.store.objects import Buffer
+from sae_harvest.store.layout import ArraySpec, Plan, array_spec
 
 CRC_BYTES = 4
 ABSENT = 2**64 - 1  # in a shard's index: offset and size of a chunk that is not there
@@ -32,12 +31,13 @@ def encode(plan: Plan, path: str, array: Array) -> list[Buffer]:
 
     A short shard's last chunk is filled up with the fill value.
     """
-    shape, fill = _chunk_shape(plan, path), _fill(plan, path)
-    chunks = [_chunk(array[i : i + shape[0]], shape, fill) for i in range(0, len(array), shape[0])]
-    if not path.startswith("activations/"):
+    spec = array_spec(plan, path)
+    step = spec.chunk[0]
+    chunks = [_chunk(array[i : i + step], spec) for i in range(0, len(array), step)]
+    if not spec.is_sharded:
         (pieces,) = chunks
         return pieces
-    return [piece for pieces in chunks for piece in pieces] + [_index(plan, path, len(chunks))]
+    return [piece for pieces in chunks for piece in pieces] + [_index(spec, len(chunks))]
 
 
 def decode(plan: Plan, path: str, data: Buffer, length: int, name: str) -> Array:
@@ -53,9 +53,10 @@ def chunks(plan: Plan, path: str, data: Buffer, length: int, name: str) -> Itera
         DamagedError: the object has another length, its index is altered, or, when the iteration
             comes to it, a chunk is.
     """
-    step, per_chunk = chunk_stride(plan, path), _chunk_shape(plan, path)[0]
-    count = chunk_count(plan, path, length)
-    index = _index(plan, path, count) if path.startswith("activations/") else b""
+    spec = array_spec(plan, path)
+    step, per_chunk = _stride(spec), spec.chunk[0]
+    count = -(-length // per_chunk)
+    index = _index(spec, count) if spec.is_sharded else b""
     view = memoryview(data)
     if len(view) < count * step:
         raise DamagedError(f"{name} is cut short: it has {len(view):,} bytes.")
@@ -81,16 +82,16 @@ def decode_chunk(
     Raises:
         DamagedError: the bytes are not as they were written, or are another chunk's.
     """
-    shape = _chunk_shape(plan, path)
+    spec = array_spec(plan, path)
     raw = np.frombuffer(data, np.uint8)
-    if len(raw) != chunk_stride(plan, path):
+    if len(raw) != _stride(spec):
         raise DamagedError(f"{name} is cut short: {len(raw):,} bytes of a chunk are there.")
     found = google_crc32c.value(raw[:-CRC_BYTES])
     if found != int.from_bytes(raw[-CRC_BYTES:].tobytes(), "little"):
         raise DamagedError(f"{name} is altered: a chunk does not match its checksum.")
     if checksum is not None and found != checksum:
         raise DamagedError(f"{name} is altered: it holds another chunk than was committed.")
-    return raw[:-CRC_BYTES].view(_dtype(plan, path)).reshape(shape)
+    return raw[:-CRC_BYTES].view(np.dtype(spec.dtype).newbyteorder("<")).reshape(spec.chunk)
 
 
 def checksums(plan: Plan, path: str, pieces: Sequence[Buffer], length: int) -> list[int]:
@@ -110,43 +111,45 @@ def checksums(plan: Plan, path: str, pieces: Sequence[Buffer], length: int) -> l
 
 def chunk_count(plan: Plan, path: str, length: int) -> int:
     """Chunks of an object that holds so many entries of the array at `path`."""
-    return -(-length // _chunk_shape(plan, path)[0])
+    return -(-length // array_spec(plan, path).chunk[0])
 
 
 def object_bytes(plan: Plan, path: str, length: int) -> int:
     """Bytes of an object that holds so many entries of the array at `path`."""
-    size = chunk_count(plan, path, length) * chunk_stride(plan, path)
-    if path.startswith("activations/"):
-        size += 16 * (plan.shard_rows // _chunk_shape(plan, path)[0]) + CRC_BYTES
+    spec = array_spec(plan, path)
+    size = -(-length // spec.chunk[0]) * _stride(spec)
+    if spec.is_sharded:
+        size += 16 * (spec.shard[0] // spec.chunk[0]) + CRC_BYTES
     return size
 
 
 def entries(plan: Plan, path: str, contexts: int) -> int:
-    """Entries of the array at `path` in a shard of so many contexts."""
-    kind = path.partition("/")[0]
-    if kind == "quantization":
-        return 1
-    return contexts if kind == "tokens" else contexts * plan.context_length
+    """Entries of the array at `path`, or of a shard of it, that has so many contexts."""
+    return -(-contexts * array_spec(plan, path).shard[0] // plan.contexts_per_shard)
 
 
 def chunk_stride(plan: Plan, path: str) -> int:
     """Bytes from one chunk of an object to the next, checksum included."""
-    return math.prod(_chunk_shape(plan, path)) * _dtype(plan, path).itemsize + CRC_BYTES
+    return _stride(array_spec(plan, path))
 
 
-def _index(plan: Plan, path: str, count: int) -> bytes:
+def _stride(spec: ArraySpec) -> int:
+    return math.prod(spec.chunk) * np.dtype(spec.dtype).itemsize + CRC_BYTES
+
+
+def _index(spec: ArraySpec, count: int) -> bytes:
     """The end of a sharded object whose first `count` chunks are there."""
-    step = chunk_stride(plan, path)
-    index = np.full((plan.shard_rows // _chunk_shape(plan, path)[0], 2), ABSENT, "<u8")
+    step = _stride(spec)
+    index = np.full((spec.shard[0] // spec.chunk[0], 2), ABSENT, "<u8")
     index[:count, 0] = np.arange(count) * step
     index[:count, 1] = step
     data = index.tobytes()
     return data + _crc(data)
 
 
-def _chunk(part: Array, shape: tuple[int, ...], fill: float) -> list[Buffer]:
-    if len(part) < shape[0]:
-        whole = np.full(shape, fill, part.dtype)
+def _chunk(part: Array, spec: ArraySpec) -> list[Buffer]:
+    if len(part) < spec.chunk[0]:
+        whole = np.full(spec.chunk, spec.fill, part.dtype)
         whole[: len(part)] = part
         part = whole
     data = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
@@ -155,26 +158,3 @@ def _chunk(part: Array, shape: tuple[int, ...], fill: float) -> list[Buffer]:
 
 def _crc(data: bytes | npt.NDArray[np.uint8]) -> bytes:
     return google_crc32c.value(data).to_bytes(CRC_BYTES, "little")
-
-
-def _chunk_shape(plan: Plan, path: str) -> tuple[int, ...]:
-    kind, _, site = path.partition("/")
-    if kind == "tokens":
-        return plan.contexts_per_shard, plan.context_length
-    if kind == "norms":
-        return (plan.shard_rows,)
-    if kind == "quantization":
-        return 1, 2, plan.width(site)
-    return plan.chunk_rows(site), plan.width(site)
-
-
-def _dtype(plan: Plan, path: str) -> np.dtype[Any]:
-    kind = path.partition("/")[0]
-    name = {"tokens": "int32", "activations": plan.dtype}.get(kind, "float32")
-    return np.dtype(name).newbyteorder("<")
-
-
-def _fill(plan: Plan, path: str) -> float:
-    if path == "tokens":
-        return -1
-    return layout.CODE_FILL if path.startswith("activations/") and plan.dtype == "int8" else np.nan

@@ -20,6 +20,7 @@ A store can grow: more shards of the same plan, then another seal. `row = contex
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Final, Literal
 
@@ -33,6 +34,12 @@ FORMAT: Final = 3
 CHUNK_BYTES = 6 << 20  # 1.5 to 6 MiB read fastest: smaller pays per chunk, larger leaves the cache
 MAX_CHUNK_ROWS = 4096
 CODE_FILL = -128  # of int8 arrays; codes go from -127 to 127
+DIMENSIONS = {
+    "tokens": ("context", "position"),
+    "activations": ("row", "channel"),
+    "norms": ("row",),
+    "quantization": ("shard", "scale_offset", "channel"),
+}
 MAX_WIDTH = 1 << 20  # of a row
 MAX_SHARD_ROWS = 1 << 27  # a shard is made in memory
 
@@ -185,19 +192,59 @@ def _flat(plan: Plan) -> dict[str, Any]:
     return flat | {"sites": ", ".join(site.name for site in plan.sites)}
 
 
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """An array of a store, of which each shard is an object."""
+
+    dimensions: tuple[str, ...]
+    """Names of the dimensions. The first one is divided into shards."""
+    dtype: str
+    shard: tuple[int, ...]
+    """Shape of a shard."""
+    chunk: tuple[int, ...]
+    """Shape of a chunk. It is the shard's where the object is one chunk."""
+    fill: float
+    """Value of entries past the end of the array."""
+    is_sharded: bool = False
+    """True if an object is many chunks and an index of them: zarr's `sharding_indexed`."""
+
+
+def array_spec(plan: Plan, path: str) -> ArraySpec:
+    """The array at `path`: what its zarr.json, its codec and the names of its objects follow."""
+    kind, _, site = path.partition("/")
+    dimensions = DIMENSIONS[kind]
+    if kind == "tokens":
+        shard = plan.contexts_per_shard, plan.context_length
+        return ArraySpec(dimensions, "int32", shard, shard, -1)
+    if kind == "norms":
+        rows = (plan.shard_rows,)
+        return ArraySpec(dimensions, "float32", rows, rows, np.nan)
+    width = plan.width(site)
+    if kind == "quantization":
+        scales = 1, 2, width
+        return ArraySpec(dimensions, "float32", scales, scales, np.nan)
+    shard, chunk = (plan.shard_rows, width), (plan.chunk_rows(site), width)
+    fill = CODE_FILL if plan.dtype == "int8" else np.nan
+    return ArraySpec(dimensions, plan.dtype, shard, chunk, fill, is_sharded=True)
+
+
+def array_paths(plan: Plan) -> list[str]:
+    """Paths of all arrays of a store."""
+    kinds = ["activations", "norms", *(["quantization"] if plan.dtype == "int8" else [])]
+    return ["tokens", *(f"{kind}/{site.name}" for site in plan.sites for kind in kinds)]
+
+
 def chunk_key(path: str, shard: int) -> str:
     """Key of the object that holds one shard of the array at `path`."""
-    return f"{path}/c.{shard}" + CHUNK_NAME_ENDS[path.partition("/")[0]]
+    return f"{path}/c.{shard}" + ".0" * (len(DIMENSIONS[path.partition("/")[0]]) - 1)
 
 
 def object_keys(plan: Plan, shard: int) -> list[str]:
     """Keys of all objects of a shard, sorted; its commit record lists these and no others."""
-    keys = [chunk_key("tokens", shard), context_key(shard), document_key(shard)]
-    for site in plan.sites:
-        keys += [chunk_key(f"{kind}/{site.name}", shard) for kind in ("activations", "norms")]
-        if plan.dtype == "int8":
-            keys += [chunk_key(f"quantization/{site.name}", shard), exact_key(site.name, shard)]
-    return sorted(keys)
+    keys = [chunk_key(path, shard) for path in array_paths(plan)]
+    if plan.dtype == "int8":
+        keys += [exact_key(site.name, shard) for site in plan.sites]
+    return sorted([*keys, context_key(shard), document_key(shard)])
 
 
 def exact_key(site: str, shard: int) -> str:
@@ -225,6 +272,5 @@ def array_path(key: str) -> str | None:
     return None if key.endswith(".parquet") else key.rpartition("/")[0]
 
 
-CHUNK_NAME_ENDS = {"tokens": ".0", "activations": ".0", "norms": "", "quantization": ".0.0"}
 PLAN_KEY = "plan.json"
 STATUS_KEY = "status.json"

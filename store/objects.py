@@ -2,7 +2,7 @@
 
 A *place* is a folder, or `s3://bucket/prefix` (see `store.s3`). A reader sees an object either
 complete or not at all. On a local disk an object is written under a temporary name, flushed, and
-given its final name, which fails if that name is taken (see `store.naming`). No key leads out of
+given its final name, which fails if that name is taken (see `common.atomic`). No key leads out of
 its place: names with `..` are refused, and so is writing into a folder that is a link to another.
 """
 
@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Iterator, Sequence
@@ -22,17 +20,20 @@ from typing import IO, Protocol
 import numpy as np
 import xxhash
 
+from sae_harvest.common.atomic import (
+    TEMPORARY_SUFFIX,
+    Buffer,
+    NoExclusiveNamesError,
+    sync_folder,
+    write_object,
+)
 from sae_harvest.common.errors import InputError, NotAStoreError, StoreError
+from sae_harvest.common.locks import is_held
 from sae_harvest.common.parsing import safe_name
 from sae_harvest.common.paths import absolute
 from sae_harvest.common.units import size_text
-from sae_harvest.store.naming import NoExclusiveNamesError, give_name
 
-Buffer = bytes | bytearray | memoryview
-
-TEMPORARY_SUFFIX = ".tmp"
 HASH_BLOCK_BYTES = 8 << 20
-MAX_PIECES_A_CALL = 512  # of os.writev, which takes at most 1,024 on Linux
 
 
 class Objects(Protocol):
@@ -208,8 +209,9 @@ class LocalObjects:
                 Path(folder).rmdir()
 
     def leftovers(self) -> list[str]:
-        temporary = filter(_is_temporary, self._files(""))
-        return sorted(key for key in temporary if not _is_locked(self._root / key))
+        temporary = {key: self._root / key for key in self._files("") if _is_temporary(key)}
+        # a writer that is alive holds its file, and may finish it meanwhile
+        return sorted(k for k, path in temporary.items() if not is_held(path) and path.exists())
 
     def free_bytes(self) -> int | None:
         folder = next(p for p in (self._root, *self._root.parents) if p.exists())
@@ -234,23 +236,8 @@ class LocalObjects:
         return path
 
     def _write(self, key: str, final: Path, pieces: Sequence[Buffer], overwrite: bool) -> bool:
-        temporary = final.parent / f".{final.name}.{os.getpid()}-{secrets.token_hex(4)}"
-        temporary = temporary.with_name(temporary.name + TEMPORARY_SUFFIX)
         try:
-            make_folder(final.parent)
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            try:
-                with contextlib.suppress(OSError):  # some network file systems have no locks
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)  # until it has its name
-                _write_all(descriptor, pieces)
-                os.fsync(descriptor)
-                if overwrite:
-                    temporary.replace(final)
-                created = overwrite or give_name(temporary, final)
-            finally:
-                os.close(descriptor)
-            sync_folder(final.parent)
-            return created
+            return write_object(final, pieces, overwrite=overwrite)
         except NotADirectoryError as error:
             raise NotAStoreError(f"{self.place} is a file; --store takes a folder.") from error
         except NoExclusiveNamesError as error:
@@ -267,9 +254,6 @@ class LocalObjects:
                     "What is committed is safe; free some space and run the same command again."
                 ) from error
             raise StoreError(f"Cannot write {key} into {self.place}: {error.strerror}.") from error
-        finally:
-            with contextlib.suppress(OSError):  # never made, renamed, or among the leftovers
-                temporary.unlink()
 
     def _settle(self, key: str, folder: Path) -> None:
         """Flush a name that is there: whoever gave it may have been killed before."""
@@ -291,25 +275,6 @@ class LocalObjects:
 
     def _unreadable(self, key: str, error: OSError) -> StoreError:
         return StoreError(f"Cannot read {key} of {self.place}: {error.strerror}.")
-
-
-def make_folder(folder: Path) -> None:
-    """Create a folder with its parents, durably: the parent's entry is flushed as well."""
-    if folder.is_dir():
-        return
-    make_folder(folder.parent)
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir()
-    sync_folder(folder.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names created or renamed in the folder last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def total_bytes(pieces: Sequence[Buffer]) -> int:
@@ -348,26 +313,6 @@ def _require_file(found: os.stat_result) -> None:
 
 def _is_temporary(key: str) -> bool:
     return key.rpartition("/")[2].startswith(".") and key.endswith(TEMPORARY_SUFFIX)
-
-
-def _is_locked(temporary: Path) -> bool:
-    """Whether the writer of the file is alive: the kernel releases the lock of a killed process."""
-    try:
-        with temporary.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # at work, finished meanwhile, or on a file system that cannot tell
-        return True
-    return False
-
-
-def _write_all(descriptor: int, pieces: Sequence[Buffer]) -> None:
-    views = [memoryview(piece).cast("B") for piece in pieces]
-    while views:
-        written = os.writev(descriptor, views[:MAX_PIECES_A_CALL])
-        while views and written >= len(views[0]):
-            written -= len(views.pop(0))
-        if written:
-            views[0] = views[0][written:]
 
 
 def _read_all(descriptor: int, view: memoryview, start: int) -> int:

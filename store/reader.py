@@ -12,12 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from sae_harvest.common.atomic import Buffer
 from sae_harvest.common.errors import DamagedError, InputError
 from sae_harvest.common.finite import require_finite
 from sae_harvest.store import codec, layout
 from sae_harvest.store.commits import load_commit, place_in_corpus, read_object, read_plan
 from sae_harvest.store.layout import Plan
-from sae_harvest.store.objects import Buffer, Objects, open_objects
+from sae_harvest.store.objects import Objects, open_objects
 from sae_harvest.store.rules import RowRule, heldout_documents
 from sae_harvest.store.seals import find_seal
 from sae_harvest.store.statistics import quantize

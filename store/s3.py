@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from obstore.exceptions import AlreadyExistsError
 
+from sae_harvest.common.atomic import Buffer
 from sae_harvest.common.errors import InputError, StoreError
 from sae_harvest.common.parsing import safe_name
 from sae_harvest.store.bucket import (
@@ -22,7 +23,7 @@ from sae_harvest.store.bucket import (
     retried,
     seconds_for,
 )
-from sae_harvest.store.objects import Buffer, total_bytes
+from sae_harvest.store.objects import total_bytes
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, PutMode

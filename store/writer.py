@@ -19,12 +19,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sae_harvest.common.atomic import Buffer
 from sae_harvest.common.errors import DamagedError, NotAStoreError, PlanMismatchError
 from sae_harvest.common.finite import all_finite
 from sae_harvest.store import codec, layout
 from sae_harvest.store.commits import read_plan
 from sae_harvest.store.layout import Plan
-from sae_harvest.store.objects import Buffer, Objects, content_hash, total_bytes
+from sae_harvest.store.objects import Objects, content_hash, total_bytes
 from sae_harvest.store.records import encode_record
 from sae_harvest.store.statistics import quantize, stats
 from sae_harvest.store.tables import encode_table, exact_table, exact_values

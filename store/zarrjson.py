@@ -6,9 +6,11 @@ installed: a store is verified against them, and they are written again when the
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from sae_harvest.store.layout import CODE_FILL, FORMAT, Plan
+from sae_harvest.store.codec import entries
+from sae_harvest.store.layout import FORMAT, Plan, array_paths, array_spec
 from sae_harvest.store.objects import Objects
 from sae_harvest.store.records import canonical
 
@@ -18,47 +20,20 @@ _CRC = {"name": "crc32c"}
 
 def zarr_metadata(plan: Plan, n_contexts: int) -> dict[str, dict[str, Any]]:
     """Key → content of every `zarr.json` of a store of so many contexts."""
-    length, contexts = plan.context_length, plan.contexts_per_shard
-    rows, shard_rows = n_contexts * length, plan.shard_rows
     attributes = {
         "sae_harvest_format": FORMAT,
         "plan": plan.hash,
         "model": plan.model["name"],
         "tokenizer": plan.tokenizer,
         "sites": [site.name for site in plan.sites],
-        "context_length": length,
+        "context_length": plan.context_length,
         "bos": plan.bos,
         "dtype": plan.dtype,
         "row": "context * context_length + position",
     }
-    found = {
-        "": _group(attributes),
-        "activations": _group({}),
-        "norms": _group({}),
-        "tokens": _array(
-            {"context": n_contexts, "position": length}, [contexts, length], "int32", -1
-        ),
-    }
-    if plan.dtype == "int8":
-        found["quantization"] = _group({})
-    for site in plan.sites:
-        activations = _array(
-            {"row": rows, "channel": site.width},
-            [shard_rows, site.width],
-            plan.dtype,
-            CODE_FILL if plan.dtype == "int8" else "NaN",
-        )
-        chunk = [plan.chunk_rows(site.name), site.width]
-        activations["codecs"] = [_sharding(chunk, activations["codecs"])]
-        found[f"activations/{site.name}"] = activations
-        found[f"norms/{site.name}"] = _array({"row": rows}, [shard_rows], "float32", "NaN")
-        if plan.dtype == "int8":
-            found[f"quantization/{site.name}"] = _array(
-                {"shard": -(-n_contexts // contexts), "scale_offset": 2, "channel": site.width},
-                [1, 2, site.width],
-                "float32",
-                "NaN",
-            )
+    arrays = {path: _array(plan, path, n_contexts) for path in array_paths(plan)}
+    groups = dict.fromkeys(path.partition("/")[0] for path in arrays if "/" in path)
+    found = {"": _group(attributes)} | {path: _group({}) for path in groups} | arrays
     # The root repeats all of it. Without that, zarr looks for arrays in every folder of the store,
     # and warns of each that holds none.
     repeated = {
@@ -92,23 +67,23 @@ def _consolidated(within: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"consolidated_metadata": inline}
 
 
-def _array(
-    dimensions: dict[str, int], chunk: list[int], dtype: str, fill_value: int | str
-) -> dict[str, Any]:
-    """An array of named dimensions, cut into chunks that are an object each."""
-    endian = {} if dtype == "int8" else {"configuration": {"endian": "little"}}
+def _array(plan: Plan, path: str, n_contexts: int) -> dict[str, Any]:
+    """An array cut into shards that are an object each."""
+    spec = array_spec(plan, path)
+    endian = {} if spec.dtype == "int8" else {"configuration": {"endian": "little"}}
+    codecs: list[dict[str, Any]] = [{"name": "bytes", **endian}, _CRC]
     return {
         "zarr_format": 3,
         "node_type": "array",
         "attributes": {},
-        "shape": list(dimensions.values()),
-        "dimension_names": list(dimensions),
-        "data_type": dtype,
-        "fill_value": fill_value,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        "shape": [entries(plan, path, n_contexts), *spec.shard[1:]],
+        "dimension_names": list(spec.dimensions),
+        "data_type": spec.dtype,
+        "fill_value": "NaN" if math.isnan(spec.fill) else spec.fill,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(spec.shard)}},
         # A dot between the parts of a chunk's name: no folder to make for each shard.
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "codecs": [{"name": "bytes", **endian}, _CRC],
+        "codecs": [_sharding(list(spec.chunk), codecs)] if spec.is_sharded else codecs,
         "storage_transformers": [],
     }
 

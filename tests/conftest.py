@@ -15,8 +15,9 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from filelock import FileLock
 from hypothesis import settings
+
+from sae_harvest.common.locks import lock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -47,7 +48,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
     folder, made = root / name, root / f"{name}.made"
-    with FileLock(root / f"{name}.lock"):
+    with lock(root / f"{name}.lock", wait=True):
         if not made.exists():
             shutil.rmtree(folder, ignore_errors=True)  # of a process that failed or was killed
             folder.mkdir()

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import sae_harvest.store.naming
+import sae_harvest.common.atomic
 import sae_harvest.store.objects
 
-# Every call by which `store.objects` and `store.naming` change a disk; `replace` and `mkdir` are
+# Every call by which `store.objects` and `common.atomic` change a disk; `replace` and `mkdir` are
 # methods of a Path.
 WRITING = ("open", "writev", "fsync", "link", "replace", "mkdir", "close")
 CODES = (errno.EIO, errno.ENOSPC)
@@ -89,7 +89,7 @@ def faulty(disk: FaultyDisk) -> Iterator[FaultyDisk]:
 
     with (
         patch.object(sae_harvest.store.objects, "os", disk),
-        patch.object(sae_harvest.store.naming, "os", disk),
+        patch.object(sae_harvest.common.atomic, "os", disk),
         patch.object(Path, "replace", method("replace")),
         patch.object(Path, "mkdir", method("mkdir")),
         patch.object(Path, "unlink", method("unlink")),

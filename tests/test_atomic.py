@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sae_harvest.common.atomic import making, replacing, write_text
 from sae_harvest.common.errors import RunError
-from sae_harvest.store.atomic import replacing, write_text
 from sae_harvest.store.objects import LocalObjects
 from sae_harvest.train.config import SAEConfig
 from sae_harvest.train.run.checkpoint import save_checkpoint
@@ -83,3 +83,47 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None
     write_text(tmp_path / "file", "a")
     with pytest.raises(RunError, match=r"\ACannot write [^\n]*\.\Z"):
         write_json(tmp_path / "file" / "below", {})
+
+
+def test_a_file_is_flushed_before_it_gets_its_name_and_the_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[object] = []
+    replace = Path.replace
+
+    def flush(descriptor: int) -> None:
+        steps.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+    def rename(self: Path, target: Path) -> Path:
+        steps.append((self, target))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(Path, "replace", rename)
+    write_text(tmp_path / "file", "a")
+    temporary = tmp_path / ".file.tmp"
+    assert steps == [temporary, (temporary, tmp_path / "file"), tmp_path]
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    left = tmp_path / ".out.tmp"
+    left.mkdir()
+    (left / "old").touch()  # of a process that was killed
+
+    def make(fail: bool) -> None:
+        with making(tmp_path / "out") as temporary:
+            assert temporary == left
+            assert not temporary.exists()
+            temporary.mkdir()
+            (temporary / "new").touch()
+            if fail:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(fail=True)
+    assert list(tmp_path.iterdir()) == []
+    make(fail=False)
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [
+        Path("out"),
+        Path("out/new"),
+    ]

@@ -132,6 +132,25 @@ def made_by_zarr(plan: Plan, n_contexts: int) -> dict[str, Any]:
     return {key: json.loads(value) for key, value in read_memory(memory).items()}
 
 
+def test_one_table_describes_every_array() -> None:
+    plan = make_plan(width=8, dtype="int8")  # shards of 8 contexts of 16 tokens
+    paths = layout.array_paths(plan)
+    assert paths == ["tokens", f"activations/{SITE}", f"norms/{SITE}", f"quantization/{SITE}"]
+    specs = [layout.array_spec(plan, path) for path in paths]
+    assert [spec.dtype for spec in specs] == ["int32", "int8", "float32", "float32"]
+    assert [spec.shard for spec in specs] == [(8, 16), (128, 8), (128,), (1, 2, 8)]
+    assert [spec.chunk for spec in specs] == [(8, 16), (128, 8), (128,), (1, 2, 8)]
+    assert [spec.is_sharded for spec in specs] == [False, True, False, False]
+    assert [spec.fill for spec in specs[:2]] == [-1, -128]
+    assert np.isnan([specs[2].fill, specs[3].fill]).all()
+    ends = [layout.chunk_key(path, 5).rpartition("/")[2] for path in paths]
+    assert ends == ["c.5.0", "c.5.0", "c.5", "c.5.0.0"]
+    lengths = [codec.entries(plan, path, 11) for path in paths]  # 11 contexts: 2 shards
+    assert lengths == [11, 176, 176, 2]
+    long = layout.array_spec(long_plan("float32"), f"activations/{SITE}")
+    assert (long.shard, long.chunk) == ((16_384, 8), (4096, 8))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_zarr_json_is_what_zarr_writes(dtype: str) -> None:
     for plan in (make_plan(dtype=dtype), long_plan(dtype)):

@@ -18,11 +18,12 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
+from sae_harvest.common.atomic import Buffer
 from sae_harvest.common.errors import InputError, StoreError, UnfinishedError
 from sae_harvest.harvest.inspect.export import ExportConfig, Exported, export
 from sae_harvest.store.commits import commit_shard
 from sae_harvest.store.layout import Plan, SitePlan
-from sae_harvest.store.objects import Buffer, LocalObjects, open_objects
+from sae_harvest.store.objects import LocalObjects, open_objects
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule
 from sae_harvest.store.seals import seal

@@ -18,12 +18,12 @@ from click.testing import CliRunner, Result
 from safetensors import SafetensorError
 
 from sae_harvest.common.errors import DamagedError, RunError, SaeHarvestError
+from sae_harvest.common.locks import LOCK_FILE, lock
 from sae_harvest.train.commands.cli import main
 from sae_harvest.train.options import CONFIG, PLACES, SettingsSource
 from sae_harvest.train.run import run_state as member
 from sae_harvest.train.run import trainer
 from sae_harvest.train.run.exit_codes import EXIT_TRY_AGAIN, may_pass
-from sae_harvest.train.run.folder import locked
 from sae_harvest.train.step.learner import Diverged
 from sae_harvest.train.sweeps.sweepfile import read_sweep_file
 from tests.commands import PATIENCE
@@ -232,7 +232,7 @@ def test_status_tells_a_running_job_and_reads_a_half_written_line(job: Path) -> 
     (out / "evaluation.json").unlink()
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3')
-    with locked(out):
+    with lock(out / LOCK_FILE):
         status = invoke("status", out)
     assert status.exit_code == 3
     assert status.stdout.splitlines()[1].split()[1:5] == ["running", "30", "30", "30"]

@@ -15,8 +15,8 @@ import xxhash
 
 from sae_harvest.train.sae.kernels import AdamNumbers, Gradients, Pairs
 from sae_harvest.train.sae.kernels.cpu import CpuKernels
-from sae_harvest.train.sae.kernels.oracle import pair_gradients
 from sae_harvest.train.sae.kernels.torch_ops import TorchKernels
+from tests.kernel_oracle import pair_gradients
 
 
 class WithoutShortProducts(CpuKernels):

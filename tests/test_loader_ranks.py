@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from sae_harvest.common.atomic import Buffer
 from sae_harvest.common.errors import DamagedError, InputError
 from sae_harvest.store import layout
 from sae_harvest.store.loading.chunks import READS, SelectedRows
 from sae_harvest.store.loading.loader import Batch, ShuffledLoader
 from sae_harvest.store.loading.order import Order
-from sae_harvest.store.objects import Buffer, LocalObjects
+from sae_harvest.store.objects import LocalObjects
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule
 from tests.synthetic import (

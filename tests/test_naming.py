@@ -12,11 +12,11 @@ from typing import Any, NoReturn
 import pyarrow.parquet as pq
 import pytest
 
-import sae_harvest.store.naming
+import sae_harvest.common.atomic
+from sae_harvest.common.atomic import NO_LINKS, NoExclusiveNamesError
 from sae_harvest.common.errors import StoreError
 from sae_harvest.pipelines.features.building.build import build
 from sae_harvest.store.maintenance.verify import verify
-from sae_harvest.store.naming import NO_LINKS, NoExclusiveNamesError
 from sae_harvest.store.objects import LocalObjects
 from sae_harvest.store.reader import ActivationStore
 from tests.faulty_disk import FaultyDisk, Killed, faulty
@@ -50,7 +50,7 @@ def unable(*names: Any) -> NoReturn:
 def no_conditions(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system whose rename knows no conditions, as FUSE's of before 2014."""
 
-    monkeypatch.setattr(sae_harvest.store.naming, "_renamed", unable)
+    monkeypatch.setattr(sae_harvest.common.atomic, "_renamed", unable)
 
 
 def test_a_store_made_without_hard_links_is_the_same(tmp_path: Path, no_links: None) -> None:
@@ -143,6 +143,6 @@ def test_tables_are_built_without_hard_links_or_the_cause_is_told(
     build(place, sae, tmp_path / "a", BUILD_CONFIG)
     for table in ("latents.parquet", "firings"):
         assert pq.read_table(tmp_path / "a" / table).equals(pq.read_table(features / table))
-    monkeypatch.setattr(sae_harvest.store.naming, "_renamed", unable)
+    monkeypatch.setattr(sae_harvest.common.atomic, "_renamed", unable)
     with pytest.raises(StoreError, match="has neither hard links nor a rename"):
         build(place, sae, tmp_path / "b", BUILD_CONFIG)

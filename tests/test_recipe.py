@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from sae_harvest.common.errors import InputError
+from sae_harvest.common.locks import LOCK_FILE, lock
 from sae_harvest.pipelines.cli import main
 from sae_harvest.pipelines.recipe import packaged_recipes, read_recipe
 from sae_harvest.store.reader import ActivationStore
@@ -104,6 +105,9 @@ def test_another_recipe_in_the_folder_is_refused(small: list[str], tmp_path: Pat
     assert run("gpt2-small", "--out", tmp_path / "suite", *small, *one).exit_code == 0
     other = run("gpt2-small", "--out", tmp_path / "suite", *small, *one, "--set=train.k=2")
     assert "differing: train.k: 4 → 2. " in refusal(other)
+    with lock(tmp_path / "suite" / LOCK_FILE):
+        again = run("gpt2-small", "--out", tmp_path / "suite", *small, *one)
+    assert "Another process is writing to" in refusal(again, 75)
 
 
 def test_counts_of_a_recipe_are_spelled_as_people_do() -> None:

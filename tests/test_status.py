@@ -12,12 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from sae_harvest.common.atomic import Buffer
 from sae_harvest.common.errors import DamagedError, StoreError
 from sae_harvest.harvest.run import status
 from sae_harvest.harvest.run.status import Heartbeat, Status, describe_status, duration, read_status
 from sae_harvest.store.commits import commit_shard
 from sae_harvest.store.layout import STATUS_KEY
-from sae_harvest.store.objects import Buffer, LocalObjects
+from sae_harvest.store.objects import LocalObjects
 from sae_harvest.store.records import encode_record
 from sae_harvest.store.seals import seal
 from sae_harvest.store.writer import create_store, write_shard

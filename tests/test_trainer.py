@@ -14,12 +14,12 @@ import torch
 from click.testing import CliRunner
 
 from sae_harvest.common.errors import InputError, NotAStoreError, RunError
+from sae_harvest.common.locks import LOCK_FILE, lock
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule
 from sae_harvest.train.commands.cli import main
 from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.evaluate import Fvu, evaluate
-from sae_harvest.train.run.folder import locked
 from sae_harvest.train.run.trainer import train
 from sae_harvest.train.sae.sae import SAE
 from sae_harvest.train.step.initialization import geometric_median, prepare
@@ -162,7 +162,7 @@ def test_two_processes_in_one_folder_are_refused(
 ) -> None:
     shutil.copytree(finished, tmp_path / "sae")
     with (
-        locked(tmp_path / "sae"),
+        lock(tmp_path / "sae" / LOCK_FILE),
         pytest.raises(RunError, match=r"Another process is writing to .*sae; wait until"),
     ):
         train(CONFIG, store_path, tmp_path / "sae", device="cpu")

@@ -17,12 +17,12 @@ from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.sae.kernels import AdamNumbers, Gradients, Pairs, triton_scores
 from sae_harvest.train.sae.kernels import triton_gradients as by_latent
 from sae_harvest.train.sae.kernels.cpu import CpuKernels
-from sae_harvest.train.sae.kernels.oracle import pair_gradients
 from sae_harvest.train.sae.kernels.triton_low import GroupedLow, shorten
 from sae_harvest.train.sae.kernels.triton_ops import FP8_CAPABILITY, TritonKernels
 from sae_harvest.train.sae.kernels.triton_select import group_choice_pays
 from sae_harvest.train.sae.sae import SAE
 from sae_harvest.train.step.learner import Learner
+from tests.kernel_oracle import pair_gradients
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 HAS_FP8 = DEVICE.type == "cpu" or torch.cuda.get_device_capability() >= FP8_CAPABILITY

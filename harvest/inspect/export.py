@@ -22,9 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
+from sae_harvest.common.atomic import Buffer
 from sae_harvest.common.errors import InputError
 from sae_harvest.common.parsing import parse_json
-from sae_harvest.store.objects import Buffer, Objects, open_objects, require_space
+from sae_harvest.common.safetensors_stream import dtype_name, make_header
+from sae_harvest.store.objects import Objects, open_objects, require_space
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.records import digest_of
 from sae_harvest.store.rules import RowRule
@@ -187,8 +189,7 @@ def _parquet(part: _Part, request: dict[str, Any]) -> list[Buffer]:
 def _safetensors(part: _Part, request: dict[str, Any]) -> list[Buffer]:
     """Tensors rows int64, tokens int32, norms float32 [rows], activations [rows, width].
 
-    Length of the header, header in JSON, the tensors one after the other. The format's own library
-    would copy them all, and put the metadata in another order each time.
+    The format's own library would copy them all, and put the metadata in another order each time.
     """
     store = part.store
     x = np.empty((len(part.rows), store.width(part.site)), store.dtype)
@@ -201,17 +202,12 @@ def _safetensors(part: _Part, request: dict[str, Any]) -> list[Buffer]:
         "activations": x,
     }
     metadata = {name: str(value) for name, value in _metadata(part, request).items()}
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        dtype = f"{tensor.dtype.kind.upper()}{8 * tensor.itemsize}"  # F16, I64
-        header[name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [start, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # so that the first tensor is aligned
+    header = make_header(
+        {name: (dtype_name(tensor.dtype), tensor.shape) for name, tensor in tensors.items()},
+        metadata,
+    )
     little = [np.ascontiguousarray(t, t.dtype.newbyteorder("<")) for t in tensors.values()]
-    data = [tensor.reshape(-1).view(np.uint8).data for tensor in little]
-    return [len(encoded).to_bytes(8, "little"), encoded, *data]
+    return [header.data, *(tensor.reshape(-1).view(np.uint8).data for tensor in little)]
 
 
 def _metadata(part: _Part, request: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import secrets
 import shutil
 import threading
 from collections.abc import Iterator
@@ -22,12 +21,13 @@ from pathlib import Path
 
 import gguf
 import torch
-from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from sae_harvest.common.atomic import making
 from sae_harvest.common.cache import cache_dir
 from sae_harvest.common.errors import InputError
+from sae_harvest.common.locks import lock
 from sae_harvest.common.parsing import parse_json, safe_name
 from sae_harvest.common.pointers import refuse_pointer
 from sae_harvest.store.objects import file_hash
@@ -53,7 +53,7 @@ def converted(source: Path) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(folder.name + ".lock")):
+        with lock(folder.with_name(f"{folder.name}.lock"), wait=True):
             if not _is_intact(folder):  # another process may have made it while we waited
                 _make(source, folder)
     except OSError as error:
@@ -65,10 +65,8 @@ def converted(source: Path) -> Path:
 
 
 def _make(source: Path, folder: Path) -> None:
-    # not by mkdtemp, whose folders only their maker can read: a cache may be shared
-    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-    aside.mkdir()
-    try:
+    with making(folder) as aside:
+        aside.mkdir()  # not by mkdtemp, whose folders only their maker can read: it may be shared
         _convert(source, aside)
         files = sorted(path for path in aside.iterdir())
         record = {p.name: {"bytes": p.stat().st_size, "xxh3": file_hash(p)} for p in files}
@@ -78,9 +76,6 @@ def _make(source: Path, folder: Path) -> None:
             path.chmod(mode)
         if folder.exists():  # damaged, or begun by hand
             shutil.rmtree(folder)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)  # gone already, once renamed
 
 
 def _convert(file: Path, folder: Path) -> None:

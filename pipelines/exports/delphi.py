@@ -11,9 +11,7 @@ A file's firings are sorted by row, then latent, as delphi's own are.
 
 from __future__ import annotations
 
-import json
 import shutil
-import struct
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sae_harvest.common.errors import InputError, RunError
+from sae_harvest.common.safetensors_stream import LENGTH_BYTES, dtype_name, make_header
 from sae_harvest.harvest.model.models import ResolvedModel, resolve_model
 from sae_harvest.pipelines.exports.hookpoints import hookpoint
 from sae_harvest.pipelines.exports.tables import Tables
@@ -155,7 +154,7 @@ class _Split:
 
     def __enter__(self) -> _Split:
         self._file = self._path.open("wb")
-        self._file.write(b" " * (8 + HEADER_BYTES))
+        self._file.write(b" " * (LENGTH_BYTES + HEADER_BYTES))
         self._values = self._aside.open("w+b")
         return self
 
@@ -178,25 +177,15 @@ class _Split:
 
     def finish(self, store: ActivationStore) -> None:
         """Tokens, activations, and the header, which says how many there are."""
-        begin = self._file.tell()
         for first in range(0, store.n_contexts, CONTEXTS):
             last = min(first + CONTEXTS, store.n_contexts)
             self._file.write(store.tokens(first, last).astype(np.int32).tobytes())
         self._values.seek(0)
-        middle = self._file.tell()
         shutil.copyfileobj(self._values, self._file)
-        base = 8 + HEADER_BYTES
-        ends = [0, begin - base, middle - base, self._file.tell() - base]
-        names = {np.uint16: "U16", np.uint32: "U32", np.float16: "F16", np.float32: "F32"}
-        shapes = {
-            "locations": (names[self._integer.type], [self._n, 3]),
-            "tokens": ("I32", [store.n_contexts, store.context_length]),
-            "activations": (names[self._kind.type], [self._n]),
-        }
-        header = {
-            name: {"dtype": dtype, "shape": shape, "data_offsets": ends[n : n + 2]}
-            for n, (name, (dtype, shape)) in enumerate(shapes.items())
+        tensors = {
+            "locations": (dtype_name(self._integer), (self._n, 3)),
+            "tokens": ("I32", (store.n_contexts, store.context_length)),
+            "activations": (dtype_name(self._kind), (self._n,)),
         }
         self._file.seek(0)
-        packed = json.dumps(header).encode().ljust(HEADER_BYTES)
-        self._file.write(struct.pack("<Q", HEADER_BYTES) + packed)
+        self._file.write(make_header(tensors, json_bytes=HEADER_BYTES).data)

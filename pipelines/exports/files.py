@@ -6,14 +6,13 @@ import gzip
 import io
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sae_harvest.common.atomic import make_folder, making
 from sae_harvest.common.errors import RunError
-from sae_harvest.store.objects import make_folder
 
 LEVEL = 5
 
@@ -52,15 +51,13 @@ def new_folder(out: Path) -> Iterator[Path]:
     refusal = f"{out} holds something already; choose another --out."
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise RunError(refusal)
-    folder = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}")
+    final = out.absolute()
     try:
-        make_folder(folder)
-        yield folder
-        folder.rename(out.absolute())
+        with making(final, final.with_name(f".{final.name}.{os.getpid()}")) as folder:
+            make_folder(folder)
+            yield folder
     except OSError as error:
         raise RunError(
             f"Cannot write into {out}: {error.strerror or error}; "
             "choose another --out or make room there."
         ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

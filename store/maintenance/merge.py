@@ -11,17 +11,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from sae_harvest.common.errors import DamagedError, InputError, PlanMismatchError, StoreError
+from sae_harvest.common.errors import InputError, PlanMismatchError, StoreError
 from sae_harvest.store import layout
 from sae_harvest.store.commits import (
     commit_shard,
     committed_shards,
     load_commit,
+    read_object,
     read_plan,
     read_plan_record,
 )
 from sae_harvest.store.layout import Plan
-from sae_harvest.store.objects import Objects, content_hash, require_space
+from sae_harvest.store.objects import Objects, require_space
 from sae_harvest.store.seals import make_seals, read_seal, seal, sealed_counts, trusted_commits
 from sae_harvest.store.writer import WRITERS, check_place, create_store
 
@@ -107,7 +108,7 @@ def _copy_shard(source: Objects, target: Objects, record: dict[str, Any]) -> Non
     shard = record["shard"]
 
     def copy(key: str) -> None:
-        data = _checked(source, key, record["objects"][key])
+        data = read_object(source, key, record["objects"][key], _REMEDY)
         if not target.publish(key, [data]) and not _same(target, key, data):
             if target.size(layout.commit_key(shard)) is not None:
                 raise _taken(target, shard)
@@ -139,17 +140,6 @@ def _common_plan(target: Objects, sources: Sequence[Objects]) -> Plan:
     return create_store(target, plan, read_plan_record(sources[0])["made_with"])
 
 
-def _checked(source: Objects, key: str, entry: dict[str, Any]) -> bytes:
-    """The bytes of an object; `DamagedError` if they are not those that were committed."""
-    try:
-        data = source.read(key)
-    except FileNotFoundError:
-        raise DamagedError(f"{source.place}/{key} is missing; {_REMEDY}") from None
-    if len(data) != entry["bytes"] or content_hash([data]) != entry["xxh3"]:
-        raise DamagedError(f"{source.place}/{key} is not as it was committed; {_REMEDY}")
-    return data
-
-
 def _same(target: Objects, key: str, data: bytes) -> bool:
     try:
         return target.read(key) == data
@@ -178,4 +168,4 @@ def _close(target: Objects, sources: Sequence[Objects], plan: Plan, n_shards: in
     return seal(target, plan, n_shards)["digest"]
 
 
-_REMEDY = "`harvest verify --repair` mends it, then merge again."
+_REMEDY = "; `harvest verify --repair` mends it, then merge again"

@@ -9,7 +9,6 @@ number wrote, and none ever holds the whole.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,9 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
+from sae_harvest.common.atomic import publish, temporary_name
 from sae_harvest.common.errors import RunError
-from sae_harvest.store.atomic import publish, temporary_name
+from sae_harvest.common.safetensors_stream import Header, make_header
 from sae_harvest.train.parallel.process_group import ProcessGroup
 from sae_harvest.train.run.files import reading_tensors
 
@@ -66,15 +66,14 @@ def write_slices(
     """
     temporary = temporary_name(path)
     header, places = _layout(tensors, n_latents)
-    size = len(header) + sum(prod(p.shape) * p.dtype.itemsize for p in places.values())
     first, last = group.latents(n_latents)
     is_first = group.rank == 0
 
     def begin() -> None:
         if is_first:
             with temporary.open("wb") as file:
-                file.write(header)
-                file.truncate(size)
+                file.write(header.data)
+                file.truncate(header.size)
 
     def write() -> None:
         ours = [name for name in tensors if is_first or (is_divided(name) and last - first > 0)]
@@ -160,29 +159,20 @@ def _digest(path: Path, start: int) -> bytes:
     return state.digest()
 
 
-def _layout(tensors: dict[str, Tensor], n_latents: int) -> tuple[bytes, dict[str, Place]]:
-    """The file's beginning, and the place of each tensor; as safetensors lays them out."""
+def _layout(tensors: dict[str, Tensor], n_latents: int) -> tuple[Header, dict[str, Place]]:
+    """The file's header, and the place of each tensor; as safetensors lays them out."""
     kinds = list(DTYPES)
-    order = sorted(tensors, key=lambda name: (kinds.index(tensors[name].dtype), name))
-    entries, starts, offset = {}, {}, 0
-    for name in order:
+    whole = {}
+    for name in sorted(tensors, key=lambda name: (kinds.index(tensors[name].dtype), name)):
         tensor = tensors[name]
         rows = (n_latents,) if is_divided(name) else tuple(tensor.shape[:1])
-        shape = (*rows, *tensor.shape[1:])
-        end = offset + prod(shape) * tensor.dtype.itemsize
-        entries[name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(shape),
-            "data_offsets": [offset, end],
-        }
-        starts[name] = (tensor.dtype, shape, offset)
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
+        whole[name] = (*rows, *tensor.shape[1:])
+    header = make_header(
+        {name: (DTYPES[tensors[name].dtype], shape) for name, shape in whole.items()}, compact=True
+    )
     return header, {
-        name: Place(dtype, shape, len(header) + start)
-        for name, (dtype, shape, start) in starts.items()
+        name: Place(tensors[name].dtype, shape, header.offsets[name])
+        for name, shape in whole.items()
     }
 
 

@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
+from sae_harvest.common.atomic import make_folder
 from sae_harvest.common.device import choose_device
 from sae_harvest.common.errors import InputError, RunError, SaeHarvestError
-from sae_harvest.store.objects import make_folder
 from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.parallel.distributed import (
     TIMEOUT,

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from sae_harvest.common.atomic import sync_folder
 from sae_harvest.common.errors import RunError
-from sae_harvest.store.objects import sync_folder
 from sae_harvest.train.parallel.checkpoint_shards import hash_files, read_slices, write_slices
 from sae_harvest.train.parallel.process_group import ProcessGroup
 from sae_harvest.train.run.files import read_record, write_json

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sae_harvest.common.atomic import replacing, write_text
 from sae_harvest.common.errors import RunError
 from sae_harvest.common.parsing import first_line, parse_json
-from sae_harvest.store.atomic import replacing, write_text
 
 MAX_RECORD_BYTES = 64 << 20  # sweep.json of 10,000 members has a quarter
 

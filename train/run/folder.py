@@ -10,8 +10,6 @@ OUT/.lock               held by the process that writes here
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from sae_harvest.common.errors import RunError, UnfinishedError
+from sae_harvest.common.locks import claimed
 from sae_harvest.common.parsing import first_line
-from sae_harvest.store.objects import make_folder
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.train.config import READERS, TrainConfig
 from sae_harvest.train.run.files import read_json, read_record, write_json
@@ -29,7 +27,7 @@ from sae_harvest.train.sae.sae import CONFIG_FILE
 from sae_harvest.train.sae.sharded_sae import digest_of
 
 RUN_FILE, METRICS_FILE, EVALUATION_FILE = "run.json", "metrics.jsonl", "evaluation.json"
-FAILED_FILE, LOCK_FILE = "failed.json", ".lock"
+FAILED_FILE = "failed.json"
 FORMAT = 2
 
 
@@ -102,54 +100,12 @@ def claim(out: Path, description: dict[str, Any], name: str = RUN_FILE) -> Itera
             process writes there now.
     """
     record = out / name
-    if not record.exists() and out.is_dir() and any(map(_is_foreign, out.iterdir())):
-        raise RunError(f"{out} holds other files and no {name}; choose another --out.")
-    make_folder(out.absolute())
-    with locked(out):
+    with claimed(out, name):
         if not record.exists():
             write_json(record, description)
         else:
             _compare(out, read_json(record, "The run", "choose another --out"), description)
         yield
-
-
-def _is_foreign(path: Path) -> bool:
-    """Whether the file shows that a run got past its very start."""
-    return path.name != LOCK_FILE and not path.name.endswith(".tmp")
-
-
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """No other process is in here for the same folder. The kernel frees a killed one's lock.
-
-    Raises:
-        RunError: another one is.
-    """
-    with (out / LOCK_FILE).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise RunError(
-                    f"Another process is writing to {out}; wait until it has ended, or choose "
-                    "another --out."
-                ) from error
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):
-                raise
-            # not every network file system has locks; docs/jobs.md says so
-        yield
-
-
-def is_locked(out: Path) -> bool:
-    """Whether a process is writing in the folder."""
-    if not (out / LOCK_FILE).exists():
-        return False
-    try:
-        with (out / LOCK_FILE).open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    return False
 
 
 def finished_evaluation(out: Path, digest: str | None = None) -> dict[str, Any] | None:

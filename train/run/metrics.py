@@ -12,10 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from sae_harvest.common.atomic import sync_folder, write_bytes
 from sae_harvest.common.errors import RunError
 from sae_harvest.common.parsing import parse_json
-from sae_harvest.store.atomic import write_bytes
-from sae_harvest.store.objects import sync_folder
 from sae_harvest.train.run.records import Line
 
 TAIL_BYTES = 1 << 16  # more than a line of metrics has

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_harvest.common.errors import InputError
+from sae_harvest.common.locks import LOCK_FILE, is_held
 from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.run.checkpoint import saved_steps
 from sae_harvest.train.run.files import read_record
@@ -16,7 +17,6 @@ from sae_harvest.train.run.folder import (
     RUN_FILE,
     config_of,
     failure_of,
-    is_locked,
 )
 from sae_harvest.train.run.metrics import last_metrics
 from sae_harvest.train.run.records import Evaluation, Run, Sweep
@@ -89,5 +89,5 @@ def _read(folder: Path, name: str, config: TrainConfig) -> RunStatus:
         metrics=metrics,
         evaluation=evaluation,
         failure=failure_of(folder),
-        running=is_locked(folder),
+        running=is_held(folder / LOCK_FILE),
     )

@@ -19,9 +19,9 @@ import xxhash
 from pydantic import ValidationError
 from torch import Tensor
 
+from sae_harvest.common.atomic import new_folder, write_text
 from sae_harvest.common.errors import InputError, RunError
 from sae_harvest.common.parsing import first_line
-from sae_harvest.store.atomic import new_folder, write_text
 from sae_harvest.train.config import ROW_NORMALIZATIONS, SAEConfig
 from sae_harvest.train.run.files import read_json, read_tensors, require_finite, write_tensors
 from sae_harvest.train.sae.kernels import Low, kernels_for

@@ -9,8 +9,8 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
+from sae_harvest.common.atomic import new_folder, write_text
 from sae_harvest.common.errors import RunError
-from sae_harvest.store.atomic import new_folder, write_text
 from sae_harvest.train.config import SAEConfig
 from sae_harvest.train.parallel.checkpoint_shards import read_slices, write_slices
 from sae_harvest.train.parallel.process_group import ProcessGroup

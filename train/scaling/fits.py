@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sae_harvest.common.atomic import new_folder, replacing
 from sae_harvest.common.errors import InputError
 from sae_harvest.common.paths import exact_file
-from sae_harvest.store.atomic import new_folder, replacing
 from sae_harvest.train.run.files import write_json
 from sae_harvest.train.scaling.envelope import Envelope, envelope
 from sae_harvest.train.scaling.laws import JointLaw, PowerLaw

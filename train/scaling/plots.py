@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
-from sae_harvest.store.atomic import replacing
+from sae_harvest.common.atomic import replacing
 from sae_harvest.train.scaling.envelope import curve_flops
 from sae_harvest.train.scaling.fits import Scaling
 from sae_harvest.train.scaling.least_squares import LEVEL, Fit

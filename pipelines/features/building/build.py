@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from filelock import FileLock, Timeout
 
 from sae_harvest.common.device import choose_device
 from sae_harvest.common.differences import differences
 from sae_harvest.common.errors import RunError
+from sae_harvest.common.locks import LOCK_FILE, claimed
 from sae_harvest.harvest.model.models import load_tokenizer
 from sae_harvest.pipelines.features.building import tasks as jobs
 from sae_harvest.pipelines.features.building.background import aside
@@ -52,7 +52,7 @@ from sae_harvest.pipelines.features.tables.folder import (
 )
 from sae_harvest.pipelines.features.tables.texts import TokenTexts
 from sae_harvest.pipelines.source import relative_places
-from sae_harvest.store.objects import LocalObjects, make_folder
+from sae_harvest.store.objects import LocalObjects
 from sae_harvest.train.run.files import write_json
 
 BLOOM = {"ndv": tables.ROW_GROUP, "fpp": 0.01}
@@ -70,8 +70,6 @@ OPTIONS = {
     "config.seed": "--seed",
 }
 MOVED = ("store", "sae", "relative", "code")  # may differ between a build and its continuation
-LOCK_FILE = ".lock"
-OURS = {LOCK_FILE, f".{BUILDING_FILE}.tmp"}  # of a build that is about to begin
 
 OnProgress = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
 
@@ -144,7 +142,7 @@ def build(
     work = Work(job, source)
     work.texts = TokenTexts(load_tokenizer(source.model))  # is there, or nothing is written
     start = time.perf_counter()
-    with held(work), writing(out), claimed(out, asked):
+    with held(work), writing(out), taken(out, asked):
         if existing := read_run(out):  # by another process, meanwhile
             _require_same(out, existing, asked)
             return Built(existing, None)
@@ -156,7 +154,7 @@ def build(
 
 
 @contextmanager
-def claimed(out: Path, asked: dict[str, Any]) -> Iterator[None]:
+def taken(out: Path, asked: dict[str, Any]) -> Iterator[None]:
     """The folder, made or found, for this build alone.
 
     Raises:
@@ -165,15 +163,9 @@ def claimed(out: Path, asked: dict[str, Any]) -> Iterator[None]:
     building = read_record(out / BUILDING_FILE)
     if building is not None:
         _require_same(out, building, asked)
-    elif out.exists() and not (out.is_dir() and {p.name for p in out.iterdir()} <= OURS):
-        raise RunError(f"{out} holds something else than tables; choose another --out.")
-    make_folder(out)
-    lock = FileLock(out / LOCK_FILE)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunError(f"{out} is being built by another process; wait for it.") from None
-    with lock:
+    foreign = f"{out} holds something else than tables; choose another --out."
+    busy = f"{out} is being built by another process; wait for it."
+    with claimed(out, BUILDING_FILE, foreign, busy):
         if not (out / RUN_FILE).exists():
             _remove_leftovers(out)
             write_json(out / BUILDING_FILE, asked)

@@ -18,9 +18,9 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sae_harvest.common.atomic import replacing
 from sae_harvest.common.errors import InputError, RunError
 from sae_harvest.pipelines.features.reading.query import Question
-from sae_harvest.store.atomic import replacing
 
 
 def write_csv(question: Question, limit: int | None, sink: IO[bytes]) -> None:

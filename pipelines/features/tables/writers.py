@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sae_harvest.common.atomic import making
 from sae_harvest.common.paths import exact_file
 from sae_harvest.pipelines.features.building.config import FeatureConfig
 from sae_harvest.pipelines.features.counting.lens import LogitLens
@@ -19,7 +21,6 @@ from sae_harvest.pipelines.features.counting.profile import Profile, bin_edge
 from sae_harvest.pipelines.features.tables.contexts import lists
 from sae_harvest.pipelines.features.tables.folder import with_version
 from sae_harvest.pipelines.features.tables.texts import TokenTexts
-from sae_harvest.store.atomic import publish, temporary_name
 
 ROW_GROUP = 2048  # a point query reads one group: about 30 latents' contexts
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
@@ -41,23 +42,20 @@ class TableWriter:
 
     def __init__(self, path: Path, **options: Any) -> None:
         self._path, self._options = path, options
-        self._temporary = temporary_name(path)
+        self._stack = ExitStack()
         self._writer: pq.ParquetWriter | None = None
-        self._file: pa.NativeFile | None = None
         self._rest: list[pa.Table] = []
 
     def add(self, part: pa.Table) -> None:
         """The next rows."""
         part = with_version(part)
         if self._writer is None:
-            self._file = exact_file(self._temporary, "wb")
-            self._writer = pq.ParquetWriter(
-                self._file,
-                part.schema,
-                compression="zstd",
-                write_page_checksum=True,
-                **self._options,
+            temporary = self._stack.enter_context(making(self._path))
+            file = self._stack.enter_context(exact_file(temporary, "wb"))
+            writer = pq.ParquetWriter(
+                file, part.schema, compression="zstd", write_page_checksum=True, **self._options
             )
+            self._writer = self._stack.enter_context(writer)
         self._rest.append(part)
         joined = pa.concat_tables(self._rest)
         whole = len(joined) // ROW_GROUP * ROW_GROUP
@@ -68,19 +66,14 @@ class TableWriter:
     def __enter__(self) -> TableWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._writer is None or self._file is None:
-            return
-        if kind is None:
-            rest = pa.concat_tables(self._rest)
-            if len(rest):
-                self._writer.write_table(rest, row_group_size=ROW_GROUP)
-        self._writer.close()
-        self._file.close()
-        if kind is None:
-            publish(self._temporary, self._path)
-        else:
-            self._temporary.unlink()
+    def __exit__(self, *error: Any) -> None:
+        self._stack.push(self._write_rest)
+        self._stack.__exit__(*error)
+
+    def _write_rest(self, kind: type[BaseException] | None, *_: object) -> None:
+        rest = sum(map(len, self._rest))
+        if self._writer is not None and kind is None and rest:
+            self._writer.write_table(pa.concat_tables(self._rest), row_group_size=ROW_GROUP)
 
 
 def latents_table(

@@ -12,16 +12,14 @@ Latents keep their values: what was said about a latent holds for the exported f
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
+from sae_harvest.common.atomic import making, new_folder, writing
 from sae_harvest.common.errors import InputError
-from sae_harvest.store.atomic import new_folder, temporary_name, writing
-from sae_harvest.store.objects import sync_folder
 
 if TYPE_CHECKING:
     import torch
@@ -138,19 +136,8 @@ def import_sae(name: str, path: Path, out: Path, given: Origin) -> SAE:
 def _whole(out: Path) -> Iterator[Path]:
     """A file or folder to write, which is called `out` once all of it is there."""
     new_folder(out.parent)
-    temporary = temporary_name(out)
-    with writing(out):
-        if temporary.is_dir():  # of a command that was killed
-            shutil.rmtree(temporary)
-        try:
-            yield temporary
-            temporary.rename(out)
-            sync_folder(out.absolute().parent)
-        finally:
-            if temporary.is_dir():
-                shutil.rmtree(temporary)
-            else:
-                temporary.unlink(missing_ok=True)
+    with writing(out), making(out) as temporary:
+        yield temporary
 
 
 def _must_be_free(out: Path) -> None:

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_harvest.common.atomic import new_folder
 from sae_harvest.common.errors import RunError
-from sae_harvest.store.atomic import new_folder
 from sae_harvest.train.config import COUNTED, ROW_NORMALIZATIONS
 from sae_harvest.train.run.files import write_json
 from sae_harvest.train.sae.formats.folding import absorb, in_model_units

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
+from sae_harvest.common.atomic import replacing
 from sae_harvest.common.errors import InputError, RunError, SaeHarvestError
 from sae_harvest.common.parsing import first_line
-from sae_harvest.store.atomic import replacing
 
 
 def write_pt(path: Path, value: dict[str, Any]) -> None:

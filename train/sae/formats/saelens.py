@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_harvest.store.atomic import new_folder
+from sae_harvest.common.atomic import new_folder
 from sae_harvest.train.run.files import read_tensors, write_json, write_tensors
 from sae_harvest.train.sae.formats.folding import absorb, in_model_units, rescaled
 from sae_harvest.train.sae.formats.reading import (

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sae_harvest.store.atomic import new_folder
+from sae_harvest.common.atomic import new_folder
 from sae_harvest.train.config import ROW_NORMALIZATIONS
 from sae_harvest.train.run.files import read_tensors, write_json, write_tensors
 from sae_harvest.train.sae.formats.folding import in_model_units, unit_rows

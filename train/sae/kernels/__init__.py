@@ -1,7 +1,7 @@
 """The sparse pieces of an SAE step, one implementation per device behind one interface.
 
 What a step works on are pairs of a row and a latent; nothing here makes a [batch, n_latents]
-float32 tensor. `train.sae.kernels.oracle` has the dense formulas.
+float32 tensor.
 """
 
 from __future__ import annotations

@@ -1,0 +1,67 @@
+"""The header of a safetensors file whose data is written piece by piece.
+
+The format's own library takes all tensors at once and copies them. A file is the length of the
+header (8 bytes, little-endian), the header in JSON, then the tensors one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+LENGTH_BYTES = 8  # of the number before the header
+ALIGNMENT = 8  # of the first tensor
+
+
+@dataclass(frozen=True)
+class Header:
+    """The beginning of a file, and where its tensors are."""
+
+    data: bytes
+    """The length and the header, with which the file begins."""
+    offsets: dict[str, int]
+    """The place in the file of each tensor's first byte."""
+    size: int
+    """Bytes of the whole file."""
+
+
+def dtype_name(dtype: np.dtype[Any]) -> str:
+    """The format's name of a dtype of integers or floats: U16, I64, F32."""
+    return f"{dtype.kind.upper()}{8 * dtype.itemsize}"
+
+
+def make_header(
+    tensors: Mapping[str, tuple[str, Sequence[int]]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    compact: bool = False,
+    json_bytes: int = 0,
+) -> Header:
+    """The header of tensors that follow each other in the order given.
+
+    Args:
+        tensors: dtype and shape by name.
+        compact: no spaces after commas and colons, as the format's own library writes it.
+        json_bytes: length to which the JSON is filled up with spaces; at least what it needs.
+            If left out, up to a multiple of `ALIGNMENT`.
+    """
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    starts, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + prod(shape) * int(dtype[1:]) // 8
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+        starts[name] = start
+    text = json.dumps(entries, separators=(",", ":") if compact else None).encode()
+    text = text.ljust(json_bytes or -(-len(text) // ALIGNMENT) * ALIGNMENT)
+    assert not json_bytes or len(text) == json_bytes
+    first = LENGTH_BYTES + len(text)
+    return Header(
+        len(text).to_bytes(LENGTH_BYTES, "little") + text,
+        {name: first + start for name, start in starts.items()},
+        first + end,
+    )
