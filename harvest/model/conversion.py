@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from sae_harvest.common.cache import cache_dir
 from sae_harvest.common.errors import InputError
 from sae_harvest.common.parsing import parse_json, safe_name
 from sae_harvest.common.pointers import refuse_pointer
+from sae_harvest.common.private_apis import gguf_tensors
 from sae_harvest.store.objects import file_hash
 
 RECORD = "complete.json"
@@ -77,17 +77,13 @@ def _make(gguf: Path, folder: Path) -> None:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Decode the weights into float32 and save model and tokenizer to `folder`.
-
-    Not by `from_pretrained(gguf_file=…)`: it asks for accelerate, and marks the model as
-    quantised, which `save_pretrained` then refuses.
-    """
+    """Decode the weights into float32 and save model and tokenizer to `folder`."""
     try:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         config = AutoConfig.from_pretrained(**source, local_files_only=True)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        weights = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)
-        result = model.load_state_dict(weights["tensors"], strict=False)
+        weights = gguf_tensors(gguf, model)
+        result = model.load_state_dict(weights, strict=False)
         tokenizer = AutoTokenizer.from_pretrained(**source, local_files_only=True)
     except Exception as error:  # the readers of a damaged file may raise anything
         raise InputError(
@@ -95,7 +91,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             "architecture that transformers doesn't read from GGUF: use its safetensors release."
         ) from error
     # tied weights are missing from the file and share memory with one that is there
-    given = {model.state_dict()[name].data_ptr() for name in weights["tensors"]}
+    given = {model.state_dict()[name].data_ptr() for name in weights}
     missing = [n for n in result.missing_keys if model.state_dict()[n].data_ptr() not in given]
     if missing or result.unexpected_keys:
         raise InputError(

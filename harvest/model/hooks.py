@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sae_harvest.common.errors import InputError
+from sae_harvest.common.private_apis import n_changes
 from sae_harvest.harvest.model.discovery import first_tensor, probe_tokens
 from sae_harvest.harvest.model.sites import Located, Site, locate_in_blocks
 
@@ -101,14 +102,14 @@ class SiteTap:
         self._versions = []
         with torch.no_grad():
             captured = self._forward(probe_tokens(self._model))
-        self._copied = {site for site, tensor, seen in self._versions if tensor._version != seen}
+        self._copied = {site for site, tensor, seen in self._versions if n_changes(tensor) != seen}
         self._versions = None
         return {name: tensor.shape[-1] for name, tensor in captured.items()}
 
     def _guarded(self, site: Site, tensor: Tensor) -> Tensor:
         """The tensor, copied if the rehearsal saw it change later in the pass."""
         if self._versions is not None:
-            self._versions.append((site, tensor, tensor._version))
+            self._versions.append((site, tensor, n_changes(tensor)))
         return tensor.clone() if site in self._copied else tensor
 
 
