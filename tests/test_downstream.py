@@ -45,9 +45,9 @@ def perfect(store, rule, **fields):
     return SAE(config, rows.clone(), rows, torch.zeros(2 * D_IN), torch.zeros(D_IN))
 
 
-def constant(store, rule, vector, **fields):
+def constant(rule, vector, site=SITE):
     """No latent ever fires: every reconstruction is b_dec."""
-    sae = random_sae(store, 16, 4, rule, **fields)
+    sae = made_sae(len(vector), site, rule=rule)
     sae.b_enc[:] = -1e6
     sae.b_dec = vector.clone()
     return sae
@@ -92,7 +92,7 @@ def test_a_perfect_dictionary_loses_nothing(store, model, tmp_path, scale):
 
 def test_a_constant_gives_the_loss_of_a_manual_hook(store, model, tmp_path):
     vector = torch.randn(D_IN, generator=torch.Generator().manual_seed(2))
-    sae = constant(store, EVERY_ROW, vector)
+    sae = constant(EVERY_ROW, vector)
     sae.save(tmp_path)
     measured = downstream_loss(store.place, tmp_path, 5)
     _, tokens = contexts_of(store, sae, 5)
@@ -105,7 +105,7 @@ def test_a_constant_gives_the_loss_of_a_manual_hook(store, model, tmp_path):
 
 def test_only_rows_that_the_rule_reads_are_replaced(store, model, tmp_path):
     vector = torch.full((D_IN,), 2.0)
-    sae = constant(store, ORDINARY_ROWS, vector)
+    sae = constant(ORDINARY_ROWS, vector)
     sae.save(tmp_path)
     measured = downstream_loss(store.place, tmp_path, 7)
     contexts, tokens = contexts_of(store, sae, 7)
@@ -170,9 +170,8 @@ def other_sites(tmp_path_factory, model_folder, corpus_file):
 @pytest.mark.parametrize("kind", SITE_KINDS)
 def test_every_site_is_replaced_and_bos_belongs_to_no_document(other_sites, model, tmp_path, kind):
     site = f"{kind}.{LAYER}"
-    width = other_sites.width(site)
-    vector = torch.randn(width, generator=torch.Generator().manual_seed(3))
-    sae = constant(other_sites, EVERY_ROW, vector, site=site, d_in=width)
+    vector = torch.randn(other_sites.width(site), generator=torch.Generator().manual_seed(3))
+    sae = constant(EVERY_ROW, vector, site)
     sae.save(tmp_path)
     measured = downstream_loss(other_sites.place, tmp_path, 4)
     _, tokens = contexts_of(other_sites, sae, 4)
@@ -187,8 +186,7 @@ def test_every_site_is_replaced_and_bos_belongs_to_no_document(other_sites, mode
 def test_an_output_plus_its_own_error_loses_nothing(other_sites, model, kind):
     """The control of sparse feature circuits: the SAE and what it leaves out make the model."""
     site = Site(kind, LAYER)
-    width = other_sites.width(str(site))
-    sae = random_sae(other_sites, 64, 4, EVERY_ROW, site=str(site), d_in=width)
+    sae = made_sae(other_sites.width(str(site)), str(site), rule=EVERY_ROW)
     _, tokens = contexts_of(other_sites, sae, 6)
     located, errors = locate(model, [site]), []
 
@@ -213,8 +211,7 @@ def test_an_output_plus_its_own_error_loses_nothing(other_sites, model, kind):
 @pytest.mark.parametrize("kind", SITE_KINDS)
 def test_a_gpu_measures_what_the_processor_does(other_sites, tmp_path, kind):
     site = f"{kind}.{LAYER}"
-    sae = random_sae(other_sites, 64, 4, EVERY_ROW, site=site, d_in=other_sites.width(site))
-    sae.save(tmp_path)
+    made_sae(other_sites.width(site), site, rule=EVERY_ROW).save(tmp_path)
     there = downstream_loss(other_sites.place, tmp_path, 4, device="cuda")
     here = downstream_loss(other_sites.place, tmp_path, 4, device="cpu")
     assert there.ce_model == pytest.approx(here.ce_model, rel=1e-3)
