@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 
 from sae_harvest.common.device import choose_device
 from sae_harvest.common.errors import InputError
+from sae_harvest.harvest.model.hooks import SiteTap
 from sae_harvest.harvest.model.models import load_model, load_tokenizer, tokenizer_fingerprint
-from sae_harvest.harvest.model.sites import Site, SiteTap
+from sae_harvest.harvest.model.sites import Site
 from sae_harvest.harvest.text.documents import Document
 from sae_harvest.harvest.tokens.encoding import DocumentEncoder
 from sae_harvest.pipelines.features.tables.folder import require_run

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,15 +30,14 @@ from transformers import (
 )
 
 from sae_harvest.common.errors import InputError
-from sae_harvest.harvest.model.discovery import first_tensor
-from sae_harvest.harvest.model.sites import Located, Site, locate
+from sae_harvest.harvest.model.hooks import edited
+from sae_harvest.harvest.model.sites import Site, locate
 from sae_harvest.pipelines.features.tables.texts import INCOMPLETE
 from sae_harvest.pipelines.live import LiveModel
 from sae_harvest.train.sae.normalization import restore
 from sae_harvest.train.sae.sae import SAE
 
 MAX_SEED = 2**63  # what a torch generator takes, and more than anyone needs
-Shift = Callable[[Tensor], Tensor | None]  # rows [rows, width] to what is added, None for nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,27 +131,25 @@ def clamped(live: LiveModel, clamps: Sequence[Clamp]) -> Iterator[None]:
         yield
         return
     config = live.sae.config
+    target = live.site if config.target_site is None else Site.parse(config.target_site)
     read: list[Tensor] = []  # by a transcoder, in this forward pass
 
-    def keep(x: Tensor) -> None:
+    def keep(x: Tensor) -> Tensor:
         read[:] = [x]
+        return x
 
     def shift(x: Tensor) -> Tensor:
-        if config.is_transcoder:
-            if not read:
-                raise InputError(
-                    f"The transcoder changes {config.target_site} by what it reads at "
-                    f"{config.site}, which the model computes later; steer with another one."
-                )
-            x = read.pop()
-        return clamping(live.sae, x, clamps).masked_fill_(~live.reads(x)[:, None], 0.0)
+        if target != live.site and not read:
+            raise InputError(
+                f"The transcoder changes {config.target_site} by what it reads at "
+                f"{config.site}, which the model computes later; steer with another one."
+            )
+        rows = (x if target == live.site else read.pop()).flatten(0, 1)
+        change = clamping(live.sae, rows, clamps).masked_fill_(~live.reads(rows)[:, None], 0.0)
+        return (x.float() + change.view(x.shape)).to(x.dtype)
 
-    with ExitStack() as stack:
-        if config.target_site is not None:
-            stack.enter_context(added(live.model, live.site, keep))
-        target = live.site if config.target_site is None else Site.parse(config.target_site)
-        stack.enter_context(added(live.model, target, shift))
-        read.clear()  # of the passes that looked for the sites
+    edits = {live.site: keep} | {target: shift}
+    with edited(locate(live.model, list(edits)), edits):
         yield
 
 
@@ -174,78 +171,6 @@ def clamping(sae: SAE, x: Tensor, clamps: Sequence[Clamp]) -> Tensor:
     moved = (wanted - now) @ sae.W_dec[latents]  # [rows, width_out]
     # restore is linear but for what it adds to every reconstruction
     return restore(moved, x, sae.config) - restore(torch.zeros_like(moved), x, sae.config)
-
-
-@contextmanager
-def added(model: PreTrainedModel, site: Site, shift: Shift) -> Iterator[None]:
-    """While open, `shift(x)` is added to the rows x at a site, before anything reads them.
-
-    With a KV cache the rows are those of new tokens only. Raises InputError if the model does not
-    offer the site.
-    """
-    handles = _hooks(site.kind, locate(model, [site])[site], shift)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hooks(kind: str, located: Located, shift: Shift) -> list[Any]:
-    """The hooks that write at a site, registered."""
-    block, place, parts = located.block, located.place, located.parts
-    entered: list[Tensor] = []  # resid_mid only: the residual stream before attention
-
-    def before_block(module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        if isinstance(place, int):
-            args = (*args[:place], _shifted(args[place], shift), *args[place + 1 :])
-        else:
-            kwargs = kwargs | {place: _shifted(kwargs[place], shift)}
-        return args, kwargs
-
-    def after(module: Any, args: Any, output: Any) -> Any:
-        return _with_first(output, _shifted(first_tensor(output), shift))
-
-    def enter(module: Any, args: Any, kwargs: Any) -> None:
-        entered[:] = [args[place] if isinstance(place, int) else kwargs[place]]
-
-    def after_attention(module: Any, args: Any, output: Any) -> Any:
-        attention = first_tensor(output)
-        before = entered.pop().view_as(attention)
-        return _with_first(output, _shifted(attention, lambda a: shift(_rows(before) + a)))
-
-    def before_projection(module: Any, args: Any) -> Any:
-        return (_shifted(args[0], shift), *args[1:])
-
-    if kind == "resid_pre":
-        return [block.register_forward_pre_hook(before_block, with_kwargs=True)]
-    if kind == "resid_post":
-        return [block.register_forward_hook(after)]
-    assert parts is not None  # or it was not located
-    attention, mlp = block.get_submodule(parts.attention), block.get_submodule(parts.mlp)
-    if kind == "mlp_act":
-        assert parts.down is not None
-        return [block.get_submodule(parts.down).register_forward_pre_hook(before_projection)]
-    if kind == "resid_mid":  # attention and MLP see the sum alike, whoever of its parts changes
-        pre = block.register_forward_pre_hook(enter, with_kwargs=True)
-        return [pre, attention.register_forward_hook(after_attention)]
-    return [(attention if kind == "attn_out" else mlp).register_forward_hook(after)]
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[batch, tokens, width] as [rows, width]."""
-    return x.reshape(-1, x.shape[-1])
-
-
-def _shifted(x: Tensor, shift: Shift) -> Tensor:
-    """x with `shift` of its rows added, in the type of x."""
-    change = shift(_rows(x))
-    return x if change is None else (_rows(x).float() + change).to(x.dtype).view_as(x)
-
-
-def _with_first(output: Any, tensor: Tensor) -> Any:
-    """A module's output with the tensor in place of its first."""
-    return (tensor, *output[1:]) if isinstance(output, tuple | list) else tensor
 
 
 class _Finite(LogitsProcessor):

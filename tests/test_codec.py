@@ -13,7 +13,7 @@ import google_crc32c
 import numpy as np
 import pytest
 import zarr
-from zarr.core.buffer import cpu, default_buffer_prototype
+from zarr.buffer import cpu, default_buffer_prototype
 from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
 

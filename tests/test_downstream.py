@@ -8,7 +8,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from sae_harvest.common.errors import InputError, SaeHarvestError
+from sae_harvest.harvest.model.hooks import edited
 from sae_harvest.harvest.model.models import load_model, resolve_model
+from sae_harvest.harvest.model.sites import SITE_KINDS, Site, locate
 from sae_harvest.harvest.run.config import HarvestConfig
 from sae_harvest.harvest.run.driver import Execution, run
 from sae_harvest.harvest.text.corpus import CorpusSpec
@@ -18,6 +20,8 @@ from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule, heldout_documents
 from sae_harvest.train.sae.sae import SAE
 from tests.dictionaries import SITE, config_for, random_sae
+from tests.hand_blocks import LAYER, block_by_hand
+from tests.steer_cases import made_sae
 
 D_IN = 32
 EVERY_ROW = RowRule(max_norm_medians=None, heldout_fraction=0.4)
@@ -41,34 +45,22 @@ def perfect(store, rule, **fields):
     return SAE(config, rows.clone(), rows, torch.zeros(2 * D_IN), torch.zeros(D_IN))
 
 
-def constant(store, rule, vector, **fields):
+def constant(rule, vector, site=SITE):
     """No latent ever fires: every reconstruction is b_dec."""
-    sae = random_sae(store, 16, 4, rule, **fields)
+    sae = made_sae(len(vector), site, rule=rule)
     sae.b_enc[:] = -1e6
     sae.b_dec = vector.clone()
     return sae
 
 
-def by_hand(model, tokens, layer, enter, vector, mask):
-    """Mean cross-entropy with the vector in place of the masked rows, through a hook of our own."""
+def by_hand(model, tokens, kind, vector, mask):
+    """Mean cross-entropy with the vector in place of the masked rows, in a block of our own."""
 
-    def on_input(module, args):
-        return (torch.where(mask[..., None], vector, args[0]), *args[1:])
+    def at(site, x):
+        return torch.where(mask[..., None], vector, x) if site == kind else x
 
-    def on_output(module, args, output):
-        hidden = output[0] if isinstance(output, tuple) else output
-        changed = torch.where(mask[..., None], vector, hidden)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-    block = model.transformer.h[layer]
-    handle = (
-        block.register_forward_pre_hook(on_input)
-        if enter
-        else block.register_forward_hook(on_output)
-    )
-    with torch.no_grad():
-        logits = model(tokens).logits
-    handle.remove()
+    with torch.no_grad(), block_by_hand(model, at):
+        logits = model(tokens, use_cache=False).logits
     return cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item()
 
 
@@ -78,7 +70,7 @@ def own_loss(model, tokens):
 
 
 def contexts_of(store, sae, n):
-    contexts = heldout_contexts(store, sae, store.sites[0], n)
+    contexts = heldout_contexts(store, sae, sae.config.site, n)
     tokens = np.stack([store.tokens(c, c + 1)[0] for c in contexts])
     return contexts, torch.from_numpy(tokens.astype(np.int64))
 
@@ -100,20 +92,20 @@ def test_a_perfect_dictionary_loses_nothing(store, model, tmp_path, scale):
 
 def test_a_constant_gives_the_loss_of_a_manual_hook(store, model, tmp_path):
     vector = torch.randn(D_IN, generator=torch.Generator().manual_seed(2))
-    sae = constant(store, EVERY_ROW, vector)
+    sae = constant(EVERY_ROW, vector)
     sae.save(tmp_path)
     measured = downstream_loss(store.place, tmp_path, 5)
     _, tokens = contexts_of(store, sae, 5)
     every = torch.ones(tokens.shape, dtype=torch.bool)
     assert measured.ce_sae == pytest.approx(
-        by_hand(model, tokens, 1, False, vector, every), rel=1e-5
+        by_hand(model, tokens, "resid_post", vector, every), rel=1e-5
     )
     assert measured.delta_ce > 0.01
 
 
 def test_only_rows_that_the_rule_reads_are_replaced(store, model, tmp_path):
     vector = torch.full((D_IN,), 2.0)
-    sae = constant(store, ORDINARY_ROWS, vector)
+    sae = constant(ORDINARY_ROWS, vector)
     sae.save(tmp_path)
     measured = downstream_loss(store.place, tmp_path, 7)
     contexts, tokens = contexts_of(store, sae, 7)
@@ -127,11 +119,11 @@ def test_only_rows_that_the_rule_reads_are_replaced(store, model, tmp_path):
     assert measured.replaced == keep.mean()
     mask = torch.from_numpy(keep)
     assert measured.ce_sae == pytest.approx(
-        by_hand(model, tokens, 1, False, vector, mask), rel=1e-5
+        by_hand(model, tokens, "resid_post", vector, mask), rel=1e-5
     )
     every = torch.ones_like(mask)
     assert measured.ce_sae != pytest.approx(
-        by_hand(model, tokens, 1, False, vector, every), rel=1e-3
+        by_hand(model, tokens, "resid_post", vector, every), rel=1e-3
     )
 
 
@@ -159,12 +151,12 @@ def test_contexts_hold_held_out_documents_only(store):
 
 @pytest.fixture(scope="module")
 def other_sites(tmp_path_factory, model_folder, corpus_file):
-    """A store of one shard with resid_pre.2 and mlp_out.1, and a BOS in front of contexts."""
+    """A store of one shard with every site of one block, and a BOS in front of contexts."""
     path = tmp_path_factory.mktemp("sites") / "store"
     config = HarvestConfig(
         model=str(model_folder),
         corpus=CorpusSpec(name=str(corpus_file)),
-        sites=("resid_pre.2", "mlp_out.1"),
+        sites=tuple(f"{kind}.{LAYER}" for kind in SITE_KINDS),
         tokens=2048,
         context_length=32,
         shard_rows=2048,
@@ -175,25 +167,62 @@ def other_sites(tmp_path_factory, model_folder, corpus_file):
     return ActivationStore.open(path)
 
 
-def test_what_enters_a_block_is_replaced_and_bos_belongs_to_no_document(
-    other_sites, model, tmp_path
-):
-    vector = torch.randn(D_IN, generator=torch.Generator().manual_seed(3))
-    sae = constant(other_sites, EVERY_ROW, vector, site="resid_pre.2")
+@pytest.mark.parametrize("kind", SITE_KINDS)
+def test_every_site_is_replaced_and_bos_belongs_to_no_document(other_sites, model, tmp_path, kind):
+    site = f"{kind}.{LAYER}"
+    vector = torch.randn(other_sites.width(site), generator=torch.Generator().manual_seed(3))
+    sae = constant(EVERY_ROW, vector, site)
     sae.save(tmp_path)
     measured = downstream_loss(other_sites.place, tmp_path, 4)
     _, tokens = contexts_of(other_sites, sae, 4)
     assert (tokens[:, 0] == 0).all()
+    assert measured.replaced == 1
     every = torch.ones(tokens.shape, dtype=torch.bool)
-    assert measured.ce_sae == pytest.approx(
-        by_hand(model, tokens, 2, True, vector, every), rel=1e-5
-    )
+    assert measured.ce_sae == pytest.approx(by_hand(model, tokens, kind, vector, every), rel=1e-5)
+    assert abs(measured.delta_ce) > 1e-3
+
+
+@pytest.mark.parametrize("kind", SITE_KINDS)
+def test_an_output_plus_its_own_error_loses_nothing(other_sites, model, kind):
+    """The control of sparse feature circuits: the SAE and what it leaves out make the model."""
+    site = Site(kind, LAYER)
+    sae = made_sae(other_sites.width(str(site)), str(site), rule=EVERY_ROW)
+    _, tokens = contexts_of(other_sites, sae, 6)
+    located, errors = locate(model, [site]), []
+
+    def reconstruct(x, with_error):
+        rows = x.flatten(0, 1)
+        output = sae.decode(*sae.encode(rows), x=rows)
+        errors.append((rows - output).norm() / rows.norm())
+        return (output + (rows - output) * with_error).view_as(x)
+
+    def loss():
+        return downstream.cross_entropy(model, tokens) / tokens[:, 1:].numel()
+
+    plain = loss()
+    with edited(located, {site: lambda x: reconstruct(x, 1)}):
+        assert loss() == pytest.approx(plain, abs=1e-5)
+    with edited(located, {site: lambda x: reconstruct(x, 0)}):
+        assert abs(loss() - plain) > 1e-4
+    assert min(errors) > 0.1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", SITE_KINDS)
+def test_a_gpu_measures_what_the_processor_does(other_sites, tmp_path, kind):
+    site = f"{kind}.{LAYER}"
+    made_sae(other_sites.width(site), site, rule=EVERY_ROW).save(tmp_path)
+    there = downstream_loss(other_sites.place, tmp_path, 4, device="cuda")
+    here = downstream_loss(other_sites.place, tmp_path, 4, device="cpu")
+    assert there.ce_model == pytest.approx(here.ce_model, rel=1e-3)
+    assert there.ce_sae == pytest.approx(here.ce_sae, rel=1e-2)
 
 
 def test_what_cannot_be_measured_is_refused_in_a_sentence(store, other_sites, tmp_path):
-    random_sae(other_sites, 16, 4, EVERY_ROW, site="mlp_out.1").save(tmp_path / "mlp")
-    with pytest.raises(InputError, match=r"replaces resid_pre or resid_post, not mlp_out\.1"):
-        downstream_loss(other_sites.place, tmp_path / "mlp", 4)
+    widths = {"d_in": D_IN, "d_out": D_IN, "target_site": "resid_post.1"}
+    made_sae(site="resid_pre.1", **widths).save(tmp_path / "transcoder")
+    with pytest.raises(InputError, match=r"predicts resid_post\.1 from resid_pre\.1; give an SAE"):
+        downstream_loss(other_sites.place, tmp_path / "transcoder", 4)
     none_held_out = RowRule(heldout_fraction=0)
     random_sae(store, 16, 4, none_held_out).save(tmp_path / "all")
     with pytest.raises(InputError, match="no context cut from held-out documents only"):
@@ -205,3 +234,10 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(store, other_sites, tm
     random_sae(store, 16, 4, EVERY_ROW, d_in=31).save(tmp_path / "narrow")
     with pytest.raises(SaeHarvestError, match="31"):
         downstream_loss(store.place, tmp_path / "narrow", 4)
+
+
+def test_a_gpu_that_is_not_there_is_refused(store, tmp_path, monkeypatch):
+    random_sae(store, 16, 4, EVERY_ROW).save(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="no usable GPU"):
+        downstream_loss(store.place, tmp_path, 4, device="cuda")

@@ -14,6 +14,7 @@ from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, GPT2Config
 
 import sae_harvest.harvest.model.models
+from sae_harvest.harvest.model.hooks import SiteTap
 from sae_harvest.harvest.model.models import (
     ResolvedModel,
     load_model,
@@ -23,7 +24,7 @@ from sae_harvest.harvest.model.models import (
     resolve_model,
     tokenizer_fingerprint,
 )
-from sae_harvest.harvest.model.sites import Site, SiteTap
+from sae_harvest.harvest.model.sites import Site
 from tests.small_models import IDS, LAYERS, VOCABULARY, WIDTH, byte_tokenizer, logits, refusal
 
 
@@ -62,8 +63,8 @@ def test_a_saved_model_loads_without_the_network(gpt2: Path) -> None:
     assert model.config._attn_implementation == "sdpa"
     tokenizer = load_tokenizer(resolved)
     assert tokenizer.decode(tokenizer("naïve")["input_ids"]) == "naïve"
-    with SiteTap(model, [Site("resid_post", 1)]) as tap:
-        assert tap(IDS)["resid_post.1"].shape == (2, 8, WIDTH)
+    tap = SiteTap(model, [Site("resid_post", 1)])
+    assert tap(IDS)["resid_post.1"].shape == (2, 8, WIDTH)
 
 
 def test_the_dtype_asked_for_is_the_one_loaded(gpt2: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -13,20 +12,20 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sae_harvest.common.errors import InputError
+from sae_harvest.harvest.model.hooks import SiteTap
 from sae_harvest.harvest.model.models import PACKAGED_INSTALL
-from sae_harvest.harvest.model.sites import Site, SiteTap
+from sae_harvest.harvest.model.sites import SITE_KINDS, Site
 from sae_harvest.pipelines.live import LiveModel
-from sae_harvest.pipelines.steer import Clamp, added, clamped, clamping, generate
+from sae_harvest.pipelines.steer import Clamp, clamped, clamping, generate
 from sae_harvest.store.rules import RowRule
 from sae_harvest.train.sae.sae import SAE
 from tests.dictionaries import random_sae
+from tests.families import n_hooks
+from tests.hand_blocks import LAYER, block_by_hand
 from tests.small_models import byte_tokenizer
 from tests.steer_cases import N_LATENTS, K, made_sae, shift_by_hand
 from tests.test_live import harvested, tables_of
-from tests.test_sites import FAMILIES, build, by_hand, offered
 
-LAYER = 1
-KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_act")
 DRAWS = 300
 PROMPT = "the cat sees the red house; 東京 "
 CLAMPS = (Clamp(3, 4.0), Clamp(11, 0.0), Clamp(20, -2.5))
@@ -85,7 +84,7 @@ def store(request, tmp_path_factory, corpus_file, model_folder, llama_folder):
     """A store of a small model with every site of one block."""
     folder = {"gpt2": model_folder, "llama": llama_folder}[request.param]
     path = tmp_path_factory.mktemp("steer") / "store"
-    sites = tuple(f"{kind}.{LAYER}" for kind in KINDS)
+    sites = tuple(f"{kind}.{LAYER}" for kind in SITE_KINDS)
     return harvested(path, str(folder), corpus_file, sites=sites, tokens=1024, bos="none")
 
 
@@ -96,34 +95,6 @@ def live_of(store, folder, sae: SAE) -> LiveModel:
 @pytest.fixture
 def live(store, tmp_path) -> LiveModel:
     return live_of(store, tmp_path, made_sae(32, normalization="unit_norm"))
-
-
-@contextmanager
-def block_by_hand(model, at):
-    """The model with one block computed here, where `at(kind, tensor)` sees every site."""
-    gpt2 = model.config.model_type == "gpt2"
-    block = model.transformer.h[LAYER] if gpt2 else model.model.layers[LAYER]
-
-    def of_gpt2(x, past_key_values=None, attention_mask=None, *_, **kwargs):
-        x = at("resid_pre", x)
-        attention = block.attn(block.ln_1(x), attention_mask=attention_mask)[0]
-        middle = at("resid_mid", x + at("attn_out", attention))
-        neurons = at("mlp_act", block.mlp.act(block.mlp.c_fc(block.ln_2(middle))))
-        return at("resid_post", middle + at("mlp_out", block.mlp.c_proj(neurons)))
-
-    def of_llama(x, **kwargs):
-        x = at("resid_pre", x)
-        attention = block.self_attn(hidden_states=block.input_layernorm(x), **kwargs)[0]
-        middle = at("resid_mid", x + at("attn_out", attention))
-        y, mlp = block.post_attention_layernorm(middle), block.mlp
-        neurons = at("mlp_act", mlp.act_fn(mlp.gate_proj(y)) * mlp.up_proj(y))
-        return at("resid_post", middle + at("mlp_out", mlp.down_proj(neurons)))
-
-    block.forward = of_gpt2 if gpt2 else of_llama
-    try:
-        yield
-    finally:
-        del block.forward
 
 
 def logits_by_hand(live: LiveModel, ids: Tensor, clamps, read: str, write: str) -> Tensor:
@@ -146,7 +117,7 @@ def logits(live: LiveModel, ids: Tensor) -> Tensor:
     return live.model(ids, use_cache=False).logits[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SITE_KINDS)
 def test_the_models_answer_is_that_of_a_block_computed_by_hand(store, tmp_path, kind):
     site = f"{kind}.{LAYER}"
     live = live_of(store, tmp_path, made_sae(store.width(site), site, normalization="unit_norm"))
@@ -161,7 +132,7 @@ def test_the_models_answer_is_that_of_a_block_computed_by_hand(store, tmp_path, 
     assert torch.equal(logits(live, ids), plain)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SITE_KINDS)
 def test_with_a_cache_every_token_is_steered_prompt_and_generated(store, tmp_path, kind):
     site = f"{kind}.{LAYER}"
     live = live_of(store, tmp_path, made_sae(store.width(site), site, normalization="layer_norm"))
@@ -177,32 +148,6 @@ def test_with_a_cache_every_token_is_steered_prompt_and_generated(store, tmp_pat
     assert got.token_texts == live.texts.window(np.array(written, np.int32))
     assert got.text == "".join(got.token_texts)
     assert got != generate(live, PROMPT, [], 10)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_site_of_every_family_can_be_written(name):
-    """What is added at a site reaches the next block as the site's part of the sum does."""
-    model = build(FAMILIES[name].config())
-    ids = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(1))
-    plain = by_hand(name, model, ids)
-    mlp, there = f"mlp_out.{LAYER}", f"resid_pre.{LAYER + 1}"
-    with SiteTap(model, [Site.parse(mlp), Site.parse(there)]) as tap:
-        for site in [s for s in offered(name) if s.layer == LAYER]:
-            shift = torch.linspace(-1, 1, plain[str(site)].shape[-1])
-            with added(model, site, lambda x, shift=shift: shift.expand(len(x), -1)):
-                seen = tap(ids)
-            assert (seen[there] - plain[there]).abs().max() > 0.01
-            if site.kind in ("resid_post", "mlp_out"):
-                torch.testing.assert_close(seen[there], plain[there] + shift, rtol=1e-4, atol=1e-4)
-            if site.kind in ("attn_out", "resid_mid"):
-                wanted = plain[there] - plain[mlp] + shift
-                torch.testing.assert_close(seen[there] - seen[mlp], wanted, rtol=1e-4, atol=1e-4)
-    for site, tensor in by_hand(name, model, ids).items():
-        assert torch.equal(tensor, plain[site])
-
-
-def n_hooks(model) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 def test_without_clamps_it_is_transformers_own_greedy_generation(live):
@@ -223,9 +168,9 @@ def test_rows_that_the_rule_leaves_out_stay_as_they_are(store, tmp_path):
     live = live_of(store, tmp_path, sae)
     ids = live.context(live.tokens(PROMPT))
     site = Site.parse(sae.config.site)
-    with SiteTap(live.model, [site]) as tap:
-        before = tap(ids)[str(site)][0]
-    with clamped(live, CLAMPS), SiteTap(live.model, [site]) as tap:
+    tap = SiteTap(live.model, [site])
+    before = tap(ids)[str(site)][0]
+    with clamped(live, CLAMPS):
         after = tap(ids)[str(site)][0]
     read = before.norm(dim=1) <= store.norm_median(str(site), 0)
     assert 0 < read.sum() < len(read)
@@ -348,9 +293,9 @@ def test_the_packaged_model_in_bfloat16(tmp_path, corpus_file):
     assert generate(live, prompt, [], 1).text == " Paris"
     ids = live.context(live.tokens(prompt))
     site = Site.parse("resid_post.12")
-    with SiteTap(live.model, [site]) as tap:
-        before = tap(ids)[str(site)][0].float()
-    with clamped(live, [Clamp(3, 25.0)]), SiteTap(live.model, [site]) as tap:
+    tap = SiteTap(live.model, [site])
+    before = tap(ids)[str(site)][0].float()
+    with clamped(live, [Clamp(3, 25.0)]):
         after = tap(ids)[str(site)][0].float()
     assert torch.equal(after[0], before[0])  # the first token is an attention sink
     moved = after[1:] - before[1:]

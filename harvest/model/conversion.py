@@ -22,7 +22,6 @@ from pathlib import Path
 import gguf
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from sae_harvest.common.atomic import making
 from sae_harvest.common.cache import cache_dir
@@ -30,6 +29,7 @@ from sae_harvest.common.errors import InputError
 from sae_harvest.common.locks import lock
 from sae_harvest.common.parsing import parse_json, safe_name
 from sae_harvest.common.pointers import refuse_pointer
+from sae_harvest.common.private_apis import gguf_tensors
 from sae_harvest.store.objects import file_hash
 
 RECORD = "complete.json"
@@ -79,19 +79,15 @@ def _make(source: Path, folder: Path) -> None:
 
 
 def _convert(file: Path, folder: Path) -> None:
-    """Decode the weights into float32 and save model and tokenizer to `folder`.
-
-    Not by `from_pretrained(gguf_file=…)`: it asks for accelerate, and marks the model as
-    quantised, which `save_pretrained` then refuses.
-    """
+    """Decode the weights into float32 and save model and tokenizer to `folder`."""
     try:
         source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
         with _parsed_once():
             config = AutoConfig.from_pretrained(**source, local_files_only=True)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            weights = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)
+            weights = gguf_tensors(file, model)
             tokenizer = AutoTokenizer.from_pretrained(**source, local_files_only=True)
-        result = model.load_state_dict(weights["tensors"], strict=False)
+        result = model.load_state_dict(weights, strict=False)
     except Exception as error:  # the readers of a damaged file may raise anything
         raise InputError(
             f"{file.name} can't be read: {_first_line(error)}; it may be damaged, or of an "
@@ -99,7 +95,7 @@ def _convert(file: Path, folder: Path) -> None:
         ) from error
     # tied weights are missing from the file and share memory with one that is there
     state = model.state_dict()
-    given = {state[name].data_ptr() for name in weights["tensors"]}
+    given = {state[name].data_ptr() for name in weights}
     missing = [name for name in result.missing_keys if state[name].data_ptr() not in given]
     if missing or result.unexpected_keys:
         raise InputError(

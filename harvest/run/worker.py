@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from sae_harvest.common.errors import InputError, RunError, SaeHarvestError
+from sae_harvest.harvest.model.hooks import SiteTap
 from sae_harvest.harvest.model.models import (
     ResolvedModel,
     load_model,
     model_fingerprint,
     resolve_model,
 )
-from sae_harvest.harvest.model.sites import Site, SiteTap
+from sae_harvest.harvest.model.sites import Site
 from sae_harvest.harvest.tokens.contexts import ShardInput
 from sae_harvest.store.layout import Plan
 from sae_harvest.store.objects import Objects

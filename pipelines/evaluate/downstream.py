@@ -6,8 +6,7 @@ is what the reconstruction loses of what the model needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from sae_harvest.common.device import choose_device
 from sae_harvest.common.errors import InputError
-from sae_harvest.harvest.model.discovery import probe
+from sae_harvest.harvest.model.hooks import edited
 from sae_harvest.harvest.model.models import load_model
-from sae_harvest.harvest.model.sites import Site
+from sae_harvest.harvest.model.sites import Site, locate
 from sae_harvest.pipelines.features.encoding.dictionary import sae_fits
 from sae_harvest.pipelines.source import model_of
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.train.sae.sae import SAE
 
 BATCH_TOKENS = 1024  # logits are [tokens, vocabulary], in float32
-RESIDUAL = ("resid_pre", "resid_post")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,35 +57,41 @@ def downstream_loss(
     sae_path: Path,
     n_contexts: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    device: str = "cpu",
 ) -> Downstream:
     """Measure on contexts cut from held-out documents only.
 
+    Args:
+        place: the store's folder or address.
+        sae_path: folder of an SAE of any site of the store.
+        n_contexts: number of contexts, at most.
+        on_progress: called with the contexts done and their total.
+        device: where model and SAE compute: cpu, cuda or auto.
+
     Raises:
-        InputError: the site is not on the residual stream, it is a transcoder, or no context is
-            wholly held out.
+        InputError: it is a transcoder, no context is wholly held out, or there is no such device.
         SaeHarvestError: the store, the SAE or the model cannot be read, or do not fit.
     """
-    store, sae = ActivationStore.open(place), SAE.load(sae_path)
+    device = choose_device(device)
+    store, sae = ActivationStore.open(place), SAE.load(sae_path, device)
     site = Site.parse(sae_fits(store, sae, sae_path))
     if sae.config.is_transcoder:
         raise InputError(
             f"Downstream loss replaces a site by its reconstruction, and {sae_path} predicts "
             f"{sae.config.target_site} from {site}; give an SAE of {site} instead of a transcoder."
         )
-    if site.kind not in RESIDUAL:
-        raise InputError(f"Downstream loss replaces resid_pre or resid_post, not {site}.")
     contexts = heldout_contexts(store, sae, str(site), n_contexts)
     chosen = replaced_rows(store, sae, str(site), contexts)
     dtype: torch.dtype = getattr(torch, store.plan["compute_dtype"])
-    model = load_model(model_of(store), dtype, "cpu")
-    blocks, calls = probe(model)
+    model = load_model(model_of(store), dtype, device)
+    located = locate(model, [site])
     losses = np.zeros(2)
     batch = max(1, BATCH_TOKENS // store.context_length)
     for first in range(0, len(contexts), batch):
         here = contexts[first : first + batch]
         ids = np.stack([store.tokens(c, c + 1)[0] for c in here.tolist()])
-        tokens = torch.from_numpy(ids.astype(np.int64))  # [batch, context_length]
-        mask = torch.from_numpy(chosen[first : first + batch])
+        tokens = torch.from_numpy(ids.astype(np.int64)).to(device)  # [batch, context_length]
+        mask = torch.from_numpy(chosen[first : first + batch]).to(device)
         losses[0] += cross_entropy(model, tokens)
 
         def reconstruct(x: Tensor, mask: Tensor = mask) -> Tensor:
@@ -95,8 +100,7 @@ def downstream_loss(
             out[mask] = sae.decode(*sae.encode(rows), x=rows).to(x.dtype)
             return out
 
-        block = blocks[site.layer]
-        with replaced(block, site.kind, calls[site.layer].place, reconstruct):
+        with edited(located, {site: reconstruct}):
             losses[1] += cross_entropy(model, tokens)
         on_progress(first + len(here), len(contexts))
     n_tokens = len(contexts) * (store.context_length - 1)
@@ -144,31 +148,3 @@ def cross_entropy(model: nn.Module, tokens: Tensor) -> float:
         return nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), reduction="sum"
         ).item()
-
-
-@contextmanager
-def replaced(
-    block: nn.Module, kind: str, place: int | str, change: Callable[[Tensor], Tensor]
-) -> Iterator[None]:
-    """While open, what enters (resid_pre) or leaves (resid_post) the block is changed."""
-
-    def on_input(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        if isinstance(place, int):
-            args = (*args[:place], change(args[place]), *args[place + 1 :])
-        else:
-            kwargs = kwargs | {place: change(kwargs[place])}
-        return args, kwargs
-
-    def on_output(module: nn.Module, args: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (change(output[0]), *output[1:])
-        return change(output)
-
-    if kind == "resid_pre":
-        handle = block.register_forward_pre_hook(on_input, with_kwargs=True)
-    else:
-        handle = block.register_forward_hook(on_output)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, NodeDiedError, OutOfMemoryError, RayError
 
-from sae_harvest.common import environment
+from sae_harvest.common import environment, private_apis
 from sae_harvest.common.errors import RunError
 from sae_harvest.common.memory import KEEP_MEMORY
 
@@ -45,17 +45,14 @@ def connect(address: str | None, workers: int, without: str) -> None:
         "num_cpus": cores,
         "include_dashboard": False,
         "object_store_memory": OBJECT_STORE_BYTES,
-        "_node_ip_address": "127.0.0.1",  # all of it is on this machine
-    }
+    } | private_apis.RAY_ON_THIS_MACHINE
     if address not in (None, "auto"):
         _check_listening(str(address))
     chosen = own if address is None else {"address": address}
     try:
         with _own_sigterm():
             ray.init(runtime_env={"env_vars": KEEP_MEMORY}, **chosen, **common)
-        # Ray prints every death to standard output, `log_to_driver` or not, but where its own
-        # debugger has set this; what there is to say of them is in our log.
-        ray._private.worker._worker_logs_enabled = False
+        private_apis.silence_ray_workers()
     except (KeyboardInterrupt, SystemExit, RunError):
         ray.shutdown()
         raise

@@ -27,6 +27,7 @@ import torch
 from sae_harvest.common.atomic import make_folder
 from sae_harvest.common.device import choose_device
 from sae_harvest.common.errors import InputError, RunError, SaeHarvestError
+from sae_harvest.common.private_apis import failure_behind
 from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.parallel.distributed import (
     TIMEOUT,
@@ -256,7 +257,7 @@ def _reported(error: BaseException) -> BaseException:
     if own and (real := [found for found in own if not found.is_echo]):
         return _sentence(real[0])
     for rank, found in failures:
-        found = getattr(found, "health_check_failure", found)
+        found = failure_behind(found)
         if not isinstance(found, WorkerError):
             return _gone(rank, found)
     return _sentence(own[0]) if own else error

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_harvest.common.private_apis import multiplies_int8
 from sae_harvest.train.sae.kernels import AdamNumbers, Gradients, Pairs, cpu_choice
 from sae_harvest.train.sae.kernels.by_rows import by_rows
 from sae_harvest.train.sae.kernels.cpu_low import Float32, Int8
@@ -29,8 +30,7 @@ class CpuKernels:
     """The `Kernels` of the processor. Results are the same bits for any number of threads."""
 
     def __init__(self) -> None:
-        # without the instruction, products of 8-bit integers are emulated
-        self._short = torch.cpu._is_vnni_supported()
+        self._short = multiplies_int8()
 
     def low_precision(self, weight: Tensor) -> Int8 | Float32:
         return Int8.of(weight) if self._short else Float32(weight)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_harvest.common.private_apis import int8_product
 from sae_harvest.train.sae.kernels.by_rows import by_rows
 from sae_harvest.train.sae.kernels.low import DEVIATIONS, candidates
 from sae_harvest.train.sae.kernels.quantize_jit import (
@@ -46,7 +47,7 @@ class Factors:
         rows, latents = self.rows[some_rows], self.latents[some_latents]
         out = scratch[: len(rows) * len(latents)].view(len(rows), len(latents))
         if rows.dtype == torch.int8:
-            return torch._int_mm(rows, latents.T, out=out)
+            return int8_product(rows, latents.T, out)
         # NaN is chosen, so that exact values show it
         return torch.mm(rows, latents.T, out=out.view(torch.float32)).nan_to_num_(torch.inf)
 

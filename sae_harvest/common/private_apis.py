@@ -1,0 +1,95 @@
+"""Every use of another package's private API, each with the reason for it.
+
+An API is private if its name begins with an underscore, or if it lies in a module that its package
+does not document. Such a name may go with any release: `tests/test_private_apis.py` tells which one
+has gone, and `tests/test_rooms.py` refuses private APIs elsewhere. The one other place is
+`pipelines/viewer/connections.py`, which derives a class from uvicorn's.
+
+Packages are imported when they are needed: this module itself needs none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+RAY_ON_THIS_MACHINE = {"_node_ip_address": "127.0.0.1"}
+"""Option of `ray.init` that keeps every port of a local Ray off the network.
+
+Ray documents it as hidden and unstable. Read in Ray 2.60. Once gone, `ray.init` refuses it with a
+RuntimeError.
+"""
+
+
+def silence_ray_workers() -> None:
+    """Stop Ray from printing what its workers write, and every death of one, in this process.
+
+    Ray prints deaths to standard output, `log_to_driver` or not, unless its debugger has set this
+    flag; our log has what there is to say of them. Read in Ray 2.60. Once the flag is gone, the
+    lines are printed; once the module is gone, this raises AttributeError.
+    """
+    import ray
+
+    ray._private.worker._worker_logs_enabled = False
+
+
+def failure_behind(error: BaseException) -> BaseException:
+    """The error of a worker that Ray Train found dead when it asked after its health.
+
+    Ray Train wraps it in a class that it does not export, in the attribute
+    `health_check_failure`. Read in Ray 2.60. Once gone, an error is its own reason, and its
+    sentence is Ray's.
+    """
+    failure: BaseException = getattr(error, "health_check_failure", error)
+    return failure
+
+
+def multiplies_int8() -> bool:
+    """True if the processor has AVX-512 VNNI; without, torch emulates products of 8-bit integers.
+
+    The documented `torch.cpu.get_capabilities` is not in torch 2.6, the oldest that we allow. Read
+    in torch 2.13. Once gone, this raises AttributeError: take `get_capabilities` then.
+    """
+    import torch
+
+    supported: bool = torch.cpu._is_vnni_supported()
+    return supported
+
+
+def int8_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """The exact product of int8 [m, k] and [k, n] in int32 [m, n]; `torch.mm` has none.
+
+    Read in torch 2.13. Once gone, this raises AttributeError, and the encoder of processors
+    with AVX-512 VNNI has to use float32.
+    """
+    import torch
+
+    return torch._int_mm(a, b, out=out)
+
+
+def n_changes(tensor: Tensor) -> int:
+    """The number of times a tensor, or one that shares its memory, was changed in place.
+
+    Autograd counts them; there is no documented way to ask. Inference tensors have no count. Read
+    in torch 2.13. Once gone, this raises AttributeError: copy every captured tensor then.
+    """
+    return tensor._version
+
+
+def gguf_tensors(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """The weights in a GGUF file, decoded, by the names that they have in a model.
+
+    Transformers documents `from_pretrained(gguf_file=…)` alone, which asks for accelerate, and
+    marks the model as quantised, which `save_pretrained` then refuses. Read in transformers 5.23.
+    Once gone, this raises ImportError, and GGUF models cannot be converted.
+    """
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    found: dict[str, Any] = load_gguf_checkpoint(
+        str(path), return_tensors=True, model_to_load=model
+    )
+    tensors: dict[str, Tensor] = found["tensors"]
+    return tensors
