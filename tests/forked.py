@@ -21,6 +21,7 @@ from pathlib import Path
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
+        "tests.preloaded",
         "tests.processes",
         "sae_harvest.harvest.run.driver",
         "sae_harvest.train.run.trainer",

@@ -48,7 +48,7 @@ def undisturbed(
 
 
 class KilledDriver(NamedTuple):
-    """A harvest with two Ray workers whose driver was killed: its store, session and moment."""
+    """A harvest with a Ray worker whose driver was killed: its store, session and moment."""
 
     store: Path
     session: int
@@ -61,10 +61,10 @@ def killed_driver(
 ) -> KilledDriver:
     path = tmp_path_factory.mktemp("killed") / "store"
     with forked(
-        "harvest", *options(model_folder, corpus_file, path, workers=2, **MANY_SHARDS)
+        "harvest", *options(model_folder, corpus_file, path, workers=1, **MANY_SHARDS)
     ) as driver:
         assert wait_for(lambda: commits(path) >= 3)
-        assert len(ray_workers(driver.pid)) == 2
+        assert len(ray_workers(driver.pid)) == 1
         driver.kill()
         driver.communicate()
         return KilledDriver(path, driver.pid, time.monotonic())

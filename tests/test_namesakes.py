@@ -1,15 +1,9 @@
-"""Where a harvest is run from, what it may not need, and how it ends.
-
-A user's folder may hold a train.py and a store.py; network and a writable checkout may be missing.
-"""
+"""A harvest on Ray workers in a user's own folder, without a network, and how it ends."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,11 +15,10 @@ from tests.commands import (
     commits,
     dead_network,
     digest_of,
+    harvesting,
     invoke,
-    locked_checkout,
     options,
     session_processes,
-    started,
     wait_for,
 )
 from tests.forked import forked
@@ -60,7 +53,7 @@ def two_workers(
 ) -> Run:
     """Two Ray workers in a user's folder, whose files bear our names and fail when imported.
 
-    Without a network, from a checkout that cannot be written; every path is relative.
+    Without a network; every path is relative. test_end_to_end has a checkout that is read only.
     """
     folder = tmp_path_factory.mktemp("mine")
     for name in NAMESAKES:
@@ -68,28 +61,9 @@ def two_workers(
     for link, target in (("mine", model_folder), (corpus_file.name, corpus_file)):
         (folder / link).symlink_to(target)
     arguments = options(Path("mine"), Path(corpus_file.name), Path("out/store"), workers=2)
-    environment = dead_network() | locked_checkout(tmp_path_factory.mktemp("locked"))
-    checkout = Path(environment["PYTHONPATH"])
-    before = {path: path.stat().st_mtime_ns for path in checkout.rglob("*")}
-    program = (
-        "import sys, sae_harvest.harvest.commands.cli as cli\n"
-        f"assert cli.__file__.startswith({str(checkout)!r}), cli.__file__\n"
-        "cli.main()\n"
-    )
-    command = [sys.executable, "-P", "-c", program, *arguments]
-    # Root writes through file modes: there, a read-only mount where the system allows one.
-    mount = f'mount --bind "{checkout}" "{checkout}" && mount -o remount,ro,bind "{checkout}"'
-    private = ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$0" "$@"']
-    allowed = shutil.which("unshare") and subprocess.run(
-        [*private, "true"], capture_output=True, check=False
-    )
-    if os.geteuid() == 0 and allowed and allowed.returncode == 0:
-        command = [*private, *command]
-    with started(command, cwd=folder, env=environment) as process:
+    with harvesting(*arguments, cwd=folder, env=dead_network()) as process:
         stdout, stderr = process.communicate(timeout=PATIENCE)
         left = session_processes(process.pid)
-    if command[0] == "unshare" or os.geteuid() != 0:
-        assert {path: path.stat().st_mtime_ns for path in checkout.rglob("*")} == before
     return Run(stdout, stderr, process.returncode, left, folder)
 
 

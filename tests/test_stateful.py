@@ -305,7 +305,7 @@ class QuantizedStoreMachine(StoreMachine):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("machine", "examples"), [(StoreMachine, 50), (QuantizedStoreMachine, 25)])
+@pytest.mark.parametrize(("machine", "examples"), [(StoreMachine, 30), (QuantizedStoreMachine, 15)])
 def test_nothing_that_can_happen_to_a_store_makes_it_lose_or_lie(
     machine: type[RuleBasedStateMachine],
     examples: int,
