@@ -294,7 +294,7 @@ class CommandSettings:
         return f"{self._file}: {spelled}" if named_in_file else spelled
 
     def _instead(self, path: tuple[str, ...]) -> str:
-        """The key that was meant: one like it, or one whose option is called so."""
+        """The key that was meant: one whose option is called so, or one like it."""
         *above, key = path
         settings = self.settings()
         known = (
@@ -302,9 +302,8 @@ class CommandSettings:
             if above
             else self.top_keys()
         )
-        close = difflib.get_close_matches(key, known, n=1) or [
-            ".".join(s.path) for s in settings if s.option and s.parameter == key
-        ]
+        meant = [".".join(s.path) for s in settings if s.option and s.parameter == key]
+        close = meant or difflib.get_close_matches(key, known, n=1)
         return f" (did you mean {close[0]}?)" if close else f"; expected some of {', '.join(known)}"
 
 
