@@ -330,7 +330,8 @@ def _reason(errors: Sequence[Any], name: str) -> str:
 
 
 def _message(error: Any) -> str:
-    return str(error["msg"]).removeprefix("Value error, ").removesuffix(".")
+    message = str(error["msg"]).removeprefix("Value error, ").removesuffix(".")
+    return message.partition(", unable to parse")[0]
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
