@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from sae_harvest.common.errors import DamagedError, RunError, SaeHarvestError
 from sae_harvest.common.locks import LOCK_FILE, lock
 from sae_harvest.train.commands.cli import main
-from sae_harvest.train.options import CONFIG, PLACES, SettingsSource
+from sae_harvest.train.options import RunSettings
 from sae_harvest.train.run import run_state as member
 from sae_harvest.train.run import trainer
 from sae_harvest.train.run.exit_codes import EXIT_TRY_AGAIN, may_pass
@@ -255,7 +255,7 @@ def test_eval_measures_any_sae_and_writes_only_where_asked(job: Path, store_path
 
 
 def test_the_template_of_a_run_and_of_a_sweep_are_settings() -> None:
-    found = SettingsSource(yaml.safe_load((JOBS / "run.yaml").read_text()), "run.yaml", {})
+    found = RunSettings(yaml.safe_load((JOBS / "run.yaml").read_text()), "run.yaml", {})
     assert found.places().out == str(Path("runs/gpt2-8/sae").absolute())
     assert (found.config().n_latents, found.config().k) == (24576, 32)
     assert len(read_sweep_file(JOBS / "sweep.yaml", {}).members) == 14
@@ -275,7 +275,7 @@ def test_the_template_for_kubernetes_fits_the_command_and_its_codes() -> None:
     assert {volume["name"] for volume in spec["volumes"]} == set(mounts)
     (file, text) = next(iter(settings["data"].items()))
     assert f"{mounts['config']}/{file}" in arguments
-    found = SettingsSource(yaml.safe_load(text), file, {})
+    found = RunSettings(yaml.safe_load(text), file, {})
     assert Path(found.places().out).is_relative_to(mounts["runs"])
     assert found.config().tokens == 100_000_000
     codes = {
@@ -364,4 +364,4 @@ def test_templates_are_shell(name: str) -> None:
 
 def test_every_setting_of_a_run_is_an_option() -> None:
     options = {param.name for param in main.commands["run"].params}
-    assert {setting.path[-1] for setting in PLACES + CONFIG} < options
+    assert {setting.parameter for setting in RunSettings.settings()} < options

@@ -11,16 +11,10 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+from sae_harvest.common.settings import config_file_option, options_for, settings_of
 from sae_harvest.store.rules import RowRule
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.options import (
-    CONFIG,
-    PLACES,
-    Places,
-    config_file_option,
-    options_for,
-    run_settings,
-)
+from sae_harvest.train.options import DEFAULTS, Places, RunSettings
 
 PLACE = ("--store", "/s", "--out", "/o")
 FILE = "store: /s\nout: /o\n"
@@ -28,11 +22,12 @@ FILE = "store: /s\nout: /o\n"
 
 @click.command()
 @config_file_option
-@options_for(PLACES)
-@options_for(CONFIG)
+@options_for(settings_of(Places))
+@options_for(settings_of(TrainConfig), DEFAULTS)
 @click.pass_context
 def command(context: click.Context, file: Path | None, **given: Any) -> None:
-    context.obj.append(run_settings(context, file))
+    settings = RunSettings.of(context, file)
+    context.obj.append((settings.places(), settings.config()))
 
 
 def invoke(*arguments: str, file: str | None = None) -> tuple[Result, list[Any]]:
@@ -106,8 +101,8 @@ def test_k_has_a_default_where_there_is_a_k() -> None:
 
 def test_help_comes_from_the_configuration() -> None:
     text = " ".join(CliRunner().invoke(command, ["--help"]).output.split())
-    for setting in PLACES + CONFIG:
-        assert setting.option in text
+    for setting in RunSettings.settings():
+        assert setting.spelling in text
         assert setting.field.description
     assert "--lr NUMBER|none Learning rate of Adam;" in text
     assert "[at least 1, default: 4096]" in text

@@ -279,8 +279,11 @@ def test_command_says_when_it_does_not_fit() -> None:
     ("arguments", "message"),
     [
         ((), "--store"),
-        (("--d-in", "8", "--n-latents", "4", "--k", "8"), "--k 8 exceeds"),
-        (("--d-in", "8", "--tokens", "8"), "less than one batch"),
+        (
+            ("--d-in", "8", "--n-latents", "4", "--k", "8"),
+            "--k must be at most --n-latents, got 8 > 4.",
+        ),
+        (("--d-in", "8", "--tokens", "8"), "--tokens must be at least --batch-rows, got 8 < 4096."),
         (("--d-in", "8", "--gpu", "h100", "--device", "cpu"), "give one of them"),
     ],
 )

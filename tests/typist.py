@@ -100,8 +100,12 @@ RECIPE = {
     "layers": "[12]",
 }
 GRID = {"gpt2-small": {"train.grid.n_latents": "[64, 128]"}, "scaling-smollm2": {}}
-# keys of a YAML file on a page
-YAML_SIZES = {"tokens": BATCH * STEPS, "batch_rows": BATCH}
+# keys of a YAML file on a page: of these files, and of those for training
+YAML_SIZES = {
+    "harvest.yaml": {"tokens": ROWS, "shard_rows": 512},
+    "features.yaml": {"n_top": 4, "n_random": 2, "n_decile": 1, "n_inactive": 2, "n_hard": 2},
+}
+TRAINING_SIZES = {"tokens": BATCH * STEPS, "batch_rows": BATCH}
 # code of packages that are not installed: the program of tests/interop that runs the same calls
 PEERS = {"delphi": "run_delphi.py", "neuron_explainer": "run_viewers.py"}
 
@@ -181,8 +185,8 @@ class Typist:
                 given.append(word)
             elif (value := changes[word](waiting.pop(0))) is not None:
                 given += [word, value]
-        if "--config" in given:  # the file holds them
-            added = {}
+        if "--config" in given:  # the file holds the others
+            added = {option: added[option] for option in added if option == "--workers"}
         given += [w for option, v in added.items() if option not in given for w in (option, v)]
         if (program, name) == ("sae-pipeline", "run"):
             typed = [w for o, w in pairwise(words) if o == "--set"]
@@ -195,8 +199,8 @@ class Typist:
         """A YAML file whose first line is its name, written with small sizes."""
         name = re.match(r"# ([\w.-]+\.yaml)\b", text)
         assert name is not None, f"the first line of a YAML block is its name, `# run.yaml`: {text}"
-        content = yaml.safe_load(text)
-        (self.folder / name[1]).write_text(yaml.safe_dump(content | YAML_SIZES))
+        content, sizes = yaml.safe_load(text), YAML_SIZES.get(name[1], TRAINING_SIZES)
+        (self.folder / name[1]).write_text(yaml.safe_dump(content | sizes))
 
     def python(self, code: str) -> None:
         """Code, as in one session."""

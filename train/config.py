@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sae_harvest.common.numbers import Count
+from sae_harvest.common.settings import Option
 from sae_harvest.store.rules import RowRule
 
 Normalization = Literal["none", "scale", "unit_norm", "layer_norm"]
@@ -153,107 +154,130 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    n_latents: Count = Field(ge=1, le=MAX_LATENTS, description="number of latents")
-    k: Count | None = Field(
+    n_latents: Annotated[Count, Option("SAE")] = Field(
+        ge=1, le=MAX_LATENTS, description="number of latents"
+    )
+    k: Annotated[Count | None, Option("SAE")] = Field(
         None,
         ge=1,
         description="active latents per row: exactly (topk), on average (batchtopk), aimed at "
         "(jumprelu, relu_kl); none for relu_l1 and gated, whose number follows from l1",
     )
-    activation: Objective = Field(
+    activation: Annotated[Objective, Option("SAE")] = Field(
         "topk", description="activation function, and the penalty it is trained with"
     )
-    tokens: Count = Field(ge=1, description="rows to train on, repeats included; whole batches")
-    batch_rows: Count = Field(4096, ge=1, description="rows per step")
-    target_site: str | None = Field(
+    tokens: Annotated[Count, Option("Training", "ROWS")] = Field(
+        ge=1, description="rows to train on, repeats included; whole batches"
+    )
+    batch_rows: Annotated[Count, Option("Training", "ROWS")] = Field(
+        4096, ge=1, description="rows per step"
+    )
+    target_site: Annotated[str | None, Option("SAE")] = Field(
         None, description="site to predict, which makes a transcoder; none: reconstruct the input"
     )
-    normalization: Normalization = Field(
+    normalization: Annotated[Normalization, Option("SAE")] = Field(
         "scale",
-        description="scale: divide inputs so that rows have mean variance 1 per dimension; "
-        "unit_norm: each row to norm sqrt(d_in); layer_norm: each row to mean 0, deviation 1",
+        description="normalisation of inputs; scale: divided so that rows have mean variance 1 "
+        "per dimension; unit_norm: each row to norm sqrt(d_in); layer_norm: each row to mean 0, "
+        "deviation 1",
     )
-    lr: float | None = Field(
+    lr: Annotated[float | None, Option("Optimizer")] = Field(
         None,
         gt=0,
         le=1,
         description="learning rate of Adam; none: 2e-3 * sqrt(2^14 / n_latents)",
     )
-    warmup_tokens: Count | None = Field(
+    warmup_tokens: Annotated[Count | None, Option("Optimizer", "ROWS")] = Field(
         None,
         ge=0,
         description="rows over which the learning rate grows linearly from 0; none: 5 % of tokens",
     )
-    decay_share: float = Field(
+    decay_share: Annotated[float, Option("Optimizer", "SHARE")] = Field(
         DECAY_SHARE,
         ge=0,
         le=1,
         description="share of the steps, at the end, over which the learning rate falls "
         "linearly to 0",
     )
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of Adam's first moment, a step")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment, a step")
-    adam_eps: Weight = Field(6.25e-10, gt=0, description="constant added to Adam's denominator")
-    ema_decay: float | None = Field(
+    adam_beta1: Annotated[float, Option("Optimizer")] = Field(
+        0.9, ge=0, lt=1, description="decay of Adam's first moment, a step"
+    )
+    adam_beta2: Annotated[float, Option("Optimizer")] = Field(
+        0.999, ge=0, lt=1, description="decay of the second moment, a step"
+    )
+    adam_eps: Annotated[Weight, Option("Optimizer")] = Field(
+        6.25e-10, gt=0, description="constant added to Adam's denominator"
+    )
+    ema_decay: Annotated[float | None, Option("Optimizer")] = Field(
         0.999,
         ge=0,
         lt=1,
         description="share of the average of weights kept each step, at step t at most "
         "(1 + t) / (10 + t); none: the result is the last weights",
     )
-    clip_norm: Weight = Field(1.0, gt=0, description="largest norm of the whole gradient")
-    auxk_alpha: Weight = Field(1 / 32, ge=0, description="weight of the AuxK loss; 0 leaves it out")
-    k_aux: Count | None = Field(
+    clip_norm: Annotated[Weight, Option("Optimizer")] = Field(
+        1.0, gt=0, description="largest norm of the whole gradient"
+    )
+    auxk_alpha: Annotated[Weight, Option("Loss")] = Field(
+        1 / 32, ge=0, description="weight of the AuxK loss; 0 leaves it out"
+    )
+    k_aux: Annotated[Count | None, Option("Loss", "LATENTS")] = Field(
         None,
         ge=1,
         description="dead latents that reconstruct a row's error; none: power of two near half "
         "of the width",
     )
-    dead_after_tokens: Count | None = Field(
+    dead_after_tokens: Annotated[Count | None, Option("Loss", "ROWS")] = Field(
         None,
         ge=1,
         description="a latent is dead when it has not fired in this many rows; none: a tenth of "
         "tokens, at least batch_rows and at most 10,000,000",
     )
-    multi_topk: Weight = Field(
+    multi_topk: Annotated[Weight, Option("SAE")] = Field(
         0.0,
         ge=0,
         description="weight of the loss at 4k latents (topk); 0: off, paper: 1/8",
     )
-    matryoshka: tuple[Count, ...] = Field(
+    matryoshka: Annotated[tuple[Count, ...], Option("SAE")] = Field(
         (),
         description="growing numbers of latents, the last n_latents: the loss is the mean over "
         "reconstructions from the first of them; empty: off",
     )
-    l1: Weight = Field(
+    l1: Annotated[Weight, Option("Loss")] = Field(
         0.1,
         ge=0,
         description="weight of a row's sum of activations over the square root of the total "
         "variance (relu_l1, gated)",
     )
-    kl: Weight = Field(
+    kl: Annotated[Weight, Option("Loss")] = Field(
         0.3,
         ge=0,
         description="weight of KL(k / n_latents || density), summed over latents, over k (relu_kl)",
     )
-    l0: Weight = Field(
+    l0: Annotated[Weight, Option("Loss")] = Field(
         1.0,
         ge=0,
         description="weight of (active latents per row / k - 1)^2 (jumprelu)",
     )
-    bandwidth: Weight = Field(
+    bandwidth: Annotated[Weight, Option("Loss")] = Field(
         0.5,
         gt=0,
         description="width, in units of pre-activations, of the window around the threshold "
         "that gives it a gradient (jumprelu, relu_kl)",
     )
-    seed: Count = Field(0, ge=0, description="seed of the initial weights and of the order of rows")
-    order_seed: Count | None = Field(
+    seed: Annotated[Count, Option("Training")] = Field(
+        0, ge=0, description="seed of the initial weights and of the order of rows"
+    )
+    order_seed: Annotated[Count | None, Option("Training")] = Field(
         None, ge=0, description="seed of the order of rows alone; none: seed"
     )
-    rule: RowRule = Field(RowRule(), description="which rows to train on")
-    checkpoint_every: Count = Field(200, ge=1, description="steps between checkpoints")
-    eval_rows: Count = Field(
+    rule: Annotated[RowRule, Option("Rows")] = Field(
+        RowRule(), description="which rows to train on"
+    )
+    checkpoint_every: Annotated[Count, Option("Training", "STEPS")] = Field(
+        200, ge=1, description="steps between checkpoints"
+    )
+    eval_rows: Annotated[Count, Option("Training", "ROWS")] = Field(
         262_144, ge=1, description="held-out rows the result is evaluated on, at most"
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from sae_harvest.common.console import (
     when_interrupted,
 )
 from sae_harvest.common.numbers import CountRange
-from sae_harvest.common.options import PlaceOption
+from sae_harvest.common.options import grouped
 from sae_harvest.common.paths import absolute, shown
-from sae_harvest.harvest.commands.request import make_config, parse_shards, request_options
+from sae_harvest.common.settings import Setting, config_file_option, options_for
+from sae_harvest.harvest.commands.request import HarvestSettings, Places, layer_option, parse_shards
 from sae_harvest.harvest.commands.stores import export, merge
 
 
@@ -36,13 +37,26 @@ def main() -> None:
     """
 
 
+def request_options(
+    settings: Iterable[Setting],
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`--config`, the options of these settings, and `--layer`."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        return config_file_option(options_for(settings)(layer_option(command)))
+
+    return add
+
+
 @main.command()
-@request_options
-def plan(**given: Any) -> None:
+@request_options(setting for setting in HarvestSettings.settings() if setting.path != ("store",))
+@click.pass_context
+def plan(context: click.Context, file: Path | None, **given: Any) -> None:
     """Print what a harvest would take, before any work.
 
     \b
     harvest plan --model smollm2-135m --layer 12 --tokens 262144
+    harvest plan --config harvest.yaml
     """
     from sae_harvest.harvest.run.estimate import estimate
 
@@ -50,7 +64,9 @@ def plan(**given: Any) -> None:
         click.echo(line, err=True)
 
     table = Table("what", Column("value", overflow="fold"), box=None)
-    for name, value in estimate(make_config(given), given["device"], say).items():
+    settings = HarvestSettings.of(context, file)
+    device = settings.read(Places).device
+    for name, value in estimate(settings.config(), device, say).items():
         table.add_row(name, value)
     output().print(table)
 
@@ -58,14 +74,19 @@ def plan(**given: Any) -> None:
 def means_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of what runs the model."""
     options = [
-        click.option(
+        grouped(
+            "Execution",
             "--workers",
             type=click.IntRange(min=0),
             default=1,
             show_default=True,
             help="Ray workers; 0 runs in this process without Ray.",
         ),
-        click.option("--address", help="Address of a running Ray cluster: HOST:PORT or auto."),
+        grouped(
+            "Execution",
+            "--address",
+            help="Address of a running Ray cluster: HOST:PORT or auto.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -73,34 +94,39 @@ def means_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @main.command()
-@request_options
-@click.option(
-    "--store",
-    type=PlaceOption(),
-    help="Folder or s3://bucket/prefix to write. Default: runs/MODEL-SITE/store.",
-)
+@request_options(HarvestSettings.settings())
 @means_options
-@click.option(
+@grouped(
+    "Execution",
     "--shards",
     "only",
     metavar="FIRST:LAST",
     help="Shards to harvest, without LAST. `harvest merge` joins the parts.",
 )
+@click.pass_context
 def run(
-    store: str | None, workers: int, address: str | None, only: str | None, **given: Any
+    context: click.Context,
+    file: Path | None,
+    workers: int,
+    address: str | None,
+    only: str | None,
+    **given: Any,
 ) -> None:
     """Harvest activations; the same command, run again, continues.
 
     \b
     harvest run --model gpt2 --layer 8
+    harvest run --config harvest.yaml --tokens 524288
     """
-    config = make_config(given)
+    settings = HarvestSettings.of(context, file)
+    places, config = settings.read(Places), settings.config()
+    store = places.store
     if store is None:
-        name = Path(given["model"]).resolve().name
+        name = Path(config.model).resolve().name
         store = absolute(f"runs/{name}-{'-'.join(config.sites)}/store")
     from sae_harvest.harvest.run.progress import harvest_with_progress
 
-    execution = make_execution(workers, given["device"], address)
+    execution = make_execution(workers, places.device, address)
     result = harvest_with_progress(config, store, execution, parse_shards(only))
     rate = f", {result.rows_run / result.seconds:,.0f} tokens/s" if result.rows_run else ""
     ending = (

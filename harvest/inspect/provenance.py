@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 import xxhash
+from pydantic import ValidationError
 from rich.table import Column, Table
 from rich.text import Text
 
 from sae_harvest.common.errors import DamagedError, InputError
+from sae_harvest.common.parsing import first_line
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import OUTLIER_MEDIANS
 
@@ -235,7 +237,12 @@ def _corpus_text(store: ActivationStore, shard: int, piece: Piece) -> str:
 
     planned = store.plan["corpus"]
     spec = {name: planned[name] for name in CorpusSpec.model_fields if name in planned}
-    corpus = open_corpus(CorpusSpec.model_validate(spec))
+    try:
+        corpus = open_corpus(CorpusSpec.model_validate(spec))
+    except ValidationError as error:
+        raise InputError(
+            f"The plan of {store.place} names no corpus: {first_line(error)}."
+        ) from None
     changed = InputError(f"The corpus {corpus.name} is not what it was.")
     cursor = store.cursor(shard)
     documents = corpus.documents(cursor["corpus"])

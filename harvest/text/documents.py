@@ -9,45 +9,53 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from sae_harvest.common.errors import InputError
+from sae_harvest.common.options import name_or_path
 from sae_harvest.common.parsing import first_line
+from sae_harvest.common.settings import Option
 
 Row = dict[str, Any]
 Cursor = dict[str, Any]
 Place = TypeVar("Place")
 
+NEWS = "news"  # the packaged corpus
 _TEXT_COLUMNS = ("text", "content")
 
 SHOWN_COLUMNS = 20  # in a message
 SHOWN_CHARS = 60  # of the name of one
 
 
-class CorpusSpec(BaseModel, frozen=True):
+class CorpusSpec(BaseModel):
     """The text of a harvest. `config`, `split` and `revision` are for datasets of the Hub only.
 
     >>> CorpusSpec(name="HuggingFaceFW/fineweb", config="sample-10BT").split
     'train'
     """
 
-    name: str = Field(
-        min_length=1,
-        description="`news`, a file or folder of .txt, .jsonl (.ndjson), .json, .csv or .parquet "
-        "(.parq) files (all but the last also as .gz or .zst), an s3:// URL of one, or a Hugging "
-        "Face dataset id. `news` is always the packaged corpus; write ./news for a folder of that "
-        "name.",
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, AfterValidator(name_or_path(NEWS)), Option("Text", "NAME", "--corpus")] = (
+        Field(
+            NEWS,
+            description="dataset on the Hub; a file or folder, also at s3://, of .txt, .jsonl "
+            "(.ndjson), .json, .csv or .parquet (.parq) files, all but the last also as .gz or "
+            ".zst; or news, the packaged articles (write ./news for a folder of that name)",
+        )
     )
-    config: str | None = Field(None, description="Configuration of the dataset.")
-    split: str = Field("train", min_length=1, description="Split of the dataset.")
-    revision: str | None = Field(None, description="Branch, tag or commit of the dataset.")
+    config: Annotated[str | None, Option("Text", name="--dataset-config")] = Field(
+        None, description="configuration of the Hub dataset"
+    )
+    split: str = Field("train", min_length=1, description="split of the Hub dataset")
+    revision: str | None = Field(None, description="branch, tag or commit of the Hub dataset")
     text_column: str | None = Field(
-        None, description="Column that holds the text; `text`, else `content`, when not given."
+        None, description="column that holds the text; none: text, else content"
     )
     dedup: bool = Field(
-        False, description="Leave out documents whose text, to the letter, came before."
+        False, description="leave out documents whose text, to the letter, came before"
     )
 
 

@@ -29,7 +29,7 @@ from rich.progress import Progress as Bars
 from sae_harvest.common import environment
 from sae_harvest.common.errors import SaeHarvestError
 from sae_harvest.common.masking import masked
-from sae_harvest.common.options import PlaceOption
+from sae_harvest.common.options import Command, PlaceOption, grouped
 
 # Libraries read these when they are imported. Their bars and remarks would be drawn over our own
 # progress, or fill a log. Processes that a command starts inherit them.
@@ -65,7 +65,8 @@ class _StoreOption(click.Option):
         return super().process_value(ctx, value)
 
 
-device_option = click.option(
+device_option = grouped(
+    "Execution",
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
@@ -90,6 +91,8 @@ class Commands(click.Group):
     An argument whose bytes are not text is a usage error of every command: paths end up in JSON, in
     SQL and on screens, which take text only.
     """
+
+    command_class = Command
 
     def exit_code(self, error: SaeHarvestError) -> int:
         """Ending of the error message, for command groups that tell errors apart."""

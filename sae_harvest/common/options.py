@@ -1,44 +1,67 @@
-"""Types of the command-line options that name a file, a folder, a place or a model.
+"""Types of the options that name a file, a folder, a place or a model, and help in groups.
 
-Each makes its path absolute, so that no later change of folder and no worker on another machine
-reads it in another way, and refuses what no file can be called.
+Each type makes its path absolute, so that no later change of folder and no worker on another
+machine reads it in another way, and refuses what no file can be called. `Place`, `LocalPath` and
+`Name` are those of a configuration's fields.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import click
+from pydantic import AfterValidator
 
 from sae_harvest.common.parsing import MAX_NAME_BYTES
 from sae_harvest.common.paths import absolute, absolute_name
 
 
-class PathOption(click.Path):
-    """A file or folder on this machine, as an absolute `Path`.
+def usable(value: str) -> str:
+    """The value; `ValueError` if no file on this machine can have it as its path."""
+    if not value or "\0" in value:
+        raise ValueError(f"{value!a:.80} is not a path")
+    if any(len(part) > MAX_NAME_BYTES for part in value.encode().split(b"/")):
+        raise ValueError(f"{value!r:.80}… is too long for a path")
+    return value
 
-    An address such as s3://bucket/tables is refused: it would become a folder called `s3:`.
-    """
+
+def local_path(value: str) -> str:
+    """A path on this machine, absolute; `ValueError` for an address: a folder would be `s3:`."""
+    if "://" in usable(value):
+        raise ValueError(f"{value!r} is an address; give a path on this machine")
+    return absolute(value)
+
+
+def local_or_remote(value: str) -> str:
+    """A folder, absolute, or an address such as s3://bucket/prefix; `ValueError` for neither."""
+    return absolute(usable(value))
+
+
+def name_or_path(*words: str) -> Callable[[str], str]:
+    """Reads a name that may be a path, which is then made absolute, but for some `words`."""
+    return lambda value: value if usable(value) in words else absolute_name(value)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+Place = Annotated[str, AfterValidator(local_or_remote)]
+LocalPath = Annotated[str, AfterValidator(local_path)]
+
+
+class PathOption(click.Path):
+    """A file or folder on this machine, as an absolute `Path`."""
 
     def __init__(self, **checks: Any) -> None:
         super().__init__(path_type=Path, **checks)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        path = usable(os.fspath(value), self, param, ctx)
-        if "://" in path:
-            self.fail(f"{path!r} is an address; give a path on this machine.", param, ctx)
-        return super().convert(absolute(path), param, ctx)
-
-
-class PlaceOption(click.ParamType):
-    """A folder, as an absolute path, or an address such as s3://bucket/prefix."""
-
-    name = "place"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return absolute(usable(value, self, param, ctx))
+        try:
+            path = local_path(os.fspath(value))
+        except ValueError as error:
+            self.fail(f"{error}.", param, ctx)
+        return super().convert(path, param, ctx)
 
 
 class NameOption(click.ParamType):
@@ -47,22 +70,49 @@ class NameOption(click.ParamType):
     name = "text"
 
     def __init__(self, *words: str) -> None:
-        self._words = words
+        self._read = name_or_path(*words)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        name = usable(value, self, param, ctx)
-        return name if name in self._words else absolute_name(name)
+        try:
+            return self._read(value)
+        except ValueError as error:
+            self.fail(f"{error}.", param, ctx)
 
 
-def usable(
-    value: str,
-    kind: click.ParamType,
-    param: click.Parameter | None = None,
-    ctx: click.Context | None = None,
-) -> str:
-    """The value; a usage error if no file on this machine can have it as its path."""
-    if not value or "\0" in value:
-        kind.fail(f"{value!a:.80} is not a path.", param, ctx)
-    if any(len(part) > MAX_NAME_BYTES for part in value.encode().split(b"/")):
-        kind.fail(f"{value!r:.80}… is too long for a path.", param, ctx)
-    return value
+class PlaceOption(NameOption):
+    """A folder, as an absolute path, or an address such as s3://bucket/prefix."""
+
+    name = "place"
+
+    def __init__(self) -> None:
+        self._read = local_or_remote
+
+
+class GroupedOption(click.Option):
+    """An option that the help lists under a heading."""
+
+    def __init__(self, *words: Any, group: str, **settings: Any) -> None:
+        super().__init__(*words, **settings)
+        self.group = group
+
+
+def grouped(group: str, *words: str, **settings: Any) -> Callable[[F], F]:
+    """`click.option` under a heading of the help."""
+    return click.option(*words, cls=GroupedOption, group=group, **settings)
+
+
+class Command(click.Command):
+    """A command whose help lists grouped options after the others, in the order of their ends."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        others: list[tuple[str, str]] = []
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record and isinstance(parameter, GroupedOption):
+                groups[parameter.group] = [*groups.pop(parameter.group, []), record]
+            elif record:
+                others.append(record)
+        for heading, records in {"Options": others, **groups}.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)

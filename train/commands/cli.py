@@ -17,20 +17,14 @@ from sae_harvest.common.console import (
     store_option,
 )
 from sae_harvest.common.numbers import CountRange
-from sae_harvest.common.options import PathOption
+from sae_harvest.common.options import Command, PathOption, grouped
 from sae_harvest.common.paths import shown
+from sae_harvest.common.settings import config_file_option, options_for, settings_of
 from sae_harvest.train.commands.formats import add_format_commands
 from sae_harvest.train.commands.plan import plan
 from sae_harvest.train.commands.scaling import scaling
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.options import (
-    CONFIG,
-    PLACES,
-    config_file_option,
-    given_options,
-    options_for,
-    run_settings,
-)
+from sae_harvest.train.options import DEFAULTS, Places, RunSettings
 from sae_harvest.train.run.exit_codes import (
     EXIT_UNFINISHED,
     Job,
@@ -43,6 +37,10 @@ from sae_harvest.train.run.progress import sweep_with_progress, train_with_progr
 folder = PathOption(file_okay=False)
 
 
+class GroupedJob(Command, Job):
+    """A `Job` whose help lists its options in groups."""
+
+
 @click.group(cls=JobCommands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sae-harvest")
 def main() -> None:
@@ -53,17 +51,19 @@ def main() -> None:
     """
 
 
-@main.command(cls=Job)
+@main.command(cls=GroupedJob)
 @config_file_option
-@options_for(PLACES)
-@options_for(CONFIG)
-@click.option(
+@options_for(settings_of(Places))
+@options_for(settings_of(TrainConfig), DEFAULTS)
+@grouped(
+    "Execution",
     "--workers",
     type=CountRange(min=1),
     help="Processes that train together, started by Ray; each has a GPU, or its share of the "
     "cores.  [default: this process alone]",
 )
-@click.option(
+@grouped(
+    "Execution",
     "--parallel",
     type=click.Choice(["latents", "data"]),
     default="latents",
@@ -71,7 +71,11 @@ def main() -> None:
     help="What workers divide: the latents (each has a part of the weights) or the rows of a "
     "batch (each has all weights).",
 )
-@click.option("--address", help="Ray cluster that the workers run on: auto, or HOST:PORT.")
+@grouped(
+    "Execution",
+    "--address",
+    help="Ray cluster that the workers run on: auto, or HOST:PORT.",
+)
 @stopped_code_option
 @click.pass_context
 def run(
@@ -90,7 +94,8 @@ def run(
     train-sae run --config run.yaml --out runs/demo/low-rate --lr 0.0005
     train-sae run --config run.yaml --workers 8 --address auto
     """
-    places, config = run_settings(context, file)
+    settings = RunSettings.of(context, file)
+    places, config = settings.places(), settings.config()
     out, name = Path(places.out), shown(places.out)
     if workers is None and address is not None:
         raise click.UsageError("--address requires --workers; give their number.")
@@ -103,9 +108,9 @@ def run(
     output().print(summary({name: result.evaluation}))
 
 
-@main.command(cls=Job)
+@main.command(cls=GroupedJob)
 @click.argument("file", type=PathOption(dir_okay=False))
-@options_for(PLACES)
+@options_for(settings_of(Places))
 @stopped_code_option
 @click.pass_context
 def sweep(context: click.Context, file: Path, stopped_code: int, **given: Any) -> None:
@@ -118,7 +123,7 @@ def sweep(context: click.Context, file: Path, stopped_code: int, **given: Any) -
     """
     from sae_harvest.train.sweeps.sweepfile import read_sweep_file
 
-    found = read_sweep_file(file, given_options(context))
+    found = read_sweep_file(file, RunSettings.typed(context))
     out = Path(found.places.out)
     result = sweep_with_progress(found, out)
     if result.signal is not None:

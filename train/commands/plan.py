@@ -9,84 +9,75 @@ from rich.table import Table
 
 from sae_harvest.common.console import output
 from sae_harvest.common.numbers import CountRange
-from sae_harvest.common.options import PlaceOption
+from sae_harvest.common.options import Command, PlaceOption, grouped
+from sae_harvest.common.settings import options_for, settings_of
 from sae_harvest.common.units import size_text
+from sae_harvest.train.config import TrainConfig
+from sae_harvest.train.options import DEFAULTS, RunSettings
 
 GPUS = ("a100", "h100", "h200", "b200")
+ASKED = ("n_latents", "k", "tokens", "batch_rows")  # what a plan wants to know of a run
 
 
-@click.command()
-@click.option(
+@click.command(cls=Command)
+@grouped(
+    "Activations",
     "--store",
     type=PlaceOption(),
     help="Activation store whose widths are taken, instead of --d-in.",
 )
-@click.option("--site", help="Site of the store. Default: the only one.")
-@click.option("--d-in", type=CountRange(min=1), help="Width of the activations.")
-@click.option("--d-out", type=CountRange(min=1), help="Width that a transcoder predicts.")
-@click.option(
-    "--n-latents",
+@grouped("Activations", "--site", help="Site of the store. Default: the only one.")
+@grouped("Activations", "--d-in", type=CountRange(min=1), help="Width of the activations.")
+@grouped("Activations", "--d-out", type=CountRange(min=1), help="Width that a transcoder predicts.")
+@options_for([s for s in settings_of(TrainConfig) if s.path[0] in ASKED], DEFAULTS)
+@grouped(
+    "Execution",
+    "--devices",
     type=CountRange(min=1),
-    default=8192,
+    default=1,
     show_default=True,
-    help="Number of latents.",
+    help="Number of devices.",
 )
-@click.option(
-    "--k",
-    type=CountRange(min=1),
-    default=32,
-    show_default=True,
-    help="Active latents per row.",
-)
-@click.option(
-    "--tokens",
-    type=CountRange(min=1),
-    default=10_000_000,
-    show_default=True,
-    help="Rows to train on.",
-)
-@click.option(
-    "--batch-rows",
-    type=CountRange(min=1),
-    default=4096,
-    show_default=True,
-    help="Rows per step, of all devices together.",
-)
-@click.option(
-    "--devices", type=CountRange(min=1), default=1, show_default=True, help="Number of devices."
-)
-@click.option(
+@grouped(
+    "Execution",
     "--parallel",
     type=click.Choice(["data", "latents"]),
     default="latents",
     show_default=True,
     help="What devices share out: the rows of a batch, or the latents.",
 )
-@click.option(
+@grouped(
+    "Execution",
     "--dead-share",
     type=click.FloatRange(0, 1),
     default=0.0,
     show_default=True,
     help="Share of the latents that AuxK revives in a typical step.",
 )
-@click.option(
+@grouped(
+    "Execution",
     "--gpu",
     type=click.Choice(GPUS),
     help="Estimate for this GPU from its data sheet, instead of measuring this machine.",
 )
-@click.option(
+@grouped(
+    "Execution",
     "--link",
     type=click.FloatRange(min=0, min_open=True),
     help="Gigabytes a second between devices; default NVLink of the --gpu, else 1.25.",
 )
-@click.option(
+@grouped(
+    "Execution",
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     show_default=True,
     help="Device to measure.",
 )
-def plan(store: str | None, site: str | None, d_in: int | None, **given: Any) -> None:
+@click.pass_context
+def plan(
+    context: click.Context, store: str | None, site: str | None, d_in: int | None, **given: Any
+) -> None:
     """Print the memory, operations, bytes and time of a training run.
 
     \b
@@ -96,29 +87,16 @@ def plan(store: str | None, site: str | None, d_in: int | None, **given: Any) ->
     """
     if (store is None) == (d_in is None):
         raise click.UsageError("Give --store, for the width of its activations, or --d-in.")
-    if given["k"] > given["n_latents"]:
-        raise click.UsageError(f"--k {given['k']} exceeds --n-latents {given['n_latents']}.")
-    if given["tokens"] < given["batch_rows"]:
-        raise click.UsageError(
-            f"--tokens {given['tokens']} is less than one batch, --batch-rows "
-            f"{given['batch_rows']}."
-        )
     if given["gpu"] and given["device"] != "auto":
         raise click.UsageError("--gpu estimates and --device measures; give one of them.")
-    from sae_harvest.train.config import TrainConfig
+    config = RunSettings({}, "", RunSettings.typed(context)).config()
     from sae_harvest.train.planning.estimate import plan as make_plan
 
     stored_bytes = 2
     if store is not None:
         d_in, stored_bytes = _of_store(store, site)
-    config = TrainConfig(
-        n_latents=given["n_latents"],
-        k=given["k"],
-        tokens=given["tokens"],
-        batch_rows=given["batch_rows"],
-        # as good as a transcoder for what it takes
-        target_site="mlp_out.0" if given["d_out"] else None,
-    )
+    if given["d_out"]:  # any site makes a transcoder, which is all that counts here
+        config = config.model_copy(update={"target_site": "mlp_out.0"})
     assert d_in is not None
     found = make_plan(
         config,

@@ -28,7 +28,7 @@ import click
 from sae_harvest.common.paths import shown
 from sae_harvest.common.yamlfile import read_yaml
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.options import KEYS, Places, SettingsSource
+from sae_harvest.train.options import Places, RunSettings
 
 GRID, RUNS, NAME = "grid", "runs", "name"
 # the stream of batches, and when all are saved and what all are judged on
@@ -64,7 +64,7 @@ def parse_sweep(found: Mapping[str, Any], where: str, options: Mapping[str, Any]
         click.UsageError: it is not a sweep; names the file, the member and the key.
     """
     shared = {key: value for key, value in found.items() if key not in (GRID, RUNS)}
-    places = SettingsSource(shared, where, options).places()
+    places = RunSettings(shared, where, options).places()
     shared = {key: value for key, value in shared.items() if key not in Places.model_fields}
     variants = list(itertools.islice(_variants(found, where), MAX_MEMBERS + 1))
     if len(variants) > MAX_MEMBERS:
@@ -73,7 +73,7 @@ def parse_sweep(found: Mapping[str, Any], where: str, options: Mapping[str, Any]
         )
     names = _names(variants, where)
     members = {
-        name: SettingsSource({**shared, **variant}, f"{where}, member {name}", {}).config()
+        name: RunSettings({**shared, **variant}, f"{where}, member {name}", {}).config()
         for name, (_, variant) in zip(names, variants, strict=True)
     }
     members = _one_order(members, shared)
@@ -126,8 +126,8 @@ def _check_keys(values: Mapping[Any, Any], where: str, file: str) -> None:
                 f"{file}: {key} is the same for all members of a sweep, which read one stream of "
                 f"batches; take it out of {where}, or make two sweeps."
             )
-        if key not in KEYS:
-            SettingsSource({key: None}, f"{file}, {where},", {})
+        if key not in RunSettings.top_keys():
+            RunSettings({key: None}, f"{file}, {where},", {})
 
 
 def _names(variants: list[tuple[str | None, dict[str, Any]]], file: str) -> list[str]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import BaseModel, ConfigDict, Field
+
+from sae_harvest.common.numbers import Count
+from sae_harvest.common.settings import Option
 
 
 class FeatureConfig(BaseModel):
@@ -14,26 +19,30 @@ class FeatureConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    n_top: int = Field(20, ge=1, le=1000, description="highest activations kept, one per document")
-    n_decile: int = Field(
+    n_top: Annotated[Count, Option("Contexts", name="--top")] = Field(
+        20, ge=1, le=1000, description="highest activations kept per latent, one per document"
+    )
+    n_decile: Annotated[Count, Option("Contexts", name="--decile")] = Field(
         2, ge=0, le=100, description="activations drawn from each tenth of a latent's firings"
     )
-    n_random: int = Field(
-        10, ge=0, le=1000, description="activations drawn uniformly from all firings"
+    n_random: Annotated[Count, Option("Contexts", name="--random")] = Field(
+        10, ge=0, le=1000, description="activations drawn uniformly from all firings of a latent"
     )
-    n_inactive: int = Field(
-        10, ge=0, le=100, description="rows in whose window the latent fires nowhere"
+    n_inactive: Annotated[Count, Option("Contexts", name="--silent")] = Field(
+        10, ge=0, le=100, description="rows kept in whose window the latent fires nowhere"
     )
-    n_hard: int = Field(
-        10, ge=0, le=100, description="such rows with a token or a neighbour of the latent"
+    n_hard: Annotated[Count, Option("Contexts", name="--silent")] = Field(
+        10, ge=0, le=100, description="as many such rows with a token or a neighbour of the latent"
     )
-    window_tokens: int = Field(
-        64, ge=1, description="tokens shown around the row, within its context"
+    window_tokens: Annotated[Count, Option("Contexts", "TOKENS", "--window")] = Field(
+        64, ge=1, description="tokens shown around an activation, within its context"
     )
-    n_neighbours: int = Field(
+    n_neighbours: Count = Field(
         10, ge=1, le=100, description="nearest latents by decoder cosine, and by firing together"
     )
-    n_tokens: int = Field(100, ge=1, description="most frequent tokens kept per latent")
-    n_logits: int = Field(20, ge=1, description="tokens at either end of the logit lens")
-    seed: int = Field(0, ge=0, lt=2**62, description="of everything that is drawn")
-    batch_rows: int = Field(4096, ge=1, description="rows encoded at a time")
+    n_tokens: Count = Field(100, ge=1, description="most frequent tokens kept per latent")
+    n_logits: Count = Field(20, ge=1, description="tokens at either end of the logit lens")
+    seed: Annotated[Count, Option("Contexts")] = Field(
+        0, ge=0, lt=2**62, description="seed of everything that is drawn"
+    )
+    batch_rows: Count = Field(4096, ge=1, description="rows encoded at a time")

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from sae_harvest.common.console import (
-    Commands,
-    device_option,
-    output,
-    store_option,
-)
+from sae_harvest.common.console import Commands, output
 from sae_harvest.common.numbers import CountRange
-from sae_harvest.common.options import NameOption, PathOption
+from sae_harvest.common.options import LocalPath, Place, grouped, name_or_path
 from sae_harvest.common.paths import shown
+from sae_harvest.common.settings import (
+    CommandSettings,
+    Device,
+    Option,
+    config_file_option,
+    options_for,
+)
 from sae_harvest.pipelines.exports.cli import export_command
+from sae_harvest.pipelines.features.building.config import FeatureConfig
 from sae_harvest.pipelines.features.commands.query import query
 from sae_harvest.pipelines.options import features_option
 from sae_harvest.pipelines.viewer.cli import serve, site
@@ -39,89 +43,56 @@ main.add_command(site)
 main.add_command(export_command)
 
 
+class Places(BaseModel):
+    """Where a build reads, writes and computes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    store: Annotated[Place, Option("Places", "PLACE")] = Field(
+        description="activation store: a folder, or s3://bucket/prefix"
+    )
+    sae: Annotated[
+        str, AfterValidator(name_or_path("identity", "delphi")), Option("Places", "FOLDER")
+    ] = Field(
+        description="folder of a trained SAE; identity for the neurons; delphi if --store is a "
+        "cache of delphi's"
+    )
+    site: Annotated[str | None, Option("Places")] = Field(
+        None,
+        description="site of the neurons or of the cache, such as mlp_out.8, if there are several",
+    )
+    model: Annotated[
+        Annotated[str, AfterValidator(name_or_path())] | None, Option("Places", "NAME")
+    ] = Field(None, description="model of the cache, if the cache does not name it")
+    out: Annotated[LocalPath, Option("Places", "FOLDER")] = Field(description="folder to write")
+    device: Device = "auto"
+
+
+class BuildSettings(CommandSettings):
+    """The settings of `sae-features build`."""
+
+    models = (Places, FeatureConfig)
+
+
 @main.command()
-@store_option
-@click.option(
-    "--sae",
-    type=NameOption("identity", "delphi"),
-    required=True,
-    help="Folder of a trained SAE; identity for the neurons; delphi if --store is a cache of "
-    "delphi's.",
-)
-@click.option(
-    "--site", help="Site of the neurons or of the cache, such as mlp_out.8, if there are several."
-)
-@click.option(
-    "--model", type=NameOption(), help="Model of the cache, if the cache does not name it."
-)
-@click.option("--out", type=PathOption(), required=True, help="Folder to write.")
-@click.option(
-    "--top",
-    type=CountRange(1, 1000),
-    default=20,
-    show_default=True,
-    help="Highest activations kept per latent, one per document.",
-)
-@click.option(
-    "--random",
-    "n_random",
-    type=CountRange(0, 1000),
-    default=10,
-    show_default=True,
-    help="Random activations kept per latent.",
-)
-@click.option(
-    "--decile",
-    "n_decile",
-    type=CountRange(0, 100),
-    default=2,
-    show_default=True,
-    help="Activations drawn from each tenth of a latent's firings.",
-)
-@click.option(
-    "--silent",
-    "n_silent",
-    type=CountRange(0, 100),
-    default=10,
-    show_default=True,
-    help="Rows kept where the latent is silent, and as many that look alike.",
-)
-@click.option(
-    "--window",
-    type=CountRange(min=1),
-    default=64,
-    show_default=True,
-    help="Tokens shown around an activation.",
-)
-@click.option(
-    "--seed",
-    type=CountRange(0, 2**62 - 1),
-    default=0,
-    show_default=True,
-    help="Seed of everything that is drawn.",
-)
-@click.option(
+@config_file_option
+@options_for(BuildSettings.settings())
+@grouped(
+    "Execution",
     "--workers",
     type=CountRange(min=0),
     default=0,
     show_default=True,
     help="Ray workers; 0 builds in this process without Ray.",
 )
-@click.option(
-    "--address", help="Ray cluster: auto, or HOST:PORT. --out has to be seen by all of it."
+@grouped(
+    "Execution",
+    "--address",
+    help="Ray cluster: auto, or HOST:PORT. --out has to be seen by all of it.",
 )
-@device_option
+@click.pass_context
 def build(
-    store: str,
-    sae: str,
-    out: Path,
-    top: int,
-    n_random: int,
-    n_decile: int,
-    n_silent: int,
-    window: int,
-    seed: int,
-    **execution: Any,
+    context: click.Context, file: Path | None, workers: int, address: str | None, **given: Any
 ) -> None:
     """One pass over the store: latents, contexts, histograms, neighbours, tokens, documents.
 
@@ -129,20 +100,24 @@ def build(
 
     \b
     sae-features build --store runs/demo/store --sae runs/demo/sae --out runs/demo/features
+    sae-features build --config features.yaml --top 40
     """
-    from sae_harvest.pipelines.features.building.config import FeatureConfig
+    settings = BuildSettings.of(context, file)
+    places, config = settings.read(Places), settings.read(FeatureConfig)
     from sae_harvest.pipelines.features.building.progress import build_with_progress
 
-    config = FeatureConfig(
-        n_top=top,
-        n_random=n_random,
-        n_decile=n_decile,
-        n_inactive=n_silent,
-        n_hard=n_silent,
-        window_tokens=window,
-        seed=seed,
+    out = Path(places.out)
+    built = build_with_progress(
+        places.store,
+        places.sae,
+        out,
+        config,
+        site=places.site,
+        model=places.model,
+        workers=workers,
+        address=address,
+        device=places.device,
     )
-    built = build_with_progress(store, sae, out, config, **execution)
     if built.seconds is None:
         output().print(f"{shown(out)}: the tables are there already.", soft_wrap=True)
     else:
