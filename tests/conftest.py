@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -27,6 +28,39 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 # The same cases every time: a failure belongs to the change that is tested.
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")
+
+# `make test-fast`: what a file or a test names if it needs a model, Ray, a server or a browser.
+SLOW_WORDS = re.compile(
+    r"\b(transformers|ray|forked|processes|small_models|steer_cases|families|hand_blocks|triton"
+    r"|s3_server|viewer_fixtures|viewer_cases|LiveModel|subprocess|tests\.commands)\b"
+)
+SLOW_FIXTURES = {"model_folder", "tiny_store", "folders"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast", action="store_true", help="only what needs no model, Ray, server or browser"
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With --fast, files that name what is slow are not even imported."""
+    is_test = config.getoption("--fast") and collection_path.name.startswith("test_")
+    return True if is_test and SLOW_WORDS.search(collection_path.read_text()) else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --fast, tests that are marked slow or use a model are left out."""
+    if not config.getoption("--fast"):
+        return
+    slow = {
+        item
+        for item in items
+        if item.get_closest_marker("slow") or SLOW_FIXTURES & set(getattr(item, "fixturenames", ()))
+    }
+    config.hook.pytest_deselected(items=[item for item in items if item in slow])
+    items[:] = [item for item in items if item not in slow]
+
 
 N_LAYERS = 3
 WIDTH = 32

@@ -226,6 +226,7 @@ def state_of(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @settings(
     max_examples=500,
     deadline=None,

@@ -27,6 +27,7 @@ def test_it_knows_what_a_set_of_python_knows(monkeypatch: pytest.MonkeyPatch) ->
         assert len(ours) == len(known)
 
 
+@pytest.mark.slow
 def test_it_weighs_under_16_bytes_a_document() -> None:
     count = 1_000_000
     tracemalloc.start()

@@ -148,6 +148,7 @@ def altered(draw: st.DrawFn, table: pa.Table) -> pa.Table:
     return table.replace_schema_metadata(dict.fromkeys((b"geo", b"pandas", b"x"), deep))
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_altered_tables_end_in_an_answer_or_a_sentence(
@@ -179,6 +180,7 @@ RECORDS = st.recursive(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(changes=st.dictionaries(st.sampled_from([*json.loads(run_json(N)), "relative"]), RECORDS))
 def test_an_altered_record_ends_in_an_answer_or_a_sentence(

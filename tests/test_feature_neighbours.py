@@ -62,6 +62,7 @@ def test_neighbours_are_the_nearest_over_all_pairs(tmp_path: Path, n: int, share
         assert row["decoder_cosine"] == pytest.approx(cosine, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_latents", [300, 70_000])
 def test_latents_of_uneven_density_are_counted_exactly(tmp_path: Path, n_latents: int) -> None:
     rng, n_rows = np.random.default_rng(0), 100 * LENGTH

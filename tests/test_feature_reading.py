@@ -85,6 +85,7 @@ def scans(operators: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rows"),
     [("contexts", CONTEXTS), ("latents", 1), ("histograms", BINS), ("neighbours", NEIGHBOURS)],

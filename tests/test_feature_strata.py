@@ -314,6 +314,7 @@ def test_random_draws_all_firings_alike(tmp_path: Path, seed: int) -> None:
     assert_alike(pairs[np.triu_indices(DRAWN_ROWS, 1)])
 
 
+@pytest.mark.slow
 def test_deciles_draw_their_members_alike_and_apart_from_random(tmp_path: Path) -> None:
     value = np.repeat(2.0 ** np.arange(10), 4).astype(np.float32)  # four rows to a tenth
     config = FeatureConfig(n_top=1, n_decile=2, n_random=20, n_inactive=0, n_hard=0, seed=3)

@@ -201,6 +201,7 @@ def test_published_rates_are_below_the_published_peaks(name: str) -> None:
     assert rates.memory == size
 
 
+@pytest.mark.slow
 def test_rates_of_this_machine_predict_a_step() -> None:
     """Loosely; `bench/plan.py` is the measurement."""
     device = torch.device("cpu")

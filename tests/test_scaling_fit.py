@@ -81,12 +81,14 @@ def outside() -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["e", "b"])
 def test_intervals_cover_the_truth_at_about_their_level(name: str, outside: dict[str, int]) -> None:
     # 0.95 expected; four standard deviations of the count below it, or all
     assert 1 - outside[name] / REPEATS > 0.95 - 4 * (0.95 * 0.05 / REPEATS) ** 0.5
 
 
+@pytest.mark.slow
 def test_intervals_are_not_wider_than_they_need_to_be(outside: dict[str, int]) -> None:
     """At 95 %, noise falls outside now and then."""
     assert outside["b"] >= 1
