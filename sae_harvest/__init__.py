@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from sae_harvest.pipelines.live import LiveText
     from sae_harvest.pipelines.steer import Generated
     from sae_harvest.steps import build_features, harvest_activations, open_store, train_sae
+    from sae_harvest.store.loading.loader import ShuffledLoader
     from sae_harvest.store.reader import ActivationStore
     from sae_harvest.store.rules import RowRule
     from sae_harvest.train.config import SAEConfig, TrainConfig
@@ -68,6 +69,7 @@ _MODULES = {
     "SAE": "train.sae.sae",
     "SAEConfig": "train.config",
     "SaeHarvestError": "common.errors",
+    "ShuffledLoader": "store.loading.loader",
     "StoreError": "common.errors",
     "TrainConfig": "train.config",
     "UnfinishedError": "common.errors",
@@ -100,6 +102,7 @@ __all__ = [
     "RunError",
     "SAEConfig",
     "SaeHarvestError",
+    "ShuffledLoader",
     "StoreError",
     "TrainConfig",
     "UnfinishedError",

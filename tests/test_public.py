@@ -25,7 +25,14 @@ ERRORS = {
 OTHERS = {
     *("ActivationDataset", "ActivationStore", "CorpusSpec", "FeatureConfig", "Features"),
     *("Generated", "HarvestConfig", "Latent", "LiveText", "Provenance", "RowRule", "SAE"),
-    *("SAEConfig", "TrainConfig", "build_features", "harvest_activations", "load_sae"),
+    *(
+        "SAEConfig",
+        "ShuffledLoader",
+        "TrainConfig",
+        "build_features",
+        "harvest_activations",
+        "load_sae",
+    ),
     *("open_features", "open_store", "trace_row", "train_sae"),
 }
 

@@ -34,40 +34,50 @@ WINDOW_ROWS = 1 << 18  # of a window by default, whatever the width: see docs/lo
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One rank's part of a batch.
-
-    rows: int64 [batch_rows / world], row numbers.
-    x: torch.float32 [batch_rows / world, d_in] on the loader's device.
-    target: the same rows of the target site [batch_rows / world, d_out], if there is one.
-    """
+    """One rank's part of a batch."""
 
     rows: npt.NDArray[np.int64]
+    """Row numbers in the store, int64 [batch_rows / world]."""
     x: torch.Tensor
+    """Activations of these rows, float32 [batch_rows / world, d_in], on the loader's device."""
     target: torch.Tensor | None = None
+    """Activations of these rows at the target site, float32 [batch_rows / world, d_out]."""
 
 
 class ShuffledLoader:
-    """Endless shuffled batches, epoch after epoch; each selected row at most once an epoch.
+    """Endless shuffled batches with their row numbers, epoch after epoch, that can be resumed.
 
-    The last `n_selected % batch_rows` rows of an epoch's order are dropped; the next epoch has
-    another order. Four threads read the next window while this one is consumed, so that memory
-    is two windows, fixed at the first batch. Of a window a rank keeps its own rows only.
+    Each selected row comes at most once an epoch: the last `n_selected % batch_rows` rows of an
+    epoch's order are dropped, and the next epoch has another order. Four threads read the next
+    window while this one is consumed, so that memory is two windows, fixed at the first batch. A
+    rank keeps only its own rows of a window. `ActivationDataset` is the simpler choice where
+    neither row numbers nor resuming are needed.
+
+    >>> store = open_store("runs/demo/store")
+    >>> loader = ShuffledLoader(store, store.sites[0], batch_rows=256, seed=1)
+    >>> batch = next(iter(loader))
+    >>> batch.x.dtype, batch.x.shape == (256, store.width(store.sites[0])), batch.rows.shape
+    (torch.float32, True, (256,))
+    >>> loader.load_state(loader.state())  # continues with the batch after this one
+    >>> loader.close()
 
     Args:
         store: a sealed store.
-        site: which activations.
+        site: the site to read, such as "resid_post.12".
         batch_rows: rows per batch, over all ranks.
-        seed: of the order.
-        rule: which rows.
-        window_chunks: chunks resident at a time; more mixes better and costs memory. None for as
-            many as hold `WINDOW_ROWS` rows.
-        target_site: a second site whose same rows come as `Batch.target`; the rule must select a
-            row at both.
-        rank, world: this process gets the rank-th of `world` equal parts of every batch.
-        device: where batches are wanted, cpu or cuda.
+        seed: seed of the order.
+        rule: the rule that selects rows; None for the rows that training reads by default.
+        window_chunks: chunks in memory at a time; more mix better and need more memory. None for
+            as many as hold `WINDOW_ROWS` rows.
+        target_site: a second site whose activations of the same rows come as `Batch.target`; the
+            rule must select a row at both.
+        rank: number of this process, from 0.
+        world: number of processes; each gets an equal part of every batch.
+        device: device of the batches, "cpu" or "cuda".
 
     Raises:
-        InputError: no such site, too few rows for a batch, or a batch that the world can't share.
+        InputError: there is no such site, there are fewer rows than one batch, or a batch cannot
+            be shared equally.
     """
 
     def __init__(
