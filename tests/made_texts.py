@@ -10,7 +10,8 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 from sae_harvest.harvest.text.documents import Corpus, CorpusSpec, Cursor, Document
-from sae_harvest.harvest.tokens.contexts import ShardInput, iter_shards
+from sae_harvest.harvest.tokens.contexts import iter_shards
+from sae_harvest.store.writer import Shard
 
 LENGTH = 16
 LONG = 60  # number of the document that is longer than a window
@@ -68,7 +69,7 @@ def shards(
     tokenizer: PreTrainedTokenizerFast,
     n_contexts: int = 300,
     **options: Any,
-) -> list[ShardInput]:
+) -> list[Shard]:
     """Whole shards of these texts until there are `n_contexts`, which they must hold."""
     given: dict[str, Any] = {
         "bos": "none",

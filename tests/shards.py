@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from sae_harvest.harvest.model.models import ResolvedModel, model_fingerprint, resolve_model
-from sae_harvest.harvest.tokens.contexts import ShardInput
 from sae_harvest.store.layout import Plan, SitePlan
 from sae_harvest.store.objects import LocalObjects, Objects
 from sae_harvest.store.tables import DOCUMENT_SCHEMA, PIECE_SCHEMA
+from sae_harvest.store.writer import Shard
 
 SITES = ("resid_post.1",)
 LENGTH, CONTEXTS, WIDTH = 32, 8, 32
@@ -39,12 +39,12 @@ def make_plan(model: ResolvedModel, **changed: Any) -> Plan:
     return Plan.model_validate(fields | changed)
 
 
-def make_inputs(count: int) -> list[ShardInput]:
+def make_inputs(count: int) -> list[Shard]:
     """The first shards: random tokens of nowhere."""
     rng = np.random.default_rng(0)
     return [
-        ShardInput(
-            shard=number,
+        Shard(
+            number=number,
             tokens=rng.integers(0, 400, (CONTEXTS, LENGTH), dtype=np.int32),
             pieces=PIECE_SCHEMA.empty_table(),
             documents=DOCUMENT_SCHEMA.empty_table(),

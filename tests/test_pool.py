@@ -18,9 +18,9 @@ from sae_harvest.harvest.run import ray_nodes as raycluster
 from sae_harvest.harvest.run import ray_pool as raypool
 from sae_harvest.harvest.run.pool import Pool, open_pool
 from sae_harvest.harvest.run.worker import ShardWorker
-from sae_harvest.harvest.tokens.contexts import ShardInput
 from sae_harvest.store.layout import Plan
 from sae_harvest.store.objects import LocalObjects, Objects
+from sae_harvest.store.writer import Shard
 from tests.commands import wait_for
 from tests.shards import SITES, deadly, local_model, make_inputs, make_plan
 from tests.told import alive, gone, started
@@ -35,7 +35,7 @@ def opened(model_folder: Path, workers: int, report: Any = print) -> Any:
     return open_pool(workers, model, SITES, "float32", "cpu", address=None, report=report)
 
 
-def work(pool: Pool, objects: Objects, plan: Plan, shards: list[ShardInput]) -> Records:
+def work(pool: Pool, objects: Objects, plan: Plan, shards: list[Shard]) -> Records:
     """Every shard through the pool, as the driver does it."""
     waiting, records = list(shards), {}
     while waiting or pool.in_flight():

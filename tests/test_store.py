@@ -308,7 +308,7 @@ class TestLocalObjects:
 
 def test_what_a_store_has_read_goes_with_it(tiny_store: Path) -> None:
     store = ActivationStore.open(tiny_store)
-    tables = [store.documents(0), store.contexts(0)]
+    tables = [store.documents(0), store.pieces(0)]
     gone = [weakref.ref(held) for held in (store, *tables)]
     assert store.documents(0) is tables[0]  # read once
     del store, tables

@@ -199,7 +199,7 @@ def _tokenizer_or_reason(
 
 def _piece(store: ActivationStore, shard: int, context: int, position: int) -> Piece | None:
     """The piece that holds a position, None for a BOS."""
-    pieces = store.contexts(shard)
+    pieces = store.pieces(shard)
     columns = {name: pieces[name].to_numpy() for name in pieces.column_names}
     inside = (
         (columns["context"] == context)

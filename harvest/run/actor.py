@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sae_harvest.harvest.run.worker import Done
-    from sae_harvest.harvest.tokens.contexts import ShardInput
     from sae_harvest.store.layout import Plan
     from sae_harvest.store.objects import Objects
+    from sae_harvest.store.writer import Shard
 
 
 class ShardActor:
@@ -48,7 +48,7 @@ class ShardActor:
     def widths(self) -> dict[str, int]:
         return self._worker.widths()
 
-    def harvest(self, objects: Objects, plan: Plan, shard: ShardInput) -> Done:
+    def harvest(self, objects: Objects, plan: Plan, shard: Shard) -> Done:
         return self._worker.harvest(objects, plan, shard)
 
     def rows_done(self) -> int:

@@ -18,7 +18,6 @@ from sae_harvest.harvest.run.prefetch import Ahead
 from sae_harvest.harvest.run.prepare import ALL_SHARDS, Prepared, prepare, prepare_again, versions
 from sae_harvest.harvest.run.status import Heartbeat
 from sae_harvest.harvest.text.folders import sentence
-from sae_harvest.harvest.tokens.contexts import ShardInput
 from sae_harvest.harvest.tokens.shards import missing, runs, shard_inputs
 from sae_harvest.store import layout
 from sae_harvest.store.commits import commit_shard, committed_shards, read_commit, read_plan
@@ -34,7 +33,7 @@ from sae_harvest.store.maintenance.verify import Verification, verify
 from sae_harvest.store.objects import Objects, open_objects, require_space
 from sae_harvest.store.records import digest_of
 from sae_harvest.store.seals import seal, trusted_commits
-from sae_harvest.store.writer import check_place, check_same, create_store, discard
+from sae_harvest.store.writer import Shard, check_place, check_same, create_store, discard
 
 SMALL_BYTES_PER_ROW = 16  # tokens, norms, tables and commit records, generously
 
@@ -245,7 +244,7 @@ class _Work:
         self.rows = 0
         self.seconds = 0.0
 
-    def run(self, shards: Ahead[ShardInput], keep: Keep, again: bool) -> None:
+    def run(self, shards: Ahead[Shard], keep: Keep, again: bool) -> None:
         """Hand shards out, never more than the pool holds, until all have come back.
 
         Args:
@@ -261,8 +260,8 @@ class _Work:
                 shard = shards.take()
                 if shard is None:
                     exhausted = True
-                elif again or self._objects.size(layout.commit_key(shard.shard)) is None:
-                    self.submitted.append(shard.shard)
+                elif again or self._objects.size(layout.commit_key(shard.number)) is None:
+                    self.submitted.append(shard.number)
                     pool.submit(self._objects, self._plan, shard)
                     flying += 1
             if not flying:
@@ -287,7 +286,7 @@ class _Work:
 def _pool(
     prepared: Prepared, execution: Execution, device: str, log: HarvestLog
 ) -> AbstractContextManager[Pool]:
-    dtype = prepared.fields["compute_dtype"]
+    dtype = prepared.settings.compute_dtype
     sites = prepared.config.sites
     return open_pool(
         execution.workers, prepared.model, sites, dtype, device, execution.address, log.write

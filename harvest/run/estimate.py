@@ -32,9 +32,8 @@ def estimate(
     prepared = prepare(config, None, device)
     if left_out := sentence(config.corpus.name, prepared.corpus.left_out):
         notify(left_out)
-    worker = ShardWorker(
-        prepared.model, config.sites, prepared.fields["compute_dtype"], device, None
-    )
+    dtype = prepared.settings.compute_dtype
+    worker = ShardWorker(prepared.model, config.sites, dtype, device, None)
     plan = prepared.plan(worker.widths())
     shape = (plan.batch_contexts, plan.context_length)
     vocabulary = plan.model["vocabulary"]

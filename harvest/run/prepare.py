@@ -28,7 +28,7 @@ from sae_harvest.harvest.run.config import GPU_SHARD_ROWS, HarvestConfig
 from sae_harvest.harvest.text.corpus import Corpus, CorpusSpec, HubCorpus, open_corpus
 from sae_harvest.harvest.tokens.contexts import WINDOW_CONTEXTS, default_bos
 from sae_harvest.harvest.tokens.encoding import end_of_text_id
-from sae_harvest.store.layout import Plan, SitePlan
+from sae_harvest.store.layout import Plan, PlanSettings, SitePlan
 
 CPU_SHARD_SECONDS = 30
 CPU_OPERATIONS_A_SECOND = 100 * 10**9  # measured with SmolLM2-135M on two cores
@@ -48,11 +48,11 @@ class Prepared:
     model: ResolvedModel
     tokenizer: Any
     corpus: Corpus
-    fields: dict[str, Any]  # of the plan, except the widths of the sites
+    settings: PlanSettings
 
     def plan(self, widths: dict[str, int]) -> Plan:
         sites = tuple(SitePlan(name=s, width=widths[s]) for s in self.config.sites)
-        return Plan(sites=sites, **self.fields)
+        return Plan(sites=sites, **dict(self.settings))
 
     @property
     def least_contexts(self) -> int:
@@ -66,7 +66,7 @@ class Prepared:
         """Whole shards that hold the tokens asked for; `ALL_SHARDS` for all there are."""
         if self.config.tokens == "all":
             return ALL_SHARDS
-        return -(-self.least_contexts // self.fields["contexts_per_shard"])
+        return -(-self.least_contexts // self.settings.contexts_per_shard)
 
     @property
     def may_be_short(self) -> bool:
@@ -113,27 +113,27 @@ def prepare(config: HarvestConfig, existing: Plan | None, device: str) -> Prepar
         shard_rows = existing.shard_rows if existing else usual
         if not existing and config.tokens != "all":
             shard_rows = min(shard_rows, -(-config.tokens // length) * length)
-    fields = {
-        "model": model_fingerprint(model) | {"name": model_name(model)},
-        "tokenizer": {
+    settings = PlanSettings(
+        model=model_fingerprint(model) | {"name": model_name(model)},
+        tokenizer={
             "xxh3": tokenizer_fingerprint(tokenizer),
             "vocabulary": len(tokenizer),
             "end_of_text": end_of_text_id(tokenizer),
             "beginning_of_text": tokenizer.bos_token_id,
         },
-        "corpus": config.corpus.model_dump(mode="json")
+        corpus=config.corpus.model_dump(mode="json")
         | {"name": corpus.full_name, "fingerprint": corpus.fingerprint()},
-        "context_length": length,
-        "contexts_per_shard": max(1, shard_rows // length),
-        "bos": default_bos(tokenizer) if config.bos == "auto" else config.bos,
-        "seed": config.seed,
-        "window_contexts": WINDOW_CONTEXTS,
-        "document_text": config.keep_text,
-        "dtype": config.dtype,
-        "compute_dtype": compute_dtype,
-        "batch_contexts": max(1, config.batch_tokens // length),
-    }
-    return Prepared(config, model, tokenizer, corpus, fields)
+        context_length=length,
+        contexts_per_shard=max(1, shard_rows // length),
+        bos=default_bos(tokenizer) if config.bos == "auto" else config.bos,
+        seed=config.seed,
+        window_contexts=WINDOW_CONTEXTS,
+        document_text=config.keep_text,
+        dtype=config.dtype,
+        compute_dtype=compute_dtype,
+        batch_contexts=max(1, config.batch_tokens // length),
+    )
+    return Prepared(config, model, tokenizer, corpus, settings)
 
 
 def check_context_length(config: Any, model: str, context_length: int) -> None:

@@ -24,9 +24,9 @@ from sae_harvest.harvest.run.log import Notify
 from sae_harvest.harvest.run.pool import POLL_SECONDS, sentence
 from sae_harvest.harvest.run.prepare import model_name
 from sae_harvest.harvest.run.worker import IN_FLIGHT, Done
-from sae_harvest.harvest.tokens.contexts import ShardInput
 from sae_harvest.store.layout import Plan
 from sae_harvest.store.objects import Objects
+from sae_harvest.store.writer import Shard
 
 START_SECONDS = 300.0  # without any worker; torch from a cold network drive takes a minute
 STOP_SECONDS = 5.0
@@ -67,7 +67,7 @@ class RayPool:
         self._workers: list[_Worker] = []
         self._hired = 0
         self._widths: dict[str, int] | None = None
-        self._inputs: dict[int, tuple[Objects, Plan, ShardInput]] = {}  # of shards in flight
+        self._inputs: dict[int, tuple[Objects, Plan, Shard]] = {}  # of shards in flight
         self._waiting: deque[int] = deque()  # of those, the ones that no worker has
         self._deaths: Counter[int] = Counter()  # shard → workers that died with it
         self._failed_starts = 0  # in a row
@@ -108,9 +108,9 @@ class RayPool:
             self._poll(POLL_SECONDS)
         return self._widths
 
-    def submit(self, objects: Objects, plan: Plan, shard: ShardInput) -> None:
-        self._inputs[shard.shard] = objects, plan, shard
-        self._waiting.append(shard.shard)
+    def submit(self, objects: Objects, plan: Plan, shard: Shard) -> None:
+        self._inputs[shard.number] = objects, plan, shard
+        self._waiting.append(shard.number)
         self._assign()
 
     def collect(self) -> list[dict[str, Any]]:

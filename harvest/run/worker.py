@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ from sae_harvest.harvest.model.models import (
     resolve_model,
 )
 from sae_harvest.harvest.model.sites import Site, SiteTap
-from sae_harvest.harvest.tokens.contexts import ShardInput
 from sae_harvest.store.layout import Plan
 from sae_harvest.store.objects import Objects
 from sae_harvest.store.statistics import stats
@@ -120,7 +119,7 @@ class ShardWorker:
         if self._stopped:
             raise Stopped
 
-    def harvest(self, objects: Objects, plan: Plan, shard: ShardInput) -> Done:
+    def harvest(self, objects: Objects, plan: Plan, shard: Shard) -> Done:
         """Run one shard through the model and publish its objects.
 
         Raises:
@@ -131,16 +130,8 @@ class ShardWorker:
         """
         activations, norms, seconds = self._forward.submit(self._timed, plan, shard.tokens).result()
         start = time.perf_counter()
-        made = Shard(
-            number=shard.shard,
-            tokens=shard.tokens,
-            contexts=shard.pieces,
-            documents=shard.documents,
-            activations=activations,
-            norms=norms,
-            cursor=shard.cursor,
-        )
-        record = write_shard(objects, plan, made)
+        shard = replace(shard, activations=activations, norms=norms)
+        record = write_shard(objects, plan, shard)
         return Done(record, seconds, time.perf_counter() - start)
 
     def _timed(self, plan: Plan, tokens: npt.NDArray[np.int32]) -> tuple[Rows, Rows, float]:

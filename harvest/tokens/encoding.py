@@ -7,7 +7,7 @@ token costs more than a tenth of tokenizing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,33 +35,54 @@ _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 
 
 @dataclass(frozen=True)
-class EncodedDocuments:
-    """Some documents, one after the other, each closed by the end-of-text token.
+class StreamCursor:
+    """A place in the stream of tokens where a batch of documents begins."""
 
-    tokens     int32 [tokens]
-    pieces     PIECE_SCHEMA, in the order of the stream; contexts and positions without BOS
-    documents  DOCUMENT_SCHEMA, in the order of the corpus; with TEXT_FIELD if asked for
-    start      where it begins, see `Start`
-    """
-
-    tokens: np.ndarray
-    pieces: Columns
-    documents: Columns
-    start: Start
+    corpus: Cursor | None = None
+    """Cursor of the corpus; None at its first document."""
+    document: int = 0
+    """Number of the batch's first document."""
+    token: int = 0
+    """Number of the batch's first token."""
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where in the stream a batch begins.
+class TokenizedText:
+    """Part of the stream: a batch of documents, a window of contexts, or a part of one of them."""
 
-    corpus    cursor of the corpus, None for its first document
-    document  number of the batch's first document
-    token     number of the batch's first token in the stream
-    """
+    tokens: np.ndarray
+    """int32 [tokens] of a batch, [contexts, context_length] of a window."""
+    pieces: Columns
+    """Columns of PIECE_SCHEMA, sorted by (context, start); of a batch, positions without BOS."""
+    documents: Columns
+    """Columns of DOCUMENT_SCHEMA, and TEXT_FIELD if asked for: the documents that begin here.
 
-    corpus: Cursor | None = None
-    document: int = 0
-    token: int = 0
+    Their numbers ascend."""
+    cursor: StreamCursor
+    """Where the batch begins that holds the first token in the order of the corpus."""
+
+    def part(self, tokens: slice, pieces: slice, documents: slice | np.ndarray) -> TokenizedText:
+        """Some of the rows of each array, not copied."""
+        return TokenizedText(
+            tokens=self.tokens[tokens],
+            pieces={name: column[pieces] for name, column in self.pieces.items()},
+            documents={name: column[documents] for name, column in self.documents.items()},
+            cursor=self.cursor,
+        )
+
+
+def joined(parts: Sequence[TokenizedText]) -> TokenizedText:
+    """Consecutive parts as one; its arrays are copies."""
+
+    def columns(tables: list[Columns]) -> Columns:
+        return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+
+    return TokenizedText(
+        tokens=np.concatenate([part.tokens for part in parts]),
+        pieces=columns([part.pieces for part in parts]),
+        documents=columns([part.documents for part in parts]),
+        cursor=parts[0].cursor,
+    )
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -109,27 +130,27 @@ class DocumentEncoder:
         self,
         placed: Iterable[tuple[Document, Cursor]],
         text_length: int,
-        start: Start | None = None,
+        cursor: StreamCursor | None = None,
         keep_text: bool = False,
-    ) -> Iterator[EncodedDocuments]:
+    ) -> Iterator[TokenizedText]:
         """The stream, cut to contexts of `text_length` tokens, a batch of documents at a time.
 
-        Begun at the start of any batch, it goes on as it did from the first document.
+        From the cursor of any batch, it continues as it did from the first document.
         """
-        start = start or Start()
+        cursor = cursor or StreamCursor()
         for group, after in _grouped(placed):
-            batch = self._encode(group, start, text_length, keep_text)
+            batch = self._encode(group, cursor, text_length, keep_text)
             yield batch
-            n_documents, n_tokens = start.document + len(group), start.token + len(batch.tokens)
-            start = Start(after, n_documents, n_tokens)
+            n_documents, n_tokens = cursor.document + len(group), cursor.token + len(batch.tokens)
+            cursor = StreamCursor(after, n_documents, n_tokens)
 
     def _encode(
-        self, group: list[Document], start: Start, text_length: int, keep_text: bool
-    ) -> EncodedDocuments:
-        runs = self._runs([document.text for document in group], start.token, text_length)
+        self, group: list[Document], cursor: StreamCursor, text_length: int, keep_text: bool
+    ) -> TokenizedText:
+        runs = self._runs([document.text for document in group], cursor.token, text_length)
         lengths = np.array([run.n_tokens for run in runs], dtype=np.int64)
         columns: Columns = {
-            "document": start.document + np.arange(len(group)),
+            "document": cursor.document + np.arange(len(group)),
             "text_hash": np.array(
                 [xxhash.xxh3_64_intdigest(document.text.encode()) for document in group],
                 dtype=np.uint64,
@@ -141,7 +162,7 @@ class DocumentEncoder:
             columns[name] = np.array(
                 [getattr(document, name) for document in group], dtype=np.object_
             )
-        stops = start.token + np.cumsum(lengths + 1)
+        stops = cursor.token + np.cumsum(lengths + 1)
         which, pieces = _cut(stops - lengths - 1, stops, text_length)
         pieces["document"] = columns["document"][which]
         pieces["document_hash"] = columns["text_hash"][which]
@@ -149,7 +170,7 @@ class DocumentEncoder:
             borders = [place for run in runs for place in getattr(run, name)]
             pieces[name] = np.array(borders, dtype=np.int64)
         tokens = np.concatenate([part for run in runs for part in run.tokens])
-        return EncodedDocuments(tokens, pieces, columns, start)
+        return TokenizedText(tokens, pieces, columns, cursor)
 
     def _runs(self, texts: list[str], first_token: int, text_length: int) -> list[_Run]:
         """The texts tokenized, a bounded number of characters at a time."""

@@ -12,13 +12,14 @@ import numpy.typing as npt
 
 from sae_harvest.common.errors import DamagedError
 from sae_harvest.harvest.run.prepare import ALL_SHARDS, Prepared
-from sae_harvest.harvest.tokens.contexts import ShardInput, iter_shards
+from sae_harvest.harvest.tokens.contexts import iter_shards
 from sae_harvest.store import layout
 from sae_harvest.store.commits import committed_shards, load_commit, place_in_corpus, read_object
 from sae_harvest.store.layout import Plan
 from sae_harvest.store.objects import Objects
 from sae_harvest.store.seals import trusted_commits
 from sae_harvest.store.tables import parse_table
+from sae_harvest.store.writer import Shard
 
 
 def missing(done: Sequence[int], span: range) -> list[range]:
@@ -43,7 +44,7 @@ def runs(shards: Sequence[int]) -> list[range]:
 
 def shard_inputs(
     prepared: Prepared, objects: Objects, plan: Plan | None, wanted: Sequence[range], n_shards: int
-) -> Iterator[ShardInput]:
+) -> Iterator[Shard]:
     """Token ids and tables of some shards, in order.
 
     Every commit record tells where in the corpus its text begins, so that reading starts there,
@@ -55,11 +56,9 @@ def shard_inputs(
         n_shards: shards of the whole harvest, `ALL_SHARDS` for all that the corpus fills; fewer
             are fine if the corpus ends with them and holds the tokens asked for.
     """
-    fields = prepared.fields
-    names = ("context_length", "bos", "seed", "window_contexts", "contexts_per_shard")
-    arguments = {name: fields[name] for name in names}
+    settings = prepared.settings
     store = None if plan is None else _Committed(objects, plan, prepared.corpus.dedup)
-    per_window = -(-fields["window_contexts"] // fields["contexts_per_shard"])
+    per_window = -(-settings.window_contexts // settings.contexts_per_shard)
     if n_shards == ALL_SHARDS and wanted:
         n_shards = wanted[-1].stop
     for group in _groups(wanted, 2 * per_window):
@@ -68,21 +67,25 @@ def shard_inputs(
         shards = iter_shards(
             prepared.corpus,
             prepared.tokenizer,
-            **arguments,
+            settings.context_length,
+            settings.bos,
+            settings.seed,
+            contexts_per_shard=settings.contexts_per_shard,
             n_shards=n_shards,
             at_least=prepared.least_contexts,
+            window_contexts=settings.window_contexts,
             first_shard=first,
             cursor=cursor,
             seen=seen,
-            keep_text=fields["document_text"],
+            keep_text=settings.document_text,
         )
         left = list(reversed(group))
         for shard in shards:
-            while left and shard.shard >= left[-1].stop:
+            while left and shard.number >= left[-1].stop:
                 left.pop()
-            if left and shard.shard in left[-1]:
+            if left and shard.number in left[-1]:
                 yield shard
-            if shard.shard + 1 >= group[-1].stop and group[-1] != wanted[-1]:
+            if shard.number + 1 >= group[-1].stop and group[-1] != wanted[-1]:
                 break
 
 
