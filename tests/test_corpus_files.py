@@ -16,7 +16,7 @@ from sae_harvest.harvest.text.corpus import CorpusSpec, open_corpus
 from sae_harvest.harvest.text.folders import sentence
 from sae_harvest.harvest.text.inputs import SUFFIXES
 from tests.commands import invoke, options
-from tests.test_corpus import message, packed, read
+from tests.corpora import message, packed, read
 
 LINE = '{"text": "x"}\n'
 
