@@ -123,6 +123,8 @@ def write_shard(objects: Objects, plan: Plan, shard: Shard) -> dict[str, Any]:
     adopted if it decodes; the record then describes what is there, not what was offered. What
     int8 codes depend on is settled before they are made.
     """
+    if missing := [site.name for site in plan.sites if site.name not in shard.activations]:
+        raise ValueError(f"Shard {shard.number} has no activations at {', '.join(missing)}.")
     work = _Work(objects, plan, shard)
     with ThreadPoolExecutor(WRITERS) as pool:
         tokens = pool.submit(work.array, "tokens", shard.tokens)

@@ -147,9 +147,7 @@ def test_other_addresses_are_refused(place: str) -> None:
         S3Objects(place)
 
 
-def test_what_is_published_outlives_a_crash_of_the_server(
-    objects: S3Objects, s3: S3Server
-) -> None:
+def test_what_is_published_outlives_a_crash_of_the_server(objects: S3Objects, s3: S3Server) -> None:
     assert objects.publish("key", [b"x" * 100_000])
     s3.kill()
     s3.start()

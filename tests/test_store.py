@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -163,6 +164,15 @@ def test_records_notice_any_change() -> None:
     for other in (b"", b"[]", b"1", b'{"xxh3": NaN}', b'{"a": NaN, "xxh3": ""}', b"\xff"):
         with pytest.raises(DamagedError):
             decode_record(other, "r")
+
+
+def test_a_shard_without_activations_is_not_written(objects: LocalObjects) -> None:
+    plan = make_plan()
+    create_store(objects, plan, {})
+    shard = replace(make_shard(plan, 3), activations={}, norms={})
+    with pytest.raises(ValueError, match=f"^Shard 3 has no activations at {SITE}.$"):
+        write_shard(objects, plan, shard)
+    assert objects.keys("tokens/") == []
 
 
 def test_outlier_rows_and_held_out_documents_are_left_out_by_rule(objects: LocalObjects) -> None:

@@ -45,7 +45,7 @@ OnProgress = Callable[[int, int], None]  # rows written, rows to write, over all
 
 
 class ExportConfig(BaseModel):
-    """What to export, and as what."""
+    """The rows to export, and their format."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -61,11 +61,14 @@ class ExportConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What lies in the folder: files with rows, their rows over all sites, bytes of everything."""
+    """The contents of an export's folder."""
 
     files: int
+    """Files with rows."""
     rows: int
+    """Rows in them, over all sites."""
     n_bytes: int
+    """Bytes of everything in the folder."""
 
 
 def export(
@@ -87,14 +90,14 @@ def export(
     first, last = _shards(store, config.shards)
     request = _request(store, config, sites, first, last)
     _check_target(target, request)
-    there = set(target.keys(""))
-    _check_space(target, store, sites, first, last, there, config)
+    existing = set(target.keys(""))
+    _check_space(target, store, sites, first, last, existing, config)
     _write_summary(target, request, None)
     # A document is listed with the first shard that holds a part of it, so that those of the
     # shards before may be referred to as well.
     for shard in range(last):
         key = f"documents/{shard:06d}.parquet"
-        if key not in there:
+        if key not in existing:
             target.replace(key, [encode_table(store.documents(shard))])
     done = 0
     todo = (store.shard_span(last - 1)[1] - store.shard_span(first)[0]) * len(sites)
@@ -106,7 +109,7 @@ def export(
             keep = np.ones(stop - start, np.bool_)
             if config.without_outliers:
                 keep = store.selected_in_shard(site, RowRule(split="all"), shard)
-            if key not in there:
+            if key not in existing:
                 encode = _parquet if config.format == "parquet" else _safetensors
                 target.replace(key, encode(_Part(store, site, shard, keep), request))
             files[key] = {"rows": int(keep.sum()), "bytes": target.size(key) or 0}
@@ -142,7 +145,7 @@ class _Part:
         self.norms = store.norms(site, self.first, self.stop)[keep]
 
     def blocks(self) -> Iterator[tuple[slice, npt.NDArray[Any]]]:
-        """Which of `rows`, and their activations, a chunk of the store at a time."""
+        """Slices of `rows` with their activations, a chunk of the store at a time."""
         at, size = 0, self.store.chunk_rows(self.site)
         for start in range(self.first, self.stop, size):
             stop = min(start + size, self.stop)
@@ -169,15 +172,15 @@ def _parquet(part: _Part, request: dict[str, Any]) -> list[Buffer]:
         use_dictionary=["token", "document"],
         write_statistics=list(SMALL_COLUMNS),
     ) as writer:
-        for here, x in part.blocks():
-            rows, documents = part.rows[here], part.documents[here]
+        for block, x in part.blocks():
+            rows, documents = part.rows[block], part.documents[block]
             columns = {
                 "row": rows,
                 "context": rows // length,
                 "position": (rows % length).astype(np.int32),
-                "token": part.tokens[here],
+                "token": part.tokens[block],
                 "document": pa.array(documents, mask=documents < 0),
-                "norm": part.norms[here],
+                "norm": part.norms[block],
                 "activation": pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), width),
             }
             writer.write_table(pa.table(columns, schema))
@@ -192,8 +195,8 @@ def _safetensors(part: _Part, request: dict[str, Any]) -> list[Buffer]:
     """
     store = part.store
     x = np.empty((len(part.rows), store.width(part.site)), store.dtype)
-    for here, block in part.blocks():
-        x[here] = block
+    for block, activations in part.blocks():
+        x[block] = activations
     tensors: dict[str, npt.NDArray[Any]] = {
         "rows": part.rows,
         "tokens": part.tokens,
@@ -215,7 +218,7 @@ def _safetensors(part: _Part, request: dict[str, Any]) -> list[Buffer]:
 
 
 def _metadata(part: _Part, request: dict[str, Any]) -> dict[str, Any]:
-    """What is said of a file inside it."""
+    """The metadata of a file, as it is written into it."""
     return {
         "exported_by": "sae-harvest",
         "site": part.site,
@@ -231,7 +234,7 @@ def _metadata(part: _Part, request: dict[str, Any]) -> dict[str, Any]:
 def _request(
     store: ActivationStore, config: ExportConfig, sites: tuple[str, ...], first: int, last: int
 ) -> dict[str, Any]:
-    """What decides every byte of an export."""
+    """Everything that decides the bytes of an export."""
     dtype = f"{store.dtype}, as stored"
     if store.plan["dtype"] == "int8":
         dtype = "float32, dequantised from int8; outlier rows from float16"
@@ -259,7 +262,7 @@ def _shards(store: ActivationStore, shards: tuple[int, int] | None) -> tuple[int
 def _check_target(target: Objects, request: dict[str, Any]) -> None:
     """`InputError` if something is there that is not this export, begun or finished."""
     try:
-        found = parse_json(target.read(EXPORT_KEY))
+        export_record = parse_json(target.read(EXPORT_KEY))
     except FileNotFoundError:
         if foreign := target.first_key():
             raise InputError(
@@ -268,13 +271,13 @@ def _check_target(target: Objects, request: dict[str, Any]) -> None:
             ) from None
         return
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        export_record = None
+    if not isinstance(export_record, dict):
         raise InputError(
             f"{target.place} holds another export, or its {EXPORT_KEY} is damaged; choose another "
             "--out or remove that file."
         )
-    if differing := [name for name in request if found.get(name) != request[name]]:
+    if differing := [name for name in request if export_record.get(name) != request[name]]:
         raise InputError(
             f"{target.place} holds another export; differing: {', '.join(differing)}. Choose "
             "another --out."
@@ -287,7 +290,7 @@ def _check_space(
     sites: tuple[str, ...],
     first: int,
     last: int,
-    there: set[str],
+    existing: set[str],
     config: ExportConfig,
 ) -> None:
     """`StoreError` if the disk cannot hold what is still to be written."""
@@ -295,7 +298,7 @@ def _check_space(
     for site in sites:
         row_bytes = store.width(site) * store.dtype.itemsize + SMALL_BYTES_PER_ROW
         for shard in range(first, last):
-            if file_key(config, site, shard) not in there:
+            if file_key(config, site, shard) not in existing:
                 start, stop = store.shard_span(shard)
                 need += (stop - start) * row_bytes
     require_space(target, need, "export fewer --shards or choose another --out")

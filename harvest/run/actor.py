@@ -26,24 +26,24 @@ class ShardActor:
     @staticmethod
     def versions(libraries: list[str]) -> dict[str, str | None]:
         """Versions of libraries on this machine, None if absent; without names of builds."""
-        found: dict[str, str | None] = {}
+        installed: dict[str, str | None] = {}
         for name in libraries:
             try:
-                found[name] = version(name).partition("+")[0]
+                installed[name] = version(name).partition("+")[0]
             except PackageNotFoundError:
-                found[name] = None
-        return found
+                installed[name] = None
+        return installed
 
     def start(self, expected: dict[str, str | None], worker: dict[str, Any]) -> dict[str, Any]:
         """Host, process id and versions; makes the worker if the versions are the expected ones."""
-        found = self.versions(list(expected))
-        if found == expected:
+        installed = self.versions(list(expected))
+        if installed == expected:
             from sae_harvest.harvest.model.models import ResolvedModel
             from sae_harvest.harvest.run.worker import ShardWorker
 
             model = ResolvedModel(**worker["model"])
             self._worker = ShardWorker(**(worker | {"model": model}))
-        return {"host": platform.node(), "pid": os.getpid(), "versions": found}
+        return {"host": platform.node(), "pid": os.getpid(), "versions": installed}
 
     def widths(self) -> dict[str, int]:
         return self._worker.widths()

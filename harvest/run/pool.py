@@ -80,7 +80,7 @@ class LocalPool:
         for future in ready:
             del self._pending[future]
             done = future.result()
-            self._report(sentence(done, "this process"))
+            self._report(done_sentence(done, "this process"))
             records.append(done.record)
         return records
 
@@ -95,8 +95,8 @@ class LocalPool:
         self._threads.shutdown(cancel_futures=True)
 
 
-def sentence(done: Done, worker: str) -> str:
-    """What a worker did, for the log."""
+def done_sentence(done: Done, worker: str) -> str:
+    """The line of the log about a shard that a worker has done."""
     return (
         f"shard {done.record['shard']}: {done.record['rows']:,} rows by {worker}, "
         f"{done.seconds_model:.1f} s in the model, {done.seconds_write:.1f} s writing"

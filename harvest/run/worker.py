@@ -43,14 +43,14 @@ class Stopped(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """One shard, published: its commit record, not yet published, and where the time went.
-
-    Seconds are of wall time, those spent waiting for the shard before left out.
-    """
+    """One shard whose objects are published."""
 
     record: dict[str, Any]
+    """Its commit record, not yet published."""
     seconds_model: float
+    """Wall time in the model, without the wait for the shard before."""
     seconds_write: float
+    """Wall time of encoding and writing."""
 
 
 class ShardWorker:
@@ -78,7 +78,7 @@ class ShardWorker:
         """
         if threads is not None:
             torch.set_num_threads(threads)
-        self._given = model
+        self._requested_model = model
         self._elsewhere = elsewhere
         self._sites = [Site.parse(s) for s in sites]
         self._dtype: torch.dtype = getattr(torch, compute_dtype)
@@ -89,7 +89,7 @@ class ShardWorker:
 
     @functools.cached_property
     def _model(self) -> ResolvedModel:
-        return _found_here(self._given) if self._elsewhere else self._given
+        return _found_here(self._requested_model) if self._elsewhere else self._requested_model
 
     @functools.cached_property
     def _weights(self) -> str:
@@ -212,7 +212,7 @@ class ShardWorker:
 
 
 class _Landing:
-    """Where the rows of a shard come down in memory, cast, with their norms.
+    """Buffers for the rows of a shard, cast, with their norms.
 
     From a GPU, norms, casts and copies run on a stream of their own beside the next batches, and
     the copies end in pinned memory, so that nothing waits for them before `finish`.
@@ -225,24 +225,24 @@ class _Landing:
             s.name: torch.empty(rows, s.width, dtype=stored, pin_memory=gpu) for s in plan.sites
         }
         self.norms = {s.name: torch.empty(rows, pin_memory=gpu) for s in plan.sites}
-        self._filled = 0
+        self._n_rows = 0
         self._stream = torch.cuda.Stream() if gpu else None
-        self._copied: deque[torch.cuda.Event] = deque()
+        self._copies: deque[torch.cuda.Event] = deque()
 
     @torch.inference_mode()
     def take(self, captured: dict[str, Tensor]) -> None:
         """The next rows of every site, [batch, context_length, width]."""
-        first = self._filled
+        first = self._n_rows
         with self._beside(captured):
             for site, tensor in captured.items():
                 flat = tensor.flatten(0, 1)  # [batch * context_length, width]
-                here = slice(first, first + len(flat))
-                self._filled = here.stop
+                rows = slice(first, first + len(flat))
+                self._n_rows = rows.stop
                 norms = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32)
                 if self._stream is not None:  # cast there: less to carry
                     flat = flat.to(self.x[site].dtype)
-                self.norms[site][here].copy_(norms, non_blocking=True)
-                self.x[site][here].copy_(flat, non_blocking=True)
+                self.norms[site][rows].copy_(norms, non_blocking=True)
+                self.x[site][rows].copy_(flat, non_blocking=True)
 
     def finish(self) -> None:
         """Return when every row has come down."""
@@ -255,12 +255,12 @@ class _Landing:
         if self._stream is None:
             yield
             return
-        if len(self._copied) >= GPU_BATCHES_AHEAD:
-            self._copied.popleft().synchronize()
+        if len(self._copies) >= GPU_BATCHES_AHEAD:
+            self._copies.popleft().synchronize()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             yield
-            self._copied.append(self._stream.record_event())
+            self._copies.append(self._stream.record_event())
         for tensor in captured.values():
             tensor.record_stream(self._stream)  # its memory is not used anew before
 

@@ -12,7 +12,7 @@ import xxhash
 if TYPE_CHECKING:
     from sae_harvest.harvest.text.documents import Cursor, Document
 
-_RECENT_AT_LEAST = 65_536
+_MIN_RECENT = 65_536
 _RECENT_SHARE = 16  # one of so many hashes may be in the set of recent ones
 
 Hashes = npt.NDArray[np.uint64]
@@ -42,7 +42,7 @@ class HashSet:
         if at < len(self._sorted) and self._sorted[at] == key:
             return False
         self._recent.add(value)
-        if len(self._recent) > max(_RECENT_AT_LEAST, len(self._sorted) // _RECENT_SHARE):
+        if len(self._recent) > max(_MIN_RECENT, len(self._sorted) // _RECENT_SHARE):
             recent = np.fromiter(self._recent, np.uint64, len(self._recent))
             self._recent = set()
             recent.sort()

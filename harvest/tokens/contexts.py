@@ -107,16 +107,16 @@ def iter_shards(
         if parts:
             yield _shard(number, parts, number * contexts_per_shard // window_contexts)
         return
-    have, wanted = n_seen * context_length, at_least * context_length
-    if not have:
+    n_tokens, min_tokens = n_seen * context_length, at_least * context_length
+    if not n_tokens:
         raise InputError(
             f"The corpus {corpus.name} holds 0 tokens in whole contexts of {context_length}, not "
             "even one; use a shorter --context-length or a larger corpus."
         )
     raise InputError(
-        f"The corpus {corpus.name} holds {have:,} tokens in whole contexts of {context_length}, "
-        f"fewer than the {wanted:,} asked for; ask for --tokens {have} or a larger corpus, or take "
-        "what there is with --tokens all."
+        f"The corpus {corpus.name} holds {n_tokens:,} tokens in whole contexts of "
+        f"{context_length}, fewer than the {min_tokens:,} asked for; ask for --tokens {n_tokens} "
+        "or a larger corpus, or take what there is with --tokens all."
     )
 
 

@@ -147,8 +147,8 @@ class DocumentEncoder:
     def _encode(
         self, group: list[Document], cursor: StreamCursor, text_length: int, keep_text: bool
     ) -> TokenizedText:
-        runs = self._runs([document.text for document in group], cursor.token, text_length)
-        lengths = np.array([run.n_tokens for run in runs], dtype=np.int64)
+        texts = self._tokenized([document.text for document in group], cursor.token, text_length)
+        lengths = np.array([text.n_tokens for text in texts], dtype=np.int64)
         columns: Columns = {
             "document": cursor.document + np.arange(len(group)),
             "text_hash": np.array(
@@ -167,14 +167,14 @@ class DocumentEncoder:
         pieces["document"] = columns["document"][which]
         pieces["document_hash"] = columns["text_hash"][which]
         for name in ("char_start", "char_end"):
-            borders = [place for run in runs for place in getattr(run, name)]
+            borders = [place for text in texts for place in getattr(text, name)]
             pieces[name] = np.array(borders, dtype=np.int64)
-        tokens = np.concatenate([part for run in runs for part in run.tokens])
+        tokens = np.concatenate([part for text in texts for part in text.tokens])
         return TokenizedText(tokens, pieces, columns, cursor)
 
-    def _runs(self, texts: list[str], first_token: int, text_length: int) -> list[_Run]:
+    def _tokenized(self, texts: list[str], first_token: int, text_length: int) -> list[_TextTokens]:
         """The texts tokenized, a bounded number of characters at a time."""
-        runs = [_Run(text, text_length) for text in texts]
+        runs = [_TextTokens(text, text_length) for text in texts]
         at = first_token
         for part in self._parted(runs):
             encodings = self._tokenizer.encode_batch(
@@ -188,9 +188,9 @@ class DocumentEncoder:
                     at += 1
         return runs
 
-    def _parted(self, runs: list[_Run]) -> Iterator[list[tuple[_Run, Segment]]]:
+    def _parted(self, runs: list[_TextTokens]) -> Iterator[list[tuple[_TextTokens, Segment]]]:
         """The segments of some texts, in order, up to `ENCODED_CHARS` at a time or a single one."""
-        part: list[tuple[_Run, Segment]] = []
+        part: list[tuple[_TextTokens, Segment]] = []
         n_chars = 0
         for run in runs:
             for segment in segments(run.text, self._tokenizer):
@@ -202,19 +202,15 @@ class DocumentEncoder:
         yield part
 
 
-class _Run:
-    """The tokens of one text, and the characters at both ends of each of its pieces.
-
-    tokens                int32 arrays to be joined; the last is the end-of-text token
-    n_tokens              without the end-of-text token
-    char_start, char_end  one of each for every piece: first character of its first token, end of
-                          its last one; both the text's end for an end-of-text token alone
-    """
+class _TextTokens:
+    """The tokens of one text, and the characters at both ends of each of its pieces."""
 
     def __init__(self, text: str, text_length: int) -> None:
         self.text = text
-        self.tokens: list[np.ndarray] = []
-        self.n_tokens = 0
+        self.tokens: list[np.ndarray] = []  # int32, to be joined; the last: the end-of-text token
+        self.n_tokens = 0  # without the end-of-text token
+        # Of each piece, the first character of its first token and the end of its last one; both
+        # the text's end for an end-of-text token alone.
         self.char_start: list[int] = []
         self.char_end: list[int] = []
         self._text_length = text_length

@@ -24,15 +24,15 @@ from sae_harvest.store.writer import Shard
 
 def missing(done: Sequence[int], span: range) -> list[range]:
     """The shards of a span that are not done, as runs; `done` is ascending."""
-    found = []
+    ranges = []
     begin = span.start
     for shard in done:
         if shard >= span.stop:
             break
         if shard > begin:
-            found.append(range(begin, shard))
+            ranges.append(range(begin, shard))
         begin = max(begin, shard + 1)
-    return [*found, range(begin, span.stop)] if begin < span.stop else found
+    return [*ranges, range(begin, span.stop)] if begin < span.stop else ranges
 
 
 def runs(shards: Sequence[int]) -> list[range]:
@@ -72,18 +72,18 @@ def shard_inputs(
             settings.seed,
             contexts_per_shard=settings.contexts_per_shard,
             n_shards=n_shards,
-            at_least=prepared.least_contexts,
+            at_least=prepared.min_contexts,
             window_contexts=settings.window_contexts,
             first_shard=first,
             cursor=cursor,
             seen=seen,
             keep_text=settings.document_text,
         )
-        left = list(reversed(group))
+        todo = list(reversed(group))
         for shard in shards:
-            while left and shard.number >= left[-1].stop:
-                left.pop()
-            if left and shard.number in left[-1]:
+            while todo and shard.number >= todo[-1].stop:
+                todo.pop()
+            if todo and shard.number in todo[-1]:
                 yield shard
             if shard.number + 1 >= group[-1].stop and group[-1] != wanted[-1]:
                 break
@@ -102,7 +102,7 @@ def _groups(wanted: Sequence[range], gap: int) -> Iterator[list[range]]:
 
 
 class _Committed:
-    """Where the text of the shards of a store begins in its corpus.
+    """The places in a corpus where the text of a store's shards begins.
 
     Args:
         dedup: whether documents are left out whose text came before.
@@ -115,7 +115,7 @@ class _Committed:
         self._listed: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]] = []
 
     def start(self, first: int) -> tuple[dict[str, Any] | None, list[npt.NDArray[np.uint64]]]:
-        """Where to start reading for a shard, and the hashes of the texts before that."""
+        """A cursor to read a shard's text from, and the hashes of the texts before it."""
         cursor = None
         for shard in reversed(self._shards[: bisect_right(self._shards, first)]):
             try:
