@@ -23,8 +23,9 @@ from sae_harvest.common.errors import InputError
 from sae_harvest.harvest.model.models import load_tokenizer, resolve_model
 from sae_harvest.harvest.text.corpus import CorpusSpec, open_corpus
 from sae_harvest.harvest.text.documents import Cursor, Document
+from sae_harvest.harvest.tokens import encoding
 from sae_harvest.harvest.tokens.contexts import default_bos, iter_shards
-from sae_harvest.harvest.tokens.encoding import end_of_text_id
+from sae_harvest.harvest.tokens.encoding import StreamCursor, end_of_text_id
 from sae_harvest.harvest.tokens.windows import iter_windows
 from sae_harvest.store.writer import Shard
 from tests.made_texts import (
@@ -153,6 +154,30 @@ def test_character_spans_worked_by_hand() -> None:
         (1, 0, 0, 4),  # xzxz
         (1, 4, 4, 8),  # xz, the emoji, q, end of text
     ]
+
+
+def test_windows_across_batches_worked_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "BATCH_DOCUMENTS", 1)
+    tokenizer = make_tokenizer()
+    corpus = Texts(["xzxz", "xzxzxz", "x"])  # a token a letter; from tokens 0, 5 and 12 of 14
+    windows = list(iter_windows(corpus, tokenizer, 4, "none", 0, window_contexts=1))
+    names = ("context", "start", "stop", "document", "first_token", "char_start", "char_end")
+    pieces = [list(zip(*(w.pieces[name].tolist() for name in names), strict=True)) for w in windows]
+    assert pieces == [
+        [(0, 0, 4, 0, 0, 0, 4)],
+        [(1, 0, 1, 0, 4, 4, 4), (1, 1, 4, 1, 0, 0, 3)],
+        [(2, 0, 4, 1, 3, 3, 6)],
+    ]
+    assert [window.documents["document"].tolist() for window in windows] == [[0], [1], []]
+    second_batch = StreamCursor(corpus={"next": 1}, document=1, token=5)
+    assert [window.cursor for window in windows] == [StreamCursor(), StreamCursor(), second_batch]
+    (again,) = iter_windows(
+        corpus, tokenizer, 4, "none", 0, window_contexts=1, first_window=2, cursor=second_batch
+    )
+    np.testing.assert_array_equal(again.tokens, windows[2].tokens)
+    assert {name: column.tolist() for name, column in again.pieces.items()} == {
+        name: column.tolist() for name, column in windows[2].pieces.items()
+    }
 
 
 def test_order_is_independent_of_how_many_contexts_and_how_large_the_shards(

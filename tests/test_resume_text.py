@@ -99,7 +99,7 @@ def test_without_duplicates_shards_are_those_of_a_corpus_that_has_none(tokenizer
             n_shards=10_000,
             first_shard=first,
             cursor=cursor,
-            seen=[known["text_hash"].to_numpy()],
+            seen_hashes=[known["text_hash"].to_numpy()],
         )
         assert_same(found, made[first:])
 
@@ -287,6 +287,6 @@ def test_news_is_harvested_on_as_it_would_have_been() -> None:
         **sizes,
         first_shard=first,
         cursor=cursor,
-        seen=[known["text_hash"].to_numpy()],
+        seen_hashes=[known["text_hash"].to_numpy()],
     )
     assert_same(list(found), expected[first:])

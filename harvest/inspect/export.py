@@ -111,7 +111,7 @@ def export(
                 keep = store.selected_in_shard(site, RowRule(split="all"), shard)
             if key not in existing:
                 encode = _parquet if config.format == "parquet" else _safetensors
-                target.replace(key, encode(_Part(store, site, shard, keep), request))
+                target.replace(key, encode(_ShardRows(store, site, shard, keep), request))
             files[key] = {"rows": int(keep.sum()), "bytes": target.size(key) or 0}
             done += stop - start
             on_progress(done, todo)
@@ -127,7 +127,7 @@ def file_key(config: ExportConfig, site: str, shard: int) -> str:
     return f"{site}/{shard:06d}.{config.format}"
 
 
-class _Part:
+class _ShardRows:
     """The rows of one shard of one site that are exported."""
 
     def __init__(
@@ -155,7 +155,7 @@ class _Part:
             at += len(x)
 
 
-def _parquet(part: _Part, request: dict[str, Any]) -> list[Buffer]:
+def _parquet(part: _ShardRows, request: dict[str, Any]) -> list[Buffer]:
     """A row group for each chunk of the store. A BOS belongs to no document: null."""
     width, length = part.store.width(part.site), part.store.context_length
     values = pa.list_(pa.from_numpy_dtype(part.store.dtype), width)
@@ -187,7 +187,7 @@ def _parquet(part: _Part, request: dict[str, Any]) -> list[Buffer]:
     return [memoryview(sink.getvalue())]
 
 
-def _safetensors(part: _Part, request: dict[str, Any]) -> list[Buffer]:
+def _safetensors(part: _ShardRows, request: dict[str, Any]) -> list[Buffer]:
     """Tensors rows int64, tokens int32, norms float32 [rows], activations [rows, width].
 
     Length of the header, header in JSON, the tensors one after the other. The format's own library
@@ -217,7 +217,7 @@ def _safetensors(part: _Part, request: dict[str, Any]) -> list[Buffer]:
     return [len(encoded).to_bytes(8, "little"), encoded, *data]
 
 
-def _metadata(part: _Part, request: dict[str, Any]) -> dict[str, Any]:
+def _metadata(part: _ShardRows, request: dict[str, Any]) -> dict[str, Any]:
     """The metadata of a file, as it is written into it."""
     return {
         "exported_by": "sae-harvest",

@@ -52,14 +52,14 @@ class HashSet:
 
 
 def without_duplicates(
-    placed: Iterable[tuple[Document, Cursor]], seen: Iterable[Hashes] = ()
+    documents: Iterable[tuple[Document, Cursor]], seen_hashes: Iterable[Hashes] = ()
 ) -> Iterator[tuple[Document, Cursor]]:
     """The documents, with the cursors after them, whose text is new.
 
     Args:
-        seen: xxh3-64 of the texts, in UTF-8, of the documents that came before the first of these.
+        seen_hashes: xxh3-64 of the texts, in UTF-8, of the documents before the first of these.
     """
-    texts = HashSet(seen)
-    for document, after in placed:
+    texts = HashSet(seen_hashes)
+    for document, after in documents:
         if texts.add(xxhash.xxh3_64_intdigest(document.text.encode())):
             yield document, after

@@ -45,7 +45,7 @@ def iter_shards(
     window_contexts: int = WINDOW_CONTEXTS,
     first_shard: int = 0,
     cursor: dict[str, Any] | None = None,
-    seen: Iterable[Hashes] = (),
+    seen_hashes: Iterable[Hashes] = (),
     keep_text: bool = False,
 ) -> Iterator[Shard]:
     """Shards `first_shard` to `n_shards - 1`; where the corpus ends, a short one is the last.
@@ -56,8 +56,8 @@ def iter_shards(
         at_least: contexts that the corpus must hold, those of earlier shards included.
         cursor: of any shard up to `first_shard`; the nearer, the less is read in vain. The shards
             are the same as without one.
-        seen: see `iter_windows`; the text hashes of all documents below `cursor["document"]`,
-            which the shards before `first_shard` have listed.
+        seen_hashes: see `iter_windows`; of all documents below `cursor["document"]`, which the
+            shards before `first_shard` have listed.
         keep_text: the documents come with their text.
 
     Raises:
@@ -80,7 +80,7 @@ def iter_shards(
         window_contexts,
         first_window=n_seen // window_contexts,
         cursor=place,
-        seen=seen,
+        seen_hashes=seen_hashes,
         keep_text=keep_text,
     )
     number = first_shard

@@ -128,7 +128,7 @@ class DocumentEncoder:
 
     def batches(
         self,
-        placed: Iterable[tuple[Document, Cursor]],
+        documents: Iterable[tuple[Document, Cursor]],
         text_length: int,
         cursor: StreamCursor | None = None,
         keep_text: bool = False,
@@ -138,7 +138,7 @@ class DocumentEncoder:
         From the cursor of any batch, it continues as it did from the first document.
         """
         cursor = cursor or StreamCursor()
-        for group, after in _grouped(placed):
+        for group, after in _grouped(documents):
             batch = self._encode(group, cursor, text_length, keep_text)
             yield batch
             n_documents, n_tokens = cursor.document + len(group), cursor.token + len(batch.tokens)
@@ -251,13 +251,13 @@ def _characters(segment: Segment, encoding: Encoding, token: int) -> tuple[int, 
 
 
 def _grouped(
-    placed: Iterable[tuple[Document, Cursor]],
+    documents: Iterable[tuple[Document, Cursor]],
 ) -> Iterator[tuple[list[Document], Cursor]]:
     """Up to 64 documents at a time, fewer where they are long, and the cursor after them."""
     group: list[Document] = []
     n_chars = 0
     after: Cursor = {}
-    for document, after in placed:
+    for document, after in documents:
         group.append(document)
         n_chars += len(document.text)
         if len(group) == BATCH_DOCUMENTS or n_chars >= BATCH_CHARS:

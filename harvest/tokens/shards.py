@@ -43,7 +43,11 @@ def runs(shards: Sequence[int]) -> list[range]:
 
 
 def shard_inputs(
-    prepared: Prepared, objects: Objects, plan: Plan | None, wanted: Sequence[range], n_shards: int
+    prepared: Prepared,
+    objects: Objects,
+    plan: Plan | None,
+    shard_ranges: Sequence[range],
+    n_shards: int,
 ) -> Iterator[Shard]:
     """Token ids and tables of some shards, in order.
 
@@ -52,18 +56,18 @@ def shard_inputs(
 
     Args:
         plan: of the store that is there, None if there is none yet.
-        wanted: runs of shard numbers, ascending.
+        shard_ranges: the shards to read, ascending.
         n_shards: shards of the whole harvest, `ALL_SHARDS` for all that the corpus fills; fewer
             are fine if the corpus ends with them and holds the tokens asked for.
     """
     settings = prepared.settings
     store = None if plan is None else _Committed(objects, plan, prepared.corpus.dedup)
     per_window = -(-settings.window_contexts // settings.contexts_per_shard)
-    if n_shards == ALL_SHARDS and wanted:
-        n_shards = wanted[-1].stop
-    for group in _groups(wanted, 2 * per_window):
+    if n_shards == ALL_SHARDS and shard_ranges:
+        n_shards = shard_ranges[-1].stop
+    for group in _groups(shard_ranges, 2 * per_window):
         first = group[0].start
-        cursor, seen = (None, []) if store is None else store.start(first)
+        cursor, seen_hashes = (None, []) if store is None else store.start(first)
         shards = iter_shards(
             prepared.corpus,
             prepared.tokenizer,
@@ -76,7 +80,7 @@ def shard_inputs(
             window_contexts=settings.window_contexts,
             first_shard=first,
             cursor=cursor,
-            seen=seen,
+            seen_hashes=seen_hashes,
             keep_text=settings.document_text,
         )
         todo = list(reversed(group))
@@ -85,14 +89,14 @@ def shard_inputs(
                 todo.pop()
             if todo and shard.number in todo[-1]:
                 yield shard
-            if shard.number + 1 >= group[-1].stop and group[-1] != wanted[-1]:
+            if shard.number + 1 >= group[-1].stop and group[-1] != shard_ranges[-1]:
                 break
 
 
-def _groups(wanted: Sequence[range], gap: int) -> Iterator[list[range]]:
+def _groups(shard_ranges: Sequence[range], gap: int) -> Iterator[list[range]]:
     """Runs of shards at most `gap` apart from neighbour to neighbour: each is worth a new start."""
-    group = list(wanted[:1])
-    for before, run in pairwise(wanted):
+    group = list(shard_ranges[:1])
+    for before, run in pairwise(shard_ranges):
         if run.start - before.stop >= gap:
             yield group
             group = []

@@ -48,7 +48,7 @@ def iter_windows(
     *,
     first_window: int = 0,
     cursor: StreamCursor | None = None,
-    seen: Iterable[Hashes] = (),
+    seen_hashes: Iterable[Hashes] = (),
     keep_text: bool = False,
 ) -> Iterator[TokenizedText]:
     """Every whole context of the corpus, window after window; tokens left over at the end go.
@@ -62,8 +62,8 @@ def iter_windows(
         first_window: number of the window to begin with.
         cursor: of that window; the start of the corpus when not given. All other arguments must be
             those it was made with.
-        seen: where the corpus is read without duplicates, the hashes (xxh3-64) of the texts of the
-            documents below `cursor.document`.
+        seen_hashes: where the corpus is read without duplicates, the hashes (xxh3-64) of the texts
+            of the documents below `cursor.document`.
         keep_text: the documents come with their `text`.
 
     Raises:
@@ -81,10 +81,10 @@ def iter_windows(
         )
     text_length = context_length - n_bos
     cursor = cursor or StreamCursor()
-    placed = corpus.placed(cursor.corpus)
+    documents = corpus.placed(cursor.corpus)
     if corpus.dedup:
-        placed = without_duplicates(placed, seen)
-    batches = DocumentEncoder(tokenizer).batches(placed, text_length, cursor, keep_text)
+        documents = without_duplicates(documents, seen_hashes)
+    batches = DocumentEncoder(tokenizer).batches(documents, text_length, cursor, keep_text)
     prefix = np.array([tokenizer.bos_token_id] * n_bos, dtype=np.int32)
     return _windows(batches, text_length, window_contexts, first_window, seed, prefix)
 
