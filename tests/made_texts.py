@@ -64,6 +64,11 @@ def make_tokenizer(**special: str) -> PreTrainedTokenizerFast:
     )
 
 
+def plain_tokens(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Tokens of a text without marks, made by the tokenizer itself."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
 def shards(
     texts: list[str] | Corpus,
     tokenizer: PreTrainedTokenizerFast,

@@ -23,9 +23,8 @@ from sae_harvest.common.errors import InputError
 from sae_harvest.harvest.model.models import load_tokenizer, resolve_model
 from sae_harvest.harvest.text.corpus import CorpusSpec, open_corpus
 from sae_harvest.harvest.text.documents import Cursor, Document
-from sae_harvest.harvest.tokens import encoding
 from sae_harvest.harvest.tokens.contexts import default_bos, iter_shards
-from sae_harvest.harvest.tokens.encoding import StreamCursor, end_of_text_id
+from sae_harvest.harvest.tokens.encoding import end_of_text_id
 from sae_harvest.harvest.tokens.windows import iter_windows
 from sae_harvest.store.writer import Shard
 from tests.made_texts import (
@@ -35,6 +34,7 @@ from tests.made_texts import (
     WORDS,
     Texts,
     make_tokenizer,
+    plain_tokens,
     shards,
     varied_texts,
 )
@@ -48,10 +48,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
     return varied_texts()
-
-
-def plain_tokens(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def rows(made: list[Shard], table: str) -> list[dict]:
@@ -141,45 +137,6 @@ def token_bytes(token: int, tokenizer: PreTrainedTokenizerFast) -> bytes:
     return bytes(table[character] for character in tokenizer.convert_ids_to_tokens(token))
 
 
-def test_character_spans_worked_by_hand() -> None:
-    tokenizer = make_tokenizer()
-    text = "xzxzxz🤯q"
-    assert len(plain_tokens(text, tokenizer)) == 6 + 4 + 1  # the emoji is four tokens of a byte
-    window = next(iter_windows(Texts([text, text]), tokenizer, 8, "none", 0))
-    names = ("document", "first_token", "char_start", "char_end")
-    found = sorted(zip(*(window.pieces[name].tolist() for name in names), strict=True))
-    assert found == [
-        (0, 0, 0, 7),  # six letters and half of the emoji
-        (0, 8, 6, 8),  # the other half, q, end of text
-        (1, 0, 0, 4),  # xzxz
-        (1, 4, 4, 8),  # xz, the emoji, q, end of text
-    ]
-
-
-def test_windows_across_batches_worked_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "BATCH_DOCUMENTS", 1)
-    tokenizer = make_tokenizer()
-    corpus = Texts(["xzxz", "xzxzxz", "x"])  # a token a letter; from tokens 0, 5 and 12 of 14
-    windows = list(iter_windows(corpus, tokenizer, 4, "none", 0, window_contexts=1))
-    names = ("context", "start", "stop", "document", "first_token", "char_start", "char_end")
-    pieces = [list(zip(*(w.pieces[name].tolist() for name in names), strict=True)) for w in windows]
-    assert pieces == [
-        [(0, 0, 4, 0, 0, 0, 4)],
-        [(1, 0, 1, 0, 4, 4, 4), (1, 1, 4, 1, 0, 0, 3)],
-        [(2, 0, 4, 1, 3, 3, 6)],
-    ]
-    assert [window.documents["document"].tolist() for window in windows] == [[0], [1], []]
-    second_batch = StreamCursor(corpus={"next": 1}, document=1, token=5)
-    assert [window.cursor for window in windows] == [StreamCursor(), StreamCursor(), second_batch]
-    (again,) = iter_windows(
-        corpus, tokenizer, 4, "none", 0, window_contexts=1, first_window=2, cursor=second_batch
-    )
-    np.testing.assert_array_equal(again.tokens, windows[2].tokens)
-    assert {name: column.tolist() for name, column in again.pieces.items()} == {
-        name: column.tolist() for name, column in windows[2].pieces.items()
-    }
-
-
 def test_order_is_independent_of_how_many_contexts_and_how_large_the_shards(
     tokenizer: PreTrainedTokenizerFast, texts: list[str]
 ) -> None:
@@ -236,27 +193,6 @@ def test_each_document_is_listed_once_where_it_first_appears(
     hashes = {row["document"]: row["text_hash"] for row in rows(made, "documents")}
     for piece in rows(made, "pieces"):
         assert piece["document_hash"] == hashes[piece["document"]]
-
-
-def test_windows_are_shuffled_inside_and_kept_in_order(
-    tokenizer: PreTrainedTokenizerFast, texts: list[str]
-) -> None:
-    stream = [t for x in texts for t in [*plain_tokens(x, tokenizer), tokenizer.eos_token_id]]
-    n_contexts = len(stream) // LENGTH
-    cut = np.array(stream[: n_contexts * LENGTH]).reshape(n_contexts, LENGTH)
-    got = list(iter_windows(Texts(texts), tokenizer, LENGTH, "none", 3, 64))
-    assert [window.pieces["context"][0] for window in got] == list(range(0, n_contexts, 64))
-    assert len(got[-1].tokens) == n_contexts % 64  # the last window is partial, and shuffled too
-    orders = []
-    for window in got:
-        first = window.pieces["context"][0]
-        original = cut[first : first + 64]
-        assert sorted(window.tokens.tolist()) == sorted(original.tolist())
-        assert (window.tokens != original).any()
-        orders.append([original.tolist().index(row) for row in window.tokens.tolist()])
-    assert orders[0] != orders[1]
-    other = next(iter_windows(Texts(texts), tokenizer, LENGTH, "none", 4, 64))
-    assert (other.tokens != got[0].tokens).any()
 
 
 def test_control_tokens_spelled_in_a_text_stay_text(tokenizer: PreTrainedTokenizerFast) -> None:
