@@ -155,13 +155,13 @@ class _ShardRows:
             at += len(x)
 
 
-def _parquet(part: _ShardRows, request: dict[str, Any]) -> list[Buffer]:
+def _parquet(shard_rows: _ShardRows, request: dict[str, Any]) -> list[Buffer]:
     """A row group for each chunk of the store. A BOS belongs to no document: null."""
-    width, length = part.store.width(part.site), part.store.context_length
-    values = pa.list_(pa.from_numpy_dtype(part.store.dtype), width)
+    width, length = shard_rows.store.width(shard_rows.site), shard_rows.store.context_length
+    values = pa.list_(pa.from_numpy_dtype(shard_rows.store.dtype), width)
     schema = pa.schema(
         SMALL_COLUMNS | {"activation": values},
-        metadata={"sae_harvest": json.dumps(_metadata(part, request))},
+        metadata={"sae_harvest": json.dumps(_metadata(shard_rows, request))},
     )
     sink = pa.BufferOutputStream()
     # Activations neither compress nor repeat: trying would take most of the time.
@@ -172,38 +172,38 @@ def _parquet(part: _ShardRows, request: dict[str, Any]) -> list[Buffer]:
         use_dictionary=["token", "document"],
         write_statistics=list(SMALL_COLUMNS),
     ) as writer:
-        for block, x in part.blocks():
-            rows, documents = part.rows[block], part.documents[block]
+        for block, x in shard_rows.blocks():
+            rows, documents = shard_rows.rows[block], shard_rows.documents[block]
             columns = {
                 "row": rows,
                 "context": rows // length,
                 "position": (rows % length).astype(np.int32),
-                "token": part.tokens[block],
+                "token": shard_rows.tokens[block],
                 "document": pa.array(documents, mask=documents < 0),
-                "norm": part.norms[block],
+                "norm": shard_rows.norms[block],
                 "activation": pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), width),
             }
             writer.write_table(pa.table(columns, schema))
     return [memoryview(sink.getvalue())]
 
 
-def _safetensors(part: _ShardRows, request: dict[str, Any]) -> list[Buffer]:
+def _safetensors(shard_rows: _ShardRows, request: dict[str, Any]) -> list[Buffer]:
     """Tensors rows int64, tokens int32, norms float32 [rows], activations [rows, width].
 
     Length of the header, header in JSON, the tensors one after the other. The format's own library
     would copy them all, and put the metadata in another order each time.
     """
-    store = part.store
-    x = np.empty((len(part.rows), store.width(part.site)), store.dtype)
-    for block, activations in part.blocks():
+    store = shard_rows.store
+    x = np.empty((len(shard_rows.rows), store.width(shard_rows.site)), store.dtype)
+    for block, activations in shard_rows.blocks():
         x[block] = activations
     tensors: dict[str, npt.NDArray[Any]] = {
-        "rows": part.rows,
-        "tokens": part.tokens,
-        "norms": part.norms,
+        "rows": shard_rows.rows,
+        "tokens": shard_rows.tokens,
+        "norms": shard_rows.norms,
         "activations": x,
     }
-    metadata = {name: str(value) for name, value in _metadata(part, request).items()}
+    metadata = {name: str(value) for name, value in _metadata(shard_rows, request).items()}
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, tensor in tensors.items():
@@ -217,12 +217,12 @@ def _safetensors(part: _ShardRows, request: dict[str, Any]) -> list[Buffer]:
     return [len(encoded).to_bytes(8, "little"), encoded, *data]
 
 
-def _metadata(part: _ShardRows, request: dict[str, Any]) -> dict[str, Any]:
+def _metadata(shard_rows: _ShardRows, request: dict[str, Any]) -> dict[str, Any]:
     """The metadata of a file, as it is written into it."""
     return {
         "exported_by": "sae-harvest",
-        "site": part.site,
-        "shard": part.shard,
+        "site": shard_rows.site,
+        "shard": shard_rows.shard,
         "store_digest": request["digest"],
         "plan_hash": request["plan_hash"],
         "model": request["plan"]["model"]["name"],

@@ -81,9 +81,9 @@ class FileCorpus(Corpus):
 
     cursor_names = ("file", *Place._fields)
 
-    def __init__(self, spec: CorpusSpec, contents: CorpusFiles, full_name: str) -> None:
+    def __init__(self, spec: CorpusSpec, listing: CorpusFiles, full_name: str) -> None:
         super().__init__(spec, full_name)
-        self._files, self.left_out = contents
+        self._files, self.left_out = listing
         self.n_bytes = sum(file.size for file in self._files)
         self._identities: list[tuple[str, int, str]] = []
 
