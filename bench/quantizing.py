@@ -86,7 +86,7 @@ def quantize(store: ActivationStore, root: Path) -> None:
         shard = Shard(
             number=number,
             tokens=store.tokens(first // length, last // length),
-            contexts=store.contexts(number),
+            pieces=store.pieces(number),
             documents=store.documents(number),
             activations={site: store.read(site, first, last)},
             norms={site: store.norms(site, first, last)},

@@ -24,7 +24,7 @@ def measure(folder: Path) -> list[Measurement]:
     first, last = store.shard_span(0)
     x, norms = store.read(site, first, last), store.norms(site, first, last)
     tokens = store.tokens(0, (last - first) // store.context_length)
-    shard = Shard(0, tokens, store.contexts(0), store.documents(0), {site: x}, {site: norms})
+    shard = Shard(0, tokens, store.pieces(0), store.documents(0), {site: x}, {site: norms})
     root, raw = folder / "written", folder / "raw"
     plan = store._plan
 

@@ -94,8 +94,8 @@ class SitePlan(BaseModel):
     width: int = Field(gt=0, le=MAX_WIDTH, description="numbers per row")
 
 
-class Plan(BaseModel):
-    """Everything that decides the bytes of a shard. Stores of equal plans have equal shards."""
+class PlanSettings(BaseModel):
+    """A plan without its sites, whose widths are known once a model is loaded."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -103,7 +103,6 @@ class Plan(BaseModel):
     model: dict[str, Any] = Field(description="name and identity of the model's weights")
     tokenizer: dict[str, Any] = Field(description="identity of the tokenizer, end-of-text id")
     corpus: dict[str, Any] = Field(description="name and fingerprint of the text")
-    sites: tuple[SitePlan, ...] = Field(min_length=1)
     context_length: int = Field(gt=1, description="tokens per context")
     contexts_per_shard: int = Field(gt=0)
     packing: Literal["concat"] = Field(
@@ -120,6 +119,12 @@ class Plan(BaseModel):
         description="of the forward pass"
     )
     batch_contexts: int = Field(gt=0, description="contexts per forward pass")
+
+
+class Plan(PlanSettings):
+    """Everything that decides the bytes of a shard. Stores of equal plans have equal shards."""
+
+    sites: tuple[SitePlan, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _is_possible(self) -> Plan:

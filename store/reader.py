@@ -226,7 +226,7 @@ class ActivationStore:
         self._inside("tokens", first_context, last_context, self.n_contexts)
         return self._gather("tokens", first_context, last_context, self._plan.contexts_per_shard)
 
-    def contexts(self, shard: int) -> pa.Table:
+    def pieces(self, shard: int) -> pa.Table:
         """The pieces of documents that the shard's contexts consist of."""
         return self._table(layout.context_key(shard), shard)
 
@@ -258,7 +258,7 @@ class ActivationStore:
         context, so that a BOS is on the side of a split on which the text after it is.
         """
         start, stop = self.shard_span(shard)
-        pieces = self.contexts(shard)
+        pieces = self.pieces(shard)
         document = np.full(stop - start, -1, np.int64)
         text_hash = np.zeros(stop - start, np.uint64)
         numbers = pieces["context"].to_numpy()

@@ -19,18 +19,23 @@ from sae_harvest.store.layout import Plan
 
 PIECE_SCHEMA = pa.schema(
     {
-        "context": pa.int64(),
+        "context": pa.int64(),  # its number in the store
+        # Positions in the context, half open. An end-of-text token belongs to the document before
+        # it, a BOS to none.
         "start": pa.int32(),
         "stop": pa.int32(),
         "document": pa.int64(),
-        "document_hash": pa.uint64(),
-        "first_token": pa.int64(),
+        "document_hash": pa.uint64(),  # xxh3-64 of the document's UTF-8 text
+        "first_token": pa.int64(),  # index in the document of the token at `start`
+        # Characters of the document, half open; for an end-of-text token alone, empty at the
+        # document's end. A character whose bytes lie in two pieces is in both.
         "char_start": pa.int64(),
         "char_end": pa.int64(),
     }
 )
 DOCUMENT_SCHEMA = pa.schema(
     {
+        # Its number among the documents of the corpus that have text, duplicates left out if asked.
         "document": pa.int64(),
         "id": pa.string(),
         "source": pa.string(),
@@ -38,7 +43,7 @@ DOCUMENT_SCHEMA = pa.schema(
         "url": pa.string(),
         "text_hash": pa.uint64(),
         "n_chars": pa.int64(),
-        "n_tokens": pa.int64(),
+        "n_tokens": pa.int64(),  # without the end-of-text token
     }
 )
 TEXT_FIELD = pa.field("text", pa.string())  # of documents, where their text is kept

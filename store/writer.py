@@ -38,20 +38,24 @@ Check = Callable[[bytes], None]  # raises DamagedError for bytes that are not th
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The arrays and tables that a worker computed for one shard of the plan.
-
-    tokens int32 [contexts, context_length]; activations and norms per site, [rows, width] in
-    the stored dtype (float16 for int8) and float32 [rows]; contexts and documents are the two
-    small tables; cursor tells where its text begins in the corpus.
-    """
+    """One shard of the plan: its text, which a worker completes with activations and norms."""
 
     number: int
+    """Number of the shard, from 0."""
     tokens: npt.NDArray[np.int32]
-    contexts: pa.Table
+    """[contexts, context_length]"""
+    pieces: pa.Table
+    """PIECE_SCHEMA: one row for each part of a document in a context, by (context, start)."""
     documents: pa.Table
-    activations: dict[str, npt.NDArray[Any]]
-    norms: dict[str, npt.NDArray[np.float32]]
+    """DOCUMENT_SCHEMA: one row for each document whose first piece in the store is in this shard.
+
+    With TEXT_FIELD where texts are kept."""
+    activations: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+    """By site: [rows, width] in the stored dtype (float16 for int8)."""
+    norms: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    """By site: [rows], before any casting."""
     cursor: dict[str, Any] = field(default_factory=dict)
+    """Where the text of its first context begins in the corpus, in values that JSON keeps."""
 
 
 def create_store(objects: Objects, plan: Plan, made_with: dict[str, str]) -> Plan:
@@ -120,11 +124,13 @@ def write_shard(objects: Objects, plan: Plan, shard: Shard) -> dict[str, Any]:
     adopted if it decodes; the record then describes what is there, not what was offered. What
     int8 codes depend on is settled before they are made.
     """
+    if missing := [site.name for site in plan.sites if site.name not in shard.activations]:
+        raise ValueError(f"Shard {shard.number} has no activations at {', '.join(missing)}.")
     work = _Work(objects, plan, shard)
     with ThreadPoolExecutor(WRITERS) as pool:
         tokens = pool.submit(work.array, "tokens", shard.tokens)
         tables = [
-            pool.submit(work.table, layout.context_key(shard.number), shard.contexts),
+            pool.submit(work.table, layout.context_key(shard.number), shard.pieces),
             pool.submit(work.table, layout.document_key(shard.number), shard.documents),
         ]
         statistics = {}

@@ -19,6 +19,7 @@ import torch
 from hypothesis import settings
 
 from sae_harvest.common.locks import lock
+from sae_harvest.harvest.text import corpus
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -227,3 +228,13 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket.socket, "connect_ex", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture
+def no_hub(no_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `no_network`, and no corpus is looked for on the hub."""
+
+    def refuse(*args: Any) -> NoReturn:
+        raise AssertionError("the corpus was looked for on the hub")
+
+    monkeypatch.setattr(corpus, "HubCorpus", refuse)

@@ -10,7 +10,8 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 from sae_harvest.harvest.text.documents import Corpus, CorpusSpec, Cursor, Document
-from sae_harvest.harvest.tokens.contexts import ShardInput, iter_shards
+from sae_harvest.harvest.tokens.contexts import iter_shards
+from sae_harvest.store.writer import Shard
 
 LENGTH = 16
 LONG = 60  # number of the document that is longer than a window
@@ -63,12 +64,17 @@ def make_tokenizer(**special: str) -> PreTrainedTokenizerFast:
     )
 
 
+def plain_tokens(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Tokens of a text without marks, made by the tokenizer itself."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
 def shards(
     texts: list[str] | Corpus,
     tokenizer: PreTrainedTokenizerFast,
     n_contexts: int = 300,
     **options: Any,
-) -> list[ShardInput]:
+) -> list[Shard]:
     """Whole shards of these texts until there are `n_contexts`, which they must hold."""
     given: dict[str, Any] = {
         "bos": "none",

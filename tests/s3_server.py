@@ -8,6 +8,7 @@ with s3_server() as server:
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
@@ -161,3 +163,11 @@ def _free_ports(count: int) -> list[int]:
     with ExitStack() as stack:
         held = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [taken.getsockname()[1] for taken in held]
+
+
+def use(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is a client with this environment, and no other of AWS."""
+    for name in set(os.environ) - set(without_aws(dict(os.environ))):
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)

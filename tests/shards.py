@@ -12,10 +12,10 @@ import numpy as np
 
 from sae_harvest.harvest.model.models import ResolvedModel, model_fingerprint, resolve_model
 from sae_harvest.harvest.run.pool import Pool, open_pool
-from sae_harvest.harvest.tokens.contexts import ShardInput
 from sae_harvest.store.layout import Plan, SitePlan
 from sae_harvest.store.objects import LocalObjects, Objects
 from sae_harvest.store.tables import DOCUMENT_SCHEMA, PIECE_SCHEMA
+from sae_harvest.store.writer import Shard
 
 SITES = ("resid_post.1",)
 LENGTH, CONTEXTS, WIDTH = 32, 8, 32
@@ -41,12 +41,12 @@ def make_plan(model: ResolvedModel, **changed: Any) -> Plan:
     return Plan.model_validate(fields | changed)
 
 
-def make_inputs(count: int) -> list[ShardInput]:
+def make_inputs(count: int) -> list[Shard]:
     """The first shards: random tokens of nowhere."""
     rng = np.random.default_rng(0)
     return [
-        ShardInput(
-            shard=number,
+        Shard(
+            number=number,
             tokens=rng.integers(0, 400, (CONTEXTS, LENGTH), dtype=np.int32),
             pieces=PIECE_SCHEMA.empty_table(),
             documents=DOCUMENT_SCHEMA.empty_table(),
@@ -89,7 +89,7 @@ def opened_pool(
     return open_pool(workers, local_model(folder), SITES, "float32", "cpu", address, report)
 
 
-def through_pool(pool: Pool, objects: Objects, plan: Plan, shards: list[ShardInput]) -> Records:
+def through_pool(pool: Pool, objects: Objects, plan: Plan, shards: list[Shard]) -> Records:
     """The record of every shard, handed out as the driver does it."""
     waiting, records = list(shards), {}
     while waiting or pool.in_flight():

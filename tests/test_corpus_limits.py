@@ -16,7 +16,7 @@ from pyarrow import parquet
 from sae_harvest.common.errors import InputError
 from sae_harvest.harvest.text import parquetfiles, textfiles
 from sae_harvest.harvest.text.corpus import CorpusSpec, open_corpus
-from tests.test_corpus import message, packed, read
+from tests.corpora import message, packed, read
 
 LIMIT = 1 << 20
 LARGE = b"x" * (LIMIT + 1)

@@ -13,11 +13,10 @@ from sae_harvest.harvest.run.config import HarvestConfig
 from sae_harvest.harvest.run.driver import Execution, Result, run
 from sae_harvest.harvest.run.worker import Done, ShardWorker
 from sae_harvest.harvest.text.corpus import CorpusSpec
-from sae_harvest.harvest.tokens.contexts import ShardInput
 from sae_harvest.store.layout import Plan
 from sae_harvest.store.maintenance.verify import verify
 from sae_harvest.store.objects import LocalObjects, Objects
-from sae_harvest.store.writer import create_store, discard, write_shard
+from sae_harvest.store.writer import Shard, create_store, discard, write_shard
 from tests.synthetic import make_plan, make_shard
 
 MEANS = Execution(workers=0, device="cpu")
@@ -48,9 +47,7 @@ def test_a_failing_driver_leaves_what_another_is_making(
     results: list[Result] = []
     other = threading.Thread(target=lambda: results.append(run(config, place, MEANS)))
 
-    def harvest_or_fail(
-        worker: ShardWorker, objects: Objects, plan: Plan, shard: ShardInput
-    ) -> Done:
+    def harvest_or_fail(worker: ShardWorker, objects: Objects, plan: Plan, shard: Shard) -> Done:
         if not workers:  # the first driver has created the store; now comes the other one
             workers.append(worker)
             other.start()
@@ -78,9 +75,7 @@ def test_a_failing_driver_alone_leaves_the_place_empty(
 ) -> None:
     monkeypatch.setattr(status, "INTERVAL_SECONDS", 0.1)
 
-    def write_and_fail(
-        worker: ShardWorker, objects: Objects, plan: Plan, shard: ShardInput
-    ) -> Done:
+    def write_and_fail(worker: ShardWorker, objects: Objects, plan: Plan, shard: Shard) -> Done:
         harvest(worker, objects, plan, shard)
         raise InputError("It does not fit float16.")
 

@@ -15,7 +15,7 @@ from sae_harvest.harvest.text.duplicates import HashSet, without_duplicates
 
 
 def test_it_knows_what_a_set_of_python_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duplicates, "_RECENT_AT_LEAST", 10)
+    monkeypatch.setattr(duplicates, "_MIN_RECENT", 10)
     rng = random.Random(0)
     begun = [rng.getrandbits(64) for _ in range(50)] + [0, 2**64 - 1]
     ours = HashSet([np.array(begun[:20], np.uint64), np.array(begun, np.uint64)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,7 @@ def make_two_sites(folder: Path, dtype: str = "float16") -> ActivationStore:
 def doubled(made: Shard) -> Shard:
     activations = {SITE: made.activations[SITE], OTHER: made.activations[SITE] * 2}
     norms = {SITE: made.norms[SITE], OTHER: made.norms[SITE] * 2}
-    return Shard(
-        made.number, made.tokens, made.contexts, made.documents, activations, norms, made.cursor
-    )
+    return replace(made, activations=activations, norms=norms)
 
 
 def parquet(**given: Any) -> ExportConfig:
@@ -128,10 +127,9 @@ def test_a_bos_belongs_to_no_document(tmp_path: Path) -> None:
     objects = LocalObjects(tmp_path / "s")
     create_store(objects, plan, {})
     made = make_shard(plan, 0)
-    pieces = made.contexts.set_column(1, "start", [[1] * len(made.contexts)])
-    pieces = pieces.cast(made.contexts.schema)
-    made = Shard(0, made.tokens, pieces, made.documents, made.activations, made.norms, made.cursor)
-    commit_shard(objects, write_shard(objects, plan, made))
+    pieces = made.pieces.set_column(1, "start", [[1] * len(made.pieces)])
+    pieces = pieces.cast(made.pieces.schema)
+    commit_shard(objects, write_shard(objects, plan, replace(made, pieces=pieces)))
     seal(objects, plan, 1)
     export(tmp_path / "s", tmp_path / "out", parquet())
     documents = pq.read_table(tmp_path / "out" / SITE)["document"].to_pylist()

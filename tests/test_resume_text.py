@@ -18,7 +18,8 @@ from pyarrow import parquet
 
 from sae_harvest.harvest.model.models import load_tokenizer, resolve_model
 from sae_harvest.harvest.text.corpus import Corpus, CorpusSpec, HubCorpus, open_corpus
-from sae_harvest.harvest.tokens.contexts import ShardInput, iter_shards
+from sae_harvest.harvest.tokens.contexts import iter_shards
+from sae_harvest.store.writer import Shard
 from tests.made_texts import (
     Texts,
     make_tokenizer,
@@ -38,8 +39,8 @@ def tokenizer() -> Any:
     return make_tokenizer(bos_token="<s>")
 
 
-def assert_same(found: list[ShardInput], expected: list[ShardInput]) -> None:
-    assert [shard.shard for shard in found] == [shard.shard for shard in expected]
+def assert_same(found: list[Shard], expected: list[Shard]) -> None:
+    assert [shard.number for shard in found] == [shard.number for shard in expected]
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
         assert one.pieces.equals(other.pieces)
@@ -68,7 +69,7 @@ def test_documents_before_the_cursor_are_not_read(tokenizer: Any) -> None:
     expected = shards(texts, tokenizer, 2_000)
     last = expected[-1]
     corpus = Texts(texts)
-    found = shards(corpus, tokenizer, 2_000, first_shard=last.shard, cursor=last.cursor)
+    found = shards(corpus, tokenizer, 2_000, first_shard=last.number, cursor=last.cursor)
     assert_same(found, [last])
     assert corpus.read[0] == last.cursor["document"] > 500
     begun = min(last.documents["document"].to_pylist())
@@ -99,7 +100,7 @@ def test_without_duplicates_shards_are_those_of_a_corpus_that_has_none(tokenizer
             n_shards=10_000,
             first_shard=first,
             cursor=cursor,
-            seen=[known["text_hash"].to_numpy()],
+            seen_hashes=[known["text_hash"].to_numpy()],
         )
         assert_same(found, made[first:])
 
@@ -286,6 +287,6 @@ def test_news_is_harvested_on_as_it_would_have_been() -> None:
         **sizes,
         first_shard=first,
         cursor=cursor,
-        seen=[known["text_hash"].to_numpy()],
+        seen_hashes=[known["text_hash"].to_numpy()],
     )
     assert_same(list(found), expected[first:])

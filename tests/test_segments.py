@@ -24,7 +24,7 @@ from sae_harvest.harvest.model.models import load_tokenizer, resolve_model
 from sae_harvest.harvest.text.documents import Document
 from sae_harvest.harvest.tokens import encoding
 from sae_harvest.harvest.tokens import segments as segments_module
-from sae_harvest.harvest.tokens.encoding import DocumentEncoder, EncodedDocuments
+from sae_harvest.harvest.tokens.encoding import DocumentEncoder, TokenizedText
 from sae_harvest.harvest.tokens.segments import segments
 
 END = "<|endoftext|>"
@@ -122,7 +122,7 @@ def encoded(
     tokenizer: PreTrainedTokenizerBase,
     segment_chars: int,
     monkeypatch: pytest.MonkeyPatch,
-) -> tuple[EncodedDocuments, int]:
+) -> tuple[TokenizedText, int]:
     """The text between two others, and the number of segments it was tokenized in."""
     monkeypatch.setattr(segments_module, "SEGMENT_CHARS", segment_chars)
     monkeypatch.setattr(segments_module, "SAMPLE_CHARS", 200)

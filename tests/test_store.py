@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -165,6 +166,15 @@ def test_records_notice_any_change() -> None:
             decode_record(other, "r")
 
 
+def test_a_shard_without_activations_is_not_written(objects: LocalObjects) -> None:
+    plan = make_plan()
+    create_store(objects, plan, {})
+    shard = replace(make_shard(plan, 3), activations={}, norms={})
+    with pytest.raises(ValueError, match=f"^Shard 3 has no activations at {SITE}.$"):
+        write_shard(objects, plan, shard)
+    assert objects.keys("tokens/") == []
+
+
 def test_outlier_rows_and_held_out_documents_are_left_out_by_rule(objects: LocalObjects) -> None:
     make_store(objects)
     store = ActivationStore.open(objects.place)
@@ -308,7 +318,7 @@ class TestLocalObjects:
 
 def test_what_a_store_has_read_goes_with_it(tiny_store: Path) -> None:
     store = ActivationStore.open(tiny_store)
-    tables = [store.documents(0), store.contexts(0)]
+    tables = [store.documents(0), store.pieces(0)]
     gone = [weakref.ref(held) for held in (store, *tables)]
     assert store.documents(0) is tables[0]  # read once
     del store, tables

@@ -176,7 +176,7 @@ def test_a_dataset_of_the_hub_is_read_to_its_end_only_where_that_is_said(
     }
     with pytest.raises(InputError, match="say how many tokens to take, with --tokens 1M say"):
         prepare(HarvestConfig(**given), None, "cpu")
-    assert prepare(HarvestConfig(**given, tokens="all"), None, "cpu").least_contexts == 1
+    assert prepare(HarvestConfig(**given, tokens="all"), None, "cpu").min_contexts == 1
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ OnProgress = Callable[[int, int], None]  # rows written, rows to write, over all
 
 
 class ExportConfig(BaseModel):
-    """What to export, and as what."""
+    """The rows to export, and their format."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -63,11 +63,14 @@ class ExportConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What lies in the folder: files with rows, their rows over all sites, bytes of everything."""
+    """The contents of an export's folder."""
 
     files: int
+    """Files with rows."""
     rows: int
+    """Rows in them, over all sites."""
     n_bytes: int
+    """Bytes of everything in the folder."""
 
 
 def export(
@@ -89,14 +92,14 @@ def export(
     first, last = _shards(store, config.shards)
     request = _request(store, config, sites, first, last)
     _check_target(target, request)
-    there = set(target.keys(""))
-    _check_space(target, store, sites, first, last, there, config)
+    existing = set(target.keys(""))
+    _check_space(target, store, sites, first, last, existing, config)
     _write_summary(target, request, None)
     # A document is listed with the first shard that holds a part of it, so that those of the
     # shards before may be referred to as well.
     for shard in range(last):
         key = f"documents/{shard:06d}.parquet"
-        if key not in there:
+        if key not in existing:
             target.replace(key, [encode_table(store.documents(shard))])
     done = 0
     todo = (store.shard_span(last - 1)[1] - store.shard_span(first)[0]) * len(sites)
@@ -108,9 +111,9 @@ def export(
             keep = np.ones(stop - start, np.bool_)
             if config.without_outliers:
                 keep = store.selected_in_shard(site, RowRule(split="all"), shard)
-            if key not in there:
+            if key not in existing:
                 encode = _parquet if config.format == "parquet" else _safetensors
-                target.replace(key, encode(_Part(store, site, shard, keep), request))
+                target.replace(key, encode(_ShardRows(store, site, shard, keep), request))
             files[key] = {"rows": int(keep.sum()), "bytes": target.size(key) or 0}
             done += stop - start
             on_progress(done, todo)
@@ -126,7 +129,7 @@ def file_key(config: ExportConfig, site: str, shard: int) -> str:
     return f"{site}/{shard:06d}.{config.format}"
 
 
-class _Part:
+class _ShardRows:
     """The rows of one shard of one site that are exported."""
 
     def __init__(
@@ -144,7 +147,7 @@ class _Part:
         self.norms = store.norms(site, self.first, self.stop)[keep]
 
     def blocks(self) -> Iterator[tuple[slice, npt.NDArray[Any]]]:
-        """Which of `rows`, and their activations, a chunk of the store at a time."""
+        """Slices of `rows` with their activations, a chunk of the store at a time."""
         at, size = 0, self.store.chunk_rows(self.site)
         for start in range(self.first, self.stop, size):
             stop = min(start + size, self.stop)
@@ -154,13 +157,13 @@ class _Part:
             at += len(x)
 
 
-def _parquet(part: _Part, request: dict[str, Any]) -> list[Buffer]:
+def _parquet(shard_rows: _ShardRows, request: dict[str, Any]) -> list[Buffer]:
     """A row group for each chunk of the store. A BOS belongs to no document: null."""
-    width, length = part.store.width(part.site), part.store.context_length
-    values = pa.list_(pa.from_numpy_dtype(part.store.dtype), width)
+    width, length = shard_rows.store.width(shard_rows.site), shard_rows.store.context_length
+    values = pa.list_(pa.from_numpy_dtype(shard_rows.store.dtype), width)
     schema = pa.schema(
         SMALL_COLUMNS | {"activation": values},
-        metadata={"sae_harvest": json.dumps(_metadata(part, request))},
+        metadata={"sae_harvest": json.dumps(_metadata(shard_rows, request))},
     )
     sink = pa.BufferOutputStream()
     # Activations neither compress nor repeat: trying would take most of the time.
@@ -171,37 +174,37 @@ def _parquet(part: _Part, request: dict[str, Any]) -> list[Buffer]:
         use_dictionary=["token", "document"],
         write_statistics=list(SMALL_COLUMNS),
     ) as writer:
-        for here, x in part.blocks():
-            rows, documents = part.rows[here], part.documents[here]
+        for block, x in shard_rows.blocks():
+            rows, documents = shard_rows.rows[block], shard_rows.documents[block]
             columns = {
                 "row": rows,
                 "context": rows // length,
                 "position": (rows % length).astype(np.int32),
-                "token": part.tokens[here],
+                "token": shard_rows.tokens[block],
                 "document": pa.array(documents, mask=documents < 0),
-                "norm": part.norms[here],
+                "norm": shard_rows.norms[block],
                 "activation": pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), width),
             }
             writer.write_table(pa.table(columns, schema))
     return [memoryview(sink.getvalue())]
 
 
-def _safetensors(part: _Part, request: dict[str, Any]) -> list[Buffer]:
+def _safetensors(shard_rows: _ShardRows, request: dict[str, Any]) -> list[Buffer]:
     """Tensors rows int64, tokens int32, norms float32 [rows], activations [rows, width].
 
     The format's own library would copy them all, and put the metadata in another order each time.
     """
-    store = part.store
-    x = np.empty((len(part.rows), store.width(part.site)), store.dtype)
-    for here, block in part.blocks():
-        x[here] = block
+    store = shard_rows.store
+    x = np.empty((len(shard_rows.rows), store.width(shard_rows.site)), store.dtype)
+    for block, activations in shard_rows.blocks():
+        x[block] = activations
     tensors: dict[str, npt.NDArray[Any]] = {
-        "rows": part.rows,
-        "tokens": part.tokens,
-        "norms": part.norms,
+        "rows": shard_rows.rows,
+        "tokens": shard_rows.tokens,
+        "norms": shard_rows.norms,
         "activations": x,
     }
-    metadata = {name: str(value) for name, value in _metadata(part, request).items()}
+    metadata = {name: str(value) for name, value in _metadata(shard_rows, request).items()}
     header = make_header(
         {name: (dtype_name(tensor.dtype), tensor.shape) for name, tensor in tensors.items()},
         metadata,
@@ -210,12 +213,12 @@ def _safetensors(part: _Part, request: dict[str, Any]) -> list[Buffer]:
     return [header.data, *(tensor.reshape(-1).view(np.uint8).data for tensor in little)]
 
 
-def _metadata(part: _Part, request: dict[str, Any]) -> dict[str, Any]:
-    """What is said of a file inside it."""
+def _metadata(shard_rows: _ShardRows, request: dict[str, Any]) -> dict[str, Any]:
+    """The metadata of a file, as it is written into it."""
     return {
         "exported_by": "sae-harvest",
-        "site": part.site,
-        "shard": part.shard,
+        "site": shard_rows.site,
+        "shard": shard_rows.shard,
         "store_digest": request["digest"],
         "plan_hash": request["plan_hash"],
         "model": request["plan"]["model"]["name"],
@@ -227,7 +230,7 @@ def _metadata(part: _Part, request: dict[str, Any]) -> dict[str, Any]:
 def _request(
     store: ActivationStore, config: ExportConfig, sites: tuple[str, ...], first: int, last: int
 ) -> dict[str, Any]:
-    """What decides every byte of an export."""
+    """Everything that decides the bytes of an export."""
     dtype = f"{store.dtype}, as stored"
     if store.plan["dtype"] == "int8":
         dtype = "float32, dequantised from int8; outlier rows from float16"
@@ -255,7 +258,7 @@ def _shards(store: ActivationStore, shards: tuple[int, int] | None) -> tuple[int
 def _check_target(target: Objects, request: dict[str, Any]) -> None:
     """`InputError` if something is there that is not this export, begun or finished."""
     try:
-        found = parse_json(target.read(EXPORT_KEY))
+        export_record = parse_json(target.read(EXPORT_KEY))
     except FileNotFoundError:
         if foreign := target.first_key():
             raise InputError(
@@ -264,13 +267,13 @@ def _check_target(target: Objects, request: dict[str, Any]) -> None:
             ) from None
         return
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        export_record = None
+    if not isinstance(export_record, dict):
         raise InputError(
             f"{target.place} holds another export, or its {EXPORT_KEY} is damaged; choose another "
             "--out or remove that file."
         )
-    if differing := [name for name in request if found.get(name) != request[name]]:
+    if differing := [name for name in request if export_record.get(name) != request[name]]:
         raise InputError(
             f"{target.place} holds another export; differing: {', '.join(differing)}. Choose "
             "another --out."
@@ -283,7 +286,7 @@ def _check_space(
     sites: tuple[str, ...],
     first: int,
     last: int,
-    there: set[str],
+    existing: set[str],
     config: ExportConfig,
 ) -> None:
     """`StoreError` if the disk cannot hold what is still to be written."""
@@ -291,7 +294,7 @@ def _check_space(
     for site in sites:
         row_bytes = store.width(site) * store.dtype.itemsize + SMALL_BYTES_PER_ROW
         for shard in range(first, last):
-            if file_key(config, site, shard) not in there:
+            if file_key(config, site, shard) not in existing:
                 start, stop = store.shard_span(shard)
                 need += (stop - start) * row_bytes
     require_space(target, need, "export fewer --shards or choose another --out")

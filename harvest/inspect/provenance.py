@@ -1,4 +1,4 @@
-"""Where a row comes from: its token, its context, its document, the very characters.
+"""The origin of a row: its token, its context, its document, the very characters.
 
 The store knows which document a row's context was cut from, and which characters all of that piece
 has. The token's own are found by tokenizing the document again: from the text that the store keeps,
@@ -35,25 +35,30 @@ AROUND_TOKENS = 32  # decoded in its place where there is no text
 
 @dataclass(frozen=True, slots=True)
 class RowNorm:
-    """A row's norm at one site, the median of its shard's, and whether it is an outlier row."""
+    """A row's norm at one site."""
 
     norm: float
+    """The norm itself."""
     median: float
+    """Median norm of the rows of its shard."""
     outlier: bool
+    """True for an outlier row."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The part of a document that a row lies in; characters [char_start, char_end) of it.
-
-    token is the row's index among the document's tokens, n_tokens for the end-of-text token.
-    """
+    """The part of a document that a row lies in."""
 
     document: int
+    """Number of the document."""
     text_hash: int
+    """xxh3-64 of its text."""
     token: int
+    """Index of the row among the document's tokens; `n_tokens` for the end-of-text token."""
     char_start: int
+    """First character of the piece in the document."""
     char_end: int
+    """One more than its last character."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,39 +67,41 @@ class Provenance:
 
     >>> trace_row("runs/demo/store", 37).norms["resid_post.1"].outlier
     False
-
-    Attributes:
-        kind: "text", or which mark the token is; marks belong to no characters, and a BOS to no
-            document either.
-        token_text: the token decoded by itself; None if the tokenizer is not at hand. Half a
-            character decodes to U+FFFD.
-        document: columns of documents/; None for a BOS.
-        characters: [start, end) of the token in the document; a token of some of a character's
-            bytes has that character. None for a mark, and where the text is not at hand.
-        around: text before, of and after the token; decoded tokens where there is no text.
-        norms: by site.
-        reason: why the token's own characters are not known, if they are not.
     """
 
     row: int
+    """Number of the row."""
     context: int
+    """Number of its context."""
     position: int
+    """Position in the context."""
     token: int
+    """Id of the token."""
     kind: Literal["text", "end of text", "beginning of text"]
+    """A token of text, or one of two marks. Marks have no characters, and a BOS no document."""
     token_text: str | None
+    """The token decoded by itself; None without the tokenizer. Half a character is U+FFFD."""
     document: dict[str, Any] | None
+    """Columns of documents/; None for a BOS."""
     piece: Piece | None
+    """The piece that holds the token; None for a BOS."""
     characters: tuple[int, int] | None
+    """[start, end) of the token in the document; None for a mark, and without the text.
+
+    A token of some of a character's bytes has that character."""
     around: tuple[str, str, str]
+    """Text before, of and after the token; decoded tokens where there is no text."""
     norms: dict[str, RowNorm]
+    """Norms of the row, by site."""
     reason: str | None
+    """The reason why the token's own characters are not known; None if they are."""
 
 
 def trace_row(store: ActivationStore | str | Path, row: int) -> Provenance:
     """Find where a row of a sealed store comes from.
 
-    >>> found = trace_row("runs/demo/store", 37)
-    >>> found.context, found.position, found.kind
+    >>> provenance = trace_row("runs/demo/store", 37)
+    >>> provenance.context, provenance.position, provenance.kind
     (1, 5, 'text')
 
     Args:
@@ -146,27 +153,27 @@ def trace_row(store: ActivationStore | str | Path, row: int) -> Provenance:
 
 
 def describe_row(place: str | Path, row: int) -> list[Table]:
-    """Where a row comes from, for a terminal."""
-    found = trace_row(place, row)
+    """The origin of a row, for a terminal."""
+    provenance = trace_row(place, row)
     table = Table(f"row {row:,}", Column(str(place), overflow="fold"), box=None)
-    table.add_row("context", f"{found.context:,}, position {found.position}")
-    name = "" if found.token_text is None else f"{found.token_text!r}, "
-    mark = "" if found.kind == "text" else f", the mark of the {found.kind}"
-    table.add_row("token", f"{name}id {found.token}{mark}")
-    if found.document is None:
+    table.add_row("context", f"{provenance.context:,}, position {provenance.position}")
+    name = "" if provenance.token_text is None else f"{provenance.token_text!r}, "
+    mark = "" if provenance.kind == "text" else f", the mark of the {provenance.kind}"
+    table.add_row("token", f"{name}id {provenance.token}{mark}")
+    if provenance.document is None:
         table.add_row("document", "none: the token was put before the context")
     else:
-        number, name = found.document["document"], found.document["id"]
+        number, name = provenance.document["document"], provenance.document["id"]
         table.add_row("document", f"number {number:,}, id {name}")
         for column in ("source", "title", "url"):
-            if found.document.get(column):
-                table.add_row(column, found.document[column])
-        table.add_row("characters", _characters_told(found))
-    before, own, after = (part.replace("\n", "⏎") for part in found.around)
-    table.add_row("text", Text.assemble(before, "⟦", (own, "bold"), "⟧", after))
-    for site, norm in found.norms.items():
-        told = f"{norm.norm:,.2f}, {norm.norm / norm.median:,.2f} medians of its shard"
-        table.add_row(f"norm at {site}", told + ": an outlier row" * norm.outlier)
+            if provenance.document.get(column):
+                table.add_row(column, provenance.document[column])
+        table.add_row("characters", _describe_characters(provenance))
+    before, token, after = (part.replace("\n", "⏎") for part in provenance.around)
+    table.add_row("text", Text.assemble(before, "⟦", (token, "bold"), "⟧", after))
+    for site, norm in provenance.norms.items():
+        text = f"{norm.norm:,.2f}, {norm.norm / norm.median:,.2f} medians of its shard"
+        table.add_row(f"norm at {site}", text + ": an outlier row" * norm.outlier)
     return [table]
 
 
@@ -184,8 +191,8 @@ def tokenizer_of(store: ActivationStore) -> PreTrainedTokenizerFast:
 
     model = store.plan["model"]
     tokenizer = load_tokenizer(resolve_model(model["name"], model.get("revision")))
-    planned = store.plan["tokenizer"].get("xxh3")
-    if tokenizer_fingerprint(tokenizer) != planned:
+    expected = store.plan["tokenizer"].get("xxh3")
+    if tokenizer_fingerprint(tokenizer) != expected:
         raise InputError(f"The tokenizer of {model['name']} is another one now.")
     return tokenizer
 
@@ -201,7 +208,7 @@ def _tokenizer_or_reason(
 
 def _piece(store: ActivationStore, shard: int, context: int, position: int) -> Piece | None:
     """The piece that holds a position, None for a BOS."""
-    pieces = store.contexts(shard)
+    pieces = store.pieces(shard)
     columns = {name: pieces[name].to_numpy() for name in pieces.column_names}
     inside = (
         (columns["context"] == context)
@@ -224,9 +231,9 @@ def _document(store: ActivationStore, shard: int, number: int) -> dict[str, Any]
     """A document's row of documents/; it is listed in this shard or in one before."""
     for listing in range(shard, -1, -1):
         table = store.documents(listing)
-        found = np.flatnonzero(table["document"].to_numpy() == number)
-        if len(found):
-            return table.slice(int(found[0]), 1).to_pylist()[0]
+        matches = np.flatnonzero(table["document"].to_numpy() == number)
+        if len(matches):
+            return table.slice(int(matches[0]), 1).to_pylist()[0]
     raise DamagedError(f"{store.place} lists document {number} nowhere.")
 
 
@@ -235,8 +242,8 @@ def _corpus_text(store: ActivationStore, shard: int, piece: Piece) -> str:
     from sae_harvest.harvest.text.corpus import open_corpus
     from sae_harvest.harvest.text.documents import CorpusSpec
 
-    planned = store.plan["corpus"]
-    spec = {name: planned[name] for name in CorpusSpec.model_fields if name in planned}
+    corpus_plan = store.plan["corpus"]
+    spec = {name: corpus_plan[name] for name in CorpusSpec.model_fields if name in corpus_plan}
     try:
         corpus = open_corpus(CorpusSpec.model_validate(spec))
     except ValidationError as error:
@@ -250,7 +257,7 @@ def _corpus_text(store: ActivationStore, shard: int, piece: Piece) -> str:
     if corpus.dedup:
         # Numbers leave duplicates out, so it is found by its text, which is nowhere else; in a
         # corpus that has changed, the search might never end.
-        if corpus.fingerprint() != planned["fingerprint"]:
+        if corpus.fingerprint() != corpus_plan["fingerprint"]:
             raise changed
         texts = (text for text in texts if _text_hash(text) == piece.text_hash)
     else:
@@ -290,10 +297,10 @@ def _decoded(
         ids[position + 1 :][:AROUND_TOKENS].tolist(),
     )
     if tokenizer is None:
-        before, own, after = (" ".join(map(str, part)) for part in parts)
+        before, token, after = (" ".join(map(str, part)) for part in parts)
     else:
-        before, own, after = (tokenizer.decode(part) for part in parts)
-    return before, own, after
+        before, token, after = (tokenizer.decode(part) for part in parts)
+    return before, token, after
 
 
 def _norm(store: ActivationStore, site: str, shard: int, row: int) -> RowNorm:
@@ -301,15 +308,15 @@ def _norm(store: ActivationStore, site: str, shard: int, row: int) -> RowNorm:
     return RowNorm(float(norm), median, bool(norm > np.float32(OUTLIER_MEDIANS * median)))
 
 
-def _characters_told(found: Provenance) -> str:
-    assert found.document is not None
-    assert found.piece is not None
-    of = f"of {found.document['n_chars']:,}"
-    if found.kind != "text":
+def _describe_characters(provenance: Provenance) -> str:
+    assert provenance.document is not None
+    assert provenance.piece is not None
+    of = f"of {provenance.document['n_chars']:,}"
+    if provenance.kind != "text":
         return f"none: it stands after the last {of}"
-    if found.characters is not None:
-        return f"{found.characters[0]:,}:{found.characters[1]:,} {of}"
+    if provenance.characters is not None:
+        return f"{provenance.characters[0]:,}:{provenance.characters[1]:,} {of}"
     return (
-        f"{found.piece.char_start:,}:{found.piece.char_end:,} {of}: of the whole piece, not of the "
-        f"token. {found.reason}"
+        f"{provenance.piece.char_start:,}:{provenance.piece.char_end:,} {of}: of the whole piece, "
+        f"not of the token. {provenance.reason}"
     )

@@ -19,7 +19,7 @@ from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.seals import read_seal, sealed_counts
 from sae_harvest.store.statistics.stats import quantization_fvu
 
-SHOWN = 6  # most frequent outlier positions and tokens
+MAX_LISTED = 6  # most frequent outlier positions and tokens
 
 
 def describe(place: str | Path) -> list[Table]:
@@ -34,13 +34,13 @@ def describe(place: str | Path) -> list[Table]:
     facts.add_row("dtype", f"{store.plan['dtype']} (computed in {store.plan['compute_dtype']})")
     facts.add_row("shards", f"{store.n_shards} of up to {store.shard_rows:,} rows")
     facts.add_row("bytes", f"{store.n_bytes:,} ({store.n_bytes / store.n_rows:,.1f} a row)")
-    for told in _seals(objects, Plan.model_validate(record["plan"])):
-        facts.add_row("digest", told)
+    for digest in _seals(objects, Plan.model_validate(record["plan"])):
+        facts.add_row("digest", digest)
     return [facts, *(_site(store, site) for site in store.sites)]
 
 
 def _origins(plan: dict[str, Any], made_with: dict[str, str]) -> dict[str, str]:
-    """What decided the bytes: model, tokenizer, text, software."""
+    """The origin of the bytes: model, tokenizer, text, software."""
     model, tokenizer, corpus = plan["model"], plan["tokenizer"], plan["corpus"]
     revision = f", revision {model['revision']}" if model.get("revision") else ""
     options = [
@@ -82,9 +82,9 @@ def _site(store: ActivationStore, site: str) -> Table:
     table.add_row("outlier rows", f"{s['outlier'].rows:,} ({share:.2%}), {s['outlier_rule']}")
     without, total = ordinary.variance.sum(), every.variance.sum()
     table.add_row("variance", f"{total:,.0f} with outlier rows, {without:,.0f} without")
-    positions = Counter(s["outlier_positions"]).most_common(SHOWN)
+    positions = Counter(s["outlier_positions"]).most_common(MAX_LISTED)
     table.add_row("their positions", ", ".join(f"{p} ({n:,})" for p, n in positions))
-    tokens = Counter(s["outlier_tokens"]).most_common(SHOWN)
+    tokens = Counter(s["outlier_tokens"]).most_common(MAX_LISTED)
     names = _token_names(store, [int(t) for t, _ in tokens])
     named = zip(names, tokens, strict=True)
     table.add_row("their tokens", ", ".join(f"{name} ({n:,})" for name, (_, n) in named))
@@ -92,8 +92,8 @@ def _site(store: ActivationStore, site: str) -> Table:
     table.add_row("mean norm of the mean", f"{np.linalg.norm(ordinary.mean):,.1f} (ordinary rows)")
     if "quantization_error" in s:
         fvu = quantization_fvu(s["quantization_error"], ordinary)
-        told = f"{np.median(fvu):.1e} median, {fvu.max():.1e} worst FVU of a dimension"
-        table.add_row("int8 error", f"{told} (ordinary rows)")
+        text = f"{np.median(fvu):.1e} median, {fvu.max():.1e} worst FVU of a dimension"
+        table.add_row("int8 error", f"{text} (ordinary rows)")
     return table
 
 

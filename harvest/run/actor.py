@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sae_harvest.harvest.run.worker import Done
-    from sae_harvest.harvest.tokens.contexts import ShardInput
     from sae_harvest.store.layout import Plan
     from sae_harvest.store.objects import Objects
+    from sae_harvest.store.writer import Shard
 
 
 class ShardActor:
@@ -26,29 +26,29 @@ class ShardActor:
     @staticmethod
     def versions(libraries: list[str]) -> dict[str, str | None]:
         """Versions of libraries on this machine, None if absent; without names of builds."""
-        found: dict[str, str | None] = {}
+        installed: dict[str, str | None] = {}
         for name in libraries:
             try:
-                found[name] = version(name).partition("+")[0]
+                installed[name] = version(name).partition("+")[0]
             except PackageNotFoundError:
-                found[name] = None
-        return found
+                installed[name] = None
+        return installed
 
     def start(self, expected: dict[str, str | None], worker: dict[str, Any]) -> dict[str, Any]:
         """Host, process id and versions; makes the worker if the versions are the expected ones."""
-        found = self.versions(list(expected))
-        if found == expected:
+        installed = self.versions(list(expected))
+        if installed == expected:
             from sae_harvest.harvest.model.models import ResolvedModel
             from sae_harvest.harvest.run.worker import ShardWorker
 
             model = ResolvedModel(**worker["model"])
             self._worker = ShardWorker(**(worker | {"model": model}))
-        return {"host": platform.node(), "pid": os.getpid(), "versions": found}
+        return {"host": platform.node(), "pid": os.getpid(), "versions": installed}
 
     def widths(self) -> dict[str, int]:
         return self._worker.widths()
 
-    def harvest(self, objects: Objects, plan: Plan, shard: ShardInput) -> Done:
+    def harvest(self, objects: Objects, plan: Plan, shard: Shard) -> Done:
         return self._worker.harvest(objects, plan, shard)
 
     def rows_done(self) -> int:

@@ -1,4 +1,4 @@
-"""What a user asks of a harvest: one object for the command line, a file and Python."""
+"""Configuration of a harvest: one object for the command line, a file and Python."""
 
 from __future__ import annotations
 

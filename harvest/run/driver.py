@@ -17,8 +17,7 @@ from sae_harvest.harvest.run.pool import Pool, open_pool
 from sae_harvest.harvest.run.prefetch import Ahead
 from sae_harvest.harvest.run.prepare import ALL_SHARDS, Prepared, prepare, prepare_again, versions
 from sae_harvest.harvest.run.status import Heartbeat
-from sae_harvest.harvest.text.folders import sentence
-from sae_harvest.harvest.tokens.contexts import ShardInput
+from sae_harvest.harvest.text.folders import left_out_sentence
 from sae_harvest.harvest.tokens.shards import missing, runs, shard_inputs
 from sae_harvest.store import layout
 from sae_harvest.store.commits import commit_shard, committed_shards, read_commit, read_plan
@@ -34,7 +33,7 @@ from sae_harvest.store.maintenance.verify import Verification, verify
 from sae_harvest.store.objects import Objects, open_objects, require_space
 from sae_harvest.store.records import digest_of
 from sae_harvest.store.seals import seal, trusted_commits
-from sae_harvest.store.writer import check_place, check_same, create_store, discard
+from sae_harvest.store.writer import Shard, check_place, check_same, create_store, discard
 
 SMALL_BYTES_PER_ROW = 16  # tokens, norms, tables and commit records, generously
 
@@ -45,32 +44,30 @@ Keep = Callable[[dict[str, Any]], object]  # what becomes of a shard's commit re
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run did.
-
-    digest and rows are those of the sealed store; the digest is None if shards are missing that
-    this run was not to do. rows_run and seconds are this run's share.
-    """
+    """The outcome of a run."""
 
     plan: Plan
+    """Plan of the store."""
     digest: str | None
+    """Digest of the sealed store; None if shards are missing that this run was not to do."""
     rows: int
+    """Rows of the store."""
     rows_run: int
+    """Rows of this run."""
     seconds: float
+    """Wall time of this run's shards."""
 
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """What a harvest runs on.
-
-    Attributes:
-        workers: Ray actors; 0 works in this process.
-        device: auto, cpu or cuda.
-        address: of a running Ray cluster; None starts a Ray of our own.
-    """
+    """The processes and the device of a harvest."""
 
     workers: int = 1
+    """Ray actors; 0 works in this process."""
     device: str = "auto"
+    """auto, cpu or cuda."""
     address: str | None = None
+    """Address of a running Ray cluster; None starts one on this machine."""
 
     @property
     def resolved_device(self) -> str:
@@ -108,13 +105,13 @@ def run(
     if existing:
         widths = {s.name: s.width for s in existing.sites}
         # Another set of sites is another plan; which width it would have does not matter.
-        asked = prepared.plan({s: widths.get(s, 1) for s in config.sites})
-        check_same(objects, existing, asked)
-    if left_out := sentence(config.corpus.name, prepared.corpus.left_out):
+        requested = prepared.plan({s: widths.get(s, 1) for s in config.sites})
+        check_same(objects, existing, requested)
+    if left_out := left_out_sentence(config.corpus.name, prepared.corpus.left_out):
         notify(left_out)
     done = committed_shards(objects) if existing else []
     if existing:
-        n_shards = _within_corpus(objects, existing, done, n_shards, prepared.least_contexts)
+        n_shards = _within_corpus(objects, existing, done, n_shards, prepared.min_contexts)
     open_end = n_shards == ALL_SHARDS and only is None
     span = range(n_shards) if only is None else range(n_shards)[only.start : only.stop]
     todo = missing(done, span)
@@ -169,7 +166,7 @@ def _amount(n_todo: int | None, n_shards: int) -> str:
 
 def _log_left_out(prepared: Prepared, log: HarvestLog) -> None:
     corpus = prepared.corpus
-    if line := sentence(corpus.name, corpus.left_out, most=None):
+    if line := left_out_sentence(corpus.name, corpus.left_out, max_names=None):
         log.write(line)
 
 
@@ -202,15 +199,15 @@ def repair(
             remove_damaged(objects, before.damage)
             log.write(f"repairing shards {', '.join(map(str, shards))}")
             unknown = {item.shard for item in before.damage if item.key.startswith("commits/")}
-            made: dict[int, str] = {}
+            digests: dict[int, str] = {}
 
             def keep(record: dict[str, Any]) -> None:
                 mend_commit(objects, plan, record)
                 if record["shard"] in unknown:
-                    made[record["shard"]] = digest_of(record)
+                    digests[record["shard"]] = digest_of(record)
 
             _Work(objects, plan, pool, len(shards), on_progress).run(ahead, keep, again=True)
-            if wrong := remove_untrusted(objects, plan, made, sealed):
+            if wrong := remove_untrusted(objects, plan, digests, sealed):
                 log.write(f"repairing all of shards {', '.join(map(str, wrong))}")
                 inputs = shard_inputs(prepared, objects, plan, runs(wrong), wrong[-1] + 1)
                 with closing(Ahead(inputs)) as ahead:
@@ -240,12 +237,12 @@ class _Work:
         self._on_progress, self._heartbeat = on_progress, heartbeat
         self.todo_rows = None if n_shards is None else n_shards * plan.shard_rows
         self._already = already
-        self._kept = 0
+        self._n_committed = 0
         self.submitted: list[int] = []
         self.rows = 0
         self.seconds = 0.0
 
-    def run(self, shards: Ahead[ShardInput], keep: Keep, again: bool) -> None:
+    def run(self, shards: Ahead[Shard], keep: Keep, again: bool) -> None:
         """Hand shards out, never more than the pool holds, until all have come back.
 
         Args:
@@ -261,15 +258,15 @@ class _Work:
                 shard = shards.take()
                 if shard is None:
                     exhausted = True
-                elif again or self._objects.size(layout.commit_key(shard.shard)) is None:
-                    self.submitted.append(shard.shard)
+                elif again or self._objects.size(layout.commit_key(shard.number)) is None:
+                    self.submitted.append(shard.number)
                     pool.submit(self._objects, self._plan, shard)
                     flying += 1
             if not flying:
                 break
             for record in self._pool.collect():
                 keep(record)
-                self._kept += 1
+                self._n_committed += 1
                 self.rows += record["rows"]
             self._tell()
             self.seconds = time.perf_counter() - start
@@ -280,14 +277,14 @@ class _Work:
             rows = min(rows, self.todo_rows)
         self._on_progress(rows, self.todo_rows)
         if self._heartbeat is not None:
-            committed = self._already + self._kept
+            committed = self._already + self._n_committed
             self._heartbeat.update(committed, self._pool.in_flight(), rows, self.todo_rows)
 
 
 def _pool(
     prepared: Prepared, execution: Execution, device: str, log: HarvestLog
 ) -> AbstractContextManager[Pool]:
-    dtype = prepared.fields["compute_dtype"]
+    dtype = prepared.settings.compute_dtype
     sites = prepared.config.sites
     return open_pool(
         execution.workers, prepared.model, sites, dtype, device, execution.address, log.write
@@ -295,7 +292,7 @@ def _pool(
 
 
 def _within_corpus(
-    objects: Objects, plan: Plan, done: list[int], n_shards: int, least_contexts: int
+    objects: Objects, plan: Plan, done: list[int], n_shards: int, min_contexts: int
 ) -> int:
     """Fewer shards than asked for, if the store holds the corpus' last one and that is enough.
 
@@ -306,18 +303,18 @@ def _within_corpus(
     contexts = read_commit(objects, plan, done[-1])["contexts"]
     if contexts == plan.contexts_per_shard:
         return n_shards
-    held = done[-1] * plan.contexts_per_shard + contexts
-    return len(done) if held >= least_contexts else len(done) + 1
+    n_contexts = done[-1] * plan.contexts_per_shard + contexts
+    return len(done) if n_contexts >= min_contexts else len(done) + 1
 
 
 def _close(objects: Objects, plan: Plan, n_shards: int, rows_run: int, seconds: float) -> Result:
     """Seal what was asked for, if all of it is there."""
     done = [shard for shard in committed_shards(objects) if shard < n_shards]
-    whole = done == list(range(len(done))) and (
+    is_whole = done == list(range(len(done))) and (
         len(done) == n_shards
         or bool(done and read_commit(objects, plan, done[-1])["contexts"] < plan.contexts_per_shard)
     )
-    if not whole:
+    if not is_whole:
         return Result(plan, None, len(done) * plan.shard_rows, rows_run, seconds)
     record = seal(objects, plan, len(done))
     return Result(plan, record["digest"], record["rows"], rows_run, seconds)

@@ -1,4 +1,4 @@
-"""What a harvest would take, estimated before any of it is done."""
+"""Estimates of rows, bytes and time of a harvest, before any of it is done."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sae_harvest.harvest.run.driver import bytes_per_row
 from sae_harvest.harvest.run.log import Notify
 from sae_harvest.harvest.run.prepare import prepare
 from sae_harvest.harvest.run.worker import ShardWorker
-from sae_harvest.harvest.text.folders import sentence
+from sae_harvest.harvest.text.folders import left_out_sentence
 from sae_harvest.store.layout import Plan
 
 MEASURED_BATCHES = 3
@@ -30,11 +30,10 @@ def estimate(
     """
     device = choose_device(device)
     prepared = prepare(config, None, device)
-    if left_out := sentence(config.corpus.name, prepared.corpus.left_out):
+    if left_out := left_out_sentence(config.corpus.name, prepared.corpus.left_out):
         notify(left_out)
-    worker = ShardWorker(
-        prepared.model, config.sites, prepared.fields["compute_dtype"], device, None
-    )
+    dtype = prepared.settings.compute_dtype
+    worker = ShardWorker(prepared.model, config.sites, dtype, device, None)
     plan = prepared.plan(worker.widths())
     shape = (plan.batch_contexts, plan.context_length)
     vocabulary = plan.model["vocabulary"]

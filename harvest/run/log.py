@@ -1,4 +1,4 @@
-"""What happened during a harvest, a line each, in a file that people read."""
+"""The log of a harvest: a line for each event, in a file that people read."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 from sae_harvest.harvest.model.models import ResolvedModel
 from sae_harvest.harvest.run.log import Notify
 from sae_harvest.harvest.run.worker import IN_FLIGHT, Done, ShardWorker
-from sae_harvest.harvest.tokens.contexts import ShardInput
 from sae_harvest.store.layout import Plan
 from sae_harvest.store.objects import Objects
+from sae_harvest.store.writer import Shard
 
 POLL_SECONDS = 0.5
 
@@ -29,7 +29,7 @@ class Pool(Protocol):
         """Site → numbers per row; returns when a worker has loaded the model."""
         ...
 
-    def submit(self, objects: Objects, plan: Plan, shard: ShardInput) -> None: ...
+    def submit(self, objects: Objects, plan: Plan, shard: Shard) -> None: ...
 
     def collect(self) -> list[dict[str, Any]]:
         """Commit records of the shards whose objects are all published by now.
@@ -70,9 +70,9 @@ class LocalPool:
     def widths(self) -> dict[str, int]:
         return self._worker.widths()
 
-    def submit(self, objects: Objects, plan: Plan, shard: ShardInput) -> None:
+    def submit(self, objects: Objects, plan: Plan, shard: Shard) -> None:
         future = self._threads.submit(self._worker.harvest, objects, plan, shard)
-        self._pending[future] = shard.shard
+        self._pending[future] = shard.number
 
     def collect(self) -> list[dict[str, Any]]:
         ready, _ = wait(self._pending, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
@@ -80,7 +80,7 @@ class LocalPool:
         for future in ready:
             del self._pending[future]
             done = future.result()
-            self._report(sentence(done, "this process"))
+            self._report(done_sentence(done, "this process"))
             records.append(done.record)
         return records
 
@@ -95,8 +95,8 @@ class LocalPool:
         self._threads.shutdown(cancel_futures=True)
 
 
-def sentence(done: Done, worker: str) -> str:
-    """What a worker did, for the log."""
+def done_sentence(done: Done, worker: str) -> str:
+    """The line of the log about a shard that a worker has done."""
     return (
         f"shard {done.record['shard']}: {done.record['rows']:,} rows by {worker}, "
         f"{done.seconds_model:.1f} s in the model, {done.seconds_write:.1f} s writing"

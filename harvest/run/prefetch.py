@@ -26,7 +26,7 @@ class Ahead(Generic[T]):
         self._thread.start()
 
     def ready(self, wait: bool) -> bool:
-        """Whether `take` answers at once; with `wait`, once it does.
+        """True if `take` answers at once; with `wait`, returns once it does.
 
         Raises what making the item raised.
         """

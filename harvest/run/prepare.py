@@ -28,11 +28,11 @@ from sae_harvest.harvest.run.config import GPU_SHARD_ROWS, HarvestConfig
 from sae_harvest.harvest.text.corpus import Corpus, CorpusSpec, HubCorpus, open_corpus
 from sae_harvest.harvest.tokens.contexts import WINDOW_CONTEXTS, default_bos
 from sae_harvest.harvest.tokens.encoding import end_of_text_id
-from sae_harvest.store.layout import Plan, SitePlan
+from sae_harvest.store.layout import Plan, PlanSettings, SitePlan
 
 CPU_SHARD_SECONDS = 30
 CPU_OPERATIONS_A_SECOND = 100 * 10**9  # measured with SmolLM2-135M on two cores
-LEAST_SHARD_ROWS = 4096
+MIN_SHARD_ROWS = 4096
 
 ALL_SHARDS = 1 << 40  # more than any corpus fills
 BYTES_PER_TOKEN = 8  # of a file, at most, compressed ones aside
@@ -45,17 +45,22 @@ class Prepared:
     """A request with everything automatic decided, before any model is loaded."""
 
     config: HarvestConfig
+    """The request."""
     model: ResolvedModel
+    """The model's files."""
     tokenizer: Any
+    """The model's tokenizer."""
     corpus: Corpus
-    fields: dict[str, Any]  # of the plan, except the widths of the sites
+    """The text."""
+    settings: PlanSettings
+    """The plan but for the sites, whose widths are not known yet."""
 
     def plan(self, widths: dict[str, int]) -> Plan:
         sites = tuple(SitePlan(name=s, width=widths[s]) for s in self.config.sites)
-        return Plan(sites=sites, **self.fields)
+        return Plan(sites=sites, **dict(self.settings))
 
     @property
-    def least_contexts(self) -> int:
+    def min_contexts(self) -> int:
         """Contexts that hold the tokens asked for; of all there are, at least one."""
         if self.config.tokens == "all":
             return 1
@@ -66,14 +71,14 @@ class Prepared:
         """Whole shards that hold the tokens asked for; `ALL_SHARDS` for all there are."""
         if self.config.tokens == "all":
             return ALL_SHARDS
-        return -(-self.least_contexts // self.fields["contexts_per_shard"])
+        return -(-self.min_contexts // self.settings.contexts_per_shard)
 
     @property
     def may_be_short(self) -> bool:
         """True if the corpus is so small that it may lack the tokens asked for."""
         tokens, n_bytes = self.config.tokens, self.corpus.n_bytes
-        wanted = self.config.context_length if tokens == "all" else tokens
-        return n_bytes is not None and n_bytes < BYTES_PER_TOKEN * wanted
+        min_tokens = self.config.context_length if tokens == "all" else tokens
+        return n_bytes is not None and n_bytes < BYTES_PER_TOKEN * min_tokens
 
 
 def prepare(config: HarvestConfig, existing: Plan | None, device: str) -> Prepared:
@@ -113,27 +118,27 @@ def prepare(config: HarvestConfig, existing: Plan | None, device: str) -> Prepar
         shard_rows = existing.shard_rows if existing else usual
         if not existing and config.tokens != "all":
             shard_rows = min(shard_rows, -(-config.tokens // length) * length)
-    fields = {
-        "model": model_fingerprint(model) | {"name": model_name(model)},
-        "tokenizer": {
+    settings = PlanSettings(
+        model=model_fingerprint(model) | {"name": model_name(model)},
+        tokenizer={
             "xxh3": tokenizer_fingerprint(tokenizer),
             "vocabulary": len(tokenizer),
             "end_of_text": end_of_text_id(tokenizer),
             "beginning_of_text": tokenizer.bos_token_id,
         },
-        "corpus": config.corpus.model_dump(mode="json")
+        corpus=config.corpus.model_dump(mode="json")
         | {"name": corpus.full_name, "fingerprint": corpus.fingerprint()},
-        "context_length": length,
-        "contexts_per_shard": max(1, shard_rows // length),
-        "bos": default_bos(tokenizer) if config.bos == "auto" else config.bos,
-        "seed": config.seed,
-        "window_contexts": WINDOW_CONTEXTS,
-        "document_text": config.keep_text,
-        "dtype": config.dtype,
-        "compute_dtype": compute_dtype,
-        "batch_contexts": max(1, config.batch_tokens // length),
-    }
-    return Prepared(config, model, tokenizer, corpus, fields)
+        context_length=length,
+        contexts_per_shard=max(1, shard_rows // length),
+        bos=default_bos(tokenizer) if config.bos == "auto" else config.bos,
+        seed=config.seed,
+        window_contexts=WINDOW_CONTEXTS,
+        document_text=config.keep_text,
+        dtype=config.dtype,
+        compute_dtype=compute_dtype,
+        batch_contexts=max(1, config.batch_tokens // length),
+    )
+    return Prepared(config, model, tokenizer, corpus, settings)
 
 
 def check_context_length(config: Any, model: str, context_length: int) -> None:
@@ -161,11 +166,11 @@ def default_shard_rows(config: PreTrainedConfig, last_layer: int, device: str) -
     # Of a block with attention and a gated MLP; two operations per weight and token.
     operations = 2 * (last_layer + 1) * (4 * width**2 + 3 * width * hidden)
     rows = CPU_SHARD_SECONDS * CPU_OPERATIONS_A_SECOND // operations
-    return min(GPU_SHARD_ROWS, max(LEAST_SHARD_ROWS, 1 << rows.bit_length() >> 1))
+    return min(GPU_SHARD_ROWS, max(MIN_SHARD_ROWS, 1 << rows.bit_length() >> 1))
 
 
 def prepare_again(plan: Plan, device: str) -> Prepared:
-    """What a store was made from, found again.
+    """Prepare a store's own request again, from its plan.
 
     Raises:
         InputError: model or corpus are gone, or are not what they were.
@@ -175,8 +180,8 @@ def prepare_again(plan: Plan, device: str) -> Prepared:
     except ValidationError as error:
         raise InputError(f"No harvest makes a store of this plan: {first_line(error)}.") from None
     prepared = prepare(config, plan, device)
-    found = prepared.plan({site.name: site.width for site in plan.sites})
-    if differing := plan.differing_fields(found):
+    plan_now = prepared.plan({site.name: site.width for site in plan.sites})
+    if differing := plan.differing_fields(plan_now):
         raise InputError(
             f"What the store was made from has changed: {'; '.join(differing)}; put it back as it "
             "was."
@@ -211,7 +216,7 @@ def versions() -> dict[str, str]:
 
 
 def model_name(model: ResolvedModel) -> str:
-    """How the plan names the model: a path in full, so that it is found from any folder."""
+    """Name of the model in the plan: a path in full, so that it is found from any folder."""
     if model.kind == "directory":
         return model.path
     if model.name.endswith(".gguf"):

@@ -17,7 +17,7 @@ def harvest_with_progress(
     config: HarvestConfig, store: str | Path, execution: Execution, only: range | None = None
 ) -> Result:
     """See `harvest.run.driver.run`."""
-    with when_interrupted(lambda: kept(store)), Progress("tokens") as progress:
+    with when_interrupted(lambda: interruption_note(store)), Progress("tokens") as progress:
         report = progress.counting("harvesting", tokens_rate)
         return run(config, store, execution, only, report, progress.say)
 
@@ -27,7 +27,7 @@ def tokens_rate(speed: float) -> str:
     return f"{speed:,.0f} tokens/s"
 
 
-def kept(store: str | Path) -> str:
+def interruption_note(store: str | Path) -> str:
     """The sentence that says what an interrupted harvest leaves, and how to go on."""
     try:
         n = len(committed_shards(open_objects(store)))

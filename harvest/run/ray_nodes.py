@@ -1,4 +1,4 @@
-"""Which Ray nodes can give the driver's bytes: those with the same versions of its libraries."""
+"""Ray nodes that can give the driver's bytes: those with the same versions of its libraries."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def without_package(error: Exception) -> str | None:
     )
 
 
-def mismatch(expected: dict[str, str | None], there: dict[str, Any]) -> str | None:
+def mismatch(expected: dict[str, str | None], node: dict[str, Any]) -> str | None:
     """A sentence about what a worker's machine lacks to give the driver's bytes, or None."""
-    found = there["versions"]
-    if found == expected:
+    installed = node["versions"]
+    if installed == expected:
         return None
-    host = there["host"]
+    host = node["host"]
     differing = [
-        f"{name} {found[name] or 'missing'} instead of {expected[name]}"
+        f"{name} {installed[name] or 'missing'} instead of {expected[name]}"
         for name in expected
-        if found[name] != expected[name]
+        if installed[name] != expected[name]
     ]
     return f"The Ray node {host} has {', '.join(differing)}; install the same on every node."

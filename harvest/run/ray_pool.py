@@ -18,15 +18,15 @@ from ray.exceptions import RayError, RayTaskError
 from sae_harvest.common import ray_cluster as cluster
 from sae_harvest.common.errors import RunError, SaeHarvestError
 from sae_harvest.harvest.model.models import ResolvedModel
-from sae_harvest.harvest.run import ray_nodes as raycluster
+from sae_harvest.harvest.run import ray_nodes
 from sae_harvest.harvest.run.actor import ShardActor
 from sae_harvest.harvest.run.log import Notify
-from sae_harvest.harvest.run.pool import POLL_SECONDS, sentence
+from sae_harvest.harvest.run.pool import POLL_SECONDS, done_sentence
 from sae_harvest.harvest.run.prepare import model_name
 from sae_harvest.harvest.run.worker import IN_FLIGHT, Done
-from sae_harvest.harvest.tokens.contexts import ShardInput
 from sae_harvest.store.layout import Plan
 from sae_harvest.store.objects import Objects
+from sae_harvest.store.writer import Shard
 
 START_SECONDS = 300.0  # without any worker; torch from a cold network drive takes a minute
 STOP_SECONDS = 5.0
@@ -37,16 +37,24 @@ DEATHS = 3  # of workers with one shard, or of workers in a row that were loadin
 class _Worker:
     """An actor, from the moment it was asked for: first starting, then loading, then at work."""
 
-    number: int
     actor: Any
-    starting: Any  # reference of `start`; None once it has answered
-    loading: Any = None  # reference of `widths`; None before and after
+    """Handle of a `ShardActor`."""
+    name: str
+    """Its name in the log."""
+    starting: Any
+    """Reference of `start`; None once it has answered."""
+    loading: Any = None
+    """Reference of `widths`; None before and after."""
     at_work: bool = False
-    name: str = ""
-    shards: dict[Any, int] = field(default_factory=dict)  # reference → shard
-    asked: Any = None  # reference of `rows_done`
-    rows: int = 0  # through its model
-    rows_finished: int = 0  # of shards that it has published
+    """True once it has loaded the model."""
+    shards: dict[Any, int] = field(default_factory=dict)
+    """Reference of `harvest` to the number of the shard."""
+    rows_asked: Any = None
+    """Reference of `rows_done`; None if no answer is awaited."""
+    rows: int = 0
+    """Rows through its model."""
+    rows_finished: int = 0
+    """Rows of shards that it has published."""
 
 
 class RayPool:
@@ -65,9 +73,9 @@ class RayPool:
         self.capacity = IN_FLIGHT * workers
         self._report = report
         self._workers: list[_Worker] = []
-        self._hired = 0
+        self._n_hired = 0
         self._widths: dict[str, int] | None = None
-        self._inputs: dict[int, tuple[Objects, Plan, ShardInput]] = {}  # of shards in flight
+        self._inputs: dict[int, tuple[Objects, Plan, Shard]] = {}  # of shards in flight
         self._waiting: deque[int] = deque()  # of those, the ones that no worker has
         self._deaths: Counter[int] = Counter()  # shard → workers that died with it
         self._failed_starts = 0  # in a row
@@ -77,7 +85,7 @@ class RayPool:
         try:
             gpu = device == "cuda"
             threads = cluster.threads_per_worker(workers, gpu)
-            self._expected = raycluster.versions()
+            self._expected = ray_nodes.versions()
             self._options = {
                 "num_cpus": threads,
                 "num_gpus": int(gpu),
@@ -108,9 +116,9 @@ class RayPool:
             self._poll(POLL_SECONDS)
         return self._widths
 
-    def submit(self, objects: Objects, plan: Plan, shard: ShardInput) -> None:
-        self._inputs[shard.shard] = objects, plan, shard
-        self._waiting.append(shard.shard)
+    def submit(self, objects: Objects, plan: Plan, shard: Shard) -> None:
+        self._inputs[shard.number] = objects, plan, shard
+        self._waiting.append(shard.number)
         self._assign()
 
     def collect(self) -> list[dict[str, Any]]:
@@ -121,23 +129,25 @@ class RayPool:
 
     def rows_done(self) -> int:
         """Never waits: each call takes the answers to the questions of the call before."""
-        asked = {w.asked: w for w in self._workers if w.asked is not None}
-        ready = ray.wait(list(asked), num_returns=len(asked), timeout=0)[0] if asked else []
-        lost = {}
+        questions = {w.rows_asked: w for w in self._workers if w.rows_asked is not None}
+        ready = (
+            ray.wait(list(questions), num_returns=len(questions), timeout=0)[0] if questions else []
+        )
+        errors = {}
         for reference in ready:
-            worker = asked[reference]
-            worker.asked = None
+            worker = questions[reference]
+            worker.rows_asked = None
             try:
                 worker.rows = ray.get(reference)
             except RayTaskError:
                 raise
             except RayError as error:
                 if not worker.shards:  # else these tell of it, and one may be done
-                    lost[worker] = error
-        self._bury(lost)
+                    errors[worker] = error
+        self._bury(errors)
         for worker in self._workers:
-            if worker.at_work and worker.asked is None:
-                worker.asked = worker.actor.rows_done.remote()
+            if worker.at_work and worker.rows_asked is None:
+                worker.rows_asked = worker.actor.rows_done.remote()
         return self._rows_of_dead + sum(max(w.rows, w.rows_finished) for w in self._workers)
 
     def close(self) -> None:
@@ -155,10 +165,10 @@ class RayPool:
 
     def _hire(self) -> None:
         """Ask for one more worker; it joins when Ray has placed it and it has the model."""
-        self._hired += 1
+        self._n_hired += 1
         actor = ray.remote(ShardActor).options(**self._options).remote()
         starting = actor.start.remote(self._expected, self._worker)
-        self._workers.append(_Worker(self._hired, actor, starting, name=f"worker {self._hired}"))
+        self._workers.append(_Worker(actor, f"worker {self._n_hired}", starting))
 
     def _assign(self) -> None:
         """Hand out what waits, the least busy worker first.
@@ -194,7 +204,7 @@ class RayPool:
         else:
             ready = []
         records: list[dict[str, Any]] = []
-        lost: dict[_Worker, RayError] = {}
+        errors: dict[_Worker, RayError] = {}
         for reference in ready:
             worker = of[reference]
             try:
@@ -204,9 +214,9 @@ class RayPool:
                     raise error.cause from None
                 raise
             except RayError as error:
-                if problem := raycluster.without_package(error):
+                if problem := ray_nodes.without_package(error):
                     raise RunError(problem) from None
-                lost[worker] = error
+                errors[worker] = error
                 continue
             if reference == worker.starting:
                 self._started(worker, answer)
@@ -216,14 +226,14 @@ class RayPool:
                 self._failed_starts = 0
             else:
                 records.append(self._finished(worker, reference, answer))
-        self._bury(lost)
+        self._bury(errors)
         self._assign()
         return records
 
-    def _started(self, worker: _Worker, there: dict[str, Any]) -> None:
+    def _started(self, worker: _Worker, node: dict[str, Any]) -> None:
         worker.starting = None
-        worker.name += f" on {there['host']} (pid {there['pid']})"
-        if problem := raycluster.mismatch(self._expected, there):
+        worker.name += f" on {node['host']} (pid {node['pid']})"
+        if problem := ray_nodes.mismatch(self._expected, node):
             if self._widths is None:
                 raise RunError(problem)
             # A new machine that is not fit for work must not end what others are doing.
@@ -236,12 +246,12 @@ class RayPool:
         shard = worker.shards.pop(reference)
         del self._inputs[shard], self._deaths[shard]
         worker.rows_finished += done.record["rows"]
-        self._report(sentence(done, worker.name))
+        self._report(done_sentence(done, worker.name))
         return done.record
 
-    def _bury(self, lost: dict[_Worker, RayError]) -> None:
+    def _bury(self, errors: dict[_Worker, RayError]) -> None:
         """Take the shards of dead workers back, and ask for others in their place."""
-        for worker, error in lost.items():
+        for worker, error in errors.items():
             reason = cluster.reason(error)
             shards = sorted(worker.shards.values())
             self._waiting.extendleft(reversed(shards))
@@ -285,7 +295,7 @@ class RayPool:
 
 
 def _references(worker: _Worker) -> list[Any]:
-    """What to wait for of a worker."""
+    """The references of a worker's answers that are awaited."""
     first = [r for r in (worker.starting, worker.loading) if r is not None]
     return [*first, *worker.shards]
 

@@ -1,4 +1,4 @@
-"""What a running harvest is doing, written beside its store for `harvest status` to read.
+"""The state of a running harvest, written beside its store for `harvest status` to read.
 
 `status.json` is metadata: it is overwritten while the harvest runs, removed when it has reached its
 target, and no reader of the store looks at it.
@@ -28,7 +28,7 @@ from sae_harvest.store.seals import sealed_counts
 INTERVAL_SECONDS = 2.0
 INTERVAL_SECONDS_S3 = 10.0  # each is a request that costs money
 STALE_INTERVALS = 3
-STALE_SECONDS = 15.0  # at least
+MIN_STALE_SECONDS = 15.0
 RATE_SECONDS = 60.0  # over which the rate is taken
 
 
@@ -46,8 +46,10 @@ class Status(BaseModel):
     in_flight: tuple[int, ...] = Field(description="numbers of the shards being worked on")
     tokens_per_second: float | None = Field(description="over the last minute, if known")
     seconds_left: float | None = Field(description="at that rate, if known")
-    host: str = Field(max_length=255, pattern=r"^[^\x00-\x1f\x7f]*$")
-    pid: int
+    host: str = Field(
+        max_length=255, pattern=r"^[^\x00-\x1f\x7f]*$", description="name of the driver's machine"
+    )
+    pid: int = Field(description="the driver's process there")
     started: AwareDatetime = Field(description="UTC")
     written: AwareDatetime = Field(description="UTC")
     interval: float = Field(gt=0, lt=1e6, description="seconds between two signs of life")
@@ -59,8 +61,8 @@ class Status(BaseModel):
 
     @property
     def alive(self) -> bool:
-        """Whether a harvest that writes such signs must still be there."""
-        return self.running and self.age < max(STALE_SECONDS, STALE_INTERVALS * self.interval)
+        """True if the harvest that wrote it must still be running."""
+        return self.running and self.age < max(MIN_STALE_SECONDS, STALE_INTERVALS * self.interval)
 
 
 class Heartbeat:
@@ -139,10 +141,10 @@ class Heartbeat:
         deadline = time.monotonic() + STALE_INTERVALS * self._interval
         while True:
             try:
-                found = read_status(self._objects)
+                status = read_status(self._objects)
             except DamagedError:
                 return True  # it is being written
-            if found is not None and found.alive:
+            if status is not None and status.alive:
                 return True
             if time.monotonic() > deadline:
                 return False
@@ -166,9 +168,9 @@ class Heartbeat:
 
     def _status(self, running: bool) -> Status:
         rate = self._rate()
-        left = None
+        seconds_left = None
         if rate and self._rows_todo is not None:
-            left = max(0, self._rows_todo - self._samples[-1][1]) / rate
+            seconds_left = max(0, self._rows_todo - self._samples[-1][1]) / rate
         return Status(
             plan=self._plan,
             running=running,
@@ -176,7 +178,7 @@ class Heartbeat:
             done=self._done,
             in_flight=self._in_flight,
             tokens_per_second=rate,
-            seconds_left=left,
+            seconds_left=seconds_left,
             host=platform.node(),
             pid=os.getpid(),
             started=self._started,
@@ -210,7 +212,7 @@ def read_status(objects: Objects) -> Status | None:
 
 
 def describe_status(objects: Objects) -> str:
-    """How far a harvest is and whether it runs, in a line; raises as `read_plan`."""
+    """The progress of a harvest, and if it runs, in a line; raises as `read_plan`."""
     plan = read_plan(objects)
     committed = len(committed_shards(objects))
     sealed = max(sealed_counts(objects), default=0)
@@ -230,8 +232,8 @@ def describe_status(objects: Objects) -> str:
     if not status.alive:
         if status.shards is not None and min(committed, sealed) >= status.shards:
             return f"{words[0]}, all sealed; not running"
-        told = "it ended" if not status.running else "last sign of life"
-        return f"{words[0]}; not running: {told} {duration(status.age)} ago"
+        event = "it ended" if not status.running else "last sign of life"
+        return f"{words[0]}; not running: {event} {duration(status.age)} ago"
     words.append(f"{len(status.in_flight)} in flight")
     if status.tokens_per_second is not None:
         words.append(f"{status.tokens_per_second:,.0f} tokens/s")

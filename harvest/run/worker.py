@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,6 @@ from sae_harvest.harvest.model.models import (
     resolve_model,
 )
 from sae_harvest.harvest.model.sites import Site
-from sae_harvest.harvest.tokens.contexts import ShardInput
 from sae_harvest.store.layout import Plan
 from sae_harvest.store.objects import Objects
 from sae_harvest.store.statistics import stats
@@ -45,14 +44,14 @@ class Stopped(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """One shard, published: its commit record, not yet published, and where the time went.
-
-    Seconds are of wall time, those spent waiting for the shard before left out.
-    """
+    """One shard whose objects are published."""
 
     record: dict[str, Any]
+    """Its commit record, not yet published."""
     seconds_model: float
+    """Wall time in the model, without the wait for the shard before."""
     seconds_write: float
+    """Wall time of encoding and writing."""
 
 
 class ShardWorker:
@@ -80,7 +79,7 @@ class ShardWorker:
         """
         if threads is not None:
             torch.set_num_threads(threads)
-        self._given = model
+        self._requested_model = model
         self._elsewhere = elsewhere
         self._sites = [Site.parse(s) for s in sites]
         self._dtype: torch.dtype = getattr(torch, compute_dtype)
@@ -91,7 +90,7 @@ class ShardWorker:
 
     @functools.cached_property
     def _model(self) -> ResolvedModel:
-        return _found_here(self._given) if self._elsewhere else self._given
+        return _found_here(self._requested_model) if self._elsewhere else self._requested_model
 
     @functools.cached_property
     def _weights(self) -> str:
@@ -121,7 +120,7 @@ class ShardWorker:
         if self._stopped:
             raise Stopped
 
-    def harvest(self, objects: Objects, plan: Plan, shard: ShardInput) -> Done:
+    def harvest(self, objects: Objects, plan: Plan, shard: Shard) -> Done:
         """Run one shard through the model and publish its objects.
 
         Raises:
@@ -132,16 +131,8 @@ class ShardWorker:
         """
         activations, norms, seconds = self._forward.submit(self._timed, plan, shard.tokens).result()
         start = time.perf_counter()
-        made = Shard(
-            number=shard.shard,
-            tokens=shard.tokens,
-            contexts=shard.pieces,
-            documents=shard.documents,
-            activations=activations,
-            norms=norms,
-            cursor=shard.cursor,
-        )
-        record = write_shard(objects, plan, made)
+        shard = replace(shard, activations=activations, norms=norms)
+        record = write_shard(objects, plan, shard)
         return Done(record, seconds, time.perf_counter() - start)
 
     def _timed(self, plan: Plan, tokens: npt.NDArray[np.int32]) -> tuple[Rows, Rows, float]:
@@ -222,7 +213,7 @@ class ShardWorker:
 
 
 class _Landing:
-    """Where the rows of a shard come down in memory, cast, with their norms.
+    """Buffers for the rows of a shard, cast, with their norms.
 
     From a GPU, norms, casts and copies run on a stream of their own beside the next batches, and
     the copies end in pinned memory, so that nothing waits for them before `finish`.
@@ -235,24 +226,24 @@ class _Landing:
             s.name: torch.empty(rows, s.width, dtype=stored, pin_memory=gpu) for s in plan.sites
         }
         self.norms = {s.name: torch.empty(rows, pin_memory=gpu) for s in plan.sites}
-        self._filled = 0
+        self._n_rows = 0
         self._stream = torch.cuda.Stream() if gpu else None
-        self._copied: deque[torch.cuda.Event] = deque()
+        self._copies: deque[torch.cuda.Event] = deque()
 
     @torch.inference_mode()
     def take(self, captured: dict[str, Tensor]) -> None:
         """The next rows of every site, [batch, context_length, width]."""
-        first = self._filled
+        first = self._n_rows
         with self._beside(captured):
             for site, tensor in captured.items():
                 flat = tensor.flatten(0, 1)  # [batch * context_length, width]
-                here = slice(first, first + len(flat))
-                self._filled = here.stop
+                rows = slice(first, first + len(flat))
+                self._n_rows = rows.stop
                 norms = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32)
                 if self._stream is not None:  # cast there: less to carry
                     flat = flat.to(self.x[site].dtype)
-                self.norms[site][here].copy_(norms, non_blocking=True)
-                self.x[site][here].copy_(flat, non_blocking=True)
+                self.norms[site][rows].copy_(norms, non_blocking=True)
+                self.x[site][rows].copy_(flat, non_blocking=True)
 
     def finish(self) -> None:
         """Return when every row has come down."""
@@ -265,12 +256,12 @@ class _Landing:
         if self._stream is None:
             yield
             return
-        if len(self._copied) >= GPU_BATCHES_AHEAD:
-            self._copied.popleft().synchronize()
+        if len(self._copies) >= GPU_BATCHES_AHEAD:
+            self._copies.popleft().synchronize()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             yield
-            self._copied.append(self._stream.record_event())
+            self._copies.append(self._stream.record_event())
         for tensor in captured.values():
             tensor.record_stream(self._stream)  # its memory is not used anew before
 

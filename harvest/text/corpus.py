@@ -28,7 +28,7 @@ from sae_harvest.harvest.text.documents import (
     role_columns,
     row_documents,
 )
-from sae_harvest.harvest.text.folders import Found, find_files, find_objects
+from sae_harvest.harvest.text.folders import CorpusFiles, find_files, find_objects
 from sae_harvest.harvest.text.hubtext import HubCorpus
 from sae_harvest.harvest.text.inputs import (
     S3,
@@ -80,22 +80,22 @@ class FileCorpus(Corpus):
 
     cursor_names = ("file", *Place._fields)
 
-    def __init__(self, spec: CorpusSpec, found: Found, full_name: str) -> None:
+    def __init__(self, spec: CorpusSpec, listing: CorpusFiles, full_name: str) -> None:
         super().__init__(spec, full_name)
-        self._files, self.left_out = found
+        self._files, self.left_out = listing
         self.n_bytes = sum(file.size for file in self._files)
-        self._contents: list[tuple[str, int, str]] = []
+        self._identities: list[tuple[str, int, str]] = []
 
     def fingerprint(self) -> str:
-        self._contents = contents(self._files)
-        return fingerprint(self._contents)
+        self._identities = contents(self._files)
+        return fingerprint(self._identities)
 
     def require_unchanged(self) -> None:
         files = self._files
         if self.full_name.startswith(S3):
             now = {file.where: file for file in find_objects(self.full_name).files}
             files = [now.get(file.where, file._replace(etag="gone")) for file in files]
-        for file, before, after in zip(files, self._contents, contents(files), strict=True):
+        for file, before, after in zip(files, self._identities, contents(files), strict=True):
             require_unchanged(file)
             if after != before:
                 raise (
@@ -195,10 +195,10 @@ class NewsCorpus(Corpus):
 
 
 def _refuse_hub_options(spec: CorpusSpec) -> None:
-    unset = CorpusSpec(name=spec.name)
+    defaults = CorpusSpec(name=spec.name)
     for option in ("config", "split", "revision"):
         value = getattr(spec, option)
-        if value != getattr(unset, option):
+        if value != getattr(defaults, option):
             raise InputError(
                 f"--corpus {spec.name} is not a dataset of the hub, so its {option} {value} means "
                 f"nothing; leave the {option} out."

@@ -1,4 +1,4 @@
-"""What a corpus is: an ordered stream of documents, read from the start or from a cursor.
+"""A corpus: an ordered stream of documents, read from the start or from a cursor.
 
 A cursor says where in the corpus reading goes on, in values that JSON keeps. Every document comes
 with the cursor of the place after it, so that whatever was done with the documents so far, none of
@@ -20,7 +20,7 @@ from sae_harvest.common.settings import Option
 
 Row = dict[str, Any]
 Cursor = dict[str, Any]
-Place = TypeVar("Place")
+CursorT = TypeVar("CursorT")
 
 NEWS = "news"  # the packaged corpus
 _TEXT_COLUMNS = ("text", "content")
@@ -60,25 +60,27 @@ class CorpusSpec(BaseModel):
 
 
 class LeftOut(NamedTuple):
-    """Something in a corpus that is not read: its name, from the folder asked for, and why."""
+    """Something in a corpus that is not read."""
 
     name: str
+    """Its path, from the folder asked for."""
     why: str
+    """The reason, as part of a sentence."""
 
 
 class Document(NamedTuple):
-    """One text, and where it came from.
-
-    `id` is the row's own id, else its number within its file or dataset, counted from 0.
-    `source` is the site for news, the file (relative to the folder asked for) for files, the
-    dataset id for the hub.
-    """
+    """One text, and where it came from."""
 
     id: str
+    """The row's own id, else its number within its file or dataset, counted from 0."""
     source: str
+    """The site for news, the path from the folder asked for for files, the id for a dataset."""
     title: str | None
+    """None if the row has none; so with `url`."""
     url: str | None
+    """Address of the text."""
     text: str
+    """The text itself, which may be white space only."""
 
 
 class Corpus(ABC):
@@ -151,12 +153,12 @@ class Corpus(ABC):
 
 
 def row_documents(
-    rows: Iterable[tuple[str, Row, Place]],
+    rows: Iterable[tuple[str, Row, CursorT]],
     text_column: str | None,
     source: str,
     where: str,
     first: int = 0,
-) -> Iterator[tuple[Document, Place]]:
+) -> Iterator[tuple[Document, CursorT]]:
     """Rows to documents; a row without text gives an empty one.
 
     A row comes with its name in messages and the place after it, which is handed on; `first` is
@@ -172,13 +174,17 @@ def row_documents(
         values = {role: row[column] for role, column in columns.items()}
         place = f"of {where}, {label},"
         text = _text(values.pop("text"), f"Column {_shown(columns['text'])} {place}")
-        known = {
+        described = {
             role: _word(value, f"Column {_shown(columns[role])} {place}")
             for role, value in values.items()
             if value not in (None, "", b"")
         }
         document = Document(
-            known.get("id", str(number)), source, known.get("title"), known.get("url"), text
+            described.get("id", str(number)),
+            source,
+            described.get("title"),
+            described.get("url"),
+            text,
         )
         yield document, after
 
@@ -187,19 +193,19 @@ def role_columns(names: tuple[str, ...], text_column: str | None, where: str) ->
     """The column of each role among text, id, title and url; case matters for a given one only."""
     lowered = {name.lower(): name for name in reversed(names)}
     columns = {role: lowered[role] for role in ("id", "title", "url") if role in lowered}
-    found = [text_column] if text_column in names else []
+    candidates = [text_column] if text_column in names else []
     if text_column is None:
-        found = [lowered[name] for name in _TEXT_COLUMNS if name in lowered]
-    if not found:
-        wanted = text_column or " or ".join(_TEXT_COLUMNS)
-        shown = ", ".join(map(_shown, names[:SHOWN_COLUMNS])) or "none"
+        candidates = [lowered[name] for name in _TEXT_COLUMNS if name in lowered]
+    if not candidates:
+        expected = text_column or " or ".join(_TEXT_COLUMNS)
+        existing = ", ".join(map(_shown, names[:SHOWN_COLUMNS])) or "none"
         more = len(names) - SHOWN_COLUMNS
         raise InputError(
-            f"There is no column {wanted} in {where}, which has {shown}"
+            f"There is no column {expected} in {where}, which has {existing}"
             f"{f' and {more:,} more' if more > 0 else ''}; "
             "name the one that holds the text with --text-column."
         )
-    return columns | {"text": str(found[0])}
+    return columns | {"text": str(candidates[0])}
 
 
 def _text(value: object, where: str) -> str:

@@ -12,7 +12,7 @@ import xxhash
 if TYPE_CHECKING:
     from sae_harvest.harvest.text.documents import Cursor, Document
 
-_RECENT_AT_LEAST = 65_536
+_MIN_RECENT = 65_536
 _RECENT_SHARE = 16  # one of so many hashes may be in the set of recent ones
 
 Hashes = npt.NDArray[np.uint64]
@@ -42,7 +42,7 @@ class HashSet:
         if at < len(self._sorted) and self._sorted[at] == key:
             return False
         self._recent.add(value)
-        if len(self._recent) > max(_RECENT_AT_LEAST, len(self._sorted) // _RECENT_SHARE):
+        if len(self._recent) > max(_MIN_RECENT, len(self._sorted) // _RECENT_SHARE):
             recent = np.fromiter(self._recent, np.uint64, len(self._recent))
             self._recent = set()
             recent.sort()
@@ -52,14 +52,14 @@ class HashSet:
 
 
 def without_duplicates(
-    placed: Iterable[tuple[Document, Cursor]], seen: Iterable[Hashes] = ()
+    documents: Iterable[tuple[Document, Cursor]], seen_hashes: Iterable[Hashes] = ()
 ) -> Iterator[tuple[Document, Cursor]]:
     """The documents, with the cursors after them, whose text is new.
 
     Args:
-        seen: xxh3-64 of the texts, in UTF-8, of the documents that came before the first of these.
+        seen_hashes: xxh3-64 of the texts, in UTF-8, of the documents before the first of these.
     """
-    texts = HashSet(seen)
-    for document, after in placed:
+    texts = HashSet(seen_hashes)
+    for document, after in documents:
         if texts.add(xxhash.xxh3_64_intdigest(document.text.encode())):
             yield document, after

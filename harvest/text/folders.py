@@ -12,20 +12,22 @@ from sae_harvest.common.errors import InputError
 from sae_harvest.harvest.text.documents import LeftOut
 from sae_harvest.harvest.text.inputs import SUFFIXES, TextFile, file_format
 
-NAMED = 5  # names of what is left out for one reason, in a sentence for the terminal
+MAX_NAMES = 5  # of what is left out for one reason, in a sentence for the terminal
 
 OTHER_ENDING = "ending is none of those that are read"
 HIDDEN = "hidden"
 
 
-class Found(NamedTuple):
-    """The files of a corpus, in the order they are read: that of their names; and the rest."""
+class CorpusFiles(NamedTuple):
+    """The contents of a folder or of a prefix in a bucket."""
 
     files: list[TextFile]
+    """The files to read, in the order of their names."""
     left_out: list[LeftOut]
+    """The rest."""
 
 
-def find_files(path: Path) -> Found:
+def find_files(path: Path) -> CorpusFiles:
     """The file at a local path, or every file of a known ending in a folder and all below it.
 
     Links are followed; a folder that is reached twice is read once.
@@ -36,12 +38,12 @@ def find_files(path: Path) -> Found:
                 f"{path} has the suffix {path.suffix or '(none)'}, expected one of "
                 f"{', '.join(SUFFIXES)}; rename or convert the file."
             )
-        return Found([_text_file(path.name, path, path.stat())], [])
+        return CorpusFiles([_text_file(path.name, path, path.stat())], [])
     files: list[TextFile] = []
     left_out: list[LeftOut] = []
     folders = [("", path)]
     top = path.stat()
-    seen = {(top.st_dev, top.st_ino): str(path)}
+    paths = {(top.st_dev, top.st_ino): str(path)}
     while folders:
         above, folder = folders.pop()
         inner = []
@@ -60,10 +62,10 @@ def find_files(path: Path) -> Found:
                 left_out.append(LeftOut(name, why))
             elif stat.S_ISDIR(about.st_mode):
                 place = about.st_dev, about.st_ino
-                if place in seen:
-                    left_out.append(LeftOut(name, f"the same folder as {seen[place]}"))
+                if place in paths:
+                    left_out.append(LeftOut(name, f"the same folder as {paths[place]}"))
                 else:
-                    seen[place] = name
+                    paths[place] = name
                     inner.append((f"{name}/", Path(entry.path)))
             elif not stat.S_ISREG(about.st_mode):
                 left_out.append(LeftOut(name, "neither a file nor a folder"))
@@ -77,10 +79,10 @@ def find_files(path: Path) -> Found:
             f"The folder {path} holds no file to read, expected at least one ending in "
             f"{', '.join(SUFFIXES)}; check the path.{_also(left_out)}"
         )
-    return Found(sorted(files), left_out)
+    return CorpusFiles(sorted(files), left_out)
 
 
-def find_objects(url: str) -> Found:
+def find_objects(url: str) -> CorpusFiles:
     """The object at an s3:// URL, or those under it as a prefix."""
     from sae_harvest.store.s3 import list_inputs
 
@@ -100,23 +102,26 @@ def find_objects(url: str) -> Found:
             f"There is nothing to read at {url}, expected at least one object ending in "
             f"{', '.join(SUFFIXES)}; check the bucket and the prefix.{_also(left_out)}"
         )
-    return Found(sorted(files), left_out)
+    return CorpusFiles(sorted(files), left_out)
 
 
-def sentence(corpus: str, left_out: Iterable[LeftOut], most: int | None = NAMED) -> str:
-    """The parts of a corpus that are not read, by reason, up to `most` names each; may be empty."""
+def left_out_sentence(
+    corpus: str, left_out: Iterable[LeftOut], max_names: int | None = MAX_NAMES
+) -> str:
+    """The parts of a corpus that are not read, by reason, up to `max_names` each; may be empty."""
     reasons: dict[str, list[str]] = {}
     for name, why in left_out:
         reasons.setdefault(why, []).append(name)
     parts = []
     for why, names in sorted(reasons.items()):
-        more = f" and {len(names) - most:,} more" if most and len(names) > most else ""
-        parts.append(f"{', '.join(names[:most])}{more} ({why})")
+        n_more = len(names[max_names:]) if max_names else 0
+        more = f" and {n_more:,} more" if n_more else ""
+        parts.append(f"{', '.join(names[:max_names])}{more} ({why})")
     return f"Left out of {corpus}: {'; '.join(parts)}." if parts else ""
 
 
 def _also(left_out: list[LeftOut]) -> str:
-    return f" {found}" if (found := sentence("it", left_out)) else ""
+    return f" {sentence}" if (sentence := left_out_sentence("it", left_out)) else ""
 
 
 def _listed(folder: Path) -> list[os.DirEntry[str]]:

@@ -1,4 +1,4 @@
-"""Which commit of a Hugging Face hub model a name stands for now."""
+"""The commit of a Hugging Face hub model that a name stands for now."""
 
 from __future__ import annotations
 

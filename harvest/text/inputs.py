@@ -41,21 +41,18 @@ ZST_WINDOW_ERROR = "too much memory"  # in zstd's words
 
 
 class TextFile(NamedTuple):
-    """A file to read.
-
-    Attributes:
-        source: what documents call it.
-        where: its path, or s3:// URL.
-        size: bytes.
-        etag: on S3 only.
-        modified: of a local file, in ns since 1970.
-    """
+    """A file to read."""
 
     source: str
+    """Its name in documents."""
     where: str
+    """Path, or s3:// URL."""
     size: int
+    """Bytes."""
     etag: str | None = None
+    """ETag of an object of S3."""
     modified: int | None = None
+    """Time of the last write to a local file, in ns since 1970."""
 
 
 def fingerprint(contents: list[tuple[str, int, str]]) -> str:
@@ -73,18 +70,18 @@ def contents(files: list[TextFile]) -> list[tuple[str, int, str]]:
     have more than 4 GiB); a larger one with its first and last MiB and 16 blocks of 64 KiB at even
     distances. An object of S3 counts with its ETag, and is not read.
     """
-    whole = WHOLE_FILE_BYTES
+    whole_bytes = WHOLE_FILE_BYTES
     if sum(file.size for file in files) > WHOLE_CORPUS_BYTES:
-        whole = SAMPLED_FILE_BYTES
-    return [_content(file, whole) for file in files]
+        whole_bytes = SAMPLED_FILE_BYTES
+    return [_content(file, whole_bytes) for file in files]
 
 
-def _content(file: TextFile, whole: int) -> tuple[str, int, str]:
+def _content(file: TextFile, whole_bytes: int) -> tuple[str, int, str]:
     if file.etag is not None:
         return file.source, file.size, file.etag
     with opened(file, compressed=False) as stream:
         try:
-            if file.size <= whole:
+            if file.size <= whole_bytes:
                 return file.source, *hash_stream(stream)
             return file.source, file.size, _sampled(stream, file.size)
         except OSError as error:

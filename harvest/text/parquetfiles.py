@@ -13,7 +13,12 @@ from sae_harvest.common.errors import InputError
 from sae_harvest.common.parsing import first_line
 from sae_harvest.harvest.text.documents import Row
 from sae_harvest.harvest.text.inputs import TextFile, opened
-from sae_harvest.harvest.text.textfiles import BLOCK_BYTES, MAX_DOCUMENT_BYTES, Columns, too_large
+from sae_harvest.harvest.text.textfiles import (
+    BLOCK_BYTES,
+    MAX_DOCUMENT_BYTES,
+    Selection,
+    too_large,
+)
 
 TEXT_KINDS = (
     *(kinds.is_string, kinds.is_large_string, kinds.is_string_view),
@@ -24,9 +29,9 @@ _BATCH_ROWS = 256
 _BATCH_BYTES = 16 << 20
 
 
-def parquet_rows(file: TextFile, start: int, columns: Columns) -> Iterator[tuple[str, Row, int]]:
+def parquet_rows(file: TextFile, start: int, columns: Selection) -> Iterator[tuple[str, Row, int]]:
     """Rows after the first `start`, each with its name in messages and its number from 1."""
-    number, begun = start, 0
+    number, group_stop = start, 0
     try:
         with opened(file) as stream, parquet.ParquetFile(stream) as head:
             names = columns(tuple(head.schema_arrow.names))
@@ -40,8 +45,8 @@ def parquet_rows(file: TextFile, start: int, columns: Columns) -> Iterator[tuple
             )
             for index in range(table.num_row_groups):
                 group = table.metadata.row_group(index)
-                first, begun = begun, begun + group.num_rows
-                if begun <= start or not group.num_rows:
+                first, group_stop = group_stop, group_stop + group.num_rows
+                if group_stop <= start or not group.num_rows:
                     continue
                 row_bytes = max(1, group.total_byte_size // group.num_rows)
                 size = min(_BATCH_ROWS, max(1, _BATCH_BYTES // row_bytes))

@@ -25,18 +25,18 @@ from sae_harvest.harvest.text.jsonarrays import array_values
 BLOCK_BYTES = 8 << 20
 MAX_DOCUMENT_BYTES = 256 << 20  # takes up to 2 GB of memory while it is parsed
 
-Columns = Callable[[tuple[str, ...]], list[str]]  # names of a file's columns to those to be read
+Selection = Callable[[tuple[str, ...]], list[str]]  # a file's columns to those to be read
 
 
 class Place(NamedTuple):
-    """Where in a file reading goes on: rows, lines and uncompressed bytes that are done.
-
-    Lines and bytes are counted in JSON lines only.
-    """
+    """A place in a file where reading continues."""
 
     rows: int = 0
+    """Rows before it."""
     lines: int = 0
+    """Lines before it; counted in JSON lines only."""
     offset: int = 0
+    """Uncompressed bytes before it; counted in JSON lines only."""
 
 
 def read_text(file: TextFile) -> str:
@@ -54,7 +54,7 @@ def read_text(file: TextFile) -> str:
         return _decoded(b"".join(blocks), file.where)
 
 
-def read_rows(file: TextFile, start: Place, columns: Columns) -> Iterator[tuple[str, Row, Place]]:
+def read_rows(file: TextFile, start: Place, columns: Selection) -> Iterator[tuple[str, Row, Place]]:
     """Rows of a JSON, CSV or Parquet file from a place on.
 
     Each comes with its name in messages and the place after it. Of Parquet files, only the columns

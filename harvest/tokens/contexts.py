@@ -7,7 +7,7 @@ they list, does not depend on where in the corpus reading began.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,45 +15,15 @@ import pyarrow as pa
 
 from sae_harvest.common.errors import InputError
 from sae_harvest.harvest.text.duplicates import Hashes
-from sae_harvest.harvest.tokens.encoding import Columns
-from sae_harvest.harvest.tokens.windows import WINDOW_CONTEXTS, Bos, Window, iter_contexts
+from sae_harvest.harvest.tokens.encoding import StreamCursor, TokenizedText, joined
+from sae_harvest.harvest.tokens.windows import WINDOW_CONTEXTS, Bos, iter_windows
 from sae_harvest.store.tables import DOCUMENT_SCHEMA, PIECE_SCHEMA, TEXT_FIELD
+from sae_harvest.store.writer import Shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from sae_harvest.harvest.text.documents import Corpus
-
-
-@dataclass(frozen=True)
-class ShardInput:
-    """What a worker needs to harvest one shard, and what the store keeps about its text.
-
-    tokens     int32 [contexts, context_length]
-    pieces     one row for each part of a document in a context, sorted by (context, start):
-                 context                int64, number of the context in the store
-                 start, stop            int32, positions in the context, half open; the end-of-text
-                                        token belongs to the document before it, a BOS to none
-                 document               int64, number among the corpus' documents with text (without
-                                        duplicates, where they are left out), from 0
-                 document_hash          uint64, xxh3 of the document's UTF-8 text
-                 first_token            int64, index in its document of the token at `start`
-                 char_start, char_end   int64, characters of the document, half open; empty, at the
-                                        document's end, for an end-of-text token alone. A character
-                                        whose bytes lie in two pieces is in the span of both.
-    documents  one row for each document whose first piece, in the order of the store, is in this
-               shard: document, id, source, title, url, text_hash (uint64), n_chars, n_tokens
-               (int64, without the end-of-text token), and text if it is kept. Over all shards,
-               each document once.
-    cursor     of the window that holds the shard's first context: where `iter_shards` can begin
-               for this shard and all after it
-    """
-
-    shard: int
-    tokens: np.ndarray
-    pieces: pa.Table
-    documents: pa.Table
-    cursor: dict[str, Any]
 
 
 def default_bos(tokenizer: PreTrainedTokenizerBase) -> Bos:
@@ -75,133 +45,113 @@ def iter_shards(
     window_contexts: int = WINDOW_CONTEXTS,
     first_shard: int = 0,
     cursor: dict[str, Any] | None = None,
-    seen: Iterable[Hashes] = (),
+    seen_hashes: Iterable[Hashes] = (),
     keep_text: bool = False,
-) -> Iterator[ShardInput]:
+) -> Iterator[Shard]:
     """Shards `first_shard` to `n_shards - 1`; where the corpus ends, a short one is the last.
+
+    They come without activations.
 
     Args:
         at_least: contexts that the corpus must hold, those of earlier shards included.
         cursor: of any shard up to `first_shard`; the nearer, the less is read in vain. The shards
             are the same as without one.
-        seen: see `iter_contexts`; the text hashes of all documents below `cursor["document"]`,
-            which the shards before `first_shard` have listed.
+        seen_hashes: see `iter_windows`; of all documents below `cursor["document"]`, which the
+            shards before `first_shard` have listed.
         keep_text: the documents come with their text.
 
     Raises:
         InputError: the corpus holds fewer contexts than `at_least`. Said before the last window is
             handed out, unless that is a full one.
     """
-    last = n_shards * contexts_per_shard  # of the contexts wanted, and the first of them, below
-    first = first_shard * contexts_per_shard
-    n_seen = cursor["window"] * window_contexts if cursor else 0
+    first, last = first_shard * contexts_per_shard, n_shards * contexts_per_shard
+    n_seen, place = 0, StreamCursor()
+    if cursor:
+        n_seen = cursor["window"] * window_contexts
+        place = StreamCursor(cursor["corpus"], cursor["document"], cursor["token"])
     if n_seen > first:
         raise ValueError(f"The cursor is of context {n_seen}, after shard {first_shard} begins.")
-    windows = iter_contexts(
+    windows = iter_windows(
         corpus,
         tokenizer,
         context_length,
         bos,
         seed,
         window_contexts,
-        cursor=cursor,
-        seen=seen,
+        first_window=n_seen // window_contexts,
+        cursor=place,
+        seen_hashes=seen_hashes,
         keep_text=keep_text,
     )
-    schema = DOCUMENT_SCHEMA.append(TEXT_FIELD) if keep_text else DOCUMENT_SCHEMA
-    held = _Held(first_shard, schema)
+    number = first_shard
+    parts: list[TokenizedText] = []  # of this shard
     for window in windows:
-        begin, end = n_seen, min(last, n_seen + len(window.tokens))
-        n_seen += len(window.tokens)
+        begin, n_seen = n_seen, n_seen + len(window.tokens)
         if len(window.tokens) < window_contexts and n_seen < at_least:
             break
-        listed = np.zeros(len(window.documents["document"]), dtype=bool)
-        if begin < first:
-            _part(window, begin, min(first, end), listed)
-        at = max(begin, first)
-        while at < end:
-            stop = min(end, (held.shard + 1) * contexts_per_shard)
-            held.add(_part(window, at, stop, listed), window.cursor)
-            at = stop
-            if at == (held.shard + 1) * contexts_per_shard:
-                yield held.handed_out()
+        listed_in = _first_contexts(window)
+        context, end = max(begin, first), min(last, n_seen)
+        while context < end:
+            next_shard = (number + 1) * contexts_per_shard
+            stop = min(end, next_shard)
+            parts.append(_part(window, context, stop, listed_in))
+            if stop == next_shard:
+                shard = _shard(number, parts, number * contexts_per_shard // window_contexts)
+                number, parts = number + 1, []
+                yield shard
+            context = stop
         if n_seen >= last:
             return
         del window  # before the next one is made
     if n_seen >= at_least:
-        if held.parts:
-            yield held.handed_out()
+        if parts:
+            yield _shard(number, parts, number * contexts_per_shard // window_contexts)
         return
-    have, wanted = n_seen * context_length, at_least * context_length
-    if not have:
+    n_tokens, min_tokens = n_seen * context_length, at_least * context_length
+    if not n_tokens:
         raise InputError(
             f"The corpus {corpus.name} holds 0 tokens in whole contexts of {context_length}, not "
             "even one; use a shorter --context-length or a larger corpus."
         )
     raise InputError(
-        f"The corpus {corpus.name} holds {have:,} tokens in whole contexts of {context_length}, "
-        f"fewer than the {wanted:,} asked for; ask for --tokens {have} or a larger corpus, or take "
-        "what there is with --tokens all."
+        f"The corpus {corpus.name} holds {n_tokens:,} tokens in whole contexts of "
+        f"{context_length}, fewer than the {min_tokens:,} asked for; ask for --tokens {n_tokens} "
+        "or a larger corpus, or take what there is with --tokens all."
     )
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Consecutive contexts of one window on their way into a shard."""
+def _first_contexts(window: TokenizedText) -> np.ndarray:
+    """For each document that begins in a window, the first context with a part of it.
 
-    tokens: np.ndarray
-    pieces: Columns
-    documents: Columns
-
-
-class _Held:
-    """The parts of a shard that is not whole yet."""
-
-    def __init__(self, shard: int, document_schema: pa.Schema) -> None:
-        self.shard = shard
-        self.parts: list[_Part] = []
-        self._cursor: dict[str, Any] = {}
-        self._document_schema = document_schema
-
-    def add(self, part: _Part, cursor: dict[str, Any]) -> None:
-        if not self.parts:
-            self._cursor = cursor
-        self.parts.append(part)
-
-    def handed_out(self) -> ShardInput:
-        """The shard; what is added from now on belongs to the next one."""
-        parts, self.parts = self.parts, []
-        self.shard += 1
-        return ShardInput(
-            shard=self.shard - 1,
-            tokens=np.concatenate([part.tokens for part in parts]),
-            pieces=_table([part.pieces for part in parts], PIECE_SCHEMA),
-            documents=_table([part.documents for part in parts], self._document_schema),
-            cursor=self._cursor,
-        )
+    In the order of the store, in which the last part of a document may be the first. A document
+    that began in an earlier window was listed there: all of a window comes before the next one.
+    """
+    documents, first_pieces = np.unique(window.pieces["document"], return_index=True)
+    begins_here = np.isin(documents, window.documents["document"])
+    return window.pieces["context"][first_pieces[begins_here]]
 
 
-def _part(window: Window, first: int, last: int, listed: np.ndarray) -> _Part:
+def _part(window: TokenizedText, first: int, last: int, listed_in: np.ndarray) -> TokenizedText:
     """Contexts [first, last) of the store, all of one window.
 
-    `listed` [documents], which of the window's were listed, is brought up to date. A document that
-    began in an earlier window was listed there, as all of a window comes before the next one.
+    `listed_in` [documents] has the context with which each document of the window is listed.
     """
     contexts = window.pieces["context"]
     start, stop = np.searchsorted(contexts, [first, last])
-    pieces = {name: column[start:stop] for name, column in window.pieces.items()}
-    numbers = window.documents["document"]
-    here = np.zeros_like(listed)
-    if len(numbers):
-        begun = pieces["document"] - numbers[0]
-        here[begun[begun >= 0]] = True
-    fresh = here & ~listed
-    listed |= here
-    documents = {name: column[fresh] for name, column in window.documents.items()}
-    at = window.first_context
-    return _Part(window.tokens[first - at : last - at], pieces, documents)
+    tokens = slice(first - contexts[0], last - contexts[0])
+    documents = (first <= listed_in) & (listed_in < last)
+    return window.part(tokens, slice(start, stop), documents)
 
 
-def _table(parts: list[Columns], schema: pa.Schema) -> pa.Table:
-    columns = {field.name: [part[field.name] for part in parts] for field in schema}
-    return pa.table({name: np.concatenate(column) for name, column in columns.items()}, schema)
+def _shard(number: int, parts: list[TokenizedText], window: int) -> Shard:
+    """The shard of these parts, without activations; `window` has the number of its first one."""
+    text = joined(parts)
+    with_text = TEXT_FIELD.name in text.documents
+    schema = DOCUMENT_SCHEMA.append(TEXT_FIELD) if with_text else DOCUMENT_SCHEMA
+    return Shard(
+        number=number,
+        tokens=text.tokens,
+        pieces=pa.table(text.pieces, PIECE_SCHEMA),
+        documents=pa.table(text.documents, schema),
+        cursor={"window": window} | asdict(text.cursor),
+    )

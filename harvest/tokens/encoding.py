@@ -7,7 +7,7 @@ token costs more than a tenth of tokenizing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,33 +35,54 @@ _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 
 
 @dataclass(frozen=True)
-class EncodedDocuments:
-    """Some documents, one after the other, each closed by the end-of-text token.
+class StreamCursor:
+    """A place in the stream of tokens where a batch of documents begins."""
 
-    tokens     int32 [tokens]
-    pieces     PIECE_SCHEMA, in the order of the stream; contexts and positions without BOS
-    documents  DOCUMENT_SCHEMA, in the order of the corpus; with TEXT_FIELD if asked for
-    start      where it begins, see `Start`
-    """
-
-    tokens: np.ndarray
-    pieces: Columns
-    documents: Columns
-    start: Start
+    corpus: Cursor | None = None
+    """Cursor of the corpus; None at its first document."""
+    document: int = 0
+    """Number of the batch's first document."""
+    token: int = 0
+    """Number of the batch's first token."""
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where in the stream a batch begins.
+class TokenizedText:
+    """Part of the stream: a batch of documents, a window of contexts, or a part of one of them."""
 
-    corpus    cursor of the corpus, None for its first document
-    document  number of the batch's first document
-    token     number of the batch's first token in the stream
-    """
+    tokens: np.ndarray
+    """int32 [tokens] of a batch, [contexts, context_length] of a window."""
+    pieces: Columns
+    """Columns of PIECE_SCHEMA, sorted by (context, start); of a batch, positions without BOS."""
+    documents: Columns
+    """Columns of DOCUMENT_SCHEMA, and TEXT_FIELD if asked for: the documents that begin here.
 
-    corpus: Cursor | None = None
-    document: int = 0
-    token: int = 0
+    Their numbers ascend."""
+    cursor: StreamCursor
+    """Where the batch begins that holds the first token in the order of the corpus."""
+
+    def part(self, tokens: slice, pieces: slice, documents: slice | np.ndarray) -> TokenizedText:
+        """Some of the rows of each array, not copied."""
+        return TokenizedText(
+            tokens=self.tokens[tokens],
+            pieces={name: column[pieces] for name, column in self.pieces.items()},
+            documents={name: column[documents] for name, column in self.documents.items()},
+            cursor=self.cursor,
+        )
+
+
+def joined(parts: Sequence[TokenizedText]) -> TokenizedText:
+    """Consecutive parts as one; its arrays are copies."""
+
+    def columns(tables: list[Columns]) -> Columns:
+        return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+
+    return TokenizedText(
+        tokens=np.concatenate([part.tokens for part in parts]),
+        pieces=columns([part.pieces for part in parts]),
+        documents=columns([part.documents for part in parts]),
+        cursor=parts[0].cursor,
+    )
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -107,29 +128,29 @@ class DocumentEncoder:
 
     def batches(
         self,
-        placed: Iterable[tuple[Document, Cursor]],
+        documents: Iterable[tuple[Document, Cursor]],
         text_length: int,
-        start: Start | None = None,
+        cursor: StreamCursor | None = None,
         keep_text: bool = False,
-    ) -> Iterator[EncodedDocuments]:
+    ) -> Iterator[TokenizedText]:
         """The stream, cut to contexts of `text_length` tokens, a batch of documents at a time.
 
-        Begun at the start of any batch, it goes on as it did from the first document.
+        From the cursor of any batch, it continues as it did from the first document.
         """
-        start = start or Start()
-        for group, after in _grouped(placed):
-            batch = self._encode(group, start, text_length, keep_text)
+        cursor = cursor or StreamCursor()
+        for group, after in _grouped(documents):
+            batch = self._encode(group, cursor, text_length, keep_text)
             yield batch
-            n_documents, n_tokens = start.document + len(group), start.token + len(batch.tokens)
-            start = Start(after, n_documents, n_tokens)
+            n_documents, n_tokens = cursor.document + len(group), cursor.token + len(batch.tokens)
+            cursor = StreamCursor(after, n_documents, n_tokens)
 
     def _encode(
-        self, group: list[Document], start: Start, text_length: int, keep_text: bool
-    ) -> EncodedDocuments:
-        runs = self._runs([document.text for document in group], start.token, text_length)
-        lengths = np.array([run.n_tokens for run in runs], dtype=np.int64)
+        self, group: list[Document], cursor: StreamCursor, text_length: int, keep_text: bool
+    ) -> TokenizedText:
+        texts = self._tokenized([document.text for document in group], cursor.token, text_length)
+        lengths = np.array([text.n_tokens for text in texts], dtype=np.int64)
         columns: Columns = {
-            "document": start.document + np.arange(len(group)),
+            "document": cursor.document + np.arange(len(group)),
             "text_hash": np.array(
                 [xxhash.xxh3_64_intdigest(document.text.encode()) for document in group],
                 dtype=np.uint64,
@@ -141,19 +162,19 @@ class DocumentEncoder:
             columns[name] = np.array(
                 [getattr(document, name) for document in group], dtype=np.object_
             )
-        stops = start.token + np.cumsum(lengths + 1)
+        stops = cursor.token + np.cumsum(lengths + 1)
         which, pieces = _cut(stops - lengths - 1, stops, text_length)
         pieces["document"] = columns["document"][which]
         pieces["document_hash"] = columns["text_hash"][which]
         for name in ("char_start", "char_end"):
-            borders = [place for run in runs for place in getattr(run, name)]
+            borders = [place for text in texts for place in getattr(text, name)]
             pieces[name] = np.array(borders, dtype=np.int64)
-        tokens = np.concatenate([part for run in runs for part in run.tokens])
-        return EncodedDocuments(tokens, pieces, columns, start)
+        tokens = np.concatenate([part for text in texts for part in text.tokens])
+        return TokenizedText(tokens, pieces, columns, cursor)
 
-    def _runs(self, texts: list[str], first_token: int, text_length: int) -> list[_Run]:
+    def _tokenized(self, texts: list[str], first_token: int, text_length: int) -> list[_TextTokens]:
         """The texts tokenized, a bounded number of characters at a time."""
-        runs = [_Run(text, text_length) for text in texts]
+        runs = [_TextTokens(text, text_length) for text in texts]
         at = first_token
         for part in self._parted(runs):
             encodings = self._tokenizer.encode_batch(
@@ -167,9 +188,9 @@ class DocumentEncoder:
                     at += 1
         return runs
 
-    def _parted(self, runs: list[_Run]) -> Iterator[list[tuple[_Run, Segment]]]:
+    def _parted(self, runs: list[_TextTokens]) -> Iterator[list[tuple[_TextTokens, Segment]]]:
         """The segments of some texts, in order, up to `ENCODED_CHARS` at a time or a single one."""
-        part: list[tuple[_Run, Segment]] = []
+        part: list[tuple[_TextTokens, Segment]] = []
         n_chars = 0
         for run in runs:
             for segment in segments(run.text, self._tokenizer):
@@ -181,19 +202,15 @@ class DocumentEncoder:
         yield part
 
 
-class _Run:
-    """The tokens of one text, and the characters at both ends of each of its pieces.
-
-    tokens                int32 arrays to be joined; the last is the end-of-text token
-    n_tokens              without the end-of-text token
-    char_start, char_end  one of each for every piece: first character of its first token, end of
-                          its last one; both the text's end for an end-of-text token alone
-    """
+class _TextTokens:
+    """The tokens of one text, and the characters at both ends of each of its pieces."""
 
     def __init__(self, text: str, text_length: int) -> None:
         self.text = text
-        self.tokens: list[np.ndarray] = []
-        self.n_tokens = 0
+        self.tokens: list[np.ndarray] = []  # int32, to be joined; the last: the end-of-text token
+        self.n_tokens = 0  # without the end-of-text token
+        # Of each piece, the first character of its first token and the end of its last one; both
+        # the text's end for an end-of-text token alone.
         self.char_start: list[int] = []
         self.char_end: list[int] = []
         self._text_length = text_length
@@ -234,13 +251,13 @@ def _characters(segment: Segment, encoding: Encoding, token: int) -> tuple[int, 
 
 
 def _grouped(
-    placed: Iterable[tuple[Document, Cursor]],
+    documents: Iterable[tuple[Document, Cursor]],
 ) -> Iterator[tuple[list[Document], Cursor]]:
     """Up to 64 documents at a time, fewer where they are long, and the cursor after them."""
     group: list[Document] = []
     n_chars = 0
     after: Cursor = {}
-    for document, after in placed:
+    for document, after in documents:
         group.append(document)
         n_chars += len(document.text)
         if len(group) == BATCH_DOCUMENTS or n_chars >= BATCH_CHARS:

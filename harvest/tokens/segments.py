@@ -27,15 +27,14 @@ Span = tuple[int, int]
 
 
 class Segment(NamedTuple):
-    """Part of a text, to be tokenized by itself.
-
-    start   its first character in the text
-    before  characters in front of it that belong to its first token, and are not in `text`
-    """
+    """Part of a text, to be tokenized by itself."""
 
     text: str
+    """The characters to tokenize."""
     start: int
+    """Number in the whole text of the first of them."""
     before: int
+    """Characters in front of it that belong to its first token, and are not in `text`."""
 
     def is_last_of(self, text: str) -> bool:
         return self.start + len(self.text) == len(text)
@@ -52,11 +51,11 @@ def segments(text: str, tokenizer: Tokenizer) -> Iterator[Segment]:
 
 
 def _next_cut(text: str, target: int, tokenizer: Tokenizer) -> Span | None:
-    """Where the next segment may end, at `target` or later, and the one after it may begin."""
+    """End of the next segment, at `target` or later, and start of the one after it."""
     while gaps := [gap.start() for gap in islice(_GAP.finditer(text, target), TRIES)]:
-        found = next((cut for gap in gaps if (cut := _cut_at(text, gap, tokenizer))), None)
-        if found:
-            return found
+        for gap in gaps:
+            if cut := _cut_at(text, gap, tokenizer):
+                return cut
         target = max(target + SEGMENT_CHARS, gaps[-1] + 1)
     return None
 

@@ -12,26 +12,27 @@ import numpy.typing as npt
 
 from sae_harvest.common.errors import DamagedError
 from sae_harvest.harvest.run.prepare import ALL_SHARDS, Prepared
-from sae_harvest.harvest.tokens.contexts import ShardInput, iter_shards
+from sae_harvest.harvest.tokens.contexts import iter_shards
 from sae_harvest.store import layout
 from sae_harvest.store.commits import committed_shards, load_commit, place_in_corpus, read_object
 from sae_harvest.store.layout import Plan
 from sae_harvest.store.objects import Objects
 from sae_harvest.store.seals import trusted_commits
 from sae_harvest.store.tables import parse_table
+from sae_harvest.store.writer import Shard
 
 
 def missing(done: Sequence[int], span: range) -> list[range]:
     """The shards of a span that are not done, as runs; `done` is ascending."""
-    found = []
+    ranges = []
     begin = span.start
     for shard in done:
         if shard >= span.stop:
             break
         if shard > begin:
-            found.append(range(begin, shard))
+            ranges.append(range(begin, shard))
         begin = max(begin, shard + 1)
-    return [*found, range(begin, span.stop)] if begin < span.stop else found
+    return [*ranges, range(begin, span.stop)] if begin < span.stop else ranges
 
 
 def runs(shards: Sequence[int]) -> list[range]:
@@ -42,8 +43,12 @@ def runs(shards: Sequence[int]) -> list[range]:
 
 
 def shard_inputs(
-    prepared: Prepared, objects: Objects, plan: Plan | None, wanted: Sequence[range], n_shards: int
-) -> Iterator[ShardInput]:
+    prepared: Prepared,
+    objects: Objects,
+    plan: Plan | None,
+    shard_ranges: Sequence[range],
+    n_shards: int,
+) -> Iterator[Shard]:
     """Token ids and tables of some shards, in order.
 
     Every commit record tells where in the corpus its text begins, so that reading starts there,
@@ -51,45 +56,47 @@ def shard_inputs(
 
     Args:
         plan: of the store that is there, None if there is none yet.
-        wanted: runs of shard numbers, ascending.
+        shard_ranges: the shards to read, ascending.
         n_shards: shards of the whole harvest, `ALL_SHARDS` for all that the corpus fills; fewer
             are fine if the corpus ends with them and holds the tokens asked for.
     """
-    fields = prepared.fields
-    names = ("context_length", "bos", "seed", "window_contexts", "contexts_per_shard")
-    arguments = {name: fields[name] for name in names}
+    settings = prepared.settings
     store = None if plan is None else _Committed(objects, plan, prepared.corpus.dedup)
-    per_window = -(-fields["window_contexts"] // fields["contexts_per_shard"])
-    if n_shards == ALL_SHARDS and wanted:
-        n_shards = wanted[-1].stop
-    for group in _groups(wanted, 2 * per_window):
+    per_window = -(-settings.window_contexts // settings.contexts_per_shard)
+    if n_shards == ALL_SHARDS and shard_ranges:
+        n_shards = shard_ranges[-1].stop
+    for group in _groups(shard_ranges, 2 * per_window):
         first = group[0].start
-        cursor, seen = (None, []) if store is None else store.start(first)
+        cursor, seen_hashes = (None, []) if store is None else store.start(first)
         shards = iter_shards(
             prepared.corpus,
             prepared.tokenizer,
-            **arguments,
+            settings.context_length,
+            settings.bos,
+            settings.seed,
+            contexts_per_shard=settings.contexts_per_shard,
             n_shards=n_shards,
-            at_least=prepared.least_contexts,
+            at_least=prepared.min_contexts,
+            window_contexts=settings.window_contexts,
             first_shard=first,
             cursor=cursor,
-            seen=seen,
-            keep_text=fields["document_text"],
+            seen_hashes=seen_hashes,
+            keep_text=settings.document_text,
         )
-        left = list(reversed(group))
+        todo = list(reversed(group))
         for shard in shards:
-            while left and shard.shard >= left[-1].stop:
-                left.pop()
-            if left and shard.shard in left[-1]:
+            while todo and shard.number >= todo[-1].stop:
+                todo.pop()
+            if todo and shard.number in todo[-1]:
                 yield shard
-            if shard.shard + 1 >= group[-1].stop and group[-1] != wanted[-1]:
+            if shard.number + 1 >= group[-1].stop and group[-1] != shard_ranges[-1]:
                 break
 
 
-def _groups(wanted: Sequence[range], gap: int) -> Iterator[list[range]]:
+def _groups(shard_ranges: Sequence[range], gap: int) -> Iterator[list[range]]:
     """Runs of shards at most `gap` apart from neighbour to neighbour: each is worth a new start."""
-    group = list(wanted[:1])
-    for before, run in pairwise(wanted):
+    group = list(shard_ranges[:1])
+    for before, run in pairwise(shard_ranges):
         if run.start - before.stop >= gap:
             yield group
             group = []
@@ -99,7 +106,7 @@ def _groups(wanted: Sequence[range], gap: int) -> Iterator[list[range]]:
 
 
 class _Committed:
-    """Where the text of the shards of a store begins in its corpus.
+    """The places in a corpus where the text of a store's shards begins.
 
     Args:
         dedup: whether documents are left out whose text came before.
@@ -112,7 +119,7 @@ class _Committed:
         self._listed: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]] = []
 
     def start(self, first: int) -> tuple[dict[str, Any] | None, list[npt.NDArray[np.uint64]]]:
-        """Where to start reading for a shard, and the hashes of the texts before that."""
+        """A cursor to read a shard's text from, and the hashes of the texts before it."""
         cursor = None
         for shard in reversed(self._shards[: bisect_right(self._shards, first)]):
             try:
