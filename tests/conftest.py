@@ -44,6 +44,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+# Files of tests are in memory where there is room: most tests write many small ones, for which a
+# disk needs ten times the processor time, and every fsync waits for it.
+MEMORY_DISK = Path("/dev/shm")
+FREE_BYTES = 8 << 30
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput") or config.option.basetemp is not None:
+        return
+    if not MEMORY_DISK.is_dir() or shutil.disk_usage(MEMORY_DISK).free < FREE_BYTES:
+        return
+    for left in MEMORY_DISK.glob("sae-harvest-tests-*"):  # of a run that was killed
+        if not Path("/proc", left.name.rpartition("-")[2]).exists():
+            shutil.rmtree(left, ignore_errors=True)
+    config.option.basetemp = str(MEMORY_DISK / f"sae-harvest-tests-{os.getpid()}")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    base = str(config.option.basetemp)
+    if not hasattr(config, "workerinput") and base.startswith(f"{MEMORY_DISK}/sae-harvest-tests-"):
+        shutil.rmtree(base, ignore_errors=True)
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With --fast, files that name what is slow are not even imported."""
     is_test = config.getoption("--fast") and collection_path.name.startswith("test_")
