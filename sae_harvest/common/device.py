@@ -1,4 +1,4 @@
-"""The device to compute on."""
+"""The device to compute on, and its threads."""
 
 from __future__ import annotations
 
@@ -13,3 +13,12 @@ def choose_device(name: str) -> str:
     if name == "cuda" and not available:
         raise InputError("--device cuda: this machine has no usable GPU; use --device cpu.")
     return "cuda" if available and name != "cpu" else "cpu"
+
+
+def use_threads(threads: int) -> None:
+    """Have torch and numba use so many threads, from here on and in this thread."""
+    import numba
+    import torch
+
+    torch.set_num_threads(threads)
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
