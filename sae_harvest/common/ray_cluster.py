@@ -75,7 +75,9 @@ def connect(address: str | None, workers: int, without: str) -> None:
 
 
 @contextlib.contextmanager
-def connected(address: str | None, workers: int, without: str) -> Iterator[None]:
+def connected(
+    address: str | None, workers: int, without: str = "use --workers 0 to do without it"
+) -> Iterator[None]:
     """`connect` until the block is left: that ends a Ray of our own, and our workers elsewhere."""
     connect(address, workers, without)
     try:
