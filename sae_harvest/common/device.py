@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sae_harvest.common.cache import use_numba_cache
 from sae_harvest.common.errors import InputError
 
 
@@ -17,8 +18,10 @@ def choose_device(name: str) -> str:
 
 def use_threads(threads: int) -> None:
     """Have torch and numba use so many threads, from here on and in this thread."""
-    import numba
     import torch
+
+    use_numba_cache()  # before numba is imported
+    import numba
 
     torch.set_num_threads(threads)
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
