@@ -1,4 +1,4 @@
-"""`train-sae run --workers`: Ray Train starts the processes, and leaves none behind."""
+"""`train-sae run --workers`: Ray starts the processes, and leaves none behind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.parallel.ray_train import WorkerError, _reported
+from sae_harvest.train.parallel.actor import Place
+from sae_harvest.train.parallel.ray_train import _reported, visible_devices
+from sae_harvest.train.parallel.worker import Failure
 from sae_harvest.train.run.checkpoint import saved_steps
 from sae_harvest.train.run.exit_codes import EXIT_TRY_AGAIN, may_pass
 from sae_harvest.train.run.trainer import train
@@ -131,7 +133,7 @@ def test_a_run_on_workers_stopped_killed_and_continued_is_the_run_of_one_process
 
     command = Command(store_path, out, "--parallel", "data")
     command.wait_for_steps(stopped + 10)
-    workers = [pid for pid, line in command.processes().items() if "TrainWorker" in line]
+    workers = [pid for pid, line in command.processes().items() if "TrainActor" in line]
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
     code, said = command.end()
@@ -168,13 +170,11 @@ def test_what_a_worker_refuses_is_said_in_one_sentence(tmp_path, store_path):
 
 def test_the_sentence_that_says_most_is_reported():
     def failed(*errors):
-        error = RuntimeError("all of them")
-        error.worker_failures = dict(enumerate(errors))
-        return _reported(error)
+        return _reported(dict(enumerate(errors)))
 
-    echo = WorkerError("another one has ended", passes=True, is_echo=True)
-    cause = WorkerError("the disk is full", passes=True, is_echo=False)
-    wrong = WorkerError("no such site", passes=False, is_echo=False)
+    echo = Failure("another one has ended", passes=True, is_echo=True)
+    cause = Failure("the disk is full", passes=True, is_echo=False)
+    wrong = Failure("no such site", passes=False, is_echo=False)
     assert str(failed(echo, cause)) == "the disk is full"
     assert may_pass(failed(echo, cause))
     assert str(failed(echo, wrong)) == "no such site"
@@ -185,3 +185,16 @@ def test_the_sentence_that_says_most_is_reported():
     assert "Worker 1 found no sae_harvest on its machine; install" in str(missing)
     bug = ValueError("a bug")
     assert failed(echo, bug) is bug
+
+
+def test_a_worker_sees_its_own_gpu_first_and_those_of_its_machine():
+    def place(node, gpu):
+        return Place(node, "10.0.0.1", 4000, gpu)
+
+    four = [place("a", "0"), place("a", "3"), place("b", "0"), place("a", "1")]
+    assert visible_devices(four) == ["0,3,1", "3,0,1", "0", "1,0,3"]
+    assert visible_devices([place("a", "GPU-5e"), place("a", "GPU-c1")]) == [
+        "GPU-5e,GPU-c1",
+        "GPU-c1,GPU-5e",
+    ]
+    assert visible_devices([place("a", None), place("a", None)]) == [None, None]

@@ -15,7 +15,6 @@ import pytest
 import ray
 import torch
 import uvicorn
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from transformers import AutoModelForCausalLM, LlamaConfig
 from uvicorn.server import ServerState
 
@@ -52,12 +51,6 @@ def test_ray_takes_the_hidden_option() -> None:
     source = inspect.getsource(inspect.unwrap(ray.init))
     assert private_apis.RAY_ON_THIS_MACHINE == {"_node_ip_address": "127.0.0.1"}
     assert 'kwargs.pop("_node_ip_address"' in source
-
-
-def test_the_failure_behind_a_failed_health_check_is_found() -> None:
-    death = ValueError("killed")
-    assert private_apis.failure_behind(WorkerHealthCheckFailedError("gone", death)) is death
-    assert private_apis.failure_behind(death) is death
 
 
 def test_the_processor_multiplies_int8_where_it_says_so() -> None:

@@ -124,14 +124,15 @@ def open_pool(
     Raises:
         RunError: Ray can't be started or reached, or has no room for so many workers.
     """
-    pool: Pool
-    if workers:
-        from sae_harvest.harvest.run.ray_pool import RayPool
+    with contextlib.ExitStack() as stack:
+        pool: Pool
+        if workers:
+            from sae_harvest.common import ray_cluster as cluster
+            from sae_harvest.harvest.run.ray_pool import RayPool
 
-        pool = RayPool(workers, address, report, model, sites, compute_dtype, device)
-    else:
-        pool = LocalPool(report, model, sites, compute_dtype, device)
-    try:
+            stack.enter_context(cluster.connected(address, workers))
+            pool = RayPool(workers, address, report, model, sites, compute_dtype, device)
+        else:
+            pool = LocalPool(report, model, sites, compute_dtype, device)
+        stack.callback(pool.close)
         yield pool
-    finally:
-        pool.close()

@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from sae_harvest.common import ray_cluster as cluster
-from sae_harvest.common.errors import RunError, SaeHarvestError
+from sae_harvest.common.errors import RunError
 from sae_harvest.harvest.model.models import ResolvedModel
 from sae_harvest.harvest.run import ray_nodes
 from sae_harvest.harvest.run.actor import ShardActor
@@ -58,7 +58,10 @@ class _Worker:
 
 
 class RayPool:
-    """Ray actors, each with its share of the cores or one GPU. See `harvest.run.pool.Pool`."""
+    """Ray actors, each with its share of the cores or one GPU. See `harvest.run.pool.Pool`.
+
+    Ray has to be connected.
+    """
 
     def __init__(
         self,
@@ -81,35 +84,22 @@ class RayPool:
         self._failed_starts = 0  # in a row
         self._nobody_since: float | None = None
         self._rows_of_dead = 0
-        cluster.connect(address, workers, "use --workers 0 to do without it")
-        try:
-            gpu = device == "cuda"
-            threads = cluster.threads_per_worker(workers, gpu)
-            self._expected = ray_nodes.versions()
-            self._options = {
-                "num_cpus": threads,
-                "num_gpus": int(gpu),
-                "max_concurrency": IN_FLIGHT + 1,  # one more answers `rows_done`
-                "max_restarts": 0,
-                "max_task_retries": 0,
-                "scheduling_strategy": "SPREAD",
-            }
-            if address is not None:
-                model = replace(model, name=model_name(model))
-            # The model as a plain dict: a node with other versions has to be able to read it.
-            self._worker = {
-                "model": asdict(model),
-                "sites": sites,
-                "compute_dtype": compute_dtype,
-                "device": device,
-                "threads": threads,
-                "elsewhere": address is not None,
-            }
-            for _ in range(workers):
-                self._hire()
-        except BaseException:
-            self.close()
-            raise
+        self._gpu = device == "cuda"
+        self._threads = cluster.threads_per_worker(workers, self._gpu)
+        self._expected = ray_nodes.versions()
+        if address is not None:
+            model = replace(model, name=model_name(model))
+        # The model as a plain dict: a node with other versions has to be able to read it.
+        self._worker = {
+            "model": asdict(model),
+            "sites": sites,
+            "compute_dtype": compute_dtype,
+            "device": device,
+            "threads": self._threads,
+            "elsewhere": address is not None,
+        }
+        for _ in range(workers):
+            self._hire()
 
     def widths(self) -> dict[str, int]:
         while self._widths is None:
@@ -152,21 +142,19 @@ class RayPool:
 
     def close(self) -> None:
         """Stop the workers between two blocks, so that none writes once this returns."""
-        try:
-            ending = [reference for w in self._workers for reference in w.shards]
-            ending += [w.actor.stop.remote() for w in self._workers if w.at_work]
-            if ending:
-                ray.wait(ending, num_returns=len(ending), timeout=STOP_SECONDS)
-            for worker in self._workers:
-                with contextlib.suppress(RayError):  # dead already
-                    ray.kill(worker.actor)
-        finally:
-            ray.shutdown()  # ends a Ray of our own, leaves a cluster
+        ending = [reference for w in self._workers for reference in w.shards]
+        ending += [w.actor.stop.remote() for w in self._workers if w.at_work]
+        if ending:
+            ray.wait(ending, num_returns=len(ending), timeout=STOP_SECONDS)
+        for worker in self._workers:
+            with contextlib.suppress(RayError):  # dead already
+                ray.kill(worker.actor)
 
     def _hire(self) -> None:
         """Ask for one more worker; it joins when Ray has placed it and it has the model."""
         self._n_hired += 1
-        actor = ray.remote(ShardActor).options(**self._options).remote()
+        at_once = IN_FLIGHT + 1  # one more answers `rows_done`
+        actor = cluster.start_actor(ShardActor, self._threads, self._gpu, at_once, "SPREAD")
         starting = actor.start.remote(self._expected, self._worker)
         self._workers.append(_Worker(actor, f"worker {self._n_hired}", starting))
 
@@ -208,10 +196,8 @@ class RayPool:
         for reference in ready:
             worker = of[reference]
             try:
-                answer = ray.get(reference)
-            except RayTaskError as error:
-                if isinstance(error.cause, SaeHarvestError):
-                    raise error.cause from None
+                answer = cluster.answer(reference)
+            except RayTaskError:
                 raise
             except RayError as error:
                 if problem := ray_nodes.without_package(error):
@@ -240,7 +226,7 @@ class RayPool:
             self._dismiss(worker, problem)
             return
         worker.loading = worker.actor.widths.remote()
-        self._report(f"{worker.name} started with {self._worker['threads']} threads")
+        self._report(f"{worker.name} started with {self._threads} threads")
 
     def _finished(self, worker: _Worker, reference: Any, done: Done) -> dict[str, Any]:
         shard = worker.shards.pop(reference)

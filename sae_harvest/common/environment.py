@@ -7,14 +7,8 @@ import os
 RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Ray Train reads the others when it is imported; torch on a cold network drive takes a minute
-    "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Ray would start a process per core ahead of any work, without our environment: none fits it
+    "RAY_prestart_worker_first_driver": "0",
 }
 
 

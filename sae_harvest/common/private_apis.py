@@ -36,17 +36,6 @@ def silence_ray_workers() -> None:
     ray._private.worker._worker_logs_enabled = False
 
 
-def failure_behind(error: BaseException) -> BaseException:
-    """The error of a worker that Ray Train found dead when it asked after its health.
-
-    Ray Train wraps it in a class that it does not export, in the attribute
-    `health_check_failure`. Read in Ray 2.60. Once gone, an error is its own reason, and its
-    sentence is Ray's.
-    """
-    failure: BaseException = getattr(error, "health_check_failure", error)
-    return failure
-
-
 def multiplies_int8() -> bool:
     """True if the processor has AVX-512 VNNI; without, torch emulates products of 8-bit integers.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import threading
@@ -11,10 +12,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, NodeDiedError, OutOfMemoryError, RayError
+from ray.exceptions import (
+    ActorUnavailableError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+)
 
 from sae_harvest.common import environment, private_apis
-from sae_harvest.common.errors import RunError
+from sae_harvest.common.errors import RunError, SaeHarvestError
 from sae_harvest.common.memory import KEEP_MEMORY
 
 OBJECT_STORE_BYTES = 256 << 20  # shards travel as token ids, not as activations
@@ -62,6 +69,49 @@ def connect(address: str | None, workers: int, without: str) -> None:
         if address is None:
             raise RunError(f"Ray could not be started ({why}); {without}.") from error
         raise _not_joined(address, why) from error
+
+
+@contextlib.contextmanager
+def connected(
+    address: str | None, workers: int, without: str = "use --workers 0 to do without it"
+) -> Iterator[None]:
+    """`connect` until the block is left: that ends a Ray of our own, and our workers elsewhere."""
+    connect(address, workers, without)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def start_actor(cls: type, threads: int, gpu: bool, at_once: int, strategy: Any) -> Any:
+    """An actor with its share of the cores and a GPU; Ray itself restarts and retries nothing.
+
+    Args:
+        cls: its class.
+        threads: cores that it is given.
+        gpu: whether it is given a GPU.
+        at_once: questions that it works on at a time.
+        strategy: where Ray places it.
+    """
+    options = {"num_cpus": threads, "num_gpus": int(gpu), "max_concurrency": at_once}
+    never = {"max_restarts": 0, "max_task_retries": 0}
+    return ray.remote(cls).options(**options, **never, scheduling_strategy=strategy).remote()
+
+
+def answer(reference: Any) -> Any:
+    """The answer of a worker; what it refused is raised as it raised it.
+
+    Raises:
+        SaeHarvestError: the worker's own.
+        RayTaskError: another error in the worker, which is a bug.
+        RayError: the worker is gone; see `reason`.
+    """
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, SaeHarvestError):
+            raise error.cause from None
+        raise
 
 
 def _check_listening(address: str) -> None:
@@ -134,6 +184,12 @@ def reason(error: RayError) -> str:
     if "connection error" in text or "SIGKILL" in text:
         return "its process was killed, perhaps for lack of memory"
     return (text.strip().splitlines() or [type(error).__name__])[-1].strip().rstrip(".")
+
+
+def missing_module(error: BaseException) -> str | None:
+    """The module for lack of which a worker could not start, or None."""
+    found = re.search(r"No module named '([^']+)'", str(error))
+    return found[1] if found else None
 
 
 def has_gpus(workers: int) -> bool:

@@ -1,4 +1,4 @@
-"""One run on many processes, started and watched by Ray Train, on this machine or on a cluster.
+"""One run on many processes, which are Ray actors on this machine or on a cluster.
 
 The command that the user typed starts the workers, shows how far they are, and reports the one
 sentence that matters when they end. It is in touch with them through the run's folder, which all
@@ -7,89 +7,44 @@ machines have to share:
     OUT/.driver-<number>.tmp   made before the workers start; each of them has to see it
     OUT/.stop-<number>.tmp     made when the command is asked to stop
     OUT/metrics.jsonl          how far the run is
-    OUT/.ray-<number>.tmp      what Ray Train writes for itself; removed at the end
 """
 
 from __future__ import annotations
 
 import contextlib
-import platform
+import math
 import secrets
-import shutil
-import threading
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from sae_harvest.common import ray_cluster as cluster
 from sae_harvest.common.atomic import make_folder
-from sae_harvest.common.device import choose_device
-from sae_harvest.common.errors import InputError, RunError, SaeHarvestError
-from sae_harvest.common.private_apis import failure_behind
+from sae_harvest.common.errors import RunError, SaeHarvestError
 from sae_harvest.train.config import TrainConfig
-from sae_harvest.train.parallel.distributed import (
-    TIMEOUT,
-    Parallel,
-    PeerFailed,
-    PeerLost,
-    appears,
-    group_of,
-    passing,
-)
+from sae_harvest.train.parallel.actor import Place, TrainActor
+from sae_harvest.train.parallel.distributed import Parallel, passing
+from sae_harvest.train.parallel.worker import Assignment, Failure
 from sae_harvest.train.run.checkpoint import saved_steps
-from sae_harvest.train.run.exit_codes import may_pass
 from sae_harvest.train.run.faults import explained
 from sae_harvest.train.run.files import read_record
 from sae_harvest.train.run.folder import EVALUATION_FILE, METRICS_FILE
 from sae_harvest.train.run.interrupt import Interruption
 from sae_harvest.train.run.metrics import last_metrics
 from sae_harvest.train.run.records import Evaluation
-from sae_harvest.train.run.trainer import OnPhase, RunResult, silent, train
+from sae_harvest.train.run.trainer import OnPhase, RunResult, silent
 
 POLL_SECONDS = 0.2
+START_SECONDS = 600.0  # for room on the cluster, and again for the workers to come up there
+ECHO_SECONDS = 10.0  # to hear of the worker that failed, after those that only missed it
 WITHOUT = "leave out --workers to train in one process"
-
-
-class WorkerError(SaeHarvestError):
-    """A worker's sentence, on its way to the command.
-
-    passes: whether trying again may help. is_echo: whether it only says that another one failed.
-    """
-
-    def __init__(self, sentence: str, passes: bool, is_echo: bool) -> None:
-        super().__init__(sentence)
-        self.passes, self.is_echo = passes, is_echo
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.passes, self.is_echo)
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """The task of a worker; see `train.run.trainer.train`."""
-
-    config: dict[str, Any]
-    store: str
-    out: str
-    site: str | None
-    device: str
-    parallel: Parallel
-    threads: int
-    number: str  # of the command
-
-    @property
-    def seen(self) -> Path:
-        return Path(self.out) / f".driver-{self.number}.tmp"
-
-    @property
-    def stop(self) -> Path:
-        return Path(self.out) / f".stop-{self.number}.tmp"
-
-    @property
-    def ray_folder(self) -> Path:
-        return Path(self.out) / f".ray-{self.number}.tmp"
 
 
 def train_on_workers(
@@ -118,14 +73,10 @@ def train_on_workers(
     Raises:
         SaeHarvestError: as `train`; or a worker is gone, which may pass.
     """
-    from sae_harvest.common import environment
-    from sae_harvest.common import ray_cluster as cluster
-
     out = Path(out).absolute()
     with explained(out):
         make_folder(out)
-    environment.set_defaults()
-    with explained(out), _connected(address, workers):
+    with explained(out), cluster.connected(address, workers, WITHOUT):
         gpu = device == "cuda" or (device == "auto" and cluster.has_gpus(workers))
         assignment = Assignment(
             config=config.model_dump(mode="json"),
@@ -134,53 +85,113 @@ def train_on_workers(
             site=site,
             device="cuda" if gpu else "cpu",
             parallel=parallel,
+            workers=workers,
             threads=cluster.threads_per_worker(workers, gpu),
             number=secrets.token_hex(8),
         )
         assignment.seen.touch()
         try:
-            return _watched(assignment, workers, config.steps, report)
+            return _watched(assignment, config.steps, report)
         finally:
             assignment.seen.unlink(missing_ok=True)
             assignment.stop.unlink(missing_ok=True)
-            shutil.rmtree(assignment.ray_folder, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _connected(address: str | None, workers: int) -> Iterator[None]:
-    import ray
-
-    from sae_harvest.common import ray_cluster as cluster
-
-    cluster.connect(address, workers, WITHOUT)
-    try:
-        yield
-    finally:
-        ray.shutdown()  # ends a Ray of our own; of a cluster's, the workers
-
-
-def _watched(assignment: Assignment, workers: int, steps: int, report: OnPhase) -> RunResult:
+def _watched(assignment: Assignment, steps: int, report: OnPhase) -> RunResult:
     """Starts the workers and waits for their end, or for a signal to stop them."""
-    errors: list[BaseException] = []
 
-    def fit() -> None:
-        try:
-            _fit(assignment, workers)
-        except BaseException as error:  # to be raised where signals are
-            errors.append(error)
+    def show() -> None:
+        _show(assignment, steps, report)
 
+    actors = _actors(assignment, show)
+    places = _answers([actor.place.remote() for actor in actors], show, START_SECONDS)
+    # ranks of one machine follow each other, so that sums cross between machines least often
+    order = sorted(range(len(actors)), key=lambda n: places[n].node)
+    actors, places = [actors[n] for n in order], [places[n] for n in order]
     with Interruption() as interruption:
-        # in a thread of its own: Ray Train would take SIGINT for itself
-        thread = threading.Thread(target=fit, daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(POLL_SECONDS)
+
+        def watch() -> None:
             if interruption.asked and not assignment.stop.exists():
                 assignment.stop.touch()
-            _show(assignment, steps, report)
-    for error in errors:
-        raise _reported(error)
+            show()
+
+        task, devices = asdict(assignment), visible_devices(places)
+        asked = [
+            actor.train.remote(task, rank, places[0], devices[rank])
+            for rank, actor in enumerate(actors)
+        ]
+        _answers(asked, watch)
     return _result(Path(assignment.out), steps, interruption.signal)
+
+
+def _actors(assignment: Assignment, show: Callable[[], None]) -> list[Any]:
+    """Actors that Ray has room for all at once: two runs never wait for each other's half."""
+    gpu = assignment.device == "cuda"
+    resources = {"CPU": assignment.threads} | ({"GPU": 1} if gpu else {})
+    room = placement_group([resources] * assignment.workers, strategy="PACK")
+    limit = time.monotonic() + START_SECONDS
+    while not room.wait(1):
+        show()
+        if time.monotonic() > limit:
+            raise _late(assignment.workers)
+    # A second thread, or else the method would run in the main one and take signals for itself.
+    return [
+        cluster.start_actor(
+            TrainActor, assignment.threads, gpu, 2, PlacementGroupSchedulingStrategy(room, place)
+        )
+        for place in range(assignment.workers)
+    ]
+
+
+def _answers(
+    asked: Sequence[Any], watch: Callable[[], None], seconds: float = math.inf
+) -> list[Any]:
+    """Answers of the workers, by rank; `watch` is called all the while.
+
+    Raises:
+        SaeHarvestError: a worker failed or is gone, or there is no answer in time.
+    """
+    pending = {reference: rank for rank, reference in enumerate(asked)}
+    answers: dict[int, Any] = {}
+    failures: dict[int, Failure | BaseException] = {}
+    limit = time.monotonic() + seconds
+    while pending and all(map(_is_echo, failures.values())) and time.monotonic() < limit:
+        watch()
+        for reference in ray.wait(list(pending), timeout=POLL_SECONDS)[0]:
+            rank = pending.pop(reference)
+            try:
+                answers[rank] = ray.get(reference)
+            except RayError as error:
+                failures[rank] = error
+                continue
+            if isinstance(answers[rank], Failure):
+                failures[rank] = answers[rank]
+                limit = min(limit, time.monotonic() + ECHO_SECONDS)
+    if failures:
+        raise _reported(failures)
+    if pending:
+        raise _late(len(asked))
+    return [answers[rank] for rank in range(len(asked))]
+
+
+def _late(workers: int) -> RunError:
+    why = f"{workers} workers did not come up within {START_SECONDS:.0f} s; {cluster.resources()}"
+    found = RunError(f"{why}. Run the same command again when there is room.")
+    found.__cause__ = passing(why)
+    return found
+
+
+def visible_devices(places: Sequence[Place]) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES of each worker: its own GPU, then those of others on its machine.
+
+    NCCL copies straight between GPUs that a process sees. With its own first, the device `cuda`
+    is the right one in every thread. None for a worker without a GPU.
+    """
+    found: list[str | None] = []
+    for own in places:
+        others = [p.gpu for p in places if p.node == own.node and p is not own and p.gpu]
+        found.append(",".join([own.gpu, *others]) if own.gpu else None)
+    return found
 
 
 def _result(out: Path, steps: int, number: int | None) -> RunResult:
@@ -194,94 +205,37 @@ def _result(out: Path, steps: int, number: int | None) -> RunResult:
     return RunResult(done, True, metrics, found)
 
 
-def _fit(assignment: Assignment, workers: int) -> None:
-    """Has Ray Train start the workers, and waits for their end."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    gpu = assignment.device == "cuda"
-    resources = {"CPU": assignment.threads} | ({"GPU": 1} if gpu else {})
-    TorchTrainer(
-        work,
-        train_loop_config=asdict(assignment),
-        torch_config=TorchConfig(
-            backend="nccl" if gpu else "gloo", timeout_s=int(TIMEOUT.total_seconds())
-        ),
-        scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=gpu, resources_per_worker=resources
-        ),
-        run_config=RunConfig(
-            name=assignment.number,
-            storage_path=str(assignment.ray_folder),
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-        ),
-    ).fit()
+def _is_echo(failure: Failure | BaseException) -> bool:
+    return isinstance(failure, Failure) and failure.is_echo
 
 
-def work(settings: dict[str, Any]) -> None:
-    """The work of a worker, after torch.distributed is initialised."""
-    import numba
-    import ray.train.torch
-
-    assignment = Assignment(**settings)
-    torch.set_num_threads(assignment.threads)
-    numba.set_num_threads(min(assignment.threads, numba.config.NUMBA_NUM_THREADS))
-    config = TrainConfig.model_validate(assignment.config)
-    try:
-        if not appears(assignment.seen):
-            raise InputError(
-                f"{assignment.out} on {platform.node()} is not the folder that the command was "
-                "given; give an --out on storage that all machines of the run share."
-            )
-        choose_device(assignment.device)
-        device = ray.train.torch.get_device()
-        group = group_of(assignment.parallel, config.n_latents, config.batch_rows, device)
-        train(
-            config,
-            assignment.store,
-            assignment.out,
-            assignment.site,
-            assignment.device,
-            group=group,
-            asked=lambda: group.rank == 0 and assignment.stop.exists(),
-        )
-    except SaeHarvestError as error:
-        echo = isinstance(error, PeerLost | PeerFailed)
-        raise WorkerError(str(error), may_pass(error), echo) from None
+def _reported(failures: dict[int, Failure | BaseException]) -> BaseException:
+    """The error that says why the run ended, of all that is known of its workers, by rank."""
+    sentences = [found for found in failures.values() if isinstance(found, Failure)]
+    for found in sentences:
+        if not found.is_echo:
+            return _sentence(found)
+    for rank, error in failures.items():
+        if not isinstance(error, Failure):
+            return _gone(rank, error)
+    return _sentence(sentences[0])
 
 
-def _reported(error: BaseException) -> BaseException:
-    """The sentence that says why the run ended, of all that its workers say."""
-    failures = [*getattr(error, "worker_failures", {}).items()]
-    own = [found for _, found in failures if isinstance(found, WorkerError)]
-    if own and (real := [found for found in own if not found.is_echo]):
-        return _sentence(real[0])
-    for rank, found in failures:
-        found = failure_behind(found)
-        if not isinstance(found, WorkerError):
-            return _gone(rank, found)
-    return _sentence(own[0]) if own else error
-
-
-def _sentence(error: WorkerError) -> SaeHarvestError:
-    found = RunError(str(error))
-    if error.passes:
-        found.__cause__ = passing(str(error))
+def _sentence(failure: Failure) -> SaeHarvestError:
+    found = RunError(failure.sentence)
+    if failure.passes:
+        found.__cause__ = passing(failure.sentence)
     return found
 
 
 def _gone(rank: int, error: BaseException) -> BaseException:
-    """The error for a worker that ended without an error of its own."""
-    from ray.exceptions import RayError
-
-    from sae_harvest.common import ray_cluster as cluster
-
-    if isinstance(error, ModuleNotFoundError):
+    """The error for a worker that ended without a sentence of its own."""
+    if module := cluster.missing_module(error):
         return RunError(
-            f"Worker {rank} found no {error.name} on its machine; install the same version of "
+            f"Worker {rank} found no {module} on its machine; install the same version of "
             "sae-harvest on every node, in the Python that its Ray runs in."
         )
-    if not isinstance(error, RayError):
+    if isinstance(error, RayTaskError) or not isinstance(error, RayError):
         return error
     why = cluster.reason(error)
     found = RunError(

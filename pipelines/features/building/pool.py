@@ -17,13 +17,13 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from sae_harvest.common.errors import RunError, SaeHarvestError
+from sae_harvest.common.device import use_threads
+from sae_harvest.common.errors import RunError
 from sae_harvest.train.sae.kernels.by_rows import torch_threads
 
 T = TypeVar("T")
 AT_ONCE = 4  # pieces of work that a worker does, at most: each takes memory
 AHEAD = 2  # pieces of work handed out per worker: one at work, one waiting
-WITHOUT = "use --workers 0 to do without it"
 
 
 class Pool(Protocol):
@@ -75,7 +75,6 @@ class RayWorkers:
             yield from answers
 
     def map(self, work: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> Iterator[T]:
-        import ray
         from ray.exceptions import RayError, RayTaskError
 
         from sae_harvest.common import ray_cluster as cluster
@@ -88,10 +87,8 @@ class RayWorkers:
             if not running:
                 return
             try:
-                yield ray.get(running.popleft())
-            except RayTaskError as error:
-                if isinstance(error.cause, SaeHarvestError):
-                    raise error.cause from None
+                yield cluster.answer(running.popleft())
+            except RayTaskError:
                 raise
             except RayError as error:
                 raise RunError(
@@ -109,24 +106,15 @@ def open_pool(workers: int, address: str | None, gpu: bool) -> Iterator[Pool]:
     if workers == 0:
         yield InProcess()
         return
-    import ray
-
     from sae_harvest.common import ray_cluster as cluster
 
-    cluster.connect(address, workers, WITHOUT)
-    try:
-        threads = cluster.threads_per_worker(workers, gpu)
-        yield RayWorkers(workers, threads, gpu)
-    finally:
-        ray.shutdown()
+    with cluster.connected(address, workers):
+        yield RayWorkers(workers, cluster.threads_per_worker(workers, gpu), gpu)
 
 
 def _call(threads: int, work: Callable[..., T], arguments: tuple[Any, ...]) -> T:
     """In a worker."""
-    import numba
-
-    torch.set_num_threads(threads)
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    use_threads(threads)
     return work(*arguments)
 
 
