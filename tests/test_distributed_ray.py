@@ -159,7 +159,7 @@ def test_a_run_on_workers_stopped_killed_and_continued_is_the_run_of_one_process
 
 @pytest.mark.slow
 def test_what_a_worker_refuses_is_said_in_one_sentence(tmp_path, store_path):
-    command = Command(store_path / "elsewhere", tmp_path / "sae")
+    command = Command(store_path / "elsewhere", tmp_path / "sae", "--workers", "1")
     code, said = command.end()
     assert code == 1
     assert said.count("Error: ") == 1

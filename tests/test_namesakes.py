@@ -48,10 +48,10 @@ def reference(
 
 
 @pytest.fixture(scope="module")
-def two_workers(
+def on_a_worker(
     tmp_path_factory: pytest.TempPathFactory, model_folder: Path, corpus_file: Path
 ) -> Run:
-    """Two Ray workers in a user's folder, whose files bear our names and fail when imported.
+    """A Ray worker in a user's folder, whose files bear our names and fail when imported.
 
     Without a network; every path is relative. test_end_to_end has a checkout that is read only.
     """
@@ -60,29 +60,29 @@ def two_workers(
         (folder / f"{name}.py").write_text(f"raise RuntimeError('the user’s own {name}.py')\n")
     for link, target in (("mine", model_folder), (corpus_file.name, corpus_file)):
         (folder / link).symlink_to(target)
-    arguments = options(Path("mine"), Path(corpus_file.name), Path("out/store"), workers=2)
+    arguments = options(Path("mine"), Path(corpus_file.name), Path("out/store"), workers=1)
     with harvesting(*arguments, cwd=folder, env=dead_network()) as process:
         stdout, stderr = process.communicate(timeout=PATIENCE)
         left = session_processes(process.pid)
     return Run(stdout, stderr, process.returncode, left, folder)
 
 
-def test_two_workers_give_the_bytes_of_one_process(two_workers: Run, reference: str) -> None:
-    assert two_workers.code == 0, two_workers.stderr
-    assert ActivationStore.open(two_workers.folder / "out/store").digest == reference
+def test_a_worker_gives_the_bytes_of_one_process(on_a_worker: Run, reference: str) -> None:
+    assert on_a_worker.code == 0, on_a_worker.stderr
+    assert ActivationStore.open(on_a_worker.folder / "out/store").digest == reference
 
 
 def test_standard_output_holds_the_result_and_nothing_else(
-    two_workers: Run, reference: str
+    on_a_worker: Run, reference: str
 ) -> None:
-    line = two_workers.stdout
+    line = on_a_worker.stdout
     assert line.startswith("out/store: 4,096 rows of resid_post.1, 4,096 of them now, ")
     assert line.endswith(f" tokens/s. Digest {reference}.\n")
     assert line.count("\n") == 1
 
 
-def test_no_process_is_left_when_the_command_ends(two_workers: Run) -> None:
-    assert two_workers.left == {}
+def test_no_process_is_left_when_the_command_ends(on_a_worker: Run) -> None:
+    assert on_a_worker.left == {}
 
 
 @pytest.mark.parametrize(
