@@ -16,7 +16,7 @@ from sae_harvest.harvest.commands.cli import main
 from sae_harvest.harvest.run import driver as run
 from sae_harvest.harvest.run.prefetch import Ahead
 from sae_harvest.harvest.run.prepare import default_shard_rows
-from sae_harvest.harvest.run.progress import kept
+from sae_harvest.harvest.run.progress import interruption_note
 from sae_harvest.harvest.run.worker import ShardWorker, Stopped
 from sae_harvest.harvest.text.corpus import CorpusSpec, open_corpus
 from sae_harvest.store.objects import LocalObjects
@@ -90,10 +90,15 @@ def test_a_store_goes_on_with_the_shards_it_has(
 
 
 def test_an_interrupted_harvest_counts_what_is_kept(tmp_path: Path) -> None:
-    assert kept(tmp_path) == f"0 shards committed in {tmp_path}; the same command continues."
+    assert (
+        interruption_note(tmp_path)
+        == f"0 shards committed in {tmp_path}; the same command continues."
+    )
     make_store(tmp_path / "store", synthetic_plan())
     n = len(list((tmp_path / "store" / "commits").iterdir()))
-    assert kept(tmp_path / "store").startswith(f"{n} shards committed in {tmp_path / 'store'}; ")
+    assert interruption_note(tmp_path / "store").startswith(
+        f"{n} shards committed in {tmp_path / 'store'}; "
+    )
 
 
 def test_an_interrupted_command_ends_with_130(
