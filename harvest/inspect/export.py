@@ -190,7 +190,7 @@ def _parquet(shard_rows: _ShardRows, request: dict[str, Any]) -> list[Buffer]:
 
 
 def _safetensors(shard_rows: _ShardRows, request: dict[str, Any]) -> list[Buffer]:
-    """Encode as safetensors: rows int64, tokens int32, norms float32 [rows], activations [rows, width].
+    """Encode as safetensors: rows int64, tokens int32, norms float32 [rows], and activations.
 
     The format's own library would copy all tensors, and would change the order of the metadata each
     time.

@@ -78,7 +78,7 @@ class Provenance:
     token: int
     """Id of the token."""
     kind: Literal["text", "end of text", "beginning of text"]
-    """A token of text, or one of two special tokens. These have no characters, a BOS no document."""
+    """Kind of the token. Only text has characters; a BOS has no document either."""
     token_text: str | None
     """The token decoded by itself; None without the tokenizer. Half a character is U+FFFD."""
     document: dict[str, Any] | None
@@ -283,7 +283,7 @@ def _characters(
     document = Document("", "", None, None, text)
     batch = next(DocumentEncoder(tokenizer).batches([(document, {})], text_length=1))
     if index >= len(batch.tokens) or batch.tokens[index] != token:
-        raise InputError("The tokenizer gives different tokens for the document than at the harvest.")
+        raise InputError("The tokenizer gives other tokens for the document than at the harvest.")
     return int(batch.pieces["char_start"][index]), int(batch.pieces["char_end"][index])
 
 

@@ -66,7 +66,7 @@ def converted(source: Path) -> Path:
 
 def _make(source: Path, folder: Path) -> None:
     with making(folder) as aside:
-        aside.mkdir()  # not by mkdtemp: only the owner can read its folders, and this one may be shared
+        aside.mkdir()  # not by mkdtemp, whose folders only their owner can read
         _convert(source, aside)
         files = sorted(path for path in aside.iterdir())
         record = {p.name: {"bytes": p.stat().st_size, "xxh3": file_hash(p)} for p in files}

@@ -61,12 +61,12 @@ class BlockParts:
 
 
 def first_tensor(output: Any) -> Any:
-    """Return the first tensor of an output that may be a tuple."""
+    """Return the output of a module, or its first element if it is a tuple."""
     return output[0] if isinstance(output, tuple | list) and output else output
 
 
 def probe_tokens(model: PreTrainedModel) -> Tensor:
-    """Make a context of a few distinct tokens: `[1, PROBE_TOKENS]`, int64, on the model's device."""
+    """Make a context of distinct tokens: `[1, PROBE_TOKENS]`, int64, on the model's device."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     steps = torch.arange(1, PROBE_TOKENS + 1, device=model.device)
     return (steps * vocabulary // (PROBE_TOKENS + 1))[None]  # [1, tokens]
@@ -148,7 +148,7 @@ def _chained(calls: list[BlockCall], outputs: list[Any]) -> bool:
 
 
 def _decides(block: nn.Module, output: Any, model: PreTrainedModel, end: Tensor) -> bool:
-    """True if the final state is `end` for other tokens too, when the block's output is `output`."""
+    """True if `output`, in place of the block's own output, gives `end` for other tokens too."""
 
     def hold(module: nn.Module, args: Any, there: Any) -> Any:
         if isinstance(there, tuple | list):
@@ -225,8 +225,8 @@ class BlockLab:
     def _down(self, mlp: str, outputs: dict[str, Tensor]) -> str | None:
         """Find the last linear map that alone decides the MLP's output.
 
-        With its output held fixed, the MLP's output must not depend on the block's input. The experts
-        of a mixture fail this test, and so does a shared expert beside them.
+        With its output held fixed, the MLP's output must not depend on the block's input. The
+        experts of a mixture fail this test, and so does a shared expert beside them.
         """
         modules = dict(self._block.named_modules())
         elsewhere = self._shifted(self._x)
@@ -251,8 +251,8 @@ class BlockLab:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the block; return its output `[1, tokens, d]`, and those of modules that ran once.
 
-        Module outputs are `[tokens, width]`, in the order in which the modules ended. `replace` maps
-        module names to functions that change an output before anything reads it.
+        Module outputs are `[tokens, width]`, in the order in which the modules ended. `replace`
+        maps module names to functions that change an output before anything reads it.
         """
         outputs: dict[str, Tensor] = {}
         repeated: set[str] = set()
