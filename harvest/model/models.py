@@ -215,8 +215,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 def pick_dtype(device: str) -> Literal["bfloat16", "float32"]:
     """Choose bfloat16 if the device multiplies it natively, else float32.
 
-    A CPU does so with AVX512_BF16, AMX or Arm's bf16, as Linux lists them; other systems don't
-    list them. Raises InputError for a GPU that only other machines have.
+    A CPU does so with AVX512_BF16, AMX or Arm's bf16, as Linux lists them; other systems
+    don't list them. Raises InputError for a GPU that only other machines have.
     """
     kind = torch.device(device).type
     if kind == "cuda":

@@ -71,7 +71,7 @@ class Execution:
 
     @property
     def resolved_device(self) -> str:
-        """Return cpu or cuda; a cluster may have the GPU that this machine lacks."""
+        """The device, cpu or cuda; a cluster may have the GPU that this machine lacks."""
         elsewhere = self.address is not None and self.device == "cuda"
         return self.device if elsewhere else choose_device(self.device)
 
@@ -294,9 +294,10 @@ def _pool(
 def _within_corpus(
     objects: Objects, plan: Plan, done: list[int], n_shards: int, min_contexts: int
 ) -> int:
-    """Return fewer shards than requested if the store holds the corpus' last one and is long enough.
+    """Return fewer shards if the store holds the corpus' last shard and enough contexts.
 
-    If it is too short, return one shard more than there are: reading the corpus then reports its size.
+    If it has too few contexts, return one shard more than there are: reading the corpus then
+    reports its size.
     """
     if not done or done != list(range(len(done))) or len(done) > n_shards:
         return n_shards

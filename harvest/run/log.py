@@ -33,8 +33,8 @@ def log_path(place: str) -> Path | None:
 class HarvestLog:
     """Appends lines with the time; used from several threads.
 
-    A harvest does not need its log: if the log cannot be written, one line on standard error says
-    so, and the harvest continues.
+    A harvest does not need its log: if it cannot be written, one line on standard error says so,
+    and the harvest continues.
     """
 
     def __init__(self, place: str) -> None:
@@ -78,7 +78,7 @@ class HarvestLog:
     def _give_up(self, error: OSError) -> None:
         self._gave_up = True
         print(
-            f"Note: the log {self.path} cannot be written ({error.strerror}); the harvest continues "
-            "without it.",
+            f"Note: the log {self.path} cannot be written ({error.strerror}); the harvest "
+            "continues without it.",
             file=sys.stderr,
         )

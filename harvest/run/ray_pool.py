@@ -28,7 +28,7 @@ from sae_harvest.store.layout import Plan
 from sae_harvest.store.objects import Objects
 from sae_harvest.store.writer import Shard
 
-START_SECONDS = 300.0  # longest time without a worker; loading torch from a cold network drive takes a minute
+START_SECONDS = 300.0  # without any worker; torch from a cold network drive takes a minute
 STOP_SECONDS = 5.0
 DEATHS = 3  # workers that may die with one shard, or in a row while they load the model
 
@@ -132,7 +132,7 @@ class RayPool:
             except RayTaskError:
                 raise
             except RayError as error:
-                if not worker.shards:  # else the shards' own calls report the death, and one may be done
+                if not worker.shards:  # else the shards' calls report it, and one may be done
                     errors[worker] = error
         self._bury(errors)
         for worker in self._workers:
@@ -181,7 +181,7 @@ class RayPool:
             worker.shards[worker.actor.harvest.remote(*self._inputs[shard])] = shard
 
     def _poll(self, seconds: float) -> list[dict[str, Any]]:
-        """Wait up to `seconds` for results, process all of them, return records of finished shards."""
+        """Wait up to `seconds` for results; process them; return records of finished shards."""
         self._look_for_workers()
         self._assign()
         of = {reference: w for w in self._workers for reference in _references(w)}

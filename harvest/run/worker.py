@@ -59,9 +59,9 @@ class ShardWorker:
 
     The first call loads the model, not the constructor: if an actor's constructor fails, Ray
     reports only text, not the exception. One thread runs the model, one shard at a time; meanwhile
-    the caller's thread encodes, hashes and writes the shard before. The model's thread is always the
-    same: each thread that runs torch has its own OpenMP threads, and if these are more than the
-    cores, they sleep between operators instead of spinning, which costs a tenth of the speed.
+    the caller's thread encodes, hashes and writes the shard before. The model's thread is always
+    the same: each thread that runs torch has its own OpenMP threads, and if these are more than
+    the cores, they sleep between operators instead of spinning, which costs a tenth of the speed.
     """
 
     def __init__(
@@ -252,7 +252,7 @@ class _Landing:
 
     @contextlib.contextmanager
     def _beside(self, captured: dict[str, Tensor]) -> Iterator[None]:
-        """Run on the copy stream, after the captured tensors are computed; on a CPU, run directly."""
+        """Run on the copy stream, after the captured tensors are ready; on a CPU, directly."""
         if self._stream is None:
             yield
             return
