@@ -242,7 +242,7 @@ def _profile(
     """Write the tables latents and histograms.
 
     Returns:
-        The rows chosen as examples; the number of latents that fire; parts of the table of tokens.
+        The rows chosen as examples; the number of firings; parts of the table of tokens.
     """
     out, config, source, texts = work.out, work.job.config, work.source, work.texts
     dictionary, lens, weights = work.dictionary, None, work.dictionary.weights
