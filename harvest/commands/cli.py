@@ -148,9 +148,7 @@ def make_execution(workers: int, device: str, address: str | None) -> Any:
     from sae_harvest.harvest.run.driver import Execution
 
     if address is not None and workers == 0:
-        raise click.UsageError(
-            "--address requires --workers above 0; leave one of them out."
-        )
+        raise click.UsageError("--address requires --workers above 0; leave one of them out.")
     return Execution(workers=workers, device=device, address=address)
 
 

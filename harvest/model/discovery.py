@@ -182,7 +182,7 @@ class BlockLab:
         self._generator = torch.Generator().manual_seed(0)
 
     def parts(self) -> BlockParts | None:
-        """The block's attention, MLP and down projection; None where it can't be taken apart."""
+        """Find the block's attention, MLP and down projection; None if that fails."""
         y, outputs = self._run(self._x)
         pair = self._addends(y, outputs)
         if pair is None:

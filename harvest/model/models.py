@@ -207,7 +207,7 @@ def mlp_width(config: PreTrainedConfig) -> int | None:
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """Compute the xxh3-128, in hex, of everything that decides the tokens of a text."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    for call_state in ("truncation", "padding"):  # settings of the latest call, not of the tokenizer
+    for call_state in ("truncation", "padding"):  # settings of the latest call
         backend.pop(call_state, None)
     return xxhash.xxh3_128_hexdigest(json.dumps(backend, sort_keys=True).encode())
 

@@ -46,8 +46,8 @@ class HarvestConfig(BaseModel):
         Field(
             "all",
             description="tokens to store, rounded up to whole shards; more than before "
-            "makes a store longer; all: every whole context of the corpus, with a shorter last shard. "
-            "A Hub dataset is read to its end only if all is given",
+            "makes a store longer; all: every whole context of the corpus, with a shorter last "
+            "shard. A Hub dataset is read to its end only if all is given",
         )
     )
     context_length: Annotated[Count, Option("Contexts", "TOKENS")] = Field(
@@ -79,6 +79,6 @@ class HarvestConfig(BaseModel):
         le=MAX_SHARD_ROWS,
         description="rows per shard, rounded down to whole contexts; a killed worker loses up to "
         "one shard; none: as in the store that is continued, else 65,536 on a GPU and about half a "
-        "minute's rows on a CPU (4,096 to 65,536, by the size of the model), or all rows of a smaller "
-        "harvest",
+        "minute's rows on a CPU (4,096 to 65,536, by the size of the model), or all rows of a "
+        "smaller harvest",
     )

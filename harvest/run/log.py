@@ -61,7 +61,7 @@ class HarvestLog:
         if error is not None:
             self.write(f"ended: {kind.__name__ if kind else ''}: {error}")
         if self._file is not None:
-            with contextlib.suppress(OSError):  # lines that could not be written may fail again here
+            with contextlib.suppress(OSError):  # unwritten lines may fail again
                 self._file.close()
 
     def write(self, line: str) -> None:

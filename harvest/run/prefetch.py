@@ -40,7 +40,7 @@ class Ahead(Generic[T]):
         return True
 
     def take(self) -> T | None:
-        """The next item, None after the last one."""
+        """Return the next item, None after the last one."""
         self.ready(wait=True)
         assert self._next is not None
         item, _ = self._next

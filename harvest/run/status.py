@@ -40,7 +40,7 @@ class Status(BaseModel):
     plan: str = Field(description="hash of the store's plan")
     running: bool = Field(description="false: it was interrupted or failed, and could record that")
     shards: int | None = Field(
-        ge=0, description="shards of the store when the harvest is done; null: as many as the corpus fills"
+        ge=0, description="shards of the finished store; null: as many as the corpus fills"
     )
     done: int = Field(ge=0, description="shards that are committed")
     in_flight: tuple[int, ...] = Field(description="numbers of the shards being worked on")

@@ -159,9 +159,9 @@ def row_documents(
 ) -> Iterator[tuple[Document, CursorT]]:
     """Convert rows to documents; a row without text gives an empty document.
 
-    A row comes with its name for messages and the place after it, which is passed on; `first` is the
-    number of the first row. Columns are found again whenever the names change, because JSON lines
-    may have different names.
+    A row comes with its name for messages and the place after it, which is passed on; `first` is
+    the number of the first row. Columns are found again whenever the names change, because JSON
+    lines may have different names.
     """
     names: tuple[str, ...] | None = None
     columns: dict[str, str] = {}
@@ -230,7 +230,7 @@ def _word(value: object, where: str) -> str:
         return value.decode(errors="replace")
     try:
         return _well_formed(str(value))
-    except (RecursionError, ValueError) as error:  # deeply nested lists, or a number of 5,000 digits
+    except (RecursionError, ValueError) as error:  # nested lists, or a number of 5,000 digits
         raise InputError(
             f"{where} cannot be written as text ({first_line(error)}); remove the column."
         ) from error

@@ -22,8 +22,8 @@ class HashSet:
     """A growing set of 64-bit hashes, in about 14 bytes each.
 
     Most are in one sorted array, 8 bytes each. The latest, at most a sixteenth, are in a Python
-    set, about 90 bytes each, until they are merged into the array. A merge needs a second copy of the
-    array for a moment.
+    set, about 90 bytes each, until they are merged into the array. A merge needs a second copy of
+    the array for a moment.
     """
 
     def __init__(self, hashes: Iterable[Hashes] = ()) -> None:

@@ -68,7 +68,7 @@ class HubCorpus(Corpus):
                     after = {"rows": number, "file": file, "row": row_in_file}
                     yield f"row {number - 1}", row, after
                 row_in_file = 0
-        except Exception as error:  # `datasets` may raise anything; our reader's errors do not pass through here
+        except Exception as error:  # `datasets` may raise anything
             raise InputError(
                 f"Reading the dataset {self.name} failed after {number} rows ({_reason(error)}); "
                 "run the same command again, or choose another --corpus."

@@ -114,8 +114,8 @@ def file_format(name: str) -> str:
 def opened(file: TextFile, compressed: bool = True) -> Iterator[IO[bytes]]:
     """Open a file; with `compressed`, a .gz or .zst file is decompressed.
 
-    Raises InputError, here and from any read, if the file has changed since it was found. Bytes read
-    before that error are the unchanged content.
+    Raises InputError, here and from any read, if the file has changed since it was found. Bytes
+    read before that error are the unchanged content.
     """
     name = file.where.lower()
     with _opened(file) as stream:

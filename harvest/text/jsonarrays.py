@@ -52,7 +52,7 @@ class _Text:
         self._decode = json.JSONDecoder().raw_decode
 
     def next(self) -> str:
-        """Return the next character that is not white space, without skipping it; empty at the end."""
+        """Return the next character that is not white space, and stay there; empty at the end."""
         blank = 0
         while True:
             while self._at < len(self._buffer) and self._buffer[self._at] in " \t\r\n":

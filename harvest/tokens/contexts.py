@@ -54,15 +54,15 @@ def iter_shards(
 
     Args:
         at_least: contexts that the corpus must hold, including those of earlier shards.
-        cursor: cursor of any shard up to `first_shard`; a near one saves reading. The shards are the
-            same as without a cursor.
-        seen_hashes: see `iter_windows`; the hashes of all documents below `cursor["document"]`, which
-            the shards before `first_shard` have listed.
+        cursor: cursor of any shard up to `first_shard`; a near one saves reading. The shards are
+            the same as without a cursor.
+        seen_hashes: see `iter_windows`; the hashes of all documents below `cursor["document"]`,
+            which the shards before `first_shard` have listed.
         keep_text: whether the documents come with their text.
 
         Raises:
-        InputError: the corpus holds fewer contexts than `at_least`. Raised before the last window is
-            yielded, unless that window is full.
+        InputError: the corpus holds fewer contexts than `at_least`. Raised before the last window
+            is yielded, unless that window is full.
     """
     first, last = first_shard * contexts_per_shard, n_shards * contexts_per_shard
     n_seen, place = 0, StreamCursor()

@@ -133,7 +133,7 @@ class DocumentEncoder:
         cursor: StreamCursor | None = None,
         keep_text: bool = False,
     ) -> Iterator[TokenizedText]:
-        """Yield the stream, cut to contexts of `text_length` tokens, a batch of documents at a time.
+        """Yield the stream, cut to contexts of `text_length` tokens, by batches of documents.
 
         From the cursor of any batch, the stream continues as it did from the first document.
         """

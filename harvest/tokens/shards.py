@@ -139,7 +139,7 @@ class _Committed:
         return load_commit(self._objects, self._plan, shard, sealed)[0]
 
     def _hashes_before(self, first: int, document: int) -> list[npt.NDArray[np.uint64]]:
-        """Return the text hashes of all documents below a number, listed in shards before `first`."""
+        """Return text hashes of all documents below a number, listed in shards before `first`."""
         for shard in range(len(self._listed), first):
             key = layout.document_key(shard)
             data = read_object(self._objects, key, self._commit(shard)["objects"][key])

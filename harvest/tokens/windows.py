@@ -60,8 +60,8 @@ def iter_windows(
     Args:
         seed: 0 or more.
         first_window: number of the window to begin with.
-        cursor: cursor of that window; None: the start of the corpus. All other arguments must be the
-            same as when the cursor was made.
+        cursor: cursor of that window; None: the start of the corpus. All other arguments must be
+            the same as when the cursor was made.
         seen_hashes: if duplicates are left out, the hashes (xxh3-64) of the texts of the documents
             below `cursor.document`.
         keep_text: whether the documents come with their `text`.
@@ -99,7 +99,7 @@ def _windows(
 ) -> Iterator[TokenizedText]:
     """Yield the stream as windows from `number` on; its first token is in the first batch."""
     first = number * window_contexts
-    parts: list[TokenizedText] = []  # the stream from context `first` on, as far as it has been read
+    parts: list[TokenizedText] = []  # the stream read so far, from context `first` on
     n_tokens = 0
     for batch in batches:
         _, rest = _split(batch, first)

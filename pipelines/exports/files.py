@@ -18,12 +18,12 @@ LEVEL = 5
 
 
 def json_bytes(value: Any) -> bytes:
-    """Encode compact JSON in ASCII, so that a line end in a text does not end a line of the file."""
+    """Encode compact JSON in ASCII, so that no line end in a text ends a line of the file."""
     try:
         return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
     except ValueError:
         raise RunError(
-            "The tables hold a number that is not finite, which JSON cannot store; build them again."
+            "The tables hold a number that is not finite, unlike JSON; build them again."
         ) from None
 
 

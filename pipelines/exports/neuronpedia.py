@@ -86,7 +86,7 @@ class NeuronpediaRows:
         self._place = {"modelId": self.model, "layer": self.source}
 
     def metadata(self) -> dict[str, dict[str, Any]]:
-        """The one line of each of the four small files."""
+        """Return the one line of each of the four small files."""
         run = self._tables.run
         about = f"{run['n_latents']} latents of {run['site']}"
         creator = {"creatorName": CREATOR_NAME, "creatorId": CREATOR}
@@ -211,7 +211,7 @@ class NeuronpediaRows:
         return "c" + xxhash.xxh3_128_hexdigest(repr(key).encode())[:24]
 
     def _n_contexts(self) -> int | None:
-        """The number of contexts of the store, computed from a latent that fires."""
+        """Return the number of contexts of the store, computed from a latent that fires."""
         table = self._tables.read("latents", columns=["n_contexts", "context_density"])
         fires = table.filter(pc.greater(table["n_contexts"], 0)).slice(0, 1)
         if not len(fires):

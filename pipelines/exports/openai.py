@@ -23,7 +23,7 @@ BAR_WIDTH = 0.2  # fixed in the viewer
 
 
 def widths(largest: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The width of the histogram's bars, the same for all latents."""
+    """Return the width of the histogram's bars, the same for all latents."""
     return np.full(len(largest), BAR_WIDTH)
 
 

@@ -256,7 +256,7 @@ class Tables:
             table = pq.read_table(
                 exact_file(path), page_checksum_verification=True, partitioning=None, **options
             )
-            table.validate(full=True)  # texts must be UTF-8, and each list must begin where the last one ends
+            table.validate(full=True)  # texts are UTF-8, lists follow one another
             return table
         except (OSError, pa.ArrowException) as error:
             raise RunError(

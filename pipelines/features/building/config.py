@@ -32,7 +32,7 @@ class FeatureConfig(BaseModel):
         10, ge=0, le=100, description="rows per latent without a firing in their window"
     )
     n_hard: Annotated[Count, Option("Contexts", name="--silent")] = Field(
-        10, ge=0, le=100, description="such rows with a frequent token of the latent, or with a firing neighbour"
+        10, ge=0, le=100, description="such rows with a token or a firing neighbour of the latent"
     )
     window_tokens: Annotated[Count, Option("Contexts", "TOKENS", "--window")] = Field(
         64, ge=1, description="tokens shown around an activation, within its context"

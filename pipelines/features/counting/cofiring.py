@@ -78,7 +78,7 @@ def most_together(
     asked_together = np.zeros(asked.shape, np.int64)
     best_together = np.zeros((some, n), np.int64)
     line, n_latents = LINE // latents.itemsize, len(starts) - 1
-    fewest = np.full(-(-n_latents // SOME), len(rows))  # fewest firings of a latent, of each SOME together
+    fewest = np.full(-(-n_latents // SOME), len(rows))  # fewest firings in each SOME
     for latent in range(n_latents):
         fired = starts[latent + 1] - starts[latent]
         fewest[latent // SOME] = min(fewest[latent // SOME], fired)

@@ -164,8 +164,8 @@ def draw(
     """Draw from each latent's firings, uniformly and without replacement, in place.
 
     A firing belongs to the list of its latent and of the part of its activation. edges
-    [n_latents, parts - 1] increase, and a part begins at its edge; there are n_latents * parts lists.
-    The firings with the highest hashes of (seed, latent, row) stay.
+    [n_latents, parts - 1] increase, and a part begins at its edge; there are n_latents * parts
+    lists. The firings with the highest hashes of (seed, latent, row) stay.
     """
     places, parts = rows.shape[1], edges.shape[1] + 1
     for i in prange(len(starts) - 1):

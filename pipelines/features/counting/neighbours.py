@@ -17,7 +17,7 @@ from sae_harvest.train.sae.kernels.cpu import CpuKernels
 
 BLOCK, BATCH = 2048, 8192  # latents at a time, and latents compared with them at a time
 SPARE = 2  # latents compared exactly, per latent needed
-MAX_PAIRS = 1 << 29  # most (row, latent, latent) counted; with more, only evenly spaced contexts count
+MAX_PAIRS = 1 << 29  # most (row, latent, latent); with more, evenly spaced contexts are counted
 MAX_FIRINGS = 1 << 25  # most firings read, 8 bytes each; with more, the same
 
 
@@ -169,7 +169,8 @@ def decoder_neighbours(
 
 
 def _listed(pairs: torch.Tensor, n: int) -> torch.Tensor:
-    """Turn pairs (place, number) [2, pairs] into the numbers of each place int32 [n, any], -1: none.
+    """List the numbers of each place, int32 [n, any], -1: none, from pairs (place, number).
+
 
     The order of the pairs is kept.
     """

@@ -14,17 +14,18 @@ SPARE = 2  # products computed exactly, per product needed
 def extreme_products(
     x: Tensor, weight: Tensor, n: int
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Find the n rows of `weight` with the largest, and the smallest, products with each row of `x`.
+    """Find the n rows of `weight` with the largest, and the smallest, products with each row of
+    `x`.
 
-    A low-precision product finds the candidates, exact float32 products decide. The mean of all rows
-    is subtracted first, because it would dominate in low precision.
+    A low-precision product finds the candidates, exact float32 products decide. The mean of all
+    rows is subtracted first, because it would dominate in low precision.
 
     Args:
         x: float32 [some, d]. weight: float32 [many, d], many >= n. Both on the processor.
 
     Returns:
-        For the largest, then for the smallest: indices int64 [some, n] and products float32 [some, n],
-        most extreme first, minus the mean product over all of `weight`.
+        For the largest, then for the smallest: indices int64 [some, n] and products float32 [some,
+        n], most extreme first, minus the mean product over all of `weight`.
     """
     kernels = CpuKernels()
     weight = weight - weight.mean(dim=0)

@@ -143,7 +143,7 @@ class DelphiCache:
         return state.hexdigest()
 
     def firings(self, first: int, last: int) -> Firings:
-        """The firings in the contexts [first, last).
+        """Return the firings in the contexts [first, last).
 
         delphi stores negative activations as well; here only those above 0 are firings.
 

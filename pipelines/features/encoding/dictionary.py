@@ -108,8 +108,8 @@ def load_dictionary(
 def output_weights(store: ActivationStore, site: str) -> Tensor:
     """Find each neuron's vector in the residual stream: float32 [d_mlp, d_model].
 
-    It is computed from the projection's outputs, so that the way a family stores its weights doesn't
-    matter.
+    It is computed from the projection's outputs, so that the way a family stores its weights
+    doesn't matter.
     """
     model = load_model(model_of(store), torch.float32, "cpu")
     located = locate(model, [neurons := Site.parse(site)])[neurons]

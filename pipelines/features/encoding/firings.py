@@ -54,7 +54,7 @@ class Firings:
 
 
 def block_rows(shard_rows: int, context_length: int, pairs_per_row: int) -> int:
-    """Choose the rows of a block: whole contexts, few enough for memory; shards have whole blocks."""
+    """Choose the rows of a block: whole contexts, few enough for memory, whole blocks per shard."""
     contexts = shard_rows // context_length
     most = max(1, BLOCK_NUMBERS // (pairs_per_row * context_length))
     return context_length * max(
@@ -81,7 +81,7 @@ def publish(objects: LocalObjects, block: int, firings: Firings) -> None:
         with_version(table),
         out,
         row_group_size=ROW_GROUP,
-        compression="none",  # compression would save little after these encodings, and costs five times the time
+        compression="none",  # saves little after these encodings, at five times their cost
         use_dictionary=["latent"],  # of runs
         column_encoding={
             "row": "DELTA_BINARY_PACKED",

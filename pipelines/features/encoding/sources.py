@@ -77,7 +77,8 @@ class Source(Protocol):
         ...
 
     def firings(self, first: int, last: int, batch_rows: int, stopped: Event) -> Firings:
-        """Return the firings of the rows [first, last), whole contexts; several threads may call this.
+        """Return the firings of the rows [first, last), whole contexts; several threads may call
+        this.
 
         `stopped` is set when the result is no longer needed.
         """
@@ -162,8 +163,8 @@ class StoreSource:
 class CacheSource:
     """A cache of delphi. It holds neither documents nor weights.
 
-    Each context counts as a document; its tokens decide whether it is for explanations or for scores.
-    Activations are float16, as delphi has rounded them.
+    Each context counts as a document; its tokens decide whether it is for explanations or for
+    scores. Activations are float16, as delphi has rounded them.
     """
 
     def __init__(self, given: SourceSpec) -> None:

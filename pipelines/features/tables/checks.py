@@ -186,7 +186,7 @@ def check_context(
 def check_histogram(
     features: Path, latent: int, rows: Sequence[Sequence[Any]], fires: bool = True
 ) -> None:
-    """Raise `RunError` if rows (bin, low, high, count) are no histogram; a firing latent has bins."""
+    """Raise `RunError` if rows (bin, low, high, count) are no histogram, or lack bins."""
     if fires and not rows:
         raise _damaged(features, "histograms", latent, "it fires and has no bins")
     for number, low, high, count in rows:
@@ -217,7 +217,7 @@ def _finite(value: Any) -> bool:
 
 
 def _same(found: pa.DataType, kind: pa.DataType) -> bool:
-    """True for equal types; texts and lists may be large, integers narrower, list fields renamed."""
+    """True for equal types, but allow large texts and lists, and narrower integers."""
     if pa.types.is_list(kind):
         is_list = pa.types.is_list(found) or pa.types.is_large_list(found)
         return is_list and _same(found.value_type, kind.value_type)

@@ -1,10 +1,10 @@
 """Token and document of each row of a store, found by the row's number.
 
-    FEATURES/rows/token.npy       int32, token id
-    FEATURES/rows/document.npy    int64, its document; -1 between documents
-    FEATURES/rows/split.npy       uint8, 1: its document is for scores; plus 2: the rule reads it
+FEATURES/rows/token.npy       int32, token id
+FEATURES/rows/document.npy    int64, its document; -1 between documents
+FEATURES/rows/split.npy       uint8, 1: its document is for scores; plus 2: the rule reads it
 
-    The files exist during a build only: 13 bytes per row.
+The files exist during a build only: 13 bytes per row.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class TokenTexts:
     def _mended(
         self, ids: npt.NDArray[np.int32], parts: npt.NDArray[np.bool_]
     ) -> tuple[npt.NDArray[np.int32], list[str]]:
-        """Give new ids to runs of incomplete tokens; return all ids, and the texts of the new ones."""
+        """Give runs of incomplete tokens new ids; return all ids, and texts of the new ones."""
         some, window = ids.shape
         edges = np.zeros((some, window + 1), np.int8)
         edges[:, :-1] = parts

@@ -94,7 +94,7 @@ class Low(Protocol):
         """Copy some latents, int64 [any]; the copy numbers them from 0."""
 
     def candidates(self, k: int) -> int:
-        """The number of latents to choose so that the exact k largest are among them."""
+        """Return the number of latents to choose so that the exact k largest are among them."""
 
 
 class Kernels(Protocol):

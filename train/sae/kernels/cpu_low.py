@@ -80,7 +80,7 @@ class Int8:
         quantize_weights(*self._arrays(rows))
 
     def _arrays(self, rows: Tensor) -> Any:
-        """The arguments of `quantize_rows`, in its order."""
+        """Return the arguments of `quantize_rows`, in its order."""
         given = rows.numpy(), random_signs(self._d_in), blocks_of(self._d_in)
         return *given, self._codes.numpy(), self._scale.numpy(), self._norms.numpy()
 

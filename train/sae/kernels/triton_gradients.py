@@ -3,8 +3,8 @@
 The pairs are sorted by latent (`train.sae.kernels.triton_sort`), and one program adds the pairs of
 a latent. A latent with more than `LONG` pairs is split into pieces of `LONG` pairs; a second
 program adds the sums of the pieces in order. There are no atomics, so that results are the same
-bits each time. Nothing waits for the host: a grid has the largest size that can be needed, and programs
-without work end at once.
+bits each time. Nothing waits for the host: a grid has the largest size that can be needed, and
+programs without work end at once.
 """
 
 from __future__ import annotations
