@@ -119,8 +119,8 @@ def test_a_log_whose_disk_fills_up_is_given_up_in_one_line(
     assert kept.path is not None
     assert kept.path.read_text().endswith("begun\n")
     assert capsys.readouterr().err == (
-        f"Note: the log {kept.path} cannot be written (No space left on device); the harvest goes "
-        "on without it.\n"
+        f"Note: the log {kept.path} cannot be written (No space left on device); the harvest "
+        "continues without it.\n"
     )
 
 
@@ -131,7 +131,7 @@ def test_a_log_folder_that_is_a_file_is_said(
     (tmp_path / "logs").touch()
     with log.HarvestLog("/runs/store") as kept:
         kept.write("nowhere")
-    assert "the harvest goes on without it" in capsys.readouterr().err
+    assert "the harvest continues without it" in capsys.readouterr().err
 
 
 def test_no_folder_at_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

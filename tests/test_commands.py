@@ -56,7 +56,7 @@ def broken_model(model_folder: Path, folder: Path, value: float) -> Path:
         ({"context_length": 128}, "sees at most 64 tokens at a time, got contexts of 128"),
         ({"tokens": 10_000_000}, "holds 28,672 tokens .* ask for --tokens 28672"),
         ({"workers": 4096}, "--workers 4096 is more than the [0-9]+ cores"),
-        ({"revision": "main"}, "its revision main means nothing"),
+        ({"revision": "main"}, "so revision main does not apply"),
         ({"text_column": "body"}, "no column body"),
     ],
 )

@@ -226,8 +226,8 @@ def test_a_corpus_that_ends_early_says_what_can_be_asked_for(
         shards(texts, tokenizer, have + 1)
     assert str(caught.value) == (
         f"The corpus texts holds {have * LENGTH:,} tokens in whole contexts of {LENGTH}, fewer "
-        f"than the {(have + 1) * LENGTH:,} asked for; ask for --tokens {have * LENGTH} or a "
-        "larger corpus, or take what there is with --tokens all."
+        f"than the {(have + 1) * LENGTH:,} requested; use --tokens {have * LENGTH} or a "
+        "larger corpus, or take all of it with --tokens all."
     )
     with pytest.raises(InputError, match=r"holds 0 tokens .* use a shorter --context-length or"):
         shards(["x"], tokenizer)

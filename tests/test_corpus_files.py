@@ -71,7 +71,7 @@ def test_an_array_of_objects_is_read_an_object_at_a_time_from_any_place(
         ('[{"text": "x"}', "element 2, is not JSON (it ends within the array"),
         ('[{"text": "x', "element 1, is not JSON (it ends within an object"),
         ('[{"text": x}' + " " * 99 + "]", "element 1, is not JSON (Expecting value"),
-        ('[{"text": "x"}]]', "element 2, is not JSON (there is something after the array"),
+        ('[{"text": "x"}]]', "element 2, is not JSON (there is text after the array"),
         ("[" * 3, "element 1, is not JSON (expected an object"),
         ('[{"a": ' + "[" * 100_000, "element 1, is not JSON (nested too deeply"),
         ('[{"a": ' + "9" * 5_000 + "}]", "element 1, is not JSON (Exceeds the limit"),
@@ -109,8 +109,8 @@ def test_links_are_followed_once_and_all_that_is_left_out_is_named(tmp_path: Pat
         ("z.jsonl", "linked"),
     ]
     left = dict(opened.left_out)
-    assert left.pop("gone.jsonl").startswith("a link that leads nowhere (No such file")
-    assert left.pop("sub/self").startswith("a link that leads nowhere (Too many levels")
+    assert left.pop("gone.jsonl").startswith("a broken link (No such file")
+    assert left.pop("sub/self").startswith("a broken link (Too many levels")
     assert left.pop("sub/again") == "the same folder as link/deep"
     assert left.pop("link/loop") == f"the same folder as {corpus}"
     assert left.pop("pipe.jsonl") == "neither a file nor a folder"
@@ -118,7 +118,7 @@ def test_links_are_followed_once_and_all_that_is_left_out_is_named(tmp_path: Pat
     assert {left.pop(name) for name in (".git", ".hidden.jsonl")} == {"hidden"}
     assert set(left) == {f"{number}.pdf" for number in range(7)}
     short = left_out_sentence("it", opened.left_out)
-    assert "0.pdf, 1.pdf, 2.pdf, 3.pdf, 4.pdf and 2 more (ending is none of those" in short
+    assert "0.pdf, 1.pdf, 2.pdf, 3.pdf, 4.pdf and 2 more (files with this ending" in short
     assert "6.pdf" in left_out_sentence("it", opened.left_out, max_names=None)
     assert "\n" not in short
 
@@ -127,7 +127,7 @@ def test_a_folder_with_nothing_to_read_says_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.bz2").touch()
     text = message(tmp_path)
     assert all(suffix in text for suffix in SUFFIXES)
-    assert text.endswith("Left out of it: a.jsonl.bz2 (ending is none of those that are read).")
+    assert text.endswith("Left out of it: a.jsonl.bz2 (files with this ending are not read).")
 
 
 def test_a_harvest_tells_what_is_left_out_once_and_its_log_names_all(

@@ -95,7 +95,7 @@ def test_objects_of_a_bucket_read_as_the_files_of_a_folder(bucket: Bucket) -> No
     assert read("s3://bucket") == read(folder)
     assert read("s3://bucket/deep/") == read(folder / "deep")
     assert read("s3://bucket/deep/b.parquet") == read(folder / "deep" / "b.parquet")
-    assert "its revision main means nothing" in message("s3://bucket", revision="main")
+    assert "so revision main does not apply" in message("s3://bucket", revision="main")
     (folder / "only").mkdir()
     (folder / "only" / "f.md").touch()
     assert "nothing to read at s3://bucket/only, expected at least one object ending in" in message(

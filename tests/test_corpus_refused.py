@@ -58,9 +58,9 @@ def test_what_is_not_a_corpus_is_refused_without_the_network(tmp_path: Path) -> 
     strange.touch()
     assert "has the suffix .docx, expected one of .txt, .jsonl" in message(strange)
     (empty / "a.txt").write_text("x")
-    assert "its revision main means nothing" in message(empty, revision="main")
-    assert "its config en means nothing" in message("news", config="en")
-    assert "its split test means nothing" in message("news", split="test")
+    assert "so revision main does not apply" in message(empty, revision="main")
+    assert "so config en does not apply" in message("news", config="en")
+    assert "so split test does not apply" in message("news", split="test")
 
 
 def test_a_hub_dataset_that_breaks_off_is_an_error_that_names_the_row(tmp_path: Path) -> None:
@@ -113,5 +113,5 @@ def test_a_git_lfs_pointer_is_no_text(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("cursor", [{}, {"rows": 1}, {"file": 0, "rows": 1, "lines": 1}, {"x": 0}])
 def test_a_cursor_of_another_corpus_is_one_sentence(tmp_path: Path, cursor: Any) -> None:
     corpus = open_corpus(CorpusSpec(name=str(write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}]))))
-    with pytest.raises(InputError, match=r"^The place to go on from .* is none of the corpus"):
+    with pytest.raises(InputError, match=r"^The cursor .* does not belong to the corpus"):
         next(corpus.documents(cursor))

@@ -176,7 +176,7 @@ def test_tables_of_a_cache_are_those_of_its_store(
     said = str(np.unique([d["source"] for d in documents])[0])
     assert said == "h.1"
     for refused, why in ((LiveModel.open, "live text and steering"), (compared, "are compared")):
-        with pytest.raises(InputError, match=f"tables of a cache of delphi's; .*{why}"):
+        with pytest.raises(InputError, match=f"tables of a cache of delphi; .*{why}"):
             refused(out)
 
 
@@ -215,7 +215,7 @@ def test_what_a_cache_does_not_say_is_asked_for(
         assert not out.exists()
         return sentence(result.stderr)
 
-    assert "does not say which site it is of; give --site" in told()
+    assert "does not name its site; give it, such as --site" in told()
     assert "is not a site" in told("--site", "h.1")
     (folder / "config.json").unlink()
     assert "does not name its model; give --model" in told("--site", "resid_post.1")
@@ -244,10 +244,10 @@ def test_a_cache_that_has_changed_is_not_counted_on(cache_folder: Path, tmp_path
 
 
 def test_a_cache_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no cache of delphi's"):
+    with pytest.raises(InputError, match="holds no cache of delphi"):
         DelphiCache(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds no cache of delphi's"):
+    with pytest.raises(InputError, match="holds no cache of delphi"):
         DelphiCache(tmp_path / "empty")
     folder = written(tmp_path / "gap")
     (folder / "2_4.safetensors").rename(folder / "3_5.safetensors")
@@ -300,7 +300,7 @@ def test_tokens_and_latents_that_cannot_be_are_refused(tmp_path: Path) -> None:
         DelphiCache(folder)
     locations = np.array([[1, 0, 0], [1, 0, 3], [2, 2, 1]], np.uint16)  # of latents 2 to 4
     cache = DelphiCache(written(tmp_path / "beyond", locations=locations))
-    with pytest.raises(InputError, match="says more than its tokens do"):
+    with pytest.raises(InputError, match="has firings past its tokens"):
         cache.firings(0, 4)
     values = np.array([3, np.inf, 5], np.float16)
     cache = DelphiCache(written(tmp_path / "infinite", activations=values))
@@ -323,5 +323,5 @@ def test_an_unsorted_cache_is_refused(tmp_path: Path) -> None:
         cache.firings(0, 2)
     locations = np.array([[1, 0, 0], [1, 3, 2], [2, 2, 1]], np.uint16)
     cache = DelphiCache(written(tmp_path / "long", locations=locations))
-    with pytest.raises(InputError, match="says more than its tokens do"):
+    with pytest.raises(InputError, match="has firings past its tokens"):
         cache.firings(0, 4)

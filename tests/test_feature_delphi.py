@@ -137,7 +137,7 @@ def test_a_cache_of_nothing_or_without_its_store_is_refused(
 ) -> None:
     out = tmp_path / "out"
     assert "None of these latents fires" in refusal(features, "delphi", out, "--latents", f"{DEAD}")
-    assert "Two of the tables are of h.1" in refusal([features, features], "delphi", out)
+    assert "Two of the tables are for h.1" in refusal([features, features], "delphi", out)
     assert str(tmp_path / "x") in refusal(features, "delphi", out, "--store", tmp_path / "x")
     moved = shutil.copytree(features, tmp_path / "moved")
     record = json.loads((moved / "run.json").read_text())

@@ -297,9 +297,9 @@ def test_a_mistake_is_told_in_a_sentence(features: Path, tmp_path: Path) -> None
     assert "There is no latent 48" in refusal(features, "openai", out, "--latents", "0-48")
     assert "leave slashes out" in refusal(features, "openai", out, "--name", "../x")
     both = [features, features]
-    assert "Two of the tables are of layer 1" in refusal(both, "circuit-tracer", out)
-    assert "would be called resid_post.1" in refusal(both, "openai", out)
-    assert "would be called tiny-gpt2/1-sae" in refusal(both, "neuronpedia", out)
+    assert "Two of the tables are for layer 1" in refusal(both, "circuit-tracer", out)
+    assert "would have the name resid_post.1" in refusal(both, "openai", out)
+    assert "would have the name tiny-gpt2/1-sae" in refusal(both, "neuronpedia", out)
     assert run(features, "excel", out).exit_code == 2
 
 

@@ -187,7 +187,7 @@ def test_parquet_and_the_others_are_written_whole_into_a_new_file(
     written = duckdb.connect().from_arrow(pq.read_table(out)).fetchall()
     assert sorted(map(repr, written)) == sorted(map(repr, expected))
     before = out.read_bytes()
-    assert "is there already" in refusal("query", sql, "--features", features, "--output", out)
+    assert "exists already" in refusal("query", sql, "--features", features, "--output", out)
     assert out.read_bytes() == before
     comma = tmp_path / "some.csv"
     assert query(features, "SELECT 1 AS n", "--output", str(comma)).exit_code == 0
@@ -222,8 +222,8 @@ def test_sql_may_come_from_standard_input(features: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("SELECT 1 AS a, 2 AS a", "--format", "json"), "Two columns are called 'a'"),
-        (("SELECT 1 AS a, 2 AS a", "--format", "parquet"), "Two columns are called 'a'"),
+        (("SELECT 1 AS a, 2 AS a", "--format", "json"), "Two columns have the name 'a'"),
+        (("SELECT 1 AS a, 2 AS a", "--format", "parquet"), "Two columns have the name 'a'"),
         (("SELECT INTERVAL 1 DAY", "--format", "parquet"), "Parquet cannot hold"),
         (("(" * 100_000, "--format", "json"), "DuckDB cannot run"),
         (("SELECT 1", "--output", "a.txt"), "end it in .csv"),

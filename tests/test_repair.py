@@ -185,7 +185,7 @@ def test_a_model_or_corpus_that_changed_is_refused_and_nothing_is_removed(
         corpus.unlink()
     message = refusal_on_repair(path)
     if changed in ("model", "corpus"):
-        assert f"What the store was made from has changed: {changed}." in message
+        assert f"The sources of the store have changed: {changed}." in message
     else:
         assert str(model if changed == "no model" else corpus) in message
     assert inodes(path) == before

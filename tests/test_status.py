@@ -159,7 +159,7 @@ def test_a_heartbeat_that_cannot_be_written_is_reported_once_and_survived(
         assert wait_for(lambda: full.writes >= 3, 5)
         heartbeat.update(0, [0], 0, 1000)
         heartbeat.update(1, [1], 500, 1000)
-    assert told == ["status.json cannot be written, the harvest goes on: No space left."]
+    assert told == ["status.json cannot be written, the harvest continues: No space left."]
 
 
 @pytest.mark.parametrize(

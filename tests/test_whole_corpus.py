@@ -142,10 +142,7 @@ def test_a_number_that_the_corpus_lacks_is_said_before_any_work(
     given = options(model_folder, short_corpus, tmp_path / "s", tokens="1M")
     text = refusal(invoke(*given))
     assert f"holds {rows:,} tokens in whole contexts of 32, fewer than the 1,000,000" in text
-    assert (
-        f"ask for --tokens {rows} or a larger corpus, or take what there is with --tokens all."
-        in text
-    )
+    assert f"use --tokens {rows} or a larger corpus, or take all of it with --tokens all." in text
     assert not (tmp_path / "s").exists()
     (tmp_path / "tiny.txt").write_text("the cat")
     given = options(model_folder, tmp_path / "tiny.txt", tmp_path / "s", tokens=None)

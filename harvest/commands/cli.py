@@ -52,7 +52,7 @@ def request_options(
 @request_options(setting for setting in HarvestSettings.settings() if setting.path != ("store",))
 @click.pass_context
 def plan(context: click.Context, file: Path | None, **given: Any) -> None:
-    """Print what a harvest would take, before any work.
+    """Print the rows, bytes and time that a harvest needs, without harvesting.
 
     \b
     harvest plan --model smollm2-135m --layer 12 --tokens 262144
@@ -72,7 +72,7 @@ def plan(context: click.Context, file: Path | None, **given: Any) -> None:
 
 
 def means_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of what runs the model."""
+    """Add the options for workers and device."""
     options = [
         grouped(
             "Execution",
@@ -132,7 +132,7 @@ def run(
     ending = (
         f"Digest {result.digest}."
         if result.digest
-        else "Not sealed: shards that this run was not to do are missing."
+        else "Not sealed: shards outside --shards are missing."
     )
     if config.tokens == "all" and result.digest:
         ending = f"The corpus holds {result.rows:,} tokens in whole contexts. {ending}"
@@ -144,20 +144,18 @@ def run(
 
 
 def make_execution(workers: int, device: str, address: str | None) -> Any:
-    """The execution that the options describe; a usage error for a cluster without workers."""
+    """Make the execution that the options describe; usage error for a cluster without workers."""
     from sae_harvest.harvest.run.driver import Execution
 
     if address is not None and workers == 0:
-        raise click.UsageError(
-            "--address names a cluster and --workers 0 uses none; leave one out."
-        )
+        raise click.UsageError("--address requires --workers above 0; leave one of them out.")
     return Execution(workers=workers, device=device, address=address)
 
 
 @main.command()
 @store_option
 def status(store: str) -> None:
-    """How far a harvest is, from any terminal.
+    """Print the progress of a harvest, from any terminal.
 
     \b
     harvest status --store runs/demo/store
@@ -179,7 +177,7 @@ def status(store: str) -> None:
 @means_options
 @device_option
 def verify(store: str, repair: bool, workers: int, address: str | None, device: str) -> None:
-    """Re-read and re-hash every object; name each damaged one, and mend it if asked to.
+    """Check the hash of every object; name each damaged one, and repair it with --repair.
 
     \b
     harvest verify --store runs/demo/store
@@ -198,7 +196,7 @@ def verify(store: str, repair: bool, workers: int, address: str | None, device: 
     for item in report.damage:
         click.echo(item.sentence, err=True)
     for key in report.leftovers:
-        click.echo(f"{name}/{key} is left over from a killed writer; it is not data.", err=True)
+        click.echo(f"{name}/{key} was left by a killed writer; it is not data.", err=True)
     if report.damage:
         raise DamagedError(
             f"{name} has {len(report.damage)} damaged objects, named above; `harvest verify "
@@ -221,7 +219,7 @@ def verify(store: str, repair: bool, workers: int, address: str | None, device: 
 
 
 def repair_and_report(store: str, execution: Any) -> Any:
-    """`harvest.run.driver.repair` with its progress; tells what was done; the report afterwards."""
+    """Repair with progress shown, print what was done, and return the report after the repair."""
     from sae_harvest.harvest.run.driver import repair as mend
     from sae_harvest.harvest.run.progress import tokens_rate
 
@@ -236,7 +234,7 @@ def repair_and_report(store: str, execution: Any) -> Any:
     if before.sealed_digest and after.digest and before.sealed_digest != after.digest:
         output().print(
             f"The digest changed from {before.sealed_digest}: this machine or its software "
-            "computes other last bits than those that were lost.",
+            "computes values whose last bits differ from those of the lost ones.",
             soft_wrap=True,
         )
     return after
@@ -245,10 +243,10 @@ def repair_and_report(store: str, execution: Any) -> Any:
 @main.command()
 @store_option
 @click.option(
-    "--row", type=CountRange(min=0), help="Number of a row; prints where that row comes from."
+    "--row", type=CountRange(min=0), help="Number of a row; prints the origin of that row."
 )
 def show(store: str, row: int | None) -> None:
-    """What a store holds: model, text, sites, statistics, outlier rows.
+    """Print the contents of a store: model, text, sites, statistics, outlier rows.
 
     \b
     harvest show --store runs/demo/store

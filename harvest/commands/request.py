@@ -13,7 +13,7 @@ from sae_harvest.harvest.run.config import HarvestConfig
 
 
 class Places(BaseModel):
-    """Where a harvest writes and computes."""
+    """The place and the device of a harvest."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,14 +46,14 @@ class HarvestSettings(CommandSettings):
         return found
 
     def config(self) -> HarvestConfig:
-        """What to harvest. `click.UsageError` if no site is named, or a value does not fit."""
+        """Make the configuration. `click.UsageError` if no site is named, or a value is wrong."""
         if "sites" not in self.values(HarvestConfig):
             raise click.UsageError("Name what to record: --layer 8, or --site mlp_out.8.")
         return self.read(HarvestConfig)
 
 
 def parse_shards(text: str | None) -> range | None:
-    """`4:8` as range(4, 8); a usage error for anything else."""
+    """Parse `4:8` as range(4, 8); a usage error for anything else."""
     if text is None:
         return None
     first, colon, last = text.partition(":")

@@ -1,4 +1,4 @@
-"""`harvest merge` and `harvest export`: stores joined, and rows taken out of them."""
+"""`harvest merge` and `harvest export`: join stores, and export their rows."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from sae_harvest.common.paths import shown
     "--into",
     type=PlaceOption(),
     required=True,
-    help="Store that receives the shards it lacks: a folder or s3://bucket/prefix, new or not.",
+    help="Store that receives the shards it lacks: a new or existing folder or s3://bucket/prefix.",
 )
 @click.argument("sources", metavar="SOURCE...", type=PlaceOption(), nargs=-1, required=True)
 def merge(into: str, sources: tuple[str, ...]) -> None:
-    """Join what several machines harvested of one plan, each with its --shards.
+    """Join the stores of several machines that harvested one plan, each with its --shards.
 
     \b
     harvest run --model gpt2 --layer 8 --shards 0:8 --store runs/first-half
@@ -90,7 +90,7 @@ def export(
     shards: str | None,
     without_outliers: bool,
 ) -> None:
-    """Rows as Parquet or safetensors, a file per site and shard; run again, it continues.
+    """Export rows to Parquet or safetensors, a file per site and shard; run again, it continues.
 
     \b
     harvest export --store runs/demo/store --out runs/demo/rows --format parquet
@@ -118,7 +118,7 @@ def export(
 
 
 def _spans(shards: Sequence[int]) -> str:
-    """`0 to 6, 9` for the shards 0..6 and 9."""
+    """Format the shards 0..6 and 9 as `0 to 6, 9`."""
     breaks = [i for i, (a, b) in enumerate(pairwise(shards), start=1) if b != a + 1]
     runs = [shards[i:j] for i, j in pairwise([0, *breaks, len(shards)])]
     return ", ".join(f"{r[0]} to {r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)

@@ -1,11 +1,11 @@
-"""A store's rows in the files that other tools open: Parquet, or safetensors.
+"""A store's rows, exported to files that other tools open: Parquet or safetensors.
 
     OUT/
       export.json                what was exported from which store; the files, with rows and bytes
       documents/000000.parquet   id, source, title, url of every document (and its text, if kept)
       <site>/000000.parquet      or .safetensors: the rows of one shard
 
-A file appears whole or not at all, so that an interrupted export goes on with the files it lacks.
+A file appears whole or not at all, so that an interrupted export continues with the missing files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sae_harvest.store.rules import RowRule
 from sae_harvest.store.tables import encode_table
 
 EXPORT_KEY = "export.json"
-SMALL_BYTES_PER_ROW = 48  # of everything but the activation, generously
+SMALL_BYTES_PER_ROW = 48  # upper estimate of the bytes of a row without its activations
 SMALL_COLUMNS = {
     "row": pa.int64(),
     "context": pa.int64(),
@@ -95,8 +95,8 @@ def export(
     existing = set(target.keys(""))
     _check_space(target, store, sites, first, last, existing, config)
     _write_summary(target, request, None)
-    # A document is listed with the first shard that holds a part of it, so that those of the
-    # shards before may be referred to as well.
+    # A document is listed with the first shard that holds a part of it, so the rows exported may
+    # belong to documents listed in earlier shards.
     for shard in range(last):
         key = f"documents/{shard:06d}.parquet"
         if key not in existing:
@@ -125,7 +125,7 @@ def export(
 
 
 def file_key(config: ExportConfig, site: str, shard: int) -> str:
-    """Name below the export's folder of the rows of one shard of one site."""
+    """Return the path, in the export's folder, of the rows of one shard of one site."""
     return f"{site}/{shard:06d}.{config.format}"
 
 
@@ -147,7 +147,7 @@ class _ShardRows:
         self.norms = store.norms(site, self.first, self.stop)[keep]
 
     def blocks(self) -> Iterator[tuple[slice, npt.NDArray[Any]]]:
-        """Slices of `rows` with their activations, a chunk of the store at a time."""
+        """Yield slices of `rows` with their activations, a chunk of the store at a time."""
         at, size = 0, self.store.chunk_rows(self.site)
         for start in range(self.first, self.stop, size):
             stop = min(start + size, self.stop)
@@ -158,7 +158,7 @@ class _ShardRows:
 
 
 def _parquet(shard_rows: _ShardRows, request: dict[str, Any]) -> list[Buffer]:
-    """A row group for each chunk of the store. A BOS belongs to no document: null."""
+    """Encode as Parquet, a row group per chunk of the store. A BOS has no document: null."""
     width, length = shard_rows.store.width(shard_rows.site), shard_rows.store.context_length
     values = pa.list_(pa.from_numpy_dtype(shard_rows.store.dtype), width)
     schema = pa.schema(
@@ -166,7 +166,7 @@ def _parquet(shard_rows: _ShardRows, request: dict[str, Any]) -> list[Buffer]:
         metadata={"sae_harvest": json.dumps(_metadata(shard_rows, request))},
     )
     sink = pa.BufferOutputStream()
-    # Activations neither compress nor repeat: trying would take most of the time.
+    # Activations neither compress nor repeat: the attempt would take most of the time.
     with pq.ParquetWriter(
         sink,
         schema,
@@ -190,9 +190,10 @@ def _parquet(shard_rows: _ShardRows, request: dict[str, Any]) -> list[Buffer]:
 
 
 def _safetensors(shard_rows: _ShardRows, request: dict[str, Any]) -> list[Buffer]:
-    """Tensors rows int64, tokens int32, norms float32 [rows], activations [rows, width].
+    """Encode as safetensors: rows int64, tokens int32, norms float32 [rows], and activations.
 
-    The format's own library would copy them all, and put the metadata in another order each time.
+    The format's own library would copy all tensors, and would change the order of the metadata each
+    time.
     """
     store = shard_rows.store
     x = np.empty((len(shard_rows.rows), store.width(shard_rows.site)), store.dtype)
@@ -214,7 +215,7 @@ def _safetensors(shard_rows: _ShardRows, request: dict[str, Any]) -> list[Buffer
 
 
 def _metadata(shard_rows: _ShardRows, request: dict[str, Any]) -> dict[str, Any]:
-    """The metadata of a file, as it is written into it."""
+    """Return the metadata that is written into a file."""
     return {
         "exported_by": "sae-harvest",
         "site": shard_rows.site,
@@ -230,7 +231,7 @@ def _metadata(shard_rows: _ShardRows, request: dict[str, Any]) -> dict[str, Any]
 def _request(
     store: ActivationStore, config: ExportConfig, sites: tuple[str, ...], first: int, last: int
 ) -> dict[str, Any]:
-    """Everything that decides the bytes of an export."""
+    """Return everything that decides the bytes of an export."""
     dtype = f"{store.dtype}, as stored"
     if store.plan["dtype"] == "int8":
         dtype = "float32, dequantised from int8; outlier rows from float16"
@@ -256,7 +257,7 @@ def _shards(store: ActivationStore, shards: tuple[int, int] | None) -> tuple[int
 
 
 def _check_target(target: Objects, request: dict[str, Any]) -> None:
-    """`InputError` if something is there that is not this export, begun or finished."""
+    """Raise `InputError` if the target holds anything but this export, begun or finished."""
     try:
         export_record = parse_json(target.read(EXPORT_KEY))
     except FileNotFoundError:
@@ -289,7 +290,7 @@ def _check_space(
     existing: set[str],
     config: ExportConfig,
 ) -> None:
-    """`StoreError` if the disk cannot hold what is still to be written."""
+    """Raise `StoreError` if the disk cannot hold the files that are still to be written."""
     need = 0
     for site in sites:
         row_bytes = store.width(site) * store.dtype.itemsize + SMALL_BYTES_PER_ROW

@@ -1,9 +1,9 @@
-"""The origin of a row: its token, its context, its document, the very characters.
+"""The origin of a row: its token, context, document and exact characters.
 
-The store knows which document a row's context was cut from, and which characters all of that piece
-has. The token's own are found by tokenizing the document again: from the text that the store keeps,
-or read anew from the corpus, near which the shard's commit record remembers to be. A text counts
-only if its hash is the recorded one.
+The store records the document of each piece, and the characters of the whole piece. The characters
+of a token are found by tokenizing the document again. Its text is in the store if texts are kept;
+otherwise it is read from the corpus, from the place that the shard's commit record names. A text is
+used only if its hash is the recorded one.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from sae_harvest.store.rules import OUTLIER_MEDIANS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-AROUND_CHARS = 160  # of text shown on each side of the token
-AROUND_TOKENS = 32  # decoded in its place where there is no text
+AROUND_CHARS = 160  # characters of text shown on each side of the token
+AROUND_TOKENS = 32  # tokens decoded on each side if there is no text
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Provenance:
     token: int
     """Id of the token."""
     kind: Literal["text", "end of text", "beginning of text"]
-    """A token of text, or one of two marks. Marks have no characters, and a BOS no document."""
+    """Kind of the token. Only text has characters; a BOS has no document either."""
     token_text: str | None
     """The token decoded by itself; None without the tokenizer. Half a character is U+FFFD."""
     document: dict[str, Any] | None
@@ -86,9 +86,9 @@ class Provenance:
     piece: Piece | None
     """The piece that holds the token; None for a BOS."""
     characters: tuple[int, int] | None
-    """[start, end) of the token in the document; None for a mark, and without the text.
+    """[start, end) of the token in the document; None for a special token, and without the text.
 
-    A token of some of a character's bytes has that character."""
+    A token that holds only some bytes of a character has that whole character."""
     around: tuple[str, str, str]
     """Text before, of and after the token; decoded tokens where there is no text."""
     norms: dict[str, RowNorm]
@@ -153,7 +153,7 @@ def trace_row(store: ActivationStore | str | Path, row: int) -> Provenance:
 
 
 def describe_row(place: str | Path, row: int) -> list[Table]:
-    """The origin of a row, for a terminal."""
+    """Describe the origin of a row, for a terminal."""
     provenance = trace_row(place, row)
     table = Table(f"row {row:,}", Column(str(place), overflow="fold"), box=None)
     table.add_row("context", f"{provenance.context:,}, position {provenance.position}")
@@ -178,10 +178,10 @@ def describe_row(place: str | Path, row: int) -> list[Table]:
 
 
 def tokenizer_of(store: ActivationStore) -> PreTrainedTokenizerFast:
-    """The tokenizer a store was harvested with.
+    """Load the tokenizer that a store was harvested with.
 
     Raises:
-        InputError: it is not where it was, or is another one now.
+        InputError: it is not at its recorded place, or has changed.
     """
     from sae_harvest.harvest.model.models import (
         load_tokenizer,
@@ -193,7 +193,7 @@ def tokenizer_of(store: ActivationStore) -> PreTrainedTokenizerFast:
     tokenizer = load_tokenizer(resolve_model(model["name"], model.get("revision")))
     expected = store.plan["tokenizer"].get("xxh3")
     if tokenizer_fingerprint(tokenizer) != expected:
-        raise InputError(f"The tokenizer of {model['name']} is another one now.")
+        raise InputError(f"The tokenizer of {model['name']} has changed since the harvest.")
     return tokenizer
 
 
@@ -207,7 +207,7 @@ def _tokenizer_or_reason(
 
 
 def _piece(store: ActivationStore, shard: int, context: int, position: int) -> Piece | None:
-    """The piece that holds a position, None for a BOS."""
+    """Find the piece that holds a position; None for a BOS."""
     pieces = store.pieces(shard)
     columns = {name: pieces[name].to_numpy() for name in pieces.column_names}
     inside = (
@@ -228,7 +228,7 @@ def _piece(store: ActivationStore, shard: int, context: int, position: int) -> P
 
 
 def _document(store: ActivationStore, shard: int, number: int) -> dict[str, Any]:
-    """A document's row of documents/; it is listed in this shard or in one before."""
+    """Find a document's row in documents/; this shard or an earlier one lists it."""
     for listing in range(shard, -1, -1):
         table = store.documents(listing)
         matches = np.flatnonzero(table["document"].to_numpy() == number)
@@ -238,7 +238,7 @@ def _document(store: ActivationStore, shard: int, number: int) -> dict[str, Any]
 
 
 def _corpus_text(store: ActivationStore, shard: int, piece: Piece) -> str:
-    """The text of a piece's document, from the corpus; `InputError` if it is not there any more."""
+    """Read the text of a piece's document from the corpus; `InputError` if it is gone."""
     from sae_harvest.harvest.text.corpus import open_corpus
     from sae_harvest.harvest.text.documents import CorpusSpec
 
@@ -255,8 +255,8 @@ def _corpus_text(store: ActivationStore, shard: int, piece: Piece) -> str:
     documents = corpus.documents(cursor["corpus"])
     texts: Iterator[str] = (document.text for document in documents)
     if corpus.dedup:
-        # Numbers leave duplicates out, so it is found by its text, which is nowhere else; in a
-        # corpus that has changed, the search might never end.
+        # Document numbers leave duplicates out, so the document is found by its text, which is
+        # unique. In a changed corpus, the search might never end.
         if corpus.fingerprint() != corpus_plan["fingerprint"]:
             raise changed
         texts = (text for text in texts if _text_hash(text) == piece.text_hash)
@@ -275,22 +275,22 @@ def _text_hash(text: str) -> int:
 def _characters(
     tokenizer: PreTrainedTokenizerFast, text: str, index: int, token: int
 ) -> tuple[int, int]:
-    """Characters [start, end) of a token of a text, given its index there."""
+    """Find the characters [start, end) of a token, given its index in the text."""
     from sae_harvest.harvest.text.documents import Document
     from sae_harvest.harvest.tokens.encoding import DocumentEncoder
 
-    # Contexts of one token make a piece of each.
+    # With contexts of one token, each token is a piece.
     document = Document("", "", None, None, text)
     batch = next(DocumentEncoder(tokenizer).batches([(document, {})], text_length=1))
     if index >= len(batch.tokens) or batch.tokens[index] != token:
-        raise InputError("The tokenizer gives other tokens for the document than it did.")
+        raise InputError("The tokenizer gives other tokens for the document than at the harvest.")
     return int(batch.pieces["char_start"][index]), int(batch.pieces["char_end"][index])
 
 
 def _decoded(
     tokenizer: PreTrainedTokenizerFast | None, ids: npt.NDArray[np.int32], position: int
 ) -> tuple[str, str, str]:
-    """Tokens of the context before, at and after a position, as text or as ids."""
+    """Return the context's tokens before, at and after a position, as text or as ids."""
     parts = (
         ids[max(0, position - AROUND_TOKENS) : position].tolist(),
         ids[position : position + 1].tolist(),
@@ -313,7 +313,7 @@ def _describe_characters(provenance: Provenance) -> str:
     assert provenance.piece is not None
     of = f"of {provenance.document['n_chars']:,}"
     if provenance.kind != "text":
-        return f"none: it stands after the last {of}"
+        return f"none: it comes after the last {of}"
     if provenance.characters is not None:
         return f"{provenance.characters[0]:,}:{provenance.characters[1]:,} {of}"
     return (

@@ -1,4 +1,4 @@
-"""A store described for a terminal: what it was made from and with, and what it holds."""
+"""A store described for a terminal: its sources, software and contents."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_LISTED = 6  # most frequent outlier positions and tokens
 
 
 def describe(place: str | Path) -> list[Table]:
-    """One table of facts, one of the seals, and one per site."""
+    """Make one table of facts, one of the seals, and one per site."""
     store = ActivationStore.open(place)
     objects = open_objects(place)
     record = read_plan_record(objects)
@@ -40,7 +40,7 @@ def describe(place: str | Path) -> list[Table]:
 
 
 def _origins(plan: dict[str, Any], made_with: dict[str, str]) -> dict[str, str]:
-    """The origin of the bytes: model, tokenizer, text, software."""
+    """Return the origin of the bytes: model, tokenizer, text, software."""
     model, tokenizer, corpus = plan["model"], plan["tokenizer"], plan["corpus"]
     revision = f", revision {model['revision']}" if model.get("revision") else ""
     options = [
@@ -62,7 +62,7 @@ def _origins(plan: dict[str, Any], made_with: dict[str, str]) -> dict[str, str]:
 
 
 def _seals(objects: Objects, plan: Plan) -> list[str]:
-    """Every digest the store has had, the latest first."""
+    """List every digest of the store's history, the latest first."""
     seals = [read_seal(objects, plan, count) for count in reversed(sealed_counts(objects))]
     latest, *earlier = seals
     return [
@@ -98,7 +98,7 @@ def _site(store: ActivationStore, site: str) -> Table:
 
 
 def _token_names(store: ActivationStore, ids: list[int]) -> list[str]:
-    """Texts of token ids; the bare ids where the tokenizer is not at hand any more."""
+    """Return the texts of token ids, or the bare ids if the tokenizer is not available."""
     try:
         tokenizer = tokenizer_of(store)
     except InputError:

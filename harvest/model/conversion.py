@@ -1,12 +1,12 @@
 """GGUF models, converted once into a folder that loads fast.
 
-Transformers decodes a GGUF file anew each time (15 s for 135 M weights, against 0.1 s for
-safetensors). The converted copy is float32, the type the quantised blocks decode to, so that
-nothing is lost: rounded to bfloat16, Q4_1 weights would move by up to 0.3 % of the largest.
+Transformers decodes a GGUF file at every load (15 s for 135 M weights, against 0.1 s for
+safetensors). The converted copy is float32, the type that the quantised blocks decode to, so that
+nothing is lost. Rounding to bfloat16 would change Q4_1 weights by up to 0.3 % of the largest one.
 
-A folder counts only with its record, written last: the size and hash of every other file. It is
-prepared aside and renamed into place under a lock, so that two processes never see or make half
-of one; a damaged one is made again.
+A folder is valid only with its record, which is written last: the size and hash of every other
+file. The folder is prepared under another name and renamed under a lock, so that no process sees or
+makes half a folder. A damaged folder is made again.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _one_at_a_time = threading.Lock()
 
 
 def converted(source: Path) -> Path:
-    """The folder with the float32 safetensors copy of a GGUF file and its tokenizer.
+    """Return the folder with the float32 safetensors copy of a GGUF file and its tokenizer.
 
-    Made on the first call, in `cache_dir()/models/<name>-<hash of the file>`. Raises InputError
+    The first call makes it, in `cache_dir()/models/<name>-<hash of the file>`. Raises InputError
     if the file is not GGUF, if transformers can't read its architecture, or if the copy can't be
     written.
     """
@@ -66,15 +66,15 @@ def converted(source: Path) -> Path:
 
 def _make(source: Path, folder: Path) -> None:
     with making(folder) as aside:
-        aside.mkdir()  # not by mkdtemp, whose folders only their maker can read: it may be shared
+        aside.mkdir()  # not by mkdtemp, whose folders only their owner can read
         _convert(source, aside)
         files = sorted(path for path in aside.iterdir())
         record = {p.name: {"bytes": p.stat().st_size, "xxh3": file_hash(p)} for p in files}
         (aside / RECORD).write_text(json.dumps(record, indent=1))
         mode = (aside / RECORD).stat().st_mode & 0o777
-        for path in files:  # safetensors lets nobody but the owner read
+        for path in files:  # safetensors makes files that only the owner can read
             path.chmod(mode)
-        if folder.exists():  # damaged, or begun by hand
+        if folder.exists():  # damaged, or made by hand
             shutil.rmtree(folder)
 
 
@@ -88,12 +88,12 @@ def _convert(file: Path, folder: Path) -> None:
             weights = gguf_tensors(file, model)
             tokenizer = AutoTokenizer.from_pretrained(**source, local_files_only=True)
         result = model.load_state_dict(weights, strict=False)
-    except Exception as error:  # the readers of a damaged file may raise anything
+    except Exception as error:  # readers may raise anything for a damaged file
         raise InputError(
             f"{file.name} can't be read: {_first_line(error)}; it may be damaged, or of an "
             "architecture that transformers doesn't read from GGUF: use its safetensors release."
         ) from error
-    # tied weights are missing from the file and share memory with one that is there
+    # tied weights are not in the file and share memory with a weight that is
     state = model.state_dict()
     given = {state[name].data_ptr() for name in weights}
     missing = [name for name in result.missing_keys if state[name].data_ptr() not in given]
@@ -109,10 +109,10 @@ def _convert(file: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _parsed_once() -> Iterator[None]:
-    """Keep what transformers otherwise makes anew: three readers of the file, 397 maps of names.
+    """Reuse objects that transformers makes repeatedly: 3 readers of the file, 397 maps of names.
 
-    A reader parses the whole header, several seconds for the 49,152 tokens of a vocabulary; a map
-    of the tensors' names is the same for every module of the model.
+    A reader parses the whole header, which takes several seconds for a vocabulary of 49,152 tokens.
+    The map of the tensors' names is the same for every module of the model.
     """
     with _one_at_a_time:
         reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
@@ -125,7 +125,7 @@ def _parsed_once() -> Iterator[None]:
 
 
 def _is_intact(folder: Path) -> bool:
-    """Whether every file that the folder's record names is there, with the bytes it had."""
+    """Whether every file of the folder's record exists, with the recorded bytes."""
     try:
         record = parse_json((folder / RECORD).read_bytes())
         return all(

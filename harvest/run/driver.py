@@ -1,4 +1,4 @@
-"""From a request to a sealed store: plan, hand out shards, commit, seal; grow it, repair it."""
+"""From a request to a sealed store: plan, distribute shards, commit, seal; extend and repair."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from sae_harvest.store.records import digest_of
 from sae_harvest.store.seals import seal, trusted_commits
 from sae_harvest.store.writer import Shard, check_place, check_same, create_store, discard
 
-SMALL_BYTES_PER_ROW = 16  # tokens, norms, tables and commit records, generously
+SMALL_BYTES_PER_ROW = 16  # upper estimate of tokens, norms, tables and commit records
 
-OnProgress = Callable[[int, int | None], None]  # rows done in this run, and to do, if known
+OnProgress = Callable[[int, int | None], None]  # rows done in this run, rows to do (None: unknown)
 Notify = Callable[[str], None]
-Keep = Callable[[dict[str, Any]], object]  # what becomes of a shard's commit record
+Keep = Callable[[dict[str, Any]], object]  # receives a shard's commit record
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Result:
     plan: Plan
     """Plan of the store."""
     digest: str | None
-    """Digest of the sealed store; None if shards are missing that this run was not to do."""
+    """Digest of the sealed store; None if shards outside `only` are missing."""
     rows: int
     """Rows of the store."""
     rows_run: int
@@ -71,7 +71,7 @@ class Execution:
 
     @property
     def resolved_device(self) -> str:
-        """cpu or cuda; a cluster may have the GPU that this machine lacks."""
+        """The device, cpu or cuda; a cluster may have the GPU that this machine lacks."""
         elsewhere = self.address is not None and self.device == "cuda"
         return self.device if elsewhere else choose_device(self.device)
 
@@ -84,16 +84,16 @@ def run(
     on_progress: OnProgress = lambda done, todo: None,
     notify: Notify = lambda line: None,
 ) -> Result:
-    """Harvest into the store at `place`, continue what was begun there, or make it longer.
+    """Harvest into the store at `place`: begin it, continue it, or make it longer.
 
     Args:
-        only: shards to work on; the others are somebody else's, and without them nothing is
-            sealed.
+        only: shards to work on; other runs do the other shards, and the store is sealed when all
+            are there.
         on_progress: called about twice a second.
-        notify: is given a sentence about what of the corpus is left out.
+        notify: called with a sentence about the parts of the corpus that are left out.
 
-    Raises:
-        SaeHarvestError: any of its kinds; nothing half-written is ever taken for whole.
+        Raises:
+        SaeHarvestError: any of its kinds; the store stays valid, and the same call continues.
     """
     execution = execution or Execution()
     objects = open_objects(place)
@@ -104,7 +104,7 @@ def run(
     n_shards = prepared.n_shards
     if existing:
         widths = {s.name: s.width for s in existing.sites}
-        # Another set of sites is another plan; which width it would have does not matter.
+        # Other sites mean another plan, whatever their widths.
         requested = prepared.plan({s: widths.get(s, 1) for s in config.sites})
         check_same(objects, existing, requested)
     if left_out := left_out_sentence(config.corpus.name, prepared.corpus.left_out):
@@ -127,18 +127,18 @@ def run(
             closing(Ahead(inputs, prepared.corpus.stop)) as ahead,
         ):
             _log_left_out(prepared, log)
-            # Where the corpus may have too little, or nothing more, that is said before any work.
+            # A corpus with too little text, or no more text, is reported before any work.
             if prepared.may_be_short or (existing and open_end):
                 ended = ahead.ended()
                 if existing and open_end and ended:
                     return _close(objects, existing, len(done), 0, 0.0)
             with _pool(
                 prepared, execution, device, log
-            ) as pool:  # tokenizes while the workers start
+            ) as pool:  # the corpus is tokenized while the workers start
                 plan = prepared.plan(pool.widths())
                 need = bytes_per_row(plan) * (n_todo or 1) * plan.shard_rows
                 require_space(objects, need, "ask for fewer --tokens or use another --store")
-                ahead.ready(wait=True)  # as far as that is known before anything is created
+                ahead.ready(wait=True)  # raises errors of the corpus before anything is created
                 plan = create_store(objects, plan, versions())
                 log.write(f"plan {plan.hash}: {_amount(n_todo, n_shards)}")
                 total = None if n_shards == ALL_SHARDS else n_shards
@@ -149,8 +149,8 @@ def run(
                     work.run(ahead, lambda record: commit_shard(objects, record), again=False)
         prepared.corpus.require_unchanged()
     except InputError:
-        # What was asked cannot be done, and the remedy will be another plan: leave it the place,
-        # unless somebody else can do what was asked, on a machine with other weights say.
+        # The request cannot be done, and the remedy is another plan: free the place for it, unless
+        # another harvest is at work there, say on a machine with other weights.
         alone = heartbeat is not None and not heartbeat.others_at_work()
         if existing is None and alone and not committed_shards(objects):
             discard(objects, plan, submitted)
@@ -173,11 +173,11 @@ def _log_left_out(prepared: Prepared, log: HarvestLog) -> None:
 def repair(
     place: str | Path, execution: Execution, on_progress: OnProgress = lambda done, todo: None
 ) -> tuple[Verification, Verification]:
-    """Harvest exactly the damaged shards again; what was found before and after.
+    """Harvest exactly the damaged shards again; return the reports before and after.
 
     Raises:
-        InputError: model or corpus are gone or have changed; nothing was touched.
-        DamagedError: plan.json is damaged, and no seal is there to restore it from.
+        InputError: model or corpus are gone or have changed; the store was not changed.
+        DamagedError: plan.json is damaged, and there is no seal to restore it from.
     """
     objects = open_objects(place)
     restore_plan(objects)
@@ -194,7 +194,7 @@ def repair(
             _pool(prepared, execution, device, log) as pool,
         ):
             _log_left_out(prepared, log)
-            pool.widths()  # the model loads, or this ends before anything is removed
+            pool.widths()  # if the model cannot load, the repair ends before anything is removed
             sealed = trusted_commits(objects, plan)
             remove_damaged(objects, before.damage)
             log.write(f"repairing shards {', '.join(map(str, shards))}")
@@ -221,7 +221,7 @@ def repair(
 
 
 class _Work:
-    """Shards through a pool, each record kept as it comes."""
+    """Runs shards through a pool and passes each commit record on as it arrives."""
 
     def __init__(
         self,
@@ -243,17 +243,17 @@ class _Work:
         self.seconds = 0.0
 
     def run(self, shards: Ahead[Shard], keep: Keep, again: bool) -> None:
-        """Hand shards out, never more than the pool holds, until all have come back.
+        """Submit shards, never more than the pool holds, until all have come back.
 
         Args:
-            again: also those that are committed; else another harvest of this store, running at
-                the same time, has just done them.
+            again: also do shards that are committed already. Otherwise they are skipped: another
+                harvest of this store, at the same time, has done them.
         """
         start = time.perf_counter()
         exhausted = False
         while True:
             pool, flying = self._pool, len(self._pool.in_flight())
-            # Finished shards are not kept waiting for a slow corpus.
+            # Finished shards do not wait for a slow corpus.
             while not exhausted and flying < pool.capacity and shards.ready(wait=not flying):
                 shard = shards.take()
                 if shard is None:
@@ -294,9 +294,10 @@ def _pool(
 def _within_corpus(
     objects: Objects, plan: Plan, done: list[int], n_shards: int, min_contexts: int
 ) -> int:
-    """Fewer shards than asked for, if the store holds the corpus' last one and that is enough.
+    """Return fewer shards if the store holds the corpus' last shard and enough contexts.
 
-    If it is not enough, one more than there are, so that reading the corpus tells what it holds.
+    If it has too few contexts, return one shard more than there are: reading the corpus then
+    reports its size.
     """
     if not done or done != list(range(len(done))) or len(done) > n_shards:
         return n_shards
@@ -308,7 +309,7 @@ def _within_corpus(
 
 
 def _close(objects: Objects, plan: Plan, n_shards: int, rows_run: int, seconds: float) -> Result:
-    """Seal what was asked for, if all of it is there."""
+    """Seal the requested shards if all are committed."""
     done = [shard for shard in committed_shards(objects) if shard < n_shards]
     is_whole = done == list(range(len(done))) and (
         len(done) == n_shards
@@ -321,5 +322,5 @@ def _close(objects: Objects, plan: Plan, n_shards: int, rows_run: int, seconds: 
 
 
 def bytes_per_row(plan: Plan) -> int:
-    """Bytes of one row over all sites, side tables included (an upper estimate)."""
+    """Return the bytes of one row over all sites, side tables included (an upper estimate)."""
     return sum(s.width * plan.itemsize for s in plan.sites) + SMALL_BYTES_PER_ROW

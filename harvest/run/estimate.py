@@ -1,4 +1,4 @@
-"""Estimates of rows, bytes and time of a harvest, before any of it is done."""
+"""Estimates of rows, bytes and time of a harvest, before it starts."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ MILLION = 1_000_000
 def estimate(
     config: HarvestConfig, device: str, notify: Notify = lambda line: None
 ) -> dict[str, str]:
-    """Rows, bytes, shards and time of a harvest; the time from a short measured forward pass.
+    """Estimate rows, bytes, shards and time of a harvest; time from a short measured forward pass.
 
-    Of a harvest of all that a corpus holds, bytes and time are of a million rows. `notify` is given
-    a sentence about what of the corpus is left out.
+    If the harvest takes the whole corpus, bytes and time are for a million rows. `notify` is called
+    with a sentence about the parts of the corpus that are left out.
     """
     device = choose_device(device)
     prepared = prepare(config, None, device)
@@ -51,9 +51,9 @@ def estimate(
     if config.tokens == "all":
         return {
             **head,
-            "rows": f"all that the corpus holds, in contexts of {length}; the figures are of "
-            f"{MILLION:,} of them",
-            "shards": f"each of {plan.shard_rows:,} rows, the last of fewer",
+            "rows": f"all that the corpus holds, in contexts of {length}; the figures are for "
+            f"{MILLION:,} rows",
+            "shards": f"{plan.shard_rows:,} rows each, fewer in the last",
             **_sizes(plan, MILLION, rate),
         }
     n_rows = prepared.n_shards * plan.shard_rows
@@ -66,7 +66,7 @@ def estimate(
 
 
 def _sizes(plan: Plan, n_rows: int, rate: float) -> dict[str, str]:
-    """Bytes and time of so many rows."""
+    """Estimate bytes and time of `n_rows` rows."""
     sites = {
         f"bytes of {s.name}": f"{s.width * n_rows * plan.itemsize:,} ({plan.dtype}, {s.width} wide)"
         for s in plan.sites

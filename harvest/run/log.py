@@ -1,4 +1,4 @@
-"""The log of a harvest: a line for each event, in a file that people read."""
+"""The log of a harvest: a line for each event, in a text file for people."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import xxhash
 from sae_harvest.common.cache import configured_cache_dir, kept_cache_dir
 from sae_harvest.common.masking import masked
 
-Notify = Callable[[str], None]  # one sentence for people, about what the workers do
+Notify = Callable[[str], None]  # called with one sentence about the workers, for people
 
 
 def log_path(place: str) -> Path | None:
-    """The log of the harvests into a place, on the machine that drives them.
+    """Return the path of the log of harvests into a place, on the driver's machine.
 
-    None where there is no home folder, and no other was named.
+    None if there is no home folder and no other folder was named.
     """
     cache = configured_cache_dir()
     name = place.rstrip("/").rpartition("/")[2] or "store"
@@ -33,8 +33,8 @@ def log_path(place: str) -> Path | None:
 class HarvestLog:
     """Appends lines with the time; used from several threads.
 
-    A harvest does not need its log: where none can be kept or it cannot be written any more, that
-    is said in one line on standard error, and the harvest goes on.
+    A harvest does not need its log: if it cannot be written, one line on standard error says so,
+    and the harvest continues.
     """
 
     def __init__(self, place: str) -> None:
@@ -61,7 +61,7 @@ class HarvestLog:
         if error is not None:
             self.write(f"ended: {kind.__name__ if kind else ''}: {error}")
         if self._file is not None:
-            with contextlib.suppress(OSError):  # of lines that were given up
+            with contextlib.suppress(OSError):  # unwritten lines may fail again
                 self._file.close()
 
     def write(self, line: str) -> None:
@@ -78,7 +78,7 @@ class HarvestLog:
     def _give_up(self, error: OSError) -> None:
         self._gave_up = True
         print(
-            f"Note: the log {self.path} cannot be written ({error.strerror}); the harvest goes on "
-            "without it.",
+            f"Note: the log {self.path} cannot be written ({error.strerror}); the harvest "
+            "continues without it.",
             file=sys.stderr,
         )

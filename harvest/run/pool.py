@@ -18,32 +18,32 @@ POLL_SECONDS = 0.5
 
 
 class Pool(Protocol):
-    """Takes shards and gives commit records back, in any order. Used from one thread.
+    """Takes shards and returns commit records, in any order. One thread uses it.
 
-    `SaeHarvestError` of a worker is raised by `widths` or `collect`.
+    `widths` and `collect` raise the `SaeHarvestError` of a worker.
     """
 
     capacity: int  # shards in flight that keep every worker busy
 
     def widths(self) -> dict[str, int]:
-        """Site → numbers per row; returns when a worker has loaded the model."""
+        """Return the numbers per row of each site, when a worker has loaded the model."""
         ...
 
     def submit(self, objects: Objects, plan: Plan, shard: Shard) -> None: ...
 
     def collect(self) -> list[dict[str, Any]]:
-        """Commit records of the shards whose objects are all published by now.
+        """Return the commit records of shards whose objects are all published.
 
-        Waits up to half a second for the first; empty if there is none.
+        Waits up to half a second for the first record; empty if there is none.
         """
         ...
 
     def in_flight(self) -> list[int]:
-        """Numbers of the shards submitted and not yet collected, ascending."""
+        """Return the numbers of the shards submitted and not yet collected, ascending."""
         ...
 
     def rows_done(self) -> int:
-        """Rows through the model so far; those of a worker that died with a shard go again."""
+        """Count the rows that went through the model; rows lost with a worker are subtracted."""
         ...
 
     def close(self) -> None: ...
@@ -96,7 +96,7 @@ class LocalPool:
 
 
 def done_sentence(done: Done, worker: str) -> str:
-    """The line of the log about a shard that a worker has done."""
+    """Format the log's line about a shard that a worker has done."""
     return (
         f"shard {done.record['shard']}: {done.record['rows']:,} rows by {worker}, "
         f"{done.seconds_model:.1f} s in the model, {done.seconds_write:.1f} s writing"
@@ -113,13 +113,13 @@ def open_pool(
     address: str | None,
     report: Notify,
 ) -> Iterator[Pool]:
-    """Workers that load the model, until the block is left; then none of them writes any more.
+    """Start workers that load the model; when the block ends, all of them have stopped writing.
 
     Args:
         workers: Ray actors; 0 means this process, without Ray.
         address: `host:port` of a running Ray cluster, or `auto` for the one on this machine;
             None starts a Ray of our own.
-        report: is given sentences about the workers: begun, died, done with a shard.
+        report: called with sentences about workers: started, died, finished a shard.
 
     Raises:
         RunError: Ray can't be started or reached, or has no room for so many workers.

@@ -1,4 +1,4 @@
-"""The next items of an iterator, made by a thread before they are asked for."""
+"""The next items of an iterator, made by a thread before they are needed."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-DEPTH = 2  # items made ahead of need
+DEPTH = 2  # items made in advance
 POLL_SECONDS = 0.1
 
 
 class Ahead(Generic[T]):
-    """Items made two ahead of need. Errors are raised where the item would be."""
+    """Makes items two in advance. An error is raised in place of its item."""
 
     def __init__(self, items: Iterator[T], stop: Callable[[], None] = lambda: None) -> None:
-        """`stop` is called by `close`: it may make the item under way end early."""
+        """Take the items, and `stop`, which `close` calls to end the item in progress early."""
         self._items, self._stop_items = items, stop
         self._queue: Queue[tuple[T | None, BaseException | None]] = Queue(DEPTH)
         self._next: tuple[T | None, BaseException | None] | None = None
@@ -26,9 +26,9 @@ class Ahead(Generic[T]):
         self._thread.start()
 
     def ready(self, wait: bool) -> bool:
-        """True if `take` answers at once; with `wait`, returns once it does.
+        """True if `take` returns at once; with `wait`, wait until it does.
 
-        Raises what making the item raised.
+        Raises the error of making the item.
         """
         if self._next is None:
             try:
@@ -40,7 +40,7 @@ class Ahead(Generic[T]):
         return True
 
     def take(self) -> T | None:
-        """The next item, None after the last one."""
+        """Return the next item, None after the last one."""
         self.ready(wait=True)
         assert self._next is not None
         item, _ = self._next
@@ -49,13 +49,13 @@ class Ahead(Generic[T]):
         return item
 
     def ended(self) -> bool:
-        """True if there is no next item; returns once that is known."""
+        """True if there is no next item; waits until that is known."""
         self.ready(wait=True)
         assert self._next is not None
         return self._next[0] is None
 
     def close(self) -> None:
-        """Stop making items; returns when the one being made is done."""
+        """Stop making items; return when the item in progress has ended."""
         self._stop.set()
         self._stop_items()
         self._thread.join()

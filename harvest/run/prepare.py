@@ -1,4 +1,4 @@
-"""From a request to a plan: model, tokenizer and corpus found, everything automatic decided."""
+"""From a request to a plan: find model, tokenizer and corpus; decide everything automatic."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CPU_OPERATIONS_A_SECOND = 100 * 10**9  # measured with SmolLM2-135M on two cores
 MIN_SHARD_ROWS = 4096
 
 ALL_SHARDS = 1 << 40  # more than any corpus fills
-BYTES_PER_TOKEN = 8  # of a file, at most, compressed ones aside
+BYTES_PER_TOKEN = 8  # most bytes of a file per token; compressed files are not counted
 
 LIBRARIES = ("sae-harvest", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
 
@@ -53,7 +53,7 @@ class Prepared:
     corpus: Corpus
     """The text."""
     settings: PlanSettings
-    """The plan but for the sites, whose widths are not known yet."""
+    """The plan without the sites, whose widths are not known yet."""
 
     def plan(self, widths: dict[str, int]) -> Plan:
         sites = tuple(SitePlan(name=s, width=widths[s]) for s in self.config.sites)
@@ -61,21 +61,21 @@ class Prepared:
 
     @property
     def min_contexts(self) -> int:
-        """Contexts that hold the tokens asked for; of all there are, at least one."""
+        """Contexts that hold the requested tokens; 1 for `all`."""
         if self.config.tokens == "all":
             return 1
         return -(-self.config.tokens // self.config.context_length)
 
     @property
     def n_shards(self) -> int:
-        """Whole shards that hold the tokens asked for; `ALL_SHARDS` for all there are."""
+        """Whole shards that hold the requested tokens; `ALL_SHARDS` for `all`."""
         if self.config.tokens == "all":
             return ALL_SHARDS
         return -(-self.min_contexts // self.settings.contexts_per_shard)
 
     @property
     def may_be_short(self) -> bool:
-        """True if the corpus is so small that it may lack the tokens asked for."""
+        """True if the corpus is so small that it may have too few tokens."""
         tokens, n_bytes = self.config.tokens, self.corpus.n_bytes
         min_tokens = self.config.context_length if tokens == "all" else tokens
         return n_bytes is not None and n_bytes < BYTES_PER_TOKEN * min_tokens
@@ -86,8 +86,8 @@ def prepare(config: HarvestConfig, existing: Plan | None, device: str) -> Prepar
 
     Args:
         existing: the plan of the store that is continued. It decides the compute dtype and the
-            size of shards where the request leaves them open, so that a harvest can be continued
-            on another processor, and for more tokens.
+            size of shards if the request does not, so that another processor, or a request for
+            more tokens, can continue a harvest.
 
     Raises:
         InputError: unknown model or corpus, layer out of range, contexts too long for the model.
@@ -142,7 +142,7 @@ def prepare(config: HarvestConfig, existing: Plan | None, device: str) -> Prepar
 
 
 def check_context_length(config: Any, model: str, context_length: int) -> None:
-    """`InputError` if contexts are longer than a model sees; some have no limit (XLNet says -1)."""
+    """Raise `InputError` if contexts are too long for a model; some have no limit (XLNet: -1)."""
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and 0 < longest < context_length:
         raise InputError(
@@ -152,45 +152,44 @@ def check_context_length(config: Any, model: str, context_length: int) -> None:
 
 
 def default_shard_rows(config: PreTrainedConfig, last_layer: int, device: str) -> int:
-    """Rows of a shard where none are asked for: what an interrupted harvest has to do again.
+    """Choose the rows of a shard: an interrupted harvest loses up to one shard of work.
 
-    On a CPU about half a minute's of two quiet cores. It follows from the request alone and not
-    from a measured speed, so that machines that harvest parts of a store agree. Fewer than 4,096
-    would cost bytes: the commit record of a shard is as large as some 50 rows.
+    On a CPU, about half a minute of work for two idle cores. The number depends on the request
+    alone, not on a measured speed, so that machines that harvest parts of a store agree. Fewer rows
+    than 4,096 would waste bytes: the commit record of a shard is as large as about 50 rows.
     """
     if device != "cpu":
         return GPU_SHARD_ROWS
     text = config.get_text_config(decoder=True)
     width: int = text.hidden_size
     hidden: int = mlp_width(config) or 4 * width
-    # Of a block with attention and a gated MLP; two operations per weight and token.
+    # For blocks with attention and a gated MLP; two operations per weight and token.
     operations = 2 * (last_layer + 1) * (4 * width**2 + 3 * width * hidden)
     rows = CPU_SHARD_SECONDS * CPU_OPERATIONS_A_SECOND // operations
     return min(GPU_SHARD_ROWS, max(MIN_SHARD_ROWS, 1 << rows.bit_length() >> 1))
 
 
 def prepare_again(plan: Plan, device: str) -> Prepared:
-    """Prepare a store's own request again, from its plan.
+    """Prepare the request of an existing store again, from its plan.
 
     Raises:
-        InputError: model or corpus are gone, or are not what they were.
+        InputError: model or corpus are gone, or have changed.
     """
     try:
         config = _config_of(plan)
     except ValidationError as error:
-        raise InputError(f"No harvest makes a store of this plan: {first_line(error)}.") from None
+        raise InputError(f"The plan of this store is not valid: {first_line(error)}.") from None
     prepared = prepare(config, plan, device)
     plan_now = prepared.plan({site.name: site.width for site in plan.sites})
     if differing := plan.differing_fields(plan_now):
         raise InputError(
-            f"What the store was made from has changed: {'; '.join(differing)}; put it back as it "
-            "was."
+            f"The sources of the store have changed: {'; '.join(differing)}; restore them."
         )
     return prepared
 
 
 def _config_of(plan: Plan) -> HarvestConfig:
-    """The request that a plan follows from, for one token."""
+    """Return the request of a plan, for one token."""
     length = plan.context_length
     corpus = {name: plan.corpus.get(name) for name in CorpusSpec.model_fields}
     return HarvestConfig(
@@ -211,12 +210,12 @@ def _config_of(plan: Plan) -> HarvestConfig:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that decide the bytes, for provenance."""
+    """Return versions of the libraries that decide the bytes, for provenance."""
     return {name: version(name) for name in LIBRARIES}
 
 
 def model_name(model: ResolvedModel) -> str:
-    """Name of the model in the plan: a path in full, so that it is found from any folder."""
+    """Return the model's name for the plan; a path is absolute, so that any folder finds it."""
     if model.kind == "directory":
         return model.path
     if model.name.endswith(".gguf"):

@@ -23,14 +23,14 @@ def harvest_with_progress(
 
 
 def tokens_rate(speed: float) -> str:
-    """A speed in words."""
+    """Format a speed."""
     return f"{speed:,.0f} tokens/s"
 
 
 def interruption_note(store: str | Path) -> str:
-    """The sentence that says what an interrupted harvest leaves, and how to go on."""
+    """Write the sentence about an interrupted harvest: its state, and how to continue."""
     try:
         n = len(committed_shards(open_objects(store)))
-    except SaeHarvestError as error:  # a bucket that is out of reach now
-        return f"What was committed is kept ({error}) The same command continues."
+    except SaeHarvestError as error:  # a bucket that cannot be reached now
+        return f"Committed shards are kept ({error}) The same command continues."
     return f"{n} shard{'s' * (n != 1)} committed in {shown(store)}; the same command continues."

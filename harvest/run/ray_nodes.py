@@ -1,4 +1,4 @@
-"""Ray nodes that can give the driver's bytes: those with the same versions of its libraries."""
+"""Checks that a Ray node computes the driver's bytes: it has the same versions of libraries."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from sae_harvest.harvest.run.prepare import LIBRARIES
 
 
 def versions() -> dict[str, str | None]:
-    """Versions on this machine of the libraries that decide the bytes."""
+    """Return this machine's versions of the libraries that decide the bytes."""
     return ShardActor.versions(list(LIBRARIES))
 
 
 def without_package(error: Exception) -> str | None:
-    """A sentence if an actor died because its node has no sae-harvest, or None."""
+    """Return a sentence if an actor died because its node has no sae-harvest, else None."""
     if "No module named 'sae_harvest'" not in str(error):
         return None
     return (
@@ -25,7 +25,7 @@ def without_package(error: Exception) -> str | None:
 
 
 def mismatch(expected: dict[str, str | None], node: dict[str, Any]) -> str | None:
-    """A sentence about what a worker's machine lacks to give the driver's bytes, or None."""
+    """Return a sentence about the libraries of a worker's machine that differ, or None."""
     installed = node["versions"]
     if installed == expected:
         return None

@@ -1,7 +1,7 @@
-"""Shards worked on by Ray actors, on this machine or on a cluster, each replaced when it dies.
+"""Ray actors that harvest shards, on this machine or on a cluster; a dead actor is replaced.
 
-Ray itself restarts and retries nothing here: which shard goes where after a death is decided in
-one place, so that a shard that kills its workers is found out and named.
+Ray itself restarts and retries nothing here. One place decides which worker gets a shard after a
+death, so that a shard that kills its workers is found and named.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from sae_harvest.store.writer import Shard
 
 START_SECONDS = 300.0  # without any worker; torch from a cold network drive takes a minute
 STOP_SECONDS = 5.0
-DEATHS = 3  # of workers with one shard, or of workers in a row that were loading the model
+DEATHS = 3  # workers that may die with one shard, or in a row while they load the model
 
 
 @dataclass(eq=False)
 class _Worker:
-    """An actor, from the moment it was asked for: first starting, then loading, then at work."""
+    """An actor, from the request for it on: it starts, then loads the model, then works."""
 
     actor: Any
     """Handle of a `ShardActor`."""
@@ -50,7 +50,7 @@ class _Worker:
     shards: dict[Any, int] = field(default_factory=dict)
     """Reference of `harvest` to the number of the shard."""
     rows_asked: Any = None
-    """Reference of `rows_done`; None if no answer is awaited."""
+    """Reference of `rows_done`; None if no call is pending."""
     rows: int = 0
     """Rows through its model."""
     rows_finished: int = 0
@@ -58,9 +58,9 @@ class _Worker:
 
 
 class RayPool:
-    """Ray actors, each with its share of the cores or one GPU. See `harvest.run.pool.Pool`.
+    """A pool of Ray actors, each with its share of the cores or one GPU.
 
-    Ray has to be connected.
+    Implements `harvest.run.pool.Pool`. Ray has to be connected.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class RayPool:
         self._workers: list[_Worker] = []
         self._n_hired = 0
         self._widths: dict[str, int] | None = None
-        self._inputs: dict[int, tuple[Objects, Plan, Shard]] = {}  # of shards in flight
-        self._waiting: deque[int] = deque()  # of those, the ones that no worker has
+        self._inputs: dict[int, tuple[Objects, Plan, Shard]] = {}  # inputs of the shards in flight
+        self._waiting: deque[int] = deque()  # shards in flight that no worker has
         self._deaths: Counter[int] = Counter()  # shard → workers that died with it
         self._failed_starts = 0  # in a row
         self._nobody_since: float | None = None
@@ -89,7 +89,7 @@ class RayPool:
         self._expected = ray_nodes.versions()
         if address is not None:
             model = replace(model, name=model_name(model))
-        # The model as a plain dict: a node with other versions has to be able to read it.
+        # The model is a plain dict, because a node with other versions has to read it.
         self._worker = {
             "model": asdict(model),
             "sites": sites,
@@ -118,7 +118,7 @@ class RayPool:
         return sorted(self._inputs)
 
     def rows_done(self) -> int:
-        """Never waits: each call takes the answers to the questions of the call before."""
+        """Count rows without waiting: each call reads the results requested by the call before."""
         questions = {w.rows_asked: w for w in self._workers if w.rows_asked is not None}
         ready = (
             ray.wait(list(questions), num_returns=len(questions), timeout=0)[0] if questions else []
@@ -132,7 +132,7 @@ class RayPool:
             except RayTaskError:
                 raise
             except RayError as error:
-                if not worker.shards:  # else these tell of it, and one may be done
+                if not worker.shards:  # else the shards' calls report it, and one may be done
                     errors[worker] = error
         self._bury(errors)
         for worker in self._workers:
@@ -141,7 +141,7 @@ class RayPool:
         return self._rows_of_dead + sum(max(w.rows, w.rows_finished) for w in self._workers)
 
     def close(self) -> None:
-        """Stop the workers between two blocks, so that none writes once this returns."""
+        """Stop the workers between two blocks; after this returns, no worker writes."""
         ending = [reference for w in self._workers for reference in w.shards]
         ending += [w.actor.stop.remote() for w in self._workers if w.at_work]
         if ending:
@@ -151,7 +151,7 @@ class RayPool:
                 ray.kill(worker.actor)
 
     def _hire(self) -> None:
-        """Ask for one more worker; it joins when Ray has placed it and it has the model."""
+        """Request one more worker; it joins when Ray has placed it and it has loaded the model."""
         self._n_hired += 1
         at_once = IN_FLIGHT + 1  # one more answers `rows_done`
         actor = cluster.start_actor(ShardActor, self._threads, self._gpu, at_once, "SPREAD")
@@ -159,10 +159,10 @@ class RayPool:
         self._workers.append(_Worker(actor, f"worker {self._n_hired}", starting))
 
     def _assign(self) -> None:
-        """Hand out what waits, the least busy worker first.
+        """Assign the waiting shards, the least busy worker first.
 
-        A shard with which a worker has died goes to a worker that has nothing else and gets
-        nothing else: if that one dies as well, it is clear of what.
+        A shard with which a worker has died gets a worker of its own, so that another death shows
+        that this shard is the cause.
         """
         for shard in list(self._waiting):
             alone = self._deaths[shard] > 0
@@ -181,7 +181,7 @@ class RayPool:
             worker.shards[worker.actor.harvest.remote(*self._inputs[shard])] = shard
 
     def _poll(self, seconds: float) -> list[dict[str, Any]]:
-        """Wait so long for any news, deal with all there is; records of finished shards."""
+        """Wait up to `seconds` for results; process them; return records of finished shards."""
         self._look_for_workers()
         self._assign()
         of = {reference: w for w in self._workers for reference in _references(w)}
@@ -222,7 +222,7 @@ class RayPool:
         if problem := ray_nodes.mismatch(self._expected, node):
             if self._widths is None:
                 raise RunError(problem)
-            # A new machine that is not fit for work must not end what others are doing.
+            # A new machine with wrong software must not end the work of the others.
             self._dismiss(worker, problem)
             return
         worker.loading = worker.actor.widths.remote()
@@ -236,7 +236,7 @@ class RayPool:
         return done.record
 
     def _bury(self, errors: dict[_Worker, RayError]) -> None:
-        """Take the shards of dead workers back, and ask for others in their place."""
+        """Take the shards of dead workers back, and request new workers."""
         for worker, error in errors.items():
             reason = cluster.reason(error)
             shards = sorted(worker.shards.values())
@@ -248,14 +248,14 @@ class RayPool:
                 if self._deaths[shard] >= DEATHS:
                     raise RunError(
                         f"Shard {shard} has killed {DEATHS} workers, the last because {reason}; "
-                        "what is committed is safe: run the same command again with fewer "
+                        "committed shards are safe: run the same command again with fewer "
                         "--workers or on a machine with more memory."
                     )
 
     def _dismiss(self, worker: _Worker, why: str) -> None:
         self._workers.remove(worker)
         self._rows_of_dead += worker.rows_finished
-        with contextlib.suppress(RayError):  # it may only be out of reach
+        with contextlib.suppress(RayError):  # it may be alive but unreachable
             ray.kill(worker.actor)
         self._report(f"{worker.name} is gone: {why}")
         self._failed_starts += not worker.at_work
@@ -268,20 +268,20 @@ class RayPool:
             )
 
     def _look_for_workers(self) -> None:
-        """`RunError` when there has been no worker for too long."""
+        """Raise `RunError` if there has been no worker for too long."""
         if any(w.starting is None for w in self._workers):
             self._nobody_since = None
         elif self._nobody_since is None:
             self._nobody_since = time.monotonic()
         elif time.monotonic() - self._nobody_since > START_SECONDS:
             raise RunError(
-                f"No worker came up within {START_SECONDS:.0f} s; {cluster.resources()}. "
-                "What is committed is safe: run the same command again when there is room."
+                f"No worker started within {START_SECONDS:.0f} s; {cluster.resources()}. "
+                "Committed shards are safe: run the same command again when there is room."
             )
 
 
 def _references(worker: _Worker) -> list[Any]:
-    """The references of a worker's answers that are awaited."""
+    """Return the references of a worker's pending calls."""
     first = [r for r in (worker.starting, worker.loading) if r is not None]
     return [*first, *worker.shards]
 

@@ -1,7 +1,7 @@
 """The state of a running harvest, written beside its store for `harvest status` to read.
 
-`status.json` is metadata: it is overwritten while the harvest runs, removed when it has reached its
-target, and no reader of the store looks at it.
+`status.json` is metadata. It is overwritten while the harvest runs, and removed when the harvest
+has reached its target. No reader of the store uses it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from sae_harvest.store.records import decode_record, encode_record
 from sae_harvest.store.seals import sealed_counts
 
 INTERVAL_SECONDS = 2.0
-INTERVAL_SECONDS_S3 = 10.0  # each is a request that costs money
+INTERVAL_SECONDS_S3 = 10.0  # each write is a request that costs money
 STALE_INTERVALS = 3
 MIN_STALE_SECONDS = 15.0
-RATE_SECONDS = 60.0  # over which the rate is taken
+RATE_SECONDS = 60.0  # period over which the rate is computed
 
 
 class Status(BaseModel):
@@ -38,42 +38,42 @@ class Status(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     plan: str = Field(description="hash of the store's plan")
-    running: bool = Field(description="false: it was interrupted or failed, and had time to say so")
+    running: bool = Field(description="false: it was interrupted or failed, and could record that")
     shards: int | None = Field(
-        ge=0, description="of the store when the harvest is done; null: as many as the corpus fills"
+        ge=0, description="shards of the finished store; null: as many as the corpus fills"
     )
-    done: int = Field(ge=0, description="of those, committed")
+    done: int = Field(ge=0, description="shards that are committed")
     in_flight: tuple[int, ...] = Field(description="numbers of the shards being worked on")
     tokens_per_second: float | None = Field(description="over the last minute, if known")
-    seconds_left: float | None = Field(description="at that rate, if known")
+    seconds_left: float | None = Field(description="remaining time at that rate, if known")
     host: str = Field(
         max_length=255, pattern=r"^[^\x00-\x1f\x7f]*$", description="name of the driver's machine"
     )
     pid: int = Field(description="the driver's process there")
-    started: AwareDatetime = Field(description="UTC")
-    written: AwareDatetime = Field(description="UTC")
+    started: AwareDatetime = Field(description="start of the harvest, UTC")
+    written: AwareDatetime = Field(description="time of this sign of life, UTC")
     interval: float = Field(gt=0, lt=1e6, description="seconds between two signs of life")
 
     @property
     def age(self) -> float:
-        """Seconds since it was written, by this machine's clock."""
+        """Seconds since the status was written, by this machine's clock."""
         return max(0.0, (datetime.now(UTC) - self.written).total_seconds())
 
     @property
     def alive(self) -> bool:
-        """True if the harvest that wrote it must still be running."""
+        """True if the harvest that wrote the status must still be running."""
         return self.running and self.age < max(MIN_STALE_SECONDS, STALE_INTERVALS * self.interval)
 
 
 class Heartbeat:
     """Keeps `status.json` up to date while the block runs.
 
-    A thread writes it, so that a slow disk or network does not hold up the workers, and a driver
-    that reads a long way into its corpus still shows that it lives.
+    A thread writes the file, so that a slow disk or network does not delay the workers, and a
+    driver that reads far into its corpus still gives signs of life.
     """
 
     def __init__(self, objects: Objects, plan: Plan, n_shards: int | None, report: Notify) -> None:
-        """`n_shards`: of the whole store when this harvest is done, None if nobody knows yet."""
+        """Take `n_shards`, the shards of the finished store; None if that is not known yet."""
         self._objects, self._plan, self._n_shards = objects, plan.hash, n_shards
         self._report = report
         remote = objects.place.startswith("s3://")
@@ -98,7 +98,7 @@ class Heartbeat:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Remove the file after a harvest that reached its end, else note that it has ended."""
+        """Remove the file after a complete harvest; otherwise record that the harvest has ended."""
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -114,7 +114,7 @@ class Heartbeat:
     def update(
         self, done: int, in_flight: list[int], rows_done: int, rows_todo: int | None
     ) -> None:
-        """The latest figures; costs nothing, call it as often as you like.
+        """Set the latest figures; cheap enough for any number of calls.
 
         Args:
             done: shards of the store that are committed.
@@ -134,9 +134,10 @@ class Heartbeat:
         self._tell()
 
     def others_at_work(self) -> bool:
-        """True if another harvest gives signs of life at the place, once this one has ended.
+        """True if another harvest gives signs of life at the place, after this one has ended.
 
-        Ours has overwritten its sign. This waits for the next one as long as a harvest may be late.
+        This harvest has overwritten the other's sign of life, so this waits for the next one, as
+        long as a harvest may be late.
         """
         deadline = time.monotonic() + STALE_INTERVALS * self._interval
         while True:
@@ -162,8 +163,8 @@ class Heartbeat:
         try:
             self._objects.replace(STATUS_KEY, [encode_record(status.model_dump(mode="json"))])
         except StoreError as failure:
-            # The one failed write that is survived: nothing of the store depends on this file,
-            # and a shard that cannot be written for the same cause ends the harvest anyway.
+            # The only failed write that does not end the harvest: the store does not depend on this
+            # file, and a shard that cannot be written for the same cause ends the harvest anyway.
             self._problem = str(failure)
 
     def _status(self, running: bool) -> Status:
@@ -194,12 +195,12 @@ class Heartbeat:
 
     def _tell(self) -> None:
         if self._problem is not None and not self._reported:
-            self._report(f"{STATUS_KEY} cannot be written, the harvest goes on: {self._problem}")
+            self._report(f"{STATUS_KEY} cannot be written, the harvest continues: {self._problem}")
             self._reported = True
 
 
 def read_status(objects: Objects) -> Status | None:
-    """The latest sign of life; None if there is none; `DamagedError` if it is altered."""
+    """Read the latest sign of life; None if there is none; `DamagedError` if it is damaged."""
     try:
         data = objects.read(STATUS_KEY)
     except FileNotFoundError:
@@ -212,16 +213,16 @@ def read_status(objects: Objects) -> Status | None:
 
 
 def describe_status(objects: Objects) -> str:
-    """The progress of a harvest, and if it runs, in a line; raises as `read_plan`."""
+    """Describe the progress of a harvest in one line; raises the errors of `read_plan`."""
     plan = read_plan(objects)
     committed = len(committed_shards(objects))
     sealed = max(sealed_counts(objects), default=0)
     try:
         status = read_status(objects)
     except DamagedError:
-        return f"{committed} shards committed; its status.json is damaged, `harvest run` mends it"
+        return f"{committed} shards committed; its status.json is damaged, `harvest run` repairs it"
     if status is not None and status.plan != plan.hash:
-        status = None  # of another store that was here
+        status = None  # left by another store at this place
     if status is None:
         state = "none" if not sealed else "all" if sealed == committed else f"the first {sealed}"
         return f"{_count(committed)} committed, {state} sealed; not running"
@@ -246,7 +247,7 @@ def describe_status(objects: Objects) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`12 s`, `14 min`, `5.2 h` or `3.1 days`."""
+    """Format a duration as `12 s`, `14 min`, `5.2 h` or `3.1 days`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 100 * 60:

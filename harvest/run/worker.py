@@ -1,4 +1,4 @@
-"""One model, turning shards of token ids into published objects."""
+"""A worker: one model, which turns shards of token ids into published objects."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from sae_harvest.store.objects import Objects
 from sae_harvest.store.statistics import stats
 from sae_harvest.store.writer import Shard, write_shard
 
-IN_FLIGHT = 2  # shards a worker is given at a time: one in the model, one being written
-GPU_BATCHES_AHEAD = 4  # launched before their results have come; bounds the memory they hold
+IN_FLIGHT = 2  # shards of a worker at a time: one in the model, one being written
+GPU_BATCHES_AHEAD = 4  # batches launched before their results arrive; bounds their memory
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
-Rows = dict[str, npt.NDArray[Any]]  # site → one array
+Rows = dict[str, npt.NDArray[Any]]  # one array by site
 
 
 class Stopped(Exception):
-    """A worker was asked to stop; whoever asked wants no answer."""
+    """The worker was asked to stop; no answer is expected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +49,19 @@ class Done:
     record: dict[str, Any]
     """Its commit record, not yet published."""
     seconds_model: float
-    """Wall time in the model, without the wait for the shard before."""
+    """Wall time in the model, in s, without the wait for the shard before."""
     seconds_write: float
-    """Wall time of encoding and writing."""
+    """Wall time of encoding and writing, in s."""
 
 
 class ShardWorker:
     """Holds a model; `harvest` may be called from `IN_FLIGHT` threads.
 
-    The model is loaded by the first call, not by the constructor: of an actor whose constructor
-    failed, Ray hands on no exception, only text. One thread runs the model, one shard at a time;
-    meanwhile the caller's encodes, hashes and writes the shard before. It is always the same
-    thread: each that runs torch has a team of OpenMP threads, and with more of them than cores
-    they sleep between operators instead of spinning, which costs a tenth of the speed.
+    The first call loads the model, not the constructor: if an actor's constructor fails, Ray
+    reports only text, not the exception. One thread runs the model, one shard at a time; meanwhile
+    the caller's thread encodes, hashes and writes the shard before. The model's thread is always
+    the same: each thread that runs torch has its own OpenMP threads, and if these are more than
+    the cores, they sleep between operators instead of spinning, which costs a tenth of the speed.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class ShardWorker:
         threads: int | None,
         elsewhere: bool = False,
     ) -> None:
-        """`elsewhere`: the model was resolved on another machine and has to be found on this one.
+        """Take a model; `elsewhere`: it was resolved on another machine and is found on this one.
 
         Its weights are then compared with the plan's before anything is written.
         """
@@ -104,16 +104,16 @@ class ShardWorker:
         return SiteTap(model, self._sites, self._go_on)
 
     def widths(self) -> dict[str, int]:
-        """Site → numbers per row. Loads all that the first shard would else wait for."""
+        """Return the numbers per row of each site. Loads the model, for the first shard."""
         stats.warm_up()
         return self._forward.submit(lambda: self._tap.widths).result()
 
     def rows_done(self) -> int:
-        """Rows that have been through the model since the start, for the progress bar."""
+        """Count the rows that went through the model since the start, for the progress bar."""
         return self._rows_done
 
     def stop(self) -> None:
-        """Make every `harvest` under way and to come raise `Stopped` at its next block."""
+        """Make every present and future call of `harvest` raise `Stopped` at its next block."""
         self._stopped = True
 
     def _go_on(self) -> None:
@@ -124,7 +124,7 @@ class ShardWorker:
         """Run one shard through the model and publish its objects.
 
         Raises:
-            InputError: as `activations`; or this machine has other weights than the plan's.
+            InputError: as `activations`; or this machine's weights differ from the plan's.
             StoreError: the objects cannot be written.
             RunError: the GPU's memory is too small.
             Stopped: the worker was asked to stop.
@@ -147,10 +147,10 @@ class ShardWorker:
         return activations, norms, time.perf_counter() - start
 
     def activations(self, plan: Plan, tokens: npt.NDArray[np.int32]) -> tuple[Rows, Rows]:
-        """Activations [rows, width] and float32 norms [rows], per site.
+        """Compute activations [rows, width] and float32 norms [rows], per site.
 
-        Activations are in the stored dtype, for int8 in float16: `write_shard` quantizes. Every
-        batch has the plan's shape, but for the last of a shard that it does not divide.
+        Activations are in the stored dtype, or in float16 for int8: `write_shard` quantizes. Every
+        batch has the plan's shape, except a smaller last batch of a shard.
 
         Raises:
             InputError: a value is not finite, or too large for the stored dtype; a token is not
@@ -184,9 +184,9 @@ class ShardWorker:
         )
 
     def _check_range(self, site: str, landing: _Landing, plan: Plan, ids: Tensor) -> None:
-        """Refuse what is not finite or does not fit; once per shard, so that no batch waits."""
+        """Check that values are finite and in range; once per shard, so that no batch waits."""
         # A finite norm means finite values, and a norm in range means values in range: the
-        # values are looked at only when the cheap test fails.
+        # values are checked only if this cheap test fails.
         norms = landing.norms[site]
         if not bool(torch.isfinite(norms.max())):
             remedy = (
@@ -205,7 +205,7 @@ class ShardWorker:
         if len(overflown):
             context = int(overflown[0]) // plan.context_length
             batch = ids[context - context % plan.batch_contexts :][: plan.batch_contexts]
-            peak = float(self._tap(batch)[site].abs().max())  # the cast has lost it
+            peak = float(self._tap(batch)[site].abs().max())  # the cast has made it infinite
             raise InputError(
                 f"{site} reaches {peak:,.0f}, more than float16 can hold ({FLOAT16_MAX:,.0f}); "
                 "store it with --dtype float32."
@@ -213,10 +213,10 @@ class ShardWorker:
 
 
 class _Landing:
-    """Buffers for the rows of a shard, cast, with their norms.
+    """Buffers for the rows of a shard, in the stored dtype, with their norms.
 
-    From a GPU, norms, casts and copies run on a stream of their own beside the next batches, and
-    the copies end in pinned memory, so that nothing waits for them before `finish`.
+    On a GPU, norms, casts and copies run on a separate stream beside the next batches, and the
+    copies go to pinned memory, so that nothing waits for them before `finish`.
     """
 
     def __init__(self, plan: Plan, rows: int, device: str) -> None:
@@ -232,7 +232,7 @@ class _Landing:
 
     @torch.inference_mode()
     def take(self, captured: dict[str, Tensor]) -> None:
-        """The next rows of every site, [batch, context_length, width]."""
+        """Take the next rows of every site, [batch, context_length, width]."""
         first = self._n_rows
         with self._beside(captured):
             for site, tensor in captured.items():
@@ -240,19 +240,19 @@ class _Landing:
                 rows = slice(first, first + len(flat))
                 self._n_rows = rows.stop
                 norms = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32)
-                if self._stream is not None:  # cast there: less to carry
+                if self._stream is not None:  # cast on the GPU: fewer bytes to copy
                     flat = flat.to(self.x[site].dtype)
                 self.norms[site][rows].copy_(norms, non_blocking=True)
                 self.x[site][rows].copy_(flat, non_blocking=True)
 
     def finish(self) -> None:
-        """Return when every row has come down."""
+        """Return when every row has been copied."""
         if self._stream is not None:
             self._stream.synchronize()
 
     @contextlib.contextmanager
     def _beside(self, captured: dict[str, Tensor]) -> Iterator[None]:
-        """Run on the copying stream, after what is captured was computed; on a CPU, as ever."""
+        """Run on the copy stream, after the captured tensors are ready; on a CPU, directly."""
         if self._stream is None:
             yield
             return
@@ -263,11 +263,11 @@ class _Landing:
             yield
             self._copies.append(self._stream.record_event())
         for tensor in captured.values():
-            tensor.record_stream(self._stream)  # its memory is not used anew before
+            tensor.record_stream(self._stream)  # its memory is not reused before
 
 
 def _found_here(model: ResolvedModel) -> ResolvedModel:
-    """The same model on this machine: its path may be of another one's cache."""
+    """Find the same model on this machine; its path may belong to another machine's cache."""
     try:
         return resolve_model(model.name, model.revision)
     except SaeHarvestError as error:

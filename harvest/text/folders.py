@@ -1,4 +1,4 @@
-"""The files of a corpus: found in a folder or a bucket of S3, and what is left out, with why."""
+"""The files of a corpus in a folder or an S3 bucket, and those left out, with the reason."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from sae_harvest.common.errors import InputError
 from sae_harvest.harvest.text.documents import LeftOut
 from sae_harvest.harvest.text.inputs import SUFFIXES, TextFile, file_format
 
-MAX_NAMES = 5  # of what is left out for one reason, in a sentence for the terminal
+MAX_NAMES = 5  # names per reason in a sentence for the terminal
 
-OTHER_ENDING = "ending is none of those that are read"
+OTHER_ENDING = "files with this ending are not read"
 HIDDEN = "hidden"
 
 
@@ -24,13 +24,13 @@ class CorpusFiles(NamedTuple):
     files: list[TextFile]
     """The files to read, in the order of their names."""
     left_out: list[LeftOut]
-    """The rest."""
+    """The entries that are not read."""
 
 
 def find_files(path: Path) -> CorpusFiles:
-    """The file at a local path, or every file of a known ending in a folder and all below it.
+    """Find the file at a local path, or all files with a known ending in a folder tree.
 
-    Links are followed; a folder that is reached twice is read once.
+    Links are followed; a folder that is reached twice is read only once.
     """
     if path.is_file():
         if not file_format(path.name):
@@ -58,7 +58,7 @@ def find_files(path: Path) -> CorpusFiles:
             elif entry.name.startswith("."):
                 left_out.append(LeftOut(name, HIDDEN))
             elif about is None:
-                why = f"a link that leads nowhere ({reason})" if entry.is_symlink() else reason
+                why = f"a broken link ({reason})" if entry.is_symlink() else reason
                 left_out.append(LeftOut(name, why))
             elif stat.S_ISDIR(about.st_mode):
                 place = about.st_dev, about.st_ino
@@ -83,7 +83,7 @@ def find_files(path: Path) -> CorpusFiles:
 
 
 def find_objects(url: str) -> CorpusFiles:
-    """The object at an s3:// URL, or those under it as a prefix."""
+    """Find the object at an s3:// URL, or all objects under it as a prefix."""
     from sae_harvest.store.s3 import list_inputs
 
     prefix = url.rstrip("/") + "/"
@@ -108,7 +108,7 @@ def find_objects(url: str) -> CorpusFiles:
 def left_out_sentence(
     corpus: str, left_out: Iterable[LeftOut], max_names: int | None = MAX_NAMES
 ) -> str:
-    """The parts of a corpus that are not read, by reason, up to `max_names` each; may be empty."""
+    """List what is left out of a corpus, by reason, up to `max_names` each; may be empty."""
     reasons: dict[str, list[str]] = {}
     for name, why in left_out:
         reasons.setdefault(why, []).append(name)
@@ -130,8 +130,8 @@ def _listed(folder: Path) -> list[os.DirEntry[str]]:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise InputError(
-            f"The folder {folder} cannot be listed ({error.strerror}); make it readable, or take "
-            "it out of the corpus."
+            f"The folder {folder} cannot be listed ({error.strerror}); make it readable, or "
+            "remove it from the corpus."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The commit of a Hugging Face hub model that a name stands for now."""
+"""The present commit of a model on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # of the hub's own HTTP client, which changes between releases
+    HTTPError,  # from the Hub's own HTTP client, which changes between releases
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -23,10 +23,10 @@ TIMEOUT_SECONDS = 10.0
 
 
 def hub_commit(name: str, revision: str | None = None) -> tuple[str, bool]:
-    """The commit of a hub model's branch, tag or commit, and whether the hub can be asked for more.
+    """Return the commit of a Hub model's branch, tag or commit, and whether the Hub is reachable.
 
-    The commit is 40 hexadecimal digits. The hub is asked once, without retries; where it can't be
-    reached, a copy that was downloaded before answers. Raises InputError where neither can.
+    The commit is 40 hexadecimal digits. The Hub is asked once, without retries. If it can't be
+    reached, the commit of a downloaded copy is returned. Raises InputError if there is no copy.
     """
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision) and _cached(name, revision):
         return revision, True
@@ -59,7 +59,7 @@ def hub_commit(name: str, revision: str | None = None) -> tuple[str, bool]:
 
 
 def _cached(name: str, revision: str | None) -> str | None:
-    """The commit of the copy in the hub's own cache, if there is one."""
+    """Return the commit of the copy in the Hub's own cache, if there is one."""
     try:
         config = hf_hub_download(name, "config.json", revision=revision, local_files_only=True)
     except LocalEntryNotFoundError:

@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 class HubCorpus(Corpus):
     """A split of a Hugging Face dataset, streamed at the commit that was found on opening.
 
-    A cursor is the number of rows done, which of the dataset's files reading is in, and the rows of
-    that one that are done. Files before it are not read again; in it, the rows before the place are
-    read over, as `datasets` cannot seek.
+    A cursor holds the number of rows done, the number of the present file of the dataset, and the
+    rows of that file that are done. Earlier files are not read again. In the present file, the rows
+    before the place are read and skipped, because `datasets` cannot seek.
     """
 
     cursor_names = ("rows", "file", "row")
 
     def __init__(self, spec: CorpusSpec) -> None:
         super().__init__(spec)
-        import datasets  # a second to import, needed by hub datasets alone
+        import datasets  # takes a second to import, needed by Hub datasets only
 
         try:
-            # What load_dataset(streaming=True) does, keeping the builder, which knows the commit.
+            # Same as load_dataset(streaming=True), but keeps the builder, which knows the commit.
             self._builder = datasets.load_dataset_builder(
                 spec.name, spec.config, revision=spec.revision
             )
@@ -47,7 +47,7 @@ class HubCorpus(Corpus):
         return f"{self.name}@{self._builder.hash}:{config}:{split}"
 
     def require_unchanged(self) -> None:
-        """Nothing to do: a commit of the hub does not change."""
+        """Do nothing: a commit of the Hub does not change."""
 
     def _read(self, cursor: Cursor | None) -> Iterator[tuple[Document, Cursor]]:
         where = f"the dataset {self.name}"
@@ -68,7 +68,7 @@ class HubCorpus(Corpus):
                     after = {"rows": number, "file": file, "row": row_in_file}
                     yield f"row {number - 1}", row, after
                 row_in_file = 0
-        except Exception as error:  # as below; what our reader raises does not pass through here
+        except Exception as error:  # `datasets` may raise anything
             raise InputError(
                 f"Reading the dataset {self.name} failed after {number} rows ({_reason(error)}); "
                 "run the same command again, or choose another --corpus."
@@ -81,7 +81,7 @@ class HubCorpus(Corpus):
             raise self._cannot_open(error) from error
 
     def _cannot_open(self, error: Exception) -> InputError:
-        """One sentence for whatever the hub and its network client raise, which is anything."""
+        """Make one sentence for an error; the Hub and its network client may raise anything."""
         if isinstance(error, ConnectionError):
             return InputError(
                 f"The Hugging Face hub cannot be reached for the dataset {self.name}, and no file "

@@ -1,4 +1,4 @@
-"""The files of a corpus: identified, opened, and watched for changes while they are read."""
+"""The files of a corpus: their identity, opening them, and noticing changes during reading."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ SAMPLED_FILE_BYTES = 4 << 20
 SAMPLE_END_BYTES = 1 << 20
 SAMPLE_BLOCK_BYTES = 64 << 10
 SAMPLE_BLOCKS = 16
-READ_BYTES = 256 << 10  # between two looks at a file that must not change
+READ_BYTES = 256 << 10  # bytes read between two checks that the file has not changed
 
-ZST_WINDOW = "128 MiB"  # the largest that zstd reads unless it is told otherwise
-ZST_WINDOW_ERROR = "too much memory"  # in zstd's words
+ZST_WINDOW = "128 MiB"  # the largest window that zstd reads by default
+ZST_WINDOW_ERROR = "too much memory"  # part of zstd's message
 
 
 class TextFile(NamedTuple):
     """A file to read."""
 
     source: str
-    """Its name in documents."""
+    """Name of the file in documents."""
     where: str
     """Path, or s3:// URL."""
     size: int
@@ -56,7 +56,7 @@ class TextFile(NamedTuple):
 
 
 def fingerprint(contents: list[tuple[str, int, str]]) -> str:
-    """Identity of some files, given the `content` of each: xxh3-128, in hex."""
+    """Return the identity of some files, given the `contents` of each: xxh3-128, in hex."""
     digest = xxhash.xxh3_128()
     for content in contents:
         digest.update(json.dumps(content).encode())
@@ -64,11 +64,11 @@ def fingerprint(contents: list[tuple[str, int, str]]) -> str:
 
 
 def contents(files: list[TextFile]) -> list[tuple[str, int, str]]:
-    """Name, size and identity of the content of each file.
+    """Return the name, size and identity of the content of each file.
 
-    A file of up to 64 MiB counts with all its bytes (up to 4 MiB where all the files together
-    have more than 4 GiB); a larger one with its first and last MiB and 16 blocks of 64 KiB at even
-    distances. An object of S3 counts with its ETag, and is not read.
+    All bytes of a file of up to 64 MiB are hashed (up to 4 MiB if the files together have more than
+    4 GiB). Of a larger file, the first and last MiB are hashed, and 16 blocks of 64 KiB at equal
+    distances. For an S3 object, the ETag is used, and nothing is read.
     """
     whole_bytes = WHOLE_FILE_BYTES
     if sum(file.size for file in files) > WHOLE_CORPUS_BYTES:
@@ -89,7 +89,7 @@ def _content(file: TextFile, whole_bytes: int) -> tuple[str, int, str]:
 
 
 def _sampled(stream: IO[bytes], size: int) -> str:
-    """xxh3-128 of both ends of a large file, and of blocks at even distances in between."""
+    """Compute the xxh3-128 of both ends of a large file, and of blocks at equal distances."""
     last = size - SAMPLE_END_BYTES
     spans = [(0, SAMPLE_END_BYTES), (last, SAMPLE_END_BYTES)]
     for block in range(1, SAMPLE_BLOCKS + 1):
@@ -102,7 +102,7 @@ def _sampled(stream: IO[bytes], size: int) -> str:
 
 
 def file_format(name: str) -> str:
-    """The suffix that decides how a file is read, compression taken off; empty if unknown."""
+    """Return the suffix that decides how a file is read, without .gz or .zst; empty if unknown."""
     name = name.lower()
     if not name.endswith(SUFFIXES):
         return ""
@@ -112,10 +112,10 @@ def file_format(name: str) -> str:
 
 @contextmanager
 def opened(file: TextFile, compressed: bool = True) -> Iterator[IO[bytes]]:
-    """The file's bytes; with `compressed`, those of a .gz or .zst file are its contents.
+    """Open a file; with `compressed`, a .gz or .zst file is decompressed.
 
-    Raises InputError, here and from any read, if the file is not what it was when it was found:
-    what was read before that is what the file then held.
+    Raises InputError, here and from any read, if the file has changed since it was found. Bytes
+    read before that error are the unchanged content.
     """
     name = file.where.lower()
     with _opened(file) as stream:
@@ -129,13 +129,13 @@ def opened(file: TextFile, compressed: bool = True) -> Iterator[IO[bytes]]:
             else:
                 yield stream
         except Exception:
-            require_unchanged(file)  # one that is being rewritten looks damaged
+            require_unchanged(file)  # a file that is being rewritten looks damaged
             raise
         require_unchanged(file)
 
 
 def require_unchanged(file: TextFile) -> None:
-    """`InputError` if a local file has another size or time than when it was found, or is gone."""
+    """Raise `InputError` if a local file is gone, or its size or time has changed."""
     if file.modified is not None:
         try:
             now = Path(file.where).stat()
@@ -148,7 +148,7 @@ def require_unchanged(file: TextFile) -> None:
 
 
 def changed(file: TextFile, how: str, remedy: str = "") -> InputError:
-    """The error that a file is not what it was; `how` says in what."""
+    """Make the error for a changed file; `how` says what has changed."""
     return InputError(
         f"{file.where} has changed since this harvest began, {how}; {remedy or _REMEDY}"
     )
@@ -176,10 +176,10 @@ def _time(ns: int) -> str:
 
 
 class _Watched(io.RawIOBase):
-    """A local file that must stay as it was found; it is looked at after every read.
+    """A local file that must not change; it is checked after every read.
 
-    A system notes the time of a write before its bytes can be read, so what has been read and
-    found unchanged is what the file held.
+    A system records the time of a write before its bytes can be read. So if the check finds no
+    change, the bytes read are the unchanged content.
     """
 
     def __init__(self, file: TextFile) -> None:
@@ -235,6 +235,6 @@ def unreadable(where: str, error: Exception) -> InputError:
     if ZST_WINDOW_ERROR in str(error):
         return InputError(
             f"{where} was compressed so that reading it takes more than {ZST_WINDOW} of memory for "
-            "its window; decompress it with `zstd -d --long=31`, and harvest what comes out."
+            "its window; decompress it with `zstd -d --long=31`, and harvest the result."
         )
     return InputError(f"{where} cannot be read ({error}); the file is damaged or cut short.")

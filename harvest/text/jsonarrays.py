@@ -8,19 +8,19 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 BLOCK_CHARS = 1 << 20
-CUT_CHARS = 16  # an error so near the end of what was read may come of its being cut there
+CUT_CHARS = 16  # an error so near the end of the text read may come from the cut there
 
 
 def array_values(stream: IO[bytes], max_chars: int) -> Iterator[Any]:
-    """The objects of an array, in order; memory holds one of them, and a block of text.
+    """Yield the objects of an array, in order; memory holds one object and a block of text.
 
     Args:
-        stream: UTF-8.
-        max_chars: characters of an object.
+        stream: UTF-8 bytes.
+        max_chars: the most characters of an object.
 
     Raises:
-        ValueError: it is not a JSON array of objects, or an object is too long. One line.
-        UnicodeDecodeError, and what the stream raises.
+        ValueError: it is not a JSON array of objects, or an object is too long; in one line.
+        UnicodeDecodeError: it is not UTF-8. The stream's own errors are raised too.
     """
     text = _Text(io.TextIOWrapper(stream, "utf-8-sig", newline=""), max_chars)
     if text.next() != "[":
@@ -40,11 +40,11 @@ def array_values(stream: IO[bytes], max_chars: int) -> Iterator[Any]:
             if mark != ",":
                 raise ValueError("it ends within the array" if not mark else "expected , or ]")
     if text.next():
-        raise ValueError("there is something after the array")
+        raise ValueError("there is text after the array")
 
 
 class _Text:
-    """The part of a text that was read and is not parsed yet."""
+    """The part of a text that has been read but not parsed."""
 
     def __init__(self, stream: io.TextIOWrapper, max_chars: int) -> None:
         self._stream, self._max_chars = stream, max_chars
@@ -52,7 +52,7 @@ class _Text:
         self._decode = json.JSONDecoder().raw_decode
 
     def next(self) -> str:
-        """The next character that is not white space, which stays; empty at the end."""
+        """Return the next character that is not white space, and stay there; empty at the end."""
         blank = 0
         while True:
             while self._at < len(self._buffer) and self._buffer[self._at] in " \t\r\n":
@@ -66,11 +66,11 @@ class _Text:
                 return ""
 
     def skip(self) -> None:
-        """Leaves one character behind."""
+        """Skip one character."""
         self._at += 1
 
     def value(self) -> Any:
-        """The JSON value that begins here; text is read until it is whole."""
+        """Parse the JSON value that begins here; read text until the value is complete."""
         while True:
             n_chars = len(self._buffer) - self._at
             try:

@@ -30,12 +30,12 @@ _BATCH_BYTES = 16 << 20
 
 
 def parquet_rows(file: TextFile, start: int, columns: Selection) -> Iterator[tuple[str, Row, int]]:
-    """Rows after the first `start`, each with its name in messages and its number from 1."""
+    """Yield rows after the first `start`, each with its name for messages and its number from 1."""
     number, group_stop = start, 0
     try:
         with opened(file) as stream, parquet.ParquetFile(stream) as head:
             names = columns(tuple(head.schema_arrow.names))
-            # A value that is repeated is kept once in the file; it is kept once in memory as well.
+            # The file stores a repeated value once; so does memory.
             repeated = [name for name in names if _is_text(head.schema_arrow.field(name).type)]
             table = parquet.ParquetFile(
                 stream,
@@ -70,10 +70,10 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _values(column: Any, where: str, before: int) -> Iterable[Any]:
-    """The cells of a column, at once or, where they are large, one by one.
+    """Return the cells of a column, at once, or one by one if they are large.
 
     Args:
-        before: number of the row before the first.
+        before: number of the row before the first one.
     """
     if not isinstance(column, pa.DictionaryArray) or not _is_text(column.dictionary.type):
         return column.to_pylist()

@@ -1,9 +1,9 @@
 """Files to rows: JSON lines and arrays, CSV and Parquet, a few rows at a time; plain text whole.
 
-Reading goes on from any place in a file: by seeking in what is not compressed, by row group in
-Parquet, by reading over the rest otherwise. Whatever is wrong with a file is told in one InputError
-that names the file and the place in it. No document may be larger than `MAX_DOCUMENT_BYTES`, so
-that neither a file without line ends nor one that unpacks without end takes the memory.
+Reading can continue from any place in a file: by seeking if it is not compressed, by row group in
+Parquet, otherwise by reading and skipping. Each fault of a file raises one InputError that names
+the file and the place in it. No document may be larger than `MAX_DOCUMENT_BYTES`, so that a file
+without line ends, or one that decompresses endlessly, cannot fill the memory.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from sae_harvest.harvest.text.inputs import COMPRESSED, TextFile, file_format, o
 from sae_harvest.harvest.text.jsonarrays import array_values
 
 BLOCK_BYTES = 8 << 20
-MAX_DOCUMENT_BYTES = 256 << 20  # takes up to 2 GB of memory while it is parsed
+MAX_DOCUMENT_BYTES = 256 << 20  # needs up to 2 GB of memory during parsing
 
-Selection = Callable[[tuple[str, ...]], list[str]]  # a file's columns to those to be read
+Selection = Callable[[tuple[str, ...]], list[str]]  # maps a file's columns to the columns to read
 
 
 class Place(NamedTuple):
@@ -40,7 +40,7 @@ class Place(NamedTuple):
 
 
 def read_text(file: TextFile) -> str:
-    """The whole of a text file, newlines as they are."""
+    """Read a whole text file; newlines are not changed."""
     blocks, size = [], 0
     with opened(file) as stream:
         try:
@@ -55,10 +55,10 @@ def read_text(file: TextFile) -> str:
 
 
 def read_rows(file: TextFile, start: Place, columns: Selection) -> Iterator[tuple[str, Row, Place]]:
-    """Rows of a JSON, CSV or Parquet file from a place on.
+    """Yield rows of a JSON, CSV or Parquet file from a place on.
 
-    Each comes with its name in messages and the place after it. Of Parquet files, only the columns
-    that `columns` picks are read.
+    Each row comes with its name for messages and the place after it. In Parquet files, only the
+    columns that `columns` selects are read.
     """
     kind = file_format(file.where)
     if kind == ".parquet":
@@ -73,7 +73,7 @@ def read_rows(file: TextFile, start: Place, columns: Selection) -> Iterator[tupl
 
 
 def _begins_an_array(file: TextFile) -> bool:
-    """True if the first character of a JSON file, white space left out, is a bracket."""
+    """True if the first character of a JSON file, after white space, is a bracket."""
     with opened(file) as stream:
         try:
             head = stream.read(BLOCK_BYTES)
@@ -139,8 +139,8 @@ def _csv_file_rows(file: TextFile, start: int) -> Iterator[tuple[str, Row, Place
 
 
 def csv_rows(stream: IO[bytes], where: str) -> Iterator[Row]:
-    """Rows of comma-separated UTF-8 with a header; `where` names the stream in errors."""
-    csv.field_size_limit(sys.maxsize)  # the module's own limit, 128 KiB, is below a long document
+    """Yield rows of comma-separated UTF-8 with a header; `where` names the stream in errors."""
+    csv.field_size_limit(sys.maxsize)  # the module's own limit, 128 KiB, is too small for documents
     text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
     size = 0  # characters since the last row
 
@@ -168,7 +168,7 @@ def csv_rows(stream: IO[bytes], where: str) -> Iterator[Row]:
 
 
 def _skip(stream: IO[bytes], file: TextFile, n_bytes: int) -> None:
-    """Goes on after `n_bytes` bytes: by seeking, or by reading where the stream is compressed."""
+    """Skip `n_bytes` bytes: by seeking, or by reading if the stream is compressed."""
     try:
         if not file.where.lower().endswith(COMPRESSED):
             stream.seek(n_bytes)
@@ -180,7 +180,7 @@ def _skip(stream: IO[bytes], file: TextFile, n_bytes: int) -> None:
 
 
 def _lines(stream: IO[bytes], file: TextFile, first: int) -> Iterator[bytes]:
-    """The lines of a stream, as bytes, newlines kept; `first` is the number of the first."""
+    """Yield the lines of a stream as bytes, with newlines; `first` is the number of the first."""
     number = first
     try:
         while line := stream.readline(MAX_DOCUMENT_BYTES + 1):

@@ -1,7 +1,7 @@
-"""Contexts by shard: what a worker harvests, and what the store keeps about its text.
+"""The contexts of each shard, and the tables about its text that the store keeps.
 
-Shards take the contexts of the windows one after the other. Which they get, and which documents
-they list, does not depend on where in the corpus reading began.
+Shards take the contexts of the windows one after the other. The contexts of a shard, and the
+documents that it lists, do not depend on where in the corpus reading began.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def default_bos(tokenizer: PreTrainedTokenizerBase) -> Bos:
-    """`context` where the tokenizer itself puts a BOS token before a text, else `none`."""
+    """Return `context` if the tokenizer itself puts a BOS token before a text, else `none`."""
     bos = tokenizer.bos_token_id
     return "context" if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else "none"
 
@@ -48,21 +48,21 @@ def iter_shards(
     seen_hashes: Iterable[Hashes] = (),
     keep_text: bool = False,
 ) -> Iterator[Shard]:
-    """Shards `first_shard` to `n_shards - 1`; where the corpus ends, a short one is the last.
+    """Yield shards `first_shard` to `n_shards - 1`, without activations.
 
-    They come without activations.
+    If the corpus ends earlier, a shorter shard is the last.
 
     Args:
-        at_least: contexts that the corpus must hold, those of earlier shards included.
-        cursor: of any shard up to `first_shard`; the nearer, the less is read in vain. The shards
-            are the same as without one.
-        seen_hashes: see `iter_windows`; of all documents below `cursor["document"]`, which the
-            shards before `first_shard` have listed.
-        keep_text: the documents come with their text.
+        at_least: contexts that the corpus must hold, including those of earlier shards.
+        cursor: cursor of any shard up to `first_shard`; a near one saves reading. The shards are
+            the same as without a cursor.
+        seen_hashes: see `iter_windows`; the hashes of all documents below `cursor["document"]`,
+            which the shards before `first_shard` have listed.
+        keep_text: whether the documents come with their text.
 
-    Raises:
-        InputError: the corpus holds fewer contexts than `at_least`. Said before the last window is
-            handed out, unless that is a full one.
+        Raises:
+        InputError: the corpus holds fewer contexts than `at_least`. Raised before the last window
+            is yielded, unless that window is full.
     """
     first, last = first_shard * contexts_per_shard, n_shards * contexts_per_shard
     n_seen, place = 0, StreamCursor()
@@ -102,7 +102,7 @@ def iter_shards(
             context = stop
         if n_seen >= last:
             return
-        del window  # before the next one is made
+        del window  # free the memory before the next window is made
     if n_seen >= at_least:
         if parts:
             yield _shard(number, parts, number * contexts_per_shard // window_contexts)
@@ -115,16 +115,16 @@ def iter_shards(
         )
     raise InputError(
         f"The corpus {corpus.name} holds {n_tokens:,} tokens in whole contexts of "
-        f"{context_length}, fewer than the {min_tokens:,} asked for; ask for --tokens {n_tokens} "
-        "or a larger corpus, or take what there is with --tokens all."
+        f"{context_length}, fewer than the {min_tokens:,} requested; use --tokens {n_tokens} "
+        "or a larger corpus, or take all of it with --tokens all."
     )
 
 
 def _first_contexts(window: TokenizedText) -> np.ndarray:
-    """For each document that begins in a window, the first context with a part of it.
+    """Find, for each document that begins in a window, the first context with a part of it.
 
-    In the order of the store, in which the last part of a document may be the first. A document
-    that began in an earlier window was listed there: all of a window comes before the next one.
+    Contexts are in the order of the store, in which the last part of a document may come first. A
+    document that began in an earlier window was listed there, since windows follow one another.
     """
     documents, first_pieces = np.unique(window.pieces["document"], return_index=True)
     begins_here = np.isin(documents, window.documents["document"])
@@ -132,9 +132,9 @@ def _first_contexts(window: TokenizedText) -> np.ndarray:
 
 
 def _part(window: TokenizedText, first: int, last: int, listed_in: np.ndarray) -> TokenizedText:
-    """Contexts [first, last) of the store, all of one window.
+    """Take contexts [first, last) of the store, all in one window.
 
-    `listed_in` [documents] has the context with which each document of the window is listed.
+    `listed_in` [documents] holds the context with which each document of the window is listed.
     """
     contexts = window.pieces["context"]
     start, stop = np.searchsorted(contexts, [first, last])
@@ -144,7 +144,7 @@ def _part(window: TokenizedText, first: int, last: int, listed_in: np.ndarray) -
 
 
 def _shard(number: int, parts: list[TokenizedText], window: int) -> Shard:
-    """The shard of these parts, without activations; `window` has the number of its first one."""
+    """Make a shard from parts, without activations; `window` is the number of its first window."""
     text = joined(parts)
     with_text = TEXT_FIELD.name in text.documents
     schema = DOCUMENT_SCHEMA.append(TEXT_FIELD) if with_text else DOCUMENT_SCHEMA

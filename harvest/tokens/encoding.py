@@ -1,8 +1,8 @@
-"""Documents to tokens: a batch of documents becomes one run of the token stream, and its pieces.
+"""Documents to tokens: a batch of documents becomes a run of the token stream, and its pieces.
 
-A piece is the part of a document that lies in one context. Its characters come from the offsets
-that the tokenizer keeps; they are asked for at the borders of pieces only, as asking for every
-token costs more than a tenth of tokenizing.
+A piece is the part of a document that lies in one context. Its characters come from the tokenizer's
+offsets. These are read at the borders of pieces only, because reading them for every token costs
+more than a tenth of the time of tokenizing.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Columns = dict[str, np.ndarray]
 
 BATCH_DOCUMENTS = 64
 BATCH_CHARS = 4_000_000
-ENCODED_CHARS = 1_000_000  # tokenized at a time: 0.15 GB for as long as it takes
+ENCODED_CHARS = 1_000_000  # tokenized at a time; needs 0.15 GB for that time
 
-# The marks between documents of pretraining. The EOS token of a chat model ends a turn instead.
+# Tokens between documents in pretraining. The EOS token of a chat model ends a turn instead.
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 
 
@@ -51,18 +51,18 @@ class TokenizedText:
     """Part of the stream: a batch of documents, a window of contexts, or a part of one of them."""
 
     tokens: np.ndarray
-    """int32 [tokens] of a batch, [contexts, context_length] of a window."""
+    """int32 [tokens] for a batch, [contexts, context_length] for a window."""
     pieces: Columns
-    """Columns of PIECE_SCHEMA, sorted by (context, start); of a batch, positions without BOS."""
+    """Columns of PIECE_SCHEMA, sorted by (context, start); positions in a batch leave BOS out."""
     documents: Columns
     """Columns of DOCUMENT_SCHEMA, and TEXT_FIELD if asked for: the documents that begin here.
 
     Their numbers ascend."""
     cursor: StreamCursor
-    """Where the batch begins that holds the first token in the order of the corpus."""
+    """Start of the batch that holds the first token, in the order of the corpus."""
 
     def part(self, tokens: slice, pieces: slice, documents: slice | np.ndarray) -> TokenizedText:
-        """Some of the rows of each array, not copied."""
+        """Select some rows of each array, without copying."""
         return TokenizedText(
             tokens=self.tokens[tokens],
             pieces={name: column[pieces] for name, column in self.pieces.items()},
@@ -72,7 +72,7 @@ class TokenizedText:
 
 
 def joined(parts: Sequence[TokenizedText]) -> TokenizedText:
-    """Consecutive parts as one; its arrays are copies."""
+    """Join consecutive parts; the arrays are copied."""
 
     def columns(tables: list[Columns]) -> Columns:
         return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
@@ -86,7 +86,7 @@ def joined(parts: Sequence[TokenizedText]) -> TokenizedText:
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token put after each document: the one of pretraining if it has one, else its EOS.
+    """Return the token after each document: that of pretraining if there is one, else the EOS.
 
     Raises InputError for a tokenizer that has neither.
     """
@@ -105,9 +105,9 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
 class DocumentEncoder:
     """A private copy of a tokenizer, set to read text as text.
 
-    Control tokens spelled out in a text are cut up like any other characters, nothing is
-    truncated, padded or put around it, and offsets keep their leading spaces. (Vocabularies of
-    unigrams that list their control tokens, as XGLM's does, match them in text all the same.)
+    Control tokens that appear in a text are tokenized like any other characters. Nothing is
+    truncated, padded or added around a text, and offsets keep their leading spaces. (Unigram
+    vocabularies that list their control tokens, such as XGLM's, still match them in text.)
     Raises InputError for a tokenizer that keeps no offsets.
     """
 
@@ -133,9 +133,9 @@ class DocumentEncoder:
         cursor: StreamCursor | None = None,
         keep_text: bool = False,
     ) -> Iterator[TokenizedText]:
-        """The stream, cut to contexts of `text_length` tokens, a batch of documents at a time.
+        """Yield the stream, cut to contexts of `text_length` tokens, by batches of documents.
 
-        From the cursor of any batch, it continues as it did from the first document.
+        From the cursor of any batch, the stream continues as it did from the first document.
         """
         cursor = cursor or StreamCursor()
         for group, after in _grouped(documents):
@@ -173,7 +173,7 @@ class DocumentEncoder:
         return TokenizedText(tokens, pieces, columns, cursor)
 
     def _tokenized(self, texts: list[str], first_token: int, text_length: int) -> list[_TextTokens]:
-        """The texts tokenized, a bounded number of characters at a time."""
+        """Tokenize texts, a bounded number of characters at a time."""
         runs = [_TextTokens(text, text_length) for text in texts]
         at = first_token
         for part in self._parted(runs):
@@ -189,7 +189,7 @@ class DocumentEncoder:
         return runs
 
     def _parted(self, runs: list[_TextTokens]) -> Iterator[list[tuple[_TextTokens, Segment]]]:
-        """The segments of some texts, in order, up to `ENCODED_CHARS` at a time or a single one."""
+        """Yield segments of texts, in order, up to `ENCODED_CHARS` at a time, or a single one."""
         part: list[tuple[_TextTokens, Segment]] = []
         n_chars = 0
         for run in runs:
@@ -209,15 +209,15 @@ class _TextTokens:
         self.text = text
         self.tokens: list[np.ndarray] = []  # int32, to be joined; the last: the end-of-text token
         self.n_tokens = 0  # without the end-of-text token
-        # Of each piece, the first character of its first token and the end of its last one; both
-        # the text's end for an end-of-text token alone.
+        # First character of each piece's first token, and end of its last one; both are the end of
+        # the text if the piece is only an end-of-text token.
         self.char_start: list[int] = []
         self.char_end: list[int] = []
         self._text_length = text_length
-        self._end = 0  # of the last token so far
+        self._end = 0  # end of the last token so far
 
     def add(self, segment: Segment, encoding: Encoding, at: int) -> None:
-        """Takes the tokens of the next segment, which begin at token `at` of the stream."""
+        """Add the tokens of the next segment, which begin at token `at` of the stream."""
         size = len(encoding)
         if not size:
             return
@@ -235,7 +235,7 @@ class _TextTokens:
         self.n_tokens += size
 
     def close(self, end_of_text: int, at: int) -> None:
-        """Puts the end-of-text token, token `at` of the stream, after the text."""
+        """Add the end-of-text token, token `at` of the stream, after the text."""
         if self.char_start:
             self.char_end.append(self._end)
         if not self.char_start or at % self._text_length == 0:
@@ -245,7 +245,7 @@ class _TextTokens:
 
 
 def _characters(segment: Segment, encoding: Encoding, token: int) -> tuple[int, int]:
-    """First character, in the text, of a token of one of its segments, and the end."""
+    """Return the first character, in the text, of a token of a segment, and the end."""
     begin, end = encoding.token_to_chars(token)  # type: ignore[misc]  # None for special tokens
     return segment.start + begin - (0 if token else segment.before), segment.start + end
 
@@ -253,7 +253,7 @@ def _characters(segment: Segment, encoding: Encoding, token: int) -> tuple[int, 
 def _grouped(
     documents: Iterable[tuple[Document, Cursor]],
 ) -> Iterator[tuple[list[Document], Cursor]]:
-    """Up to 64 documents at a time, fewer where they are long, and the cursor after them."""
+    """Yield up to 64 documents at a time, fewer if they are long, and the cursor after them."""
     group: list[Document] = []
     n_chars = 0
     after: Cursor = {}
@@ -268,9 +268,9 @@ def _grouped(
 
 
 def _cut(starts: np.ndarray, stops: np.ndarray, text_length: int) -> tuple[np.ndarray, Columns]:
-    """Runs [starts, stops) of the stream, int64 [runs], cut at multiples of `text_length`.
+    """Cut runs [starts, stops) of the stream, int64 [runs], at multiples of `text_length`.
 
-    Returns which run each piece belongs to, int64 [pieces], and the pieces' places.
+    Returns the run of each piece, int64 [pieces], and the pieces' places.
     """
     first = starts // text_length
     counts = (stops - 1) // text_length - first + 1

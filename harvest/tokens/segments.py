@@ -1,10 +1,10 @@
-"""Long texts in segments, where the tokens are the same as those of the whole text.
+"""Long texts in segments that have the same tokens as the whole text.
 
 A tokenizer keeps about 500 bytes for each token until its text is done, so a text of many megabytes
-is tokenized in segments. It is cut in front of white space, and only where a sample of the text
-around the place has the same tokens, at the same characters, whole as in two parts. Cutting *at* a
-space, which then belongs to neither part, is tried as well: it suits tokenizers that put a space
-before every text they are given. Where nothing suits, the segment goes on, if need be to the end.
+is tokenized in segments. A cut is in front of white space, and only if a sample of the text around
+the cut has the same tokens, at the same characters, whole as in two parts. A cut *at* a space,
+which then belongs to neither part, is tried as well: it suits tokenizers that put a space before
+every text. If no cut is exact, the segment becomes longer, if necessary up to the end of the text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SEGMENT_CHARS = 250_000
 SAMPLE_CHARS = 1_000  # on each side of a cut
-TRIES = 8  # before the segment goes on for another SEGMENT_CHARS
+TRIES = 8  # cuts tried before the segment becomes longer by SEGMENT_CHARS
 
 _GAP = re.compile(r"(?<=\S)\s")
 
@@ -32,7 +32,7 @@ class Segment(NamedTuple):
     text: str
     """The characters to tokenize."""
     start: int
-    """Number in the whole text of the first of them."""
+    """Index of the first character in the whole text."""
     before: int
     """Characters in front of it that belong to its first token, and are not in `text`."""
 
@@ -41,7 +41,7 @@ class Segment(NamedTuple):
 
 
 def segments(text: str, tokenizer: Tokenizer) -> Iterator[Segment]:
-    """The text, in order, in segments of a little more than `SEGMENT_CHARS` characters."""
+    """Yield segments of the text, in order, of a little more than `SEGMENT_CHARS` characters."""
     start, before = 0, 0
     while cut := _next_cut(text, start + SEGMENT_CHARS, tokenizer):
         end, resume = cut
@@ -51,7 +51,7 @@ def segments(text: str, tokenizer: Tokenizer) -> Iterator[Segment]:
 
 
 def _next_cut(text: str, target: int, tokenizer: Tokenizer) -> Span | None:
-    """End of the next segment, at `target` or later, and start of the one after it."""
+    """Find the end of the next segment, at `target` or later, and the start of the one after."""
     while gaps := [gap.start() for gap in islice(_GAP.finditer(text, target), TRIES)]:
         for gap in gaps:
             if cut := _cut_at(text, gap, tokenizer):
@@ -61,7 +61,7 @@ def _next_cut(text: str, target: int, tokenizer: Tokenizer) -> Span | None:
 
 
 def _cut_at(text: str, gap: int, tokenizer: Tokenizer) -> Span | None:
-    """The cut in front of the white space at `gap`, else the one that leaves it out, if exact."""
+    """Return the cut before the white space at `gap`, else the cut without it, if exact."""
     first, last = max(0, gap - SAMPLE_CHARS), gap + SAMPLE_CHARS
     whole = _tokens(text[first:last], tokenizer, 0)
     left = _tokens(text[first:gap], tokenizer, 0)
@@ -78,7 +78,7 @@ def _cut_at(text: str, gap: int, tokenizer: Tokenizer) -> Span | None:
 
 
 def _tokens(text: str, tokenizer: Tokenizer, shift: int) -> list[tuple[int, int, int]]:
-    """Ids with the characters they come from, counted from `shift`."""
+    """Return token ids with their characters, counted from `shift`."""
     encoding = tokenizer.encode(text, add_special_tokens=False)
     pairs = zip(encoding.ids, encoding.offsets, strict=True)
     return [(token, begin + shift, end + shift) for token, (begin, end) in pairs]

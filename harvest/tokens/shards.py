@@ -1,4 +1,4 @@
-"""The text of the shards that are wanted, read from as near to each as the store remembers."""
+"""The text of the requested shards, read from the nearest place that the store has recorded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sae_harvest.store.writer import Shard
 
 
 def missing(done: Sequence[int], span: range) -> list[range]:
-    """The shards of a span that are not done, as runs; `done` is ascending."""
+    """Return the shards of a span that are not done, as runs; `done` is ascending."""
     ranges = []
     begin = span.start
     for shard in done:
@@ -36,7 +36,7 @@ def missing(done: Sequence[int], span: range) -> list[range]:
 
 
 def runs(shards: Sequence[int]) -> list[range]:
-    """Ascending numbers as runs of consecutive ones."""
+    """Group ascending numbers into runs of consecutive ones."""
     breaks = [i for i, (a, b) in enumerate(pairwise(shards), start=1) if b != a + 1]
     borders = pairwise([0, *breaks, len(shards)]) if shards else ()
     return [range(shards[i], shards[j - 1] + 1) for i, j in borders]
@@ -49,13 +49,13 @@ def shard_inputs(
     shard_ranges: Sequence[range],
     n_shards: int,
 ) -> Iterator[Shard]:
-    """Token ids and tables of some shards, in order.
+    """Yield token ids and tables of some shards, in order.
 
-    Every commit record tells where in the corpus its text begins, so that reading starts there,
-    not at the corpus' first document.
+    Every commit record holds the place in the corpus where the shard's text begins, so that reading
+    starts there, not at the corpus' first document.
 
     Args:
-        plan: of the store that is there, None if there is none yet.
+        plan: plan of the existing store; None if there is none yet.
         shard_ranges: the shards to read, ascending.
         n_shards: shards of the whole harvest, `ALL_SHARDS` for all that the corpus fills; fewer
             are fine if the corpus ends with them and holds the tokens asked for.
@@ -94,7 +94,7 @@ def shard_inputs(
 
 
 def _groups(shard_ranges: Sequence[range], gap: int) -> Iterator[list[range]]:
-    """Runs of shards at most `gap` apart from neighbour to neighbour: each is worth a new start."""
+    """Yield groups of runs that are at most `gap` shards apart; reading starts anew per group."""
     group = list(shard_ranges[:1])
     for before, run in pairwise(shard_ranges):
         if run.start - before.stop >= gap:
@@ -109,7 +109,7 @@ class _Committed:
     """The places in a corpus where the text of a store's shards begins.
 
     Args:
-        dedup: whether documents are left out whose text came before.
+        dedup: whether repeated documents are left out.
     """
 
     def __init__(self, objects: Objects, plan: Plan, dedup: bool) -> None:
@@ -119,19 +119,19 @@ class _Committed:
         self._listed: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]] = []
 
     def start(self, first: int) -> tuple[dict[str, Any] | None, list[npt.NDArray[np.uint64]]]:
-        """A cursor to read a shard's text from, and the hashes of the texts before it."""
+        """Return the cursor to read a shard's text from, and the hashes of the texts before it."""
         cursor = None
         for shard in reversed(self._shards[: bisect_right(self._shards, first)]):
             try:
                 cursor = place_in_corpus(self._commit(shard))
                 break
-            except DamagedError:  # a repair mends them; an earlier start serves as well
+            except DamagedError:  # a repair restores these; an earlier start gives the same text
                 continue
         if cursor is None or not self._dedup:
             return cursor, []
         try:
             return cursor, self._hashes_before(first, cursor["document"])
-        except DamagedError:  # what was seen before is not known for sure: start at the beginning
+        except DamagedError:  # the texts before are not known for sure: start at the beginning
             return None, []
 
     def _commit(self, shard: int) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class _Committed:
         return load_commit(self._objects, self._plan, shard, sealed)[0]
 
     def _hashes_before(self, first: int, document: int) -> list[npt.NDArray[np.uint64]]:
-        """Text hashes of all documents below a number that shards before `first` have listed."""
+        """Return text hashes of all documents below a number, listed in shards before `first`."""
         for shard in range(len(self._listed), first):
             key = layout.document_key(shard)
             data = read_object(self._objects, key, self._commit(shard)["objects"][key])

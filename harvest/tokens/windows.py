@@ -2,11 +2,11 @@
 
 The documents of a corpus, each followed by the end-of-text token, make one stream of tokens. The
 stream is cut to contexts, a fixed number of contexts makes a window, and each window is shuffled by
-itself. What comes out is a pure function of (corpus, tokenizer, context length, BOS policy, seed,
-window): asking for more tokens later continues the same order, and so does starting from the cursor
-of any window.
+itself. The result is a pure function of (corpus, tokenizer, context length, BOS policy, seed,
+window): a later request for more tokens continues the same order, and so does a start from the
+cursor of any window.
 
-Nothing here loops over tokens in Python; memory holds one window and one batch of documents.
+No loop over tokens is in Python; memory holds one window and one batch of documents.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 Bos = Literal["none", "context"]
 
-WINDOW_CONTEXTS = 16_384  # shuffled together; each window more would be memory of the driver
+WINDOW_CONTEXTS = 16_384  # contexts shuffled together, in the driver's memory
 
 
 def iter_windows(
@@ -51,7 +51,7 @@ def iter_windows(
     seen_hashes: Iterable[Hashes] = (),
     keep_text: bool = False,
 ) -> Iterator[TokenizedText]:
-    """Every whole context of the corpus, window after window; tokens left over at the end go.
+    """Yield every whole context of the corpus by windows; tokens left over at the end are dropped.
 
     The contexts of a window are shuffled, and numbered in that order from the start of the corpus.
     With `bos` "context", position 0 of each context is the BOS token and `context_length - 1`
@@ -60,14 +60,14 @@ def iter_windows(
     Args:
         seed: 0 or more.
         first_window: number of the window to begin with.
-        cursor: of that window; the start of the corpus when not given. All other arguments must be
-            those it was made with.
-        seen_hashes: where the corpus is read without duplicates, the hashes (xxh3-64) of the texts
-            of the documents below `cursor.document`.
-        keep_text: the documents come with their `text`.
+        cursor: cursor of that window; None: the start of the corpus. All other arguments must be
+            the same as when the cursor was made.
+        seen_hashes: if duplicates are left out, the hashes (xxh3-64) of the texts of the documents
+            below `cursor.document`.
+        keep_text: whether the documents come with their `text`.
 
     Raises:
-        InputError: a tokenizer without the tokens needed, and whatever is wrong with the corpus.
+        InputError: the tokenizer lacks a necessary token, or the corpus has a fault.
     """
     n_bos = int(bos == "context")
     if n_bos and tokenizer.bos_token_id is None:
@@ -97,9 +97,9 @@ def _windows(
     seed: int,
     prefix: np.ndarray,
 ) -> Iterator[TokenizedText]:
-    """The stream as windows from `number` on, whose first token is in the first batch."""
+    """Yield the stream as windows from `number` on; its first token is in the first batch."""
     first = number * window_contexts
-    parts: list[TokenizedText] = []  # the stream from context `first` on, as far as it was read
+    parts: list[TokenizedText] = []  # the stream read so far, from context `first` on
     n_tokens = 0
     for batch in batches:
         _, rest = _split(batch, first)
@@ -110,7 +110,7 @@ def _windows(
             parts, n_tokens = [], len(rest.tokens)
             window = _shuffled(window, text_length, number, seed, prefix)
             yield window
-            del window  # before the next one is made
+            del window  # free the memory before the next window is made
             number, first = number + 1, first + window_contexts
         if n_tokens:
             parts.append(rest)
@@ -120,7 +120,7 @@ def _windows(
 
 
 def _split(text: TokenizedText, context: int) -> tuple[TokenizedText, TokenizedText]:
-    """The stream before the first token of a context, and from there on."""
+    """Split the stream at the first token of a context."""
     piece = int(np.searchsorted(text.pieces["context"], context))
     token = int((text.pieces["stop"][:piece] - text.pieces["start"][:piece]).sum())
     last_begun = text.pieces["document"][piece - 1] if piece else -1
@@ -132,7 +132,7 @@ def _split(text: TokenizedText, context: int) -> tuple[TokenizedText, TokenizedT
 def _shuffled(
     stream: TokenizedText, text_length: int, number: int, seed: int, prefix: np.ndarray
 ) -> TokenizedText:
-    """The contexts of a window in the order of `seed`, each with `prefix` int32 [n_bos] before."""
+    """Shuffle a window's contexts by `seed`, and put `prefix`, int32 [n_bos], before each."""
     n_bos = len(prefix)
     text = stream.tokens.reshape(-1, text_length)
     generator = np.random.PCG64(np.random.SeedSequence([seed, number]))
@@ -144,7 +144,7 @@ def _shuffled(
 
 
 def _reordered(pieces: Columns, order: np.ndarray, n_bos: int) -> Columns:
-    """The pieces of a window after its contexts were put in `order`, and `n_bos` put before each.
+    """Reorder the pieces of a window as its contexts, with `n_bos` tokens before each context.
 
     A context's pieces keep their order.
     """

@@ -1,1 +1,1 @@
-"""Feature tables in the formats of other packages: docs/exports.md says what is written where."""
+"""Feature tables in the formats of other packages; docs/exports.md lists the files."""

@@ -1,6 +1,6 @@
 """Features for circuit-tracer's frontend: a file per layer, read by byte ranges.
 
-OUT/layer_12.bin      a latent after the other: length (uint32, little-endian), gzipped JSON
+OUT/layer_12.bin      for each latent: length (uint32, little-endian), gzipped JSON
 OUT/index.json.gz     {"12": {"filename": "layer_12.bin", "offsets": [...]}}, n_latents + 1
 """
 
@@ -28,13 +28,13 @@ def write(
     name: str | None,
     on_latent: Callable[[], None],
 ) -> None:
-    """Write a layer for each of the tables, and the index of them."""
+    """Write a layer for each of the tables, and the index."""
     index: dict[str, Any] = {}
     for tables, some in zip(all_tables, latents, strict=True):
         layer = tables.site.layer
         if str(layer) in index:
             raise InputError(
-                f"Two of the tables are of layer {layer}, of which circuit-tracer has one; "
+                f"Two of the tables are for layer {layer}, but circuit-tracer has one per layer; "
                 "export one of them."
             )
         file_name = f"layer_{layer}.bin"
@@ -50,7 +50,7 @@ def write(
 
 
 def feature(latent: Latent, transcoder: str) -> dict[str, Any]:
-    """The record of a feature in circuit-tracer's `frontend.feature_models.Model`."""
+    """Make the record of a feature: circuit-tracer's `frontend.feature_models.Model`."""
     facts = latent.facts
     return {
         "transcoder_id": transcoder,
@@ -67,7 +67,7 @@ def feature(latent: Latent, transcoder: str) -> dict[str, Any]:
 
 
 def _examples(latent: Latent) -> list[dict[str, Any]]:
-    """By stratum, the strongest first."""
+    """Return examples by stratum, the strongest first."""
     strata = {"top": "Top"}
     strata |= {f"decile_{tenth}": f"Decile {tenth}" for tenth in range(DECILES, 0, -1)}
     strata |= {"random": "Random"}

@@ -32,14 +32,14 @@ FORMATS = ("neuronpedia", "delphi", "openai", "circuit-tracer")
 @click.option("--latents", metavar="0-99,512", help="Latents to export. Default: all.")
 @click.option(
     "--name",
-    help="What it is called there: delphi's hookpoint, Neuronpedia's source set, "
+    help="Name in the export: delphi's hookpoint, Neuronpedia's source set, "
     "sae-viewer's folder, circuit-tracer's transcoder.",
 )
-@click.option("--store", type=PlaceOption(), help="The store, for delphi, if it has moved.")
+@click.option("--store", type=PlaceOption(), help="Store, for delphi, if it has moved.")
 @click.option(
     "--model",
     type=NameOption(),
-    help="The store's model, for delphi, if it has moved: a folder or a name.",
+    help="Model of the store, for delphi, if it has moved: a folder or a name.",
 )
 def export_command(
     features: tuple[Path, ...],

@@ -1,4 +1,4 @@
-"""A cache of latents as delphi writes them, from firings and the store's tokens.
+"""A cache of latents in delphi's format, from firings and the store's tokens.
 
     OUT/latents/HOOKPOINT/0_1023.safetensors    some latents, the last one included
         locations     uint16 or uint32 [firings, 3]: context, position, latent - the first one
@@ -6,7 +6,7 @@
         activations   float16, or float32 where that would overflow [firings]
     OUT/latents/HOOKPOINT/config.json           delphi's CacheConfig, with the model's name
 
-A file's firings are sorted by row, then latent, as delphi's own are.
+A file's firings are sorted by row, then latent, as in delphi's own files.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from sae_harvest.store.reader import ActivationStore
 from sae_harvest.train.run.files import write_json
 
 FOLDER = "latents"
-SPLIT_FIRINGS = 1 << 24  # of a file, which delphi holds in memory, with 28 bytes each
-LEAST = 1e-5  # delphi leaves out what is not above
+SPLIT_FIRINGS = 1 << 24  # firings of a file; delphi needs 28 bytes of memory for each
+LEAST = 1e-5  # delphi keeps only activations above this
 MAX_FLOAT16 = 65504.0
 SHORT = 1 << 16
 HEADER_BYTES = 512
-CONTEXTS = 4096  # whose tokens are in memory
+CONTEXTS = 4096  # contexts whose tokens are in memory at a time
 
 
 def write(
@@ -49,12 +49,12 @@ def write(
     """Write a hookpoint for each of the tables.
 
     Args:
-        name: of the hookpoint; None finds it in the model.
-        moved: where to look for the store and its model instead.
+        name: name of the hookpoint; None finds it in the model.
+        moved: new places of the store and its model.
 
     Raises:
         InputError: none of the latents fires, or the site has no hookpoint.
-        RunError: the store is not there, or another one.
+        RunError: the store is missing, or it is another store.
     """
     for tables, some in zip(all_tables, latents, strict=True):
         store = store_of(tables.features, tables.run, moved.stores)
@@ -66,7 +66,7 @@ def write(
         folder = out / FOLDER / (name or hookpoint(model, tables.site))
         if folder.exists():
             raise InputError(
-                f"Two of the tables are of {folder.name}, of which delphi has one; "
+                f"Two of the tables are for {folder.name}, but delphi has one per hookpoint; "
                 "export one of them."
             )
         folder.mkdir(parents=True)
@@ -101,7 +101,7 @@ def _write_hookpoint(
             latent, row, value = (table[c].to_numpy() for c in ("latent", "row", "value"))
             if len(row) and not 0 <= row.min() <= row.max() < store.n_rows:
                 raise RunError(
-                    f"{tables.features} has firings on rows that {store.place} has not; "
+                    f"{tables.features} has firings on rows that are not in {store.place}; "
                     "build the tables again."
                 )
             kept = chosen[latent] & (value > LEAST)
@@ -129,7 +129,7 @@ def _write_hookpoint(
 
 
 def splits(n_fire: npt.NDArray[np.int64], first: int, end: int) -> list[tuple[int, int]]:
-    """The latents [first, end) in ranges of few enough firings, each with its last latent."""
+    """Split the latents [first, end) into ranges with few enough firings; ends are included."""
     spans, start, firings = [], first, 0
     for latent in range(first, end):
         if firings and firings + n_fire[latent] > SPLIT_FIRINGS:
@@ -140,7 +140,7 @@ def splits(n_fire: npt.NDArray[np.int64], first: int, end: int) -> list[tuple[in
 
 
 class _Split:
-    """A file being written: locations as they come, activations aside until they are all there."""
+    """Writes a file: locations directly, activations into a second file until all are there."""
 
     def __init__(
         self, folder: Path, first: int, last: int, length: int, contexts: int, kind: np.dtype[Any]
@@ -176,7 +176,7 @@ class _Split:
         self._n += len(row)
 
     def finish(self, store: ActivationStore) -> None:
-        """Tokens, activations, and the header, which says how many there are."""
+        """Write tokens, activations, and the header with their numbers."""
         for first in range(0, store.n_contexts, CONTEXTS):
             last = min(first + CONTEXTS, store.n_contexts)
             self._file.write(store.tokens(first, last).astype(np.int32).tobytes())

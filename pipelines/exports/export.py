@@ -20,7 +20,7 @@ BY_LATENT = {
     "circuit-tracer": circuit_tracer.write,
 }
 
-OnProgress = Callable[[int, int], None]  # how many are done, of how many
+OnProgress = Callable[[int, int], None]  # number done, number in all
 
 
 def export(
@@ -34,18 +34,18 @@ def export(
     model: str | None = None,
     on_progress: OnProgress = lambda done, total: None,
 ) -> int:
-    """Write the tables of one or more folders into a new folder; the number of latents.
+    """Write the tables of one or more folders into a new folder; return the number of latents.
 
     Args:
         format_name: delphi, neuronpedia, openai or circuit-tracer.
         latents: `0-99,512`; None for all.
-        name: what the SAE is called there.
-        store, model: place of the store and its model, for delphi, if they are not where they were
-            when the tables were built.
+        name: name of the SAE in the export.
+        store, model: places of the store and its model, for delphi, if they have moved since the
+            tables were built.
 
     Raises:
         InputError: an option does not fit.
-        RunError: no tables, damaged ones, or `out` holds something or cannot be written.
+        RunError: tables are missing or damaged, or `out` is not empty or cannot be written.
     """
     if name is not None:
         _check_name(name)
@@ -73,7 +73,7 @@ def export(
 
 
 def _check_name(name: str) -> None:
-    """`InputError` if a name cannot be that of a folder."""
+    """Raise `InputError` if a name cannot be the name of a folder."""
     try:
         if "/" in safe_name(name):
             raise ValueError("it has a slash")

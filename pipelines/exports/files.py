@@ -1,4 +1,4 @@
-"""JSON and gzip files, the same bytes for the same content, and the new folder they lie in."""
+"""JSON and gzip files, with the same bytes for the same content, in a new folder."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ LEVEL = 5
 
 
 def json_bytes(value: Any) -> bytes:
-    """Compact, in ASCII, so that no line of a text ends a line of the file."""
+    """Encode compact JSON in ASCII, so that no line end in a text ends a line of the file."""
     try:
         return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
     except ValueError:
         raise RunError(
-            "The tables give a number that is not finite, which JSON has not; build them again."
+            "The tables hold a number that is not finite, unlike JSON; build them again."
         ) from None
 
 
 def gzipped(data: bytes) -> bytes:
-    """Without a time."""
+    """Compress without a time stamp."""
     return gzip.compress(data, LEVEL, mtime=0)
 
 
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """JSON Lines; gzipped if the name ends in .gz."""
+    """Write JSON Lines; gzipped if the name ends in .gz."""
     lines = io.BytesIO()
     for record in records:
         lines.write(json_bytes(record) + b"\n")
@@ -43,10 +43,10 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, which is called `out` once all of it is there.
+    """Open a folder for writing; it is renamed to `out` when it is complete.
 
     Raises:
-        RunError: there is something, or it cannot be written.
+        RunError: `out` exists and is not empty, or cannot be written.
     """
     refusal = f"{out} holds something already; choose another --out."
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):

@@ -1,4 +1,4 @@
-"""The names that transformers' own modules have for sites."""
+"""The names of transformers' modules for sites."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sae_harvest.harvest.model.sites import Site
 
 
 def hookpoint(model: ResolvedModel, site: Site) -> str:
-    """The module of the model, without its head, whose output the site is: `layers.12`.
+    """Find the module whose output is the site, in the model without its head: `layers.12`.
 
     Raises:
         InputError: there is no such module.
@@ -32,5 +32,5 @@ def hookpoint(model: ResolvedModel, site: Site) -> str:
         if candidate is module:
             return name
     raise InputError(
-        f"No module of {model.name} puts out {site}; say with --name which one delphi should name."
+        f"No module of {model.name} has the output {site}; give delphi's hookpoint with --name."
     )

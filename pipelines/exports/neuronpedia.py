@@ -1,9 +1,9 @@
-"""The files that Neuronpedia imports: a folder per source, JSON Lines of its database's rows.
+"""The files that Neuronpedia imports: a folder per source, with its database's rows as JSON Lines.
 
     OUT/MODEL/LAYER-NAME/release.jsonl, model.jsonl, sourceset.jsonl, source.jsonl
     OUT/MODEL/LAYER-NAME/features/batch-0.jsonl.gz, activations/…, explanations/…
 
-Each record has the columns of its table that are known here; the database fills in its defaults.
+Each record has those columns of its table that we know; the database fills in defaults.
 All records of a table have the same keys, because the importer takes them from the first line.
 """
 
@@ -31,9 +31,9 @@ from sae_harvest.pipelines.exports.tables import (
 )
 from sae_harvest.pipelines.features.tables.folder import DECILES
 
-LONGEST = 80  # letters of a name, which becomes one of a folder
-BATCH = 256  # latents of a file
-BATCHES = 900  # of a kind: the importer lists 1,000 files
+LONGEST = 80  # letters of a name, which becomes the name of a folder
+BATCH = 256  # latents per file
+BATCHES = 900  # files of a kind: the importer lists only 1,000 files
 CREATOR = "clkht01d40000jv08hvalcvly"  # the user that a new database of Neuronpedia has
 CREATOR_NAME = "sae-harvest"
 
@@ -51,7 +51,7 @@ def write(
         folder = out / source.model / source.source
         if folder.exists():
             raise InputError(
-                f"Two of the tables would be called {source.model}/{source.source}; "
+                f"Two of the tables would have the name {source.model}/{source.source}; "
                 "export one of them."
             )
         folder.mkdir(parents=True)
@@ -86,7 +86,7 @@ class NeuronpediaRows:
         self._place = {"modelId": self.model, "layer": self.source}
 
     def metadata(self) -> dict[str, dict[str, Any]]:
-        """The one line of each of the four small files."""
+        """Return the one line of each of the four small files."""
         run = self._tables.run
         about = f"{run['n_latents']} latents of {run['site']}"
         creator = {"creatorName": CREATOR_NAME, "creatorId": CREATOR}
@@ -98,7 +98,7 @@ class NeuronpediaRows:
                 "displayNameShort": self.model,
                 "displayName": self.model,
                 "creatorId": CREATOR,
-                "layers": 0,  # of a model that Neuronpedia knows it keeps its own
+                "layers": 0,  # Neuronpedia keeps its own number for a model that it knows
                 "neuronsPerLayer": 0,
                 "owner": "",
                 **public,
@@ -126,7 +126,7 @@ class NeuronpediaRows:
         }
 
     def records(self, latent: Latent) -> dict[str, list[dict[str, Any]]]:
-        """By the folder that they belong into."""
+        """Return rows by the folder in which they belong."""
         return {
             "features": [self.feature(latent)],
             "activations": self.activations(latent),
@@ -134,7 +134,7 @@ class NeuronpediaRows:
         }
 
     def feature(self, latent: Latent) -> dict[str, Any]:
-        """A row of the table Neuron."""
+        """Make a row of the table Neuron."""
         facts = latent.facts
         highest = latent.highest
         middles = [round((bar + 0.5) * highest / BARS, 6) for bar in range(BARS)]
@@ -156,7 +156,7 @@ class NeuronpediaRows:
         }
 
     def activations(self, latent: Latent) -> list[dict[str, Any]]:
-        """Rows of the table Activation: the top ones, then intervals from the highest down."""
+        """Make rows of the table Activation: top contexts, then intervals from the highest down."""
         found = [
             self._activation(latent, "top", context, (-1.0, latent.highest, -1.0))
             for context in latent.contexts.get("top", [])
@@ -172,7 +172,7 @@ class NeuronpediaRows:
         return found
 
     def explanations(self, latent: int) -> list[dict[str, Any]]:
-        """Rows of the table Explanation."""
+        """Make rows of the table Explanation."""
         return [
             self._place
             | {
@@ -205,13 +205,13 @@ class NeuronpediaRows:
         }
 
     def _id(self, *what: object) -> str:
-        """An identifier of Neuronpedia's length and letters; the same input gives the same one."""
+        """Make an id with Neuronpedia's length and letters; the same input gives the same id."""
         run = self._tables.run
         key = (run["store_digest"], run["sae_digest"], self.model, self.source, *what)
         return "c" + xxhash.xxh3_128_hexdigest(repr(key).encode())[:24]
 
     def _n_contexts(self) -> int | None:
-        """The number of contexts of the store, computed from a latent that fires."""
+        """Return the number of contexts of the store, computed from a latent that fires."""
         table = self._tables.read("latents", columns=["n_contexts", "context_density"])
         fires = table.filter(pc.greater(table["n_contexts"], 0)).slice(0, 1)
         if not len(fires):
@@ -220,5 +220,5 @@ class NeuronpediaRows:
 
 
 def slug(name: str) -> str:
-    """The name with the letters that Neuronpedia's ids may have."""
+    """Convert a name to the letters that Neuronpedia's ids may have."""
     return re.sub(r"[^a-z0-9_]+", "-", name.lower())[:LONGEST].strip("-") or "unnamed"

@@ -1,6 +1,6 @@
 """Latents for OpenAI's sae-viewer, and neuron records for its automated-interpretability.
 
-OUT/NAME/atoms/123.json            what sae-viewer fetches
+OUT/NAME/atoms/123.json            a latent, for sae-viewer
 OUT/NAME/neurons/12/123.json       a NeuronRecord, for `load_neuron(12, 123, "file://…/neurons")`
 """
 
@@ -23,7 +23,7 @@ BAR_WIDTH = 0.2  # fixed in the viewer
 
 
 def widths(largest: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The width of the histogram's bars, the same for all latents."""
+    """Return the width of the histogram's bars, the same for all latents."""
     return np.full(len(largest), BAR_WIDTH)
 
 
@@ -34,12 +34,12 @@ def write(
     name: str | None,
     on_latent: Callable[[], None],
 ) -> None:
-    """Write two files for each latent, of each of the tables in a folder of its own."""
+    """Write two files for each latent; each of the tables gets its own folder."""
     for tables, some in zip(all_tables, latents, strict=True):
         folder = out / (name or str(tables.site))
         if folder.exists():
             raise InputError(
-                f"Two of the tables would be called {folder.name}; export one of them."
+                f"Two of the tables would have the name {folder.name}; export one of them."
             )
         layer = tables.site.layer
         atoms, neurons = folder / "atoms", folder / "neurons" / str(layer)
@@ -52,7 +52,7 @@ def write(
 
 
 def atom(latent: Latent) -> dict[str, Any]:
-    """The record of a latent in sae-viewer's `FeatureInfo`; moments are over all rows, about 0."""
+    """Make sae-viewer's `FeatureInfo` of a latent; moments are over all rows, about 0."""
     facts, (first, second, third, fourth) = latent.facts, moments(latent.facts)
     return {
         "density": facts["density"],
@@ -67,7 +67,7 @@ def atom(latent: Latent) -> dict[str, Any]:
 
 
 def record(latent: Latent, layer: int) -> dict[str, Any]:
-    """A `NeuronRecord`; moments are over all rows, about the mean."""
+    """Make a `NeuronRecord`; moments are over all rows, about the mean."""
     first, second, third, fourth = moments(latent.facts)
     variance = max(second - first**2, 0.0)
     skewness = kurtosis = math.nan
@@ -95,11 +95,11 @@ def record(latent: Latent, layer: int) -> dict[str, Any]:
 
 
 def moments(facts: dict[str, Any]) -> tuple[float, float, float, float]:
-    """E[a], E[a²], E[a³], E[a⁴] over all rows, from those of the firings about their mean."""
+    """Compute E[a], E[a²], E[a³], E[a⁴] over all rows from central moments over firings."""
     if facts["dead"]:
         return 0.0, 0.0, 0.0, 0.0
     mean, spread, density = facts["mean"], facts["std"], facts["density"]
-    # They are null where all firings are about the same: then they hardly count.
+    # They are null if all firings are about equal: then they hardly matter.
     skew, kurtosis = facts["skew"] or 0.0, facts["kurtosis"] or 0.0
     third = skew * spread**3 + 3 * mean * spread**2 + mean**3
     fourth = kurtosis * spread**4 + 4 * mean * skew * spread**3
@@ -108,7 +108,7 @@ def moments(facts: dict[str, Any]) -> tuple[float, float, float, float]:
 
 
 def _sequence(context: Context) -> dict[str, Any]:
-    """`SequenceInfo`; what it holds of ablations is optional, and left out."""
+    """Make a `SequenceInfo` without its optional fields about ablations."""
     fires = sum(a > 0 for a in context.activations)
     return {
         "density": fires / len(context.activations),

@@ -1,4 +1,4 @@
-"""The latents that are exported, and the pieces they are exported in."""
+"""The latents to export, and the pieces in which they are exported."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from sae_harvest.common.errors import InputError
 
 
 def parse_latents(text: str | None, n_latents: int) -> list[range]:
-    """The latents that `0-99,512` names, as ranges in rising order; None: all.
+    """Parse latents such as `0-99,512` to ranges in increasing order; None: all.
 
     Raises:
-        InputError: it is spelled in another way, or names latents that are not there.
+        InputError: it has another form, or names latents that do not exist.
     """
     if text is None:
         return [range(n_latents)]
@@ -25,7 +25,7 @@ def parse_latents(text: str | None, n_latents: int) -> list[range]:
         if last >= n_latents:
             raise InputError(
                 f"There is no latent {last}; these tables hold 0 to {n_latents - 1}, "
-                "so name some of those with --latents."
+                "so choose from these with --latents."
             )
         named.add((first, last + 1))
     ranges: list[range] = []
@@ -38,7 +38,7 @@ def parse_latents(text: str | None, n_latents: int) -> list[range]:
 
 
 def pieces(latents: Sequence[range], most: int) -> Iterator[range]:
-    """The same latents in ranges of at most so many."""
+    """Yield the same latents in ranges of at most `most`."""
     for whole in latents:
         for first in range(whole.start, whole.stop, most):
             yield range(first, min(first + most, whole.stop))

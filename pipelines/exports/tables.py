@@ -1,4 +1,4 @@
-"""Tables as exports read them: some latents at a time, whatever their number."""
+"""Reading of tables for exports: some latents at a time, for any number of latents."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from sae_harvest.pipelines.features.tables.writers import quantiles
 
 HISTOGRAM_COLUMNS = ("latent", "bin", "low", "high", "count")
 MAX_BAR = 2**32
-BARS = 50  # of a histogram, where a format has a fixed number
-AT_ONCE = 128  # latents whose contexts are in memory
-COUNTED = 8192  # latents whose bars are: a pass over the firings each
+BARS = 50  # bars of a histogram, for formats with a fixed number
+AT_ONCE = 128  # latents whose contexts are in memory at a time
+COUNTED = 8192  # latents whose bars are in memory; each group needs a pass over the firings
 PERCENTS = 100
 CONTEXT_COLUMNS = (
     "latent", "stratum", "activation", "row", "document", "position", "window_start",
@@ -47,33 +47,42 @@ Widths = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """An example; `place` is the one of its row among the tokens of the window."""
+    """An example of a latent."""
 
     activation: float
+    """Activation on the row."""
     row: int
+    """Number of the row."""
     document: int
+    """Number of the document."""
     place: int
+    """Place of the row among the tokens of the window."""
     token_ids: list[int]
+    """Ids of the window's tokens."""
     tokens: list[str]
+    """Texts of the window's tokens."""
     activations: list[float]
+    """Activations on the window's tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """One latent's data from the tables.
-
-    facts: its row of latents; contexts: by stratum; bars: number of firings in (b - 1, b] widths,
-    by b; percentiles: 100 quantiles from 1 to 100 %; deciles: lower and upper edge of each tenth of
-    its activations, and the firings in it; alike: others with their decoder cosines, nearest first.
-    """
+    """One latent's data from the tables."""
 
     number: int
+    """Number of the latent."""
     facts: dict[str, Any]
+    """Its row of the table latents."""
     contexts: dict[str, list[Context]]
+    """Examples by stratum."""
     bars: dict[int, int]
+    """Number of firings with activations in (b - 1, b] bar widths, by b."""
     percentiles: list[float]
+    """100 quantiles, from 1 to 100 %."""
     deciles: list[tuple[float, float, int]]
+    """Lower edge, upper edge and firings of each tenth of its activations."""
     alike: list[tuple[int, float]]
+    """Other latents with their decoder cosines, nearest first."""
 
     @property
     def highest(self) -> float:
@@ -82,10 +91,10 @@ class Latent:
 
 
 class Tables:
-    """Finished tables of a folder.
+    """The finished tables of a folder.
 
     Raises:
-        RunError: the folder holds none, or one is missing.
+        RunError: the folder holds no tables, or one is missing.
     """
 
     def __init__(self, features: Path) -> None:
@@ -95,11 +104,11 @@ class Tables:
         self.site = Site.parse(self.run["site"])
 
     def read(self, name: str, latents: range | None = None, **options: Any) -> pa.Table:
-        """A table's rows, or those of some latents; `RunError` if it is damaged."""
+        """Read a table's rows, or those of some latents; `RunError` if it is damaged."""
         return self._read(self.features / f"{name}.parquet", latents, **options)
 
     def explanations(self) -> dict[int, list[str]]:
-        """Explanations by latent; empty if the folder has no table of explanations."""
+        """Read explanations by latent; empty if the folder has no table of explanations."""
         if not (self.features / f"{EXPLANATIONS}.parquet").is_file():
             return {}
         table = self.read(EXPLANATIONS, columns=["latent", "explanation"])
@@ -109,7 +118,7 @@ class Tables:
         return found
 
     def firings(self, latents: range | None = None, **options: Any) -> Iterator[pa.Table]:
-        """Firings, a block of rows at a time, by latent, then row."""
+        """Yield firings, a block of rows at a time, sorted by latent, then row."""
         for path in firing_files(self.features):
             check_columns(path, FIRINGS)
             table = self._read(path, latents, **options)
@@ -122,14 +131,14 @@ class Tables:
             yield table
 
     def described(self, latents: Sequence[range], widths: Widths) -> Iterator[Latent]:
-        """One latent after the other.
+        """Yield one latent after the other.
 
         Args:
-            widths: of bars, from the highest activation of each latent.
+            widths: computes the width of bars from the highest activation of each latent.
         """
         for counted in pieces(latents, COUNTED):
             largest = self.read("latents", counted, columns=["max"])["max"].to_numpy()
-            largest = np.nan_to_num(largest.astype(np.float64))  # of latents that never fire
+            largest = np.nan_to_num(largest.astype(np.float64))  # NaN for latents that never fire
             bars = self._bars(counted, widths(largest))
             for some in pieces([counted], AT_ONCE):
                 yield from self._described(some, bars)
@@ -218,7 +227,7 @@ class Tables:
         return dense
 
     def _bars(self, latents: range, widths: npt.NDArray[np.float64]) -> dict[int, dict[int, int]]:
-        """Firings in bars of equal width [latents], counted; only those that hold something."""
+        """Count firings in bars of equal width per latent; empty bars are left out."""
         pairs, counts = np.empty(0, np.int64), np.empty(0, np.int64)
         for table in self.firings(latents, columns=["latent", "value"]):
             place = table["latent"].to_numpy().astype(np.int64) - latents.start
@@ -247,7 +256,7 @@ class Tables:
             table = pq.read_table(
                 exact_file(path), page_checksum_verification=True, partitioning=None, **options
             )
-            table.validate(full=True)  # texts are UTF-8, lists begin where the last one ends
+            table.validate(full=True)  # texts are UTF-8, lists follow one another
             return table
         except (OSError, pa.ArrowException) as error:
             raise RunError(
@@ -257,22 +266,22 @@ class Tables:
 
 
 def fiftieths(largest: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Widths of `BARS` bars from 0 to the highest activation."""
+    """Compute the widths of `BARS` bars from 0 to the highest activation."""
     return largest / BARS
 
 
 def heights(latent: Latent) -> list[int]:
-    """Firings in each of `BARS` bars."""
+    """Return the number of firings in each of `BARS` bars."""
     found = [0] * BARS
     for bar, n in latent.bars.items():
-        found[min(bar, BARS) - 1] += n  # rounding may put the highest one beyond the last
+        found[min(bar, BARS) - 1] += n  # by rounding, the highest firing may be past the last bar
     return found
 
 
 def tenths(
     histogram: npt.NDArray[np.int64], largest: npt.NDArray[np.float64]
 ) -> list[list[tuple[float, float, int]]]:
-    """For each latent, the edges and number of firings of each tenth of its activations."""
+    """Return the edges and firings of each tenth of the activations, for each latent."""
     edges = decile_edges(histogram)  # at edges of bins
     number = (np.log2(edges) - kernels.LOWEST_OCTAVE) * kernels.BINS_PER_OCTAVE
     below = np.zeros((len(histogram), kernels.BINS + 1), np.int64)
@@ -286,7 +295,7 @@ def tenths(
 
 
 def shortest(values: pa.ChunkedArray | npt.NDArray[np.float32] | list[float]) -> list[float]:
-    """float32 as the numbers with the fewest digits that stand for them: 0.1, not 0.10000000149."""
+    """Convert float32 to the shortest decimals that round to them: 0.1, not 0.10000000149."""
     if not isinstance(values, pa.ChunkedArray):
         values = pa.array(values, pa.float32())
     return [float(text) for text in pc.cast(values, pa.string()).to_pylist()]

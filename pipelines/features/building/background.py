@@ -1,4 +1,4 @@
-"""Work that another thread does meanwhile."""
+"""Work in a background thread."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 @contextmanager
 def aside() -> Iterator[Callable[..., None]]:
-    """A function that makes calls in another thread: one at a time, in order.
+    """Give a function that makes calls in another thread, one at a time, in order.
 
-    What a call raises is raised by the next one, or at the end.
+    An error of a call is raised by the next call, or at the end.
     """
     with ThreadPoolExecutor(1, "aside") as thread:
         last = thread.submit(lambda: None)

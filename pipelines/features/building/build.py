@@ -1,9 +1,9 @@
 """A feature build: rows encoded once, block by block, then counted latent by latent into tables.
 
-OUT/building.json       what was asked, while it is being built
-OUT/firings/*.parquet   a block's firings each, kept; a build that was interrupted goes on there
-OUT/rows/*.npy          tokens and documents by row, while it is being built
-OUT/*.parquet, run.json the tables, and last of all what they are of
+OUT/building.json       the request, during the build
+OUT/firings/*.parquet   the firings of one block each; an interrupted build continues with them
+OUT/rows/*.npy          tokens and documents by row, during the build
+OUT/*.parquet, run.json the tables, and last their ancestry
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from sae_harvest.store.objects import LocalObjects
 from sae_harvest.train.run.files import write_json
 
 BLOOM = {"ndv": tables.ROW_GROUP, "fpp": 0.01}
-FOLLOWED = 2  # neighbours of either kind whose rows are looked at for hard negatives
+FOLLOWED = 2  # neighbours of each kind whose rows are candidates for hard negatives
 # Field of the ancestry → the option of `sae-features build` that decides it.
 OPTIONS = {
     "site": "--site",
@@ -71,15 +71,17 @@ OPTIONS = {
 }
 MOVED = ("store", "sae", "relative", "code")  # may differ between a build and its continuation
 
-OnProgress = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
+OnProgress = Callable[[str, int, int], None]  # stage, amount done, amount in all
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """Ancestry of the tables, as in run.json; `seconds` is None if they were there already."""
+    """The result of a build."""
 
     run: dict[str, Any]
+    """Ancestry of the tables, as in run.json."""
     seconds: float | None
+    """Wall time; None if the tables existed already."""
 
 
 def build(
@@ -95,16 +97,16 @@ def build(
     device: str = "auto",
     on_progress: OnProgress = lambda what, done, total: None,
 ) -> Built:
-    """Write the tables of every latent of an SAE into `out`, or find them there already.
+    """Write the tables of every latent of an SAE into `out`, if it does not hold them yet.
 
-    Killed at any moment, the same call continues: with the blocks that have been encoded.
+    After an interruption at any moment, the same call continues with the blocks encoded so far.
 
     Args:
-        sae_path: `identity` for the neurons of a site; `delphi` if `place` is a cache of delphi's.
-        site: of the neurons, if the store has several, or of a cache; an SAE knows its own.
-        model: of a cache that does not name it.
-        workers: Ray workers, 0 for none; they all have to see `out` and the store.
-        address: of a Ray cluster; None starts a Ray of our own.
+        sae_path: `identity` for the neurons of a site; `delphi` if `place` is a cache of delphi.
+        site: site of the neurons, if the store has several, or of a cache; an SAE records its own.
+        model: model of a cache that does not name it.
+        workers: Ray workers, 0 for none; all of them must be able to read `out` and the store.
+        address: address of a Ray cluster; None starts a Ray of our own.
 
     Raises:
         RunError: the SAE does not fit the store, or `out` holds something else or can't be written.
@@ -140,10 +142,10 @@ def build(
     given = replace(given, store=source.place)  # an absolute path
     job = Job(given, source.digest, dictionary.digest, str(out.absolute()), config)
     work = Work(job, source)
-    work.texts = TokenTexts(load_tokenizer(source.model))  # is there, or nothing is written
+    work.texts = TokenTexts(load_tokenizer(source.model))  # raises before anything is written
     start = time.perf_counter()
     with held(work), writing(out), taken(out, asked):
-        if existing := read_run(out):  # by another process, meanwhile
+        if existing := read_run(out):  # another process was faster
             _require_same(out, existing, asked)
             return Built(existing, None)
         with open_pool(workers, address, device == "cuda") as pool:
@@ -155,15 +157,15 @@ def build(
 
 @contextmanager
 def taken(out: Path, asked: dict[str, Any]) -> Iterator[None]:
-    """The folder, made or found, for this build alone.
+    """Hold the folder for this build alone; make it if it is missing.
 
     Raises:
-        RunError: it holds another build, or something else, or is being worked on.
+        RunError: it holds another build or other files, or another process builds in it.
     """
     building = read_record(out / BUILDING_FILE)
     if building is not None:
         _require_same(out, building, asked)
-    foreign = f"{out} holds something else than tables; choose another --out."
+    foreign = f"{out} holds files that are not tables; choose another --out."
     busy = f"{out} is being built by another process; wait for it."
     with claimed(out, BUILDING_FILE, foreign, busy):
         if not (out / RUN_FILE).exists():
@@ -201,7 +203,7 @@ def writing(out: Path) -> Iterator[None]:
 
 
 def _make(work: Work, pool: Pool, on_progress: OnProgress) -> dict[str, Any]:
-    """Makes everything; what run.json says of it."""
+    """Make all tables; return the contents of run.json."""
     out = work.out
     with ThreadPoolExecutor(1, "rows") as thread:
         writing_rows = thread.submit(rows.write_rows, work.source.rows(), work.source.n_rows, out)
@@ -225,7 +227,7 @@ def _make(work: Work, pool: Pool, on_progress: OnProgress) -> dict[str, Any]:
 
 
 def _encode(work: Work, pool: Pool, on_progress: OnProgress) -> None:
-    """The blocks that are not there yet."""
+    """Encode the blocks that have no file yet."""
     missing = work.blocks.missing()
     done = len(work.blocks) - len(missing)
     on_progress("encoding", done, len(work.blocks))
@@ -237,10 +239,10 @@ def _encode(work: Work, pool: Pool, on_progress: OnProgress) -> None:
 def _profile(
     work: Work, pool: Pool, n_read: int, on_progress: OnProgress
 ) -> tuple[list[ChosenRows], int, list[pa.Table]]:
-    """latents and histograms.
+    """Write the tables latents and histograms.
 
     Returns:
-        what examples are made of; how often anything fires; parts of the table of tokens.
+        The rows chosen as examples; the number of firings; parts of the table of tokens.
     """
     out, config, source, texts = work.out, work.job.config, work.source, work.texts
     dictionary, lens, weights = work.dictionary, None, work.dictionary.weights
@@ -268,7 +270,7 @@ def _profile(
 
 
 def _write_tokens(work: Work, parts: list[pa.Table]) -> None:
-    # text is not sorted by, and asked for
+    # the table is not sorted by text, but queries filter by it
     bloom = {"text": BLOOM}
     with tables.TableWriter(work.out / "tokens.parquet", bloom_filter_options=bloom) as writer:
         for table in tables.tokens_tables(parts, work.texts):
@@ -278,7 +280,7 @@ def _write_tokens(work: Work, parts: list[pa.Table]) -> None:
 def _compare(
     work: Work, pool: Pool, share: float, on_progress: OnProgress
 ) -> npt.NDArray[np.int64]:
-    """neighbours; the nearest few of each latent [n_latents, at most 2 FOLLOWED]."""
+    """Write neighbours; return the nearest few of each latent [n_latents, at most 2 FOLLOWED]."""
     nearest = []
     n_latents = work.dictionary.n_latents
     spans = _spans(n_latents, n_latents, pool)
@@ -314,7 +316,7 @@ def _show(
 
     shown = pool.map(jobs.contexts_of_latents, pieces())
     path = work.out / "contexts.parquet"
-    # compressing one part takes as long as making the next one
+    # compressing one part takes as long as making the next, so both run at once
     with tables.TableWriter(path, **tables.CONTEXTS_ENCODING) as writer, aside() as call:
         for table in shown:
             call(writer.add, table)
@@ -323,6 +325,6 @@ def _show(
 
 
 def _spans(n: int, most: int, pool: Pool) -> list[tuple[int, int]]:
-    """All latents in pieces of at most so many, with one for every worker."""
+    """Divide the latents into pieces of at most `most`, at least one for every worker."""
     each = max(1, min(most, -(-n // pool.workers)))
     return [(first, min(first + each, n)) for first in range(0, n, each)]

@@ -1,9 +1,8 @@
-"""Work shared out: in this process, or among Ray workers; answers come in the order of the work.
+"""Pools of workers: this process, or Ray workers. Results come in the order of the work.
 
-`map` is for work that keeps all threads of a worker busy by itself. `spread` is for work that goes
-through stages some of which take one thread: a worker does several pieces at once, each with its
-share of the threads. Such work must not use numba's own threads, which on some machines are for one
-caller at a time.
+`map` is for work that uses all threads of a worker. `spread` is for work with stages that use only
+one thread: a worker does several pieces at once, each with its share of the threads. Such work must
+not use numba's own threads, which on some machines allow one caller at a time.
 """
 
 from __future__ import annotations
@@ -22,20 +21,21 @@ from sae_harvest.common.errors import RunError
 from sae_harvest.train.sae.kernels.by_rows import torch_threads
 
 T = TypeVar("T")
-AT_ONCE = 4  # pieces of work that a worker does, at most: each takes memory
-AHEAD = 2  # pieces of work handed out per worker: one at work, one waiting
+AT_ONCE = 4  # most pieces of work that a worker does at once: each needs memory
+AHEAD = 2  # pieces of work submitted per worker: one in progress, one waiting
 
 
 class Pool(Protocol):
-    """`workers`: how many pieces of work are done side by side."""
+    """Does pieces of work, several at a time."""
 
     workers: int
+    """Number of pieces of work done at the same time."""
 
     def map(self, work: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> Iterator[T]:
-        """`work(*a)` for each of the arguments, in their order."""
+        """Yield `work(*a)` for each of the arguments, in their order."""
 
     def spread(self, work: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> Iterator[T]:
-        """`work(stopped, *a)`; the event is set when nobody waits for the answer any more."""
+        """Yield `work(stopped, *a)`; the event is set when the result is no longer needed."""
 
 
 class InProcess:
@@ -54,11 +54,11 @@ class InProcess:
                 yield from pool.map(lambda a: work(stopped, *a), arguments)
             finally:
                 stopped.set()
-                torch.set_num_threads(threads)  # they may have started threads themselves
+                torch.set_num_threads(threads)  # threads may have changed it
 
 
 class RayWorkers:
-    """Ray tasks. Work may be done again when a worker dies, so it has to be repeatable."""
+    """Ray tasks. Work is repeated when a worker dies, so it must allow repetition."""
 
     def __init__(self, workers: int, threads: int, gpu: bool) -> None:
         import ray
@@ -98,7 +98,7 @@ class RayWorkers:
 
 @contextmanager
 def open_pool(workers: int, address: str | None, gpu: bool) -> Iterator[Pool]:
-    """So many Ray workers, each with a GPU or its share of the cores; this process for 0.
+    """Open a pool of Ray workers, each with a GPU or its share of the cores; 0: this process.
 
     Raises:
         RunError: Ray cannot be started or joined, or has no room for them.
@@ -113,11 +113,11 @@ def open_pool(workers: int, address: str | None, gpu: bool) -> Iterator[Pool]:
 
 
 def _call(threads: int, work: Callable[..., T], arguments: tuple[Any, ...]) -> T:
-    """In a worker."""
+    """Do one piece of work in a worker."""
     use_threads(threads)
     return work(*arguments)
 
 
 def _several(work: Callable[..., T], arguments: list[tuple[Any, ...]]) -> list[T]:
-    """In a worker."""
+    """Do several pieces of work in a worker."""
     return list(InProcess().spread(work, arguments))

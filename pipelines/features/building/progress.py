@@ -14,7 +14,7 @@ from sae_harvest.pipelines.features.building.config import FeatureConfig
 def build_with_progress(
     store: str | Path, sae: Path | str, out: Path, config: FeatureConfig, **execution: Any
 ) -> Built:
-    """See `build`; the process keeps the memory that it frees."""
+    """Call `build`; the process keeps freed memory for reuse."""
     keep_memory()
     with when_interrupted(SAME_COMMAND), Progress() as progress:
 

@@ -26,16 +26,18 @@ from sae_harvest.store.objects import LocalObjects
 
 @dataclass(frozen=True)
 class Job:
-    """A build, in a form that travels to a worker.
-
-    source_digest: of the store as it was when the build began; out: an absolute path.
-    """
+    """A build, in a form that can be sent to a worker."""
 
     given: SourceSpec
+    """Source of the firings."""
     source_digest: str
+    """Digest of the store at the start of the build."""
     dictionary_digest: str
+    """Digest of the SAE or the neurons."""
     out: str
+    """Folder of the tables, an absolute path."""
     config: FeatureConfig
+    """Settings of the tables."""
 
 
 class Work:
@@ -56,14 +58,14 @@ class Work:
         return TokenTexts(load_tokenizer(self.source.model))
 
 
-_opening, _held = Lock(), list[Work]()  # one at most: it is large
+_opening, _held = Lock(), list[Work]()  # at most one, because it is large
 
 
 def work_of(job: Job) -> Work:
-    """The one of this process, opened when first needed.
+    """Return this process's work of the job; the first call opens it.
 
     Raises:
-        RunError: the store or the SAE are no longer those of the job.
+        RunError: the store or the SAE has changed since the job began.
     """
     with _opening:
         if not _held or _held[0].job != job:
@@ -76,7 +78,7 @@ def work_of(job: Job) -> Work:
 
 @contextmanager
 def held(work: Work) -> Iterator[None]:
-    """Within, this is the work of its job in this process."""
+    """Use this as the process's work of its job, while the block runs."""
     _held[:] = [work]
     try:
         yield
@@ -92,21 +94,21 @@ def encode_block(stopped: Event, job: Job, block: int) -> None:
 
 
 def profile_latents(job: Job, first: int, last: int) -> Profile:
-    """See `profile`."""
+    """Call `profile`."""
     work = work_of(job)
     length = work.source.context_length
     return profile(work.blocks, work.rows, length, job.config, first, last)
 
 
 def neighbours_of_latents(job: Job, share: float, first: int, last: int) -> Neighbours:
-    """See `neighbours`."""
+    """Call `neighbours`."""
     work = work_of(job)
     length, n = work.source.context_length, job.config.n_neighbours
     return neighbours(work.blocks, length, work.dictionary.W_dec, n, share, first, last)
 
 
 def contexts_of_latents(job: Job, wanted: WantedContexts, first: int, last: int) -> pa.Table:
-    """See `contexts`."""
+    """Call `contexts`."""
     work = work_of(job)
     length, config = work.source.context_length, job.config
     return contexts(work.blocks, work.rows, length, config, work.texts, wanted, first, last)

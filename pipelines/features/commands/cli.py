@@ -29,7 +29,7 @@ from sae_harvest.pipelines.viewer.cli import serve, site
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sae-harvest")
 def main() -> None:
-    """Parquet tables of every latent of an SAE, and questions to them.
+    """Parquet tables of every latent of an SAE: build, show, query, export.
 
     \b
     sae-features build --store runs/demo/store --sae runs/demo/sae --out runs/demo/features
@@ -44,7 +44,7 @@ main.add_command(export_command)
 
 
 class Places(BaseModel):
-    """Where a build reads, writes and computes."""
+    """The places and the device of a build."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -55,7 +55,7 @@ class Places(BaseModel):
         str, AfterValidator(name_or_path("identity", "delphi")), Option("Places", "FOLDER")
     ] = Field(
         description="folder of a trained SAE; identity for the neurons; delphi if --store is a "
-        "cache of delphi's"
+        "cache of delphi"
     )
     site: Annotated[str | None, Option("Places")] = Field(
         None,
@@ -88,15 +88,15 @@ class BuildSettings(CommandSettings):
 @grouped(
     "Execution",
     "--address",
-    help="Ray cluster: auto, or HOST:PORT. --out has to be seen by all of it.",
+    help="Ray cluster: auto, or HOST:PORT. All nodes must be able to read --out.",
 )
 @click.pass_context
 def build(
     context: click.Context, file: Path | None, workers: int, address: str | None, **given: Any
 ) -> None:
-    """One pass over the store: latents, contexts, histograms, neighbours, tokens, documents.
+    """Build the tables latents, contexts, histograms, neighbours, tokens and documents.
 
-    Killed at any moment, the same command continues.
+    After an interruption at any moment, the same command continues.
 
     \b
     sae-features build --store runs/demo/store --sae runs/demo/sae --out runs/demo/features
@@ -137,7 +137,7 @@ def build(
     type=CountRange(min=1),
     default=10,
     show_default=True,
-    help="Top contexts printed.",
+    help="Number of top contexts to print.",
 )
 def show(latent: int, features: Path, contexts: int) -> None:
     """Print a latent with its contexts highlighted.

@@ -30,7 +30,7 @@ MAX_SQL_BYTES = 1 << 20
     "--format",
     "format_name",
     type=click.Choice(["table", "csv", "json", "parquet"]),
-    help="Form of the result. Default: a table in a terminal, else csv or what --output ends in.",
+    help="Format of the result. Default: the ending of --output; a table in a terminal; else csv.",
 )
 @click.option(
     "--output",
@@ -42,7 +42,7 @@ MAX_SQL_BYTES = 1 << 20
 @click.option(
     "--limit",
     type=CountRange(min=1),
-    help=f"Rows at most; {TABLE_ROWS} of a table, all of the other formats.",
+    help=f"Most rows to return. Default: {TABLE_ROWS} for a table, all for other formats.",
 )
 def query(
     sql: str | None,
@@ -77,7 +77,7 @@ def query(
 
 
 def _question(sql: str | None) -> str:
-    """The query, from standard input if it is not among the arguments."""
+    """Return the query, from standard input if it is not among the arguments."""
     if sql is None and (sys.stdin is None or sys.stdin.isatty()):
         raise click.UsageError("Give a query, or - to type one here.")
     if sql not in (None, "-"):
@@ -92,7 +92,7 @@ def _question(sql: str | None) -> str:
 
 
 def _format(name: str | None, target: Path | None) -> str:
-    """The form of the result; a usage error where it cannot be written so."""
+    """Choose the format of the result; a usage error if it cannot be written in it."""
     on_terminal = target is None and sys.stdout.buffer.isatty()
     if name is None and target is None:
         return "table" if on_terminal else "csv"
@@ -110,7 +110,7 @@ def _format(name: str | None, target: Path | None) -> str:
 
 
 def _print_table(question: Question, limit: int) -> None:
-    """Rows for people to read."""
+    """Print rows as a table for people."""
     from sae_harvest.pipelines.features.reading.show import visible
 
     columns, found = question.rows(limit + 1)

@@ -1,10 +1,10 @@
-"""Rows at which a latent is silent, to be told from those at which it fires: where to look.
+"""Candidate rows on which a latent does not fire, for the contrast with its firings.
 
     inactive        any row, drawn uniformly
     hard, token     a row with one of the tokens that the latent fires on most
     hard, neighbour a row on which one of the latents nearest to it fires
 
-More are named than wanted; those in whose window the latent does fire are dropped later.
+There are more candidates than needed: those with a firing in their window are dropped later.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from sae_harvest.pipelines.features.counting import kernels
 from sae_harvest.pipelines.features.tables.rows import Rows
 
 ROWS_PER_TOKEN = 8
-SPARE = 4  # times as many rows are looked at as wanted
+SPARE = 4  # candidates per row needed
 
 
 class TokenRows:
     """A few rows of every token, drawn uniformly.
 
-    rows: int64 [tokens, ROWS_PER_TOKEN], -1 where there are fewer.
+    `rows` is int64 [tokens, ROWS_PER_TOKEN], -1 where there are fewer.
     """
 
     def __init__(self, rows: Rows, seed: int, chunk: int = 1 << 20) -> None:
@@ -40,12 +40,12 @@ class TokenRows:
 def inactive(
     latents: npt.NDArray[np.int64], n_rows: int, n: int, seed: int
 ) -> npt.NDArray[np.int64]:
-    """Rows drawn for each latent, [latents, SPARE n]."""
+    """Draw rows for each latent, [latents, SPARE n]."""
     return kernels.draw_rows(latents, n_rows, SPARE * n, seed)
 
 
 def by_token(tokens: npt.NDArray[np.int64], of: TokenRows) -> npt.NDArray[np.int64]:
-    """Rows with some tokens of each latent [latents, any], -1: none; one of each, then the next."""
+    """Return rows with tokens of each latent [latents, any], -1: none; tokens take turns."""
     rows = np.where(tokens[:, :, None] >= 0, of.rows[tokens], -1)  # [latents, tokens, rows]
     return rows.transpose(0, 2, 1).reshape(len(tokens), -1)
 
@@ -53,10 +53,10 @@ def by_token(tokens: npt.NDArray[np.int64], of: TokenRows) -> npt.NDArray[np.int
 def by_neighbour(
     others: npt.NDArray[np.int64], drawn: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    """Rows on which other latents fire; a row of each, then the next.
+    """Return rows on which other latents fire; the others take turns.
 
     Args:
-        others: of each latent [latents, any], -1: none.
+        others: the other latents for each latent [latents, any], -1: none.
         drawn: rows drawn from the firings of every latent [n_latents, any], -1: none.
     """
     rows = np.where(others[:, :, None] >= 0, drawn[others], -1)

@@ -1,5 +1,5 @@
-"""Firing together, counted one latent at a time. One latent is one thread's work, and its counts
-stay in that thread's cache; the rows it fires on are asked for before they are needed.
+"""Co-firing, counted one latent at a time. One thread does one latent, whose counts stay in the
+thread's cache; the rows on which it fires are prefetched.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ use_numba_cache()
 
 from numba import njit, prange  # noqa: E402
 
-SOME = 64  # counts that are looked at together
-AHEAD = 4  # rows asked for before they are needed: a row that is not in cache costs 30 counts
+SOME = 64  # counts that are scanned together
+AHEAD = 4  # rows prefetched: a row that is not in the cache costs as much as 30 counts
 
 
 @njit(nogil=True, cache=True)
 def transposed(
     starts: npt.NDArray[np.int64], number: npt.NDArray[np.int32], n: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-    """Lists of numbers below n, one after the other, as the lists that each number stands in.
+    """Transpose lists of numbers below n: return, for each number, the lists that hold it.
 
     Firings sorted by latent become firings sorted by row, and back.
 
     Args:
-        starts: where each list begins [lists + 1]; number: what they hold [pairs].
+        starts: where each list begins [lists + 1].
+        number: the contents of the lists [pairs].
 
     Returns:
-        starts [n + 1] and lists, rising, [pairs].
+        starts [n + 1], and the lists of each number, increasing, [pairs].
     """
     new_starts = np.zeros(n + 1, np.int64)
     for p in range(len(number)):
@@ -57,18 +58,19 @@ def most_together(
     n: int,
     parts: int,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The latents with the highest Jaccard index, of some latents from number `first` on.
+    """Find the latents with the highest Jaccard index, for some latents from number `first` on.
 
-    Of equal ones the lower latent. One latent's counts at a time, which stay in cache.
+    Of equal ones, the lower latent comes first.
 
     Args:
-        starts, rows: on which rows each latent fires [n_latents + 1], [pairs].
-        row_starts, latents: the same by row, [rows + 1], [pairs]; in two bytes it is faster.
-        asked: others, int64 [some latents, any].
-        n: of the nearest. parts: in which the latents are taken, for threads.
+        starts, rows: the rows on which each latent fires [n_latents + 1], [pairs].
+        row_starts, latents: the same by row, [rows + 1], [pairs]; two-byte latents are faster.
+        asked: other latents to count co-firing with, int64 [some latents, any].
+        n: number of nearest latents.
+        parts: number of parts of the latents, for threads.
 
     Returns:
-        nearest [some latents, n], -1 where fewer ever fire along; rows of both, for `asked`, and
+        nearest [some latents, n], -1 where fewer co-fire; rows on which both fire, for `asked` and
         for the nearest, in the same shapes.
     """
     some = len(asked)
@@ -76,7 +78,7 @@ def most_together(
     asked_together = np.zeros(asked.shape, np.int64)
     best_together = np.zeros((some, n), np.int64)
     line, n_latents = LINE // latents.itemsize, len(starts) - 1
-    fewest = np.full(-(-n_latents // SOME), len(rows))  # firings of a latent, of those together
+    fewest = np.full(-(-n_latents // SOME), len(rows))  # fewest firings in each SOME
     for latent in range(n_latents):
         fired = starts[latent + 1] - starts[latent]
         fewest[latent // SOME] = min(fewest[latent // SOME], fired)

@@ -1,7 +1,7 @@
-"""Memory asked for before it is needed, in compiled loops.
+"""Prefetching of memory in compiled loops.
 
-A loop that looks up places far apart in an array waits for each of them, about as long as a hundred
-additions take. Asked for a few rounds before, they are there.
+A loop that reads places far apart in an array waits for each of them, about as long as a hundred
+additions take. If they are prefetched a few rounds before, they are in the cache.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-LINE = 64  # bytes that come at once
+LINE = 64  # bytes of a cache line
 
 
 @intrinsic
 def prefetch(context: Any, array: Any, at: Any) -> Any:
-    """Ask for the cache line of array[at], which may be anywhere, and don't wait for it."""
+    """Prefetch the cache line of array[at], without waiting; `at` may be out of bounds."""
 
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, given[0]).data

@@ -1,7 +1,7 @@
-"""Loops over (row, latent, value) triples sorted by latent. One latent is one thread's work, so
-that every result is the same for any number of threads.
+"""Loops over (row, latent, value) triples sorted by latent. One thread does one latent, so that
+every result is the same for any number of threads.
 
-numba kernels; arrays are changed in place where a docstring says so.
+They are numba kernels; they change arrays in place where a docstring says so.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BINS = OCTAVES * BINS_PER_OCTAVE  # bin 0 begins at 2**-12, the last one ends at
 
 @njit(cache=True)
 def histogram_bin(value: float) -> int:
-    """Number of the log-spaced bin a positive value falls in; the ends are open."""
+    """Return the log-spaced bin of a positive value; the first and last bin are open."""
     position = int(np.floor((np.log2(value) - LOWEST_OCTAVE) * BINS_PER_OCTAVE))
     return min(max(position, 0), BINS - 1)
 
@@ -66,7 +66,7 @@ def add_moments(
 
 @njit(cache=True)
 def mix(x: np.uint64) -> np.uint64:
-    """A 64-bit finaliser (the constants of splitmix64): every input bit reaches every output."""
+    """Mix 64 bits (finaliser of splitmix64): every input bit affects every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -74,7 +74,7 @@ def mix(x: np.uint64) -> np.uint64:
 
 @njit(cache=True)
 def hashed(seed: int, latent: int, number: int) -> np.uint64:
-    """A number that is as good as drawn for each (seed, latent, number)."""
+    """Return a pseudo-random number for each (seed, latent, number)."""
     key = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(latent)
     return mix(mix(key) + np.uint64(number))
 
@@ -92,7 +92,7 @@ def insert(
     values: npt.NDArray[np.float32],
     documents: npt.NDArray[np.int64],
 ) -> None:
-    """Put a firing into list i, in place of `leaves`, keeping priorities in falling order."""
+    """Put a firing into list i in place of entry `leaves`; priorities stay decreasing."""
     at = leaves
     while at > 0 and priority[i, at - 1] < score:
         priority[i, at] = priority[i, at - 1]
@@ -118,9 +118,9 @@ def keep_top(
 ) -> None:
     """Offer a block's firings to each latent's list of highest activations, in place.
 
-    A document holds one place at most; of equal activations the lower row is kept. kept [lists]
-    counts the places in use; the other arrays are [lists, places]. document is that of each row
-    of the block.
+    A list has one place per document; of equal activations, the lower row stays. kept [lists]
+    counts the places in use; the other arrays are [lists, places]. document holds the document of
+    each row of the block.
     """
     places = rows.shape[1]
     for i in prange(len(starts) - 1):
@@ -130,13 +130,13 @@ def keep_top(
             if n == places and score <= priority[i, n - 1]:
                 continue
             d = document[row[p]]
-            leaves = n  # the place that is given up: a new one, or
-            for q in range(n):  # the one the same document has
+            leaves = n  # the place to fill: a new one, or
+            for q in range(n):  # the place of the same document
                 if documents[i, q] == d:
                     leaves = q
             if leaves < n and priority[i, leaves] >= score:
                 continue
-            if leaves == n and n == places:  # or the last
+            if leaves == n and n == places:  # or the last place
                 leaves = n - 1
             if leaves == n:
                 kept[i] = n + 1
@@ -163,15 +163,15 @@ def draw(
 ) -> None:
     """Draw from each latent's firings, uniformly and without replacement, in place.
 
-    A firing belongs to the list of its latent and of the part that its activation is in: edges
-    [n_latents, parts - 1] rise, a part begins at its edge; there are n_latents * parts lists. Those
-    with the highest hashes of (seed, latent, row) stay.
+    A firing belongs to the list of its latent and of the part of its activation. edges
+    [n_latents, parts - 1] increase, and a part begins at its edge; there are n_latents * parts
+    lists. The firings with the highest hashes of (seed, latent, row) stay.
     """
     places, parts = rows.shape[1], edges.shape[1] + 1
     for i in prange(len(starts) - 1):
         for p in range(starts[i], starts[i + 1]):
             r = first_row + row[p]
-            part = 0  # without branches, which would often be guessed wrong
+            part = 0  # without branches, which are often mispredicted
             for edge in edges[i]:
                 part += value[p] >= edge
             at = i * parts + part
@@ -198,9 +198,9 @@ def append_firings(
     rows: npt.NDArray[np.int32],
     values: npt.NDArray[np.float32],
 ) -> None:
-    """Put each latent's firings at its end in larger lists, which moves on, in place.
+    """Append each latent's firings at its end in larger lists, and move the ends, in place.
 
-    further: what is added to the row numbers.
+    further: number added to the row numbers.
     """
     for i in prange(len(ends)):
         at = ends[i]
@@ -221,10 +221,10 @@ def cut_windows(
     window: int,
     windows: npt.NDArray[np.float32],
 ) -> None:
-    """Activations of latent[j] on the rows from begin[j] on into windows[at[j]], in place.
+    """Write the activations of latent[j] from row begin[j] on into windows[at[j]], in place.
 
-    latent counts from the first one in `starts`, begin from the first row; windows [any, window]
-    are 0 before.
+    latent counts from the first latent in `starts`, begin from the first row; windows [any, window]
+    must be 0 before.
     """
     for j in prange(len(latent)):
         low, high = starts[latent[j]], starts[latent[j] + 1]

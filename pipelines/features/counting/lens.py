@@ -1,8 +1,8 @@
-"""The logit lens: which next tokens a latent speaks for, and against.
+"""The logit lens: the next tokens that a latent makes more likely, and less likely.
 
-The decoder row goes through the model's own final norm scale and unembedding, skipping every
-later block: W_U (g ⊙ W_dec[i]) (nostalgebraist, 2020). It is a first-order reading, exact for
-no model, telling for late layers.
+The decoder row is multiplied by the scale of the model's final norm and by the unembedding; all
+later blocks are skipped: W_U (g ⊙ W_dec[i]) (nostalgebraist, 2020). It is a first-order
+approximation, exact for no model, and informative for late layers.
 """
 
 from __future__ import annotations
@@ -22,23 +22,27 @@ WRITES_TO_RESIDUAL = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_o
 
 @dataclass(frozen=True, slots=True)
 class LogitLens:
-    """Tokens and logits at either end, [n_latents, n]; strongest first."""
+    """Tokens and logits at both ends of the lens, strongest first."""
 
     top: npt.NDArray[np.int32]
+    """int32 [n_latents, n], ids of the tokens with the highest logits."""
     top_logits: npt.NDArray[np.float32]
+    """float32 [n_latents, n], their logits."""
     bottom: npt.NDArray[np.int32]
+    """int32 [n_latents, n], ids of the tokens with the lowest logits."""
     bottom_logits: npt.NDArray[np.float32]
+    """float32 [n_latents, n], their logits."""
 
 
 def logit_lens(
     model: ResolvedModel, site: str, W_dec: torch.Tensor, n: int, n_tokens: int
 ) -> LogitLens | None:
-    """The lens of every latent; None where its decoder rows are not what the unembedding reads.
+    """Compute the lens of every latent; None if decoder rows don't have the unembedding's width.
 
     Args:
         W_dec: decoder rows [n_latents, d_in] float32.
-        n: tokens kept at either end, at most.
-        n_tokens: ids of the tokenizer; models often have rows of padding beyond them.
+        n: most tokens at each end.
+        n_tokens: number of the tokenizer's ids; models often have padding rows after them.
     """
     if site.split(".")[0] not in WRITES_TO_RESIDUAL:
         return None
@@ -55,10 +59,10 @@ def logit_lens(
 
 
 def _final_norm_scale(network: PreTrainedModel) -> torch.Tensor:
-    """Elementwise scale of the last norm before the unembedding [d_model], or one.
+    """Find the elementwise scale of the last norm before the unembedding [d_model], or ones.
 
-    It is the last module outside the blocks with a weight of one dimension. What it does with
-    the weight (some families multiply by 1 + weight) is read off its answer to a vector of ±1,
+    The norm is the last module outside the blocks with a weight of one dimension. Some families
+    multiply by 1 + weight, so the scale is computed from the module's output for a vector of ±1,
     which has mean 0 and variance 1.
     """
     width = network.config.get_text_config(decoder=True).hidden_size

@@ -15,39 +15,42 @@ from sae_harvest.pipelines.features.encoding.firings import READS, Blocks
 from sae_harvest.train.sae.kernels import cpu_choice
 from sae_harvest.train.sae.kernels.cpu import CpuKernels
 
-BLOCK, BATCH = 2048, 8192  # latents, and those they are compared with, at a time
-SPARE = 2  # times as many are looked at exactly as wanted
-MAX_PAIRS = 1 << 29  # (row, latent, latent) that are counted; above, on evenly spaced contexts
-MAX_FIRINGS = 1 << 25  # that they are counted from, 8 bytes of memory each; above, likewise
+BLOCK, BATCH = 2048, 8192  # latents at a time, and latents compared with them at a time
+SPARE = 2  # latents compared exactly, per latent needed
+MAX_PAIRS = 1 << 29  # most (row, latent, latent); with more, evenly spaced contexts are counted
+MAX_FIRINGS = 1 << 25  # most firings read, 8 bytes each; with more, the same
 
 
 @dataclass(eq=False)
 class Neighbours:
-    """Latents like each of [first, first + n), arrays [n, neighbours]; -1 where there are fewer.
-
-    alike: with the highest decoder cosine; along: with the highest Jaccard index. ..._cosine: of
-    decoder rows, NaN if not known; ..._together: rows on which both fire, of those counted. fired:
-    int64 [n_latents], on how many of those each latent fires.
-    """
+    """Neighbours of the latents [first, first + n)."""
 
     first: int
+    """The first latent."""
     alike: npt.NDArray[np.int64]
+    """[n, neighbours], latents with the highest decoder cosine; -1 where there are fewer."""
     along: npt.NDArray[np.int64]
+    """[n, neighbours], latents with the highest Jaccard index; -1 where there are fewer."""
     alike_cosine: npt.NDArray[np.float32]
+    """[n, neighbours], cosine of decoder rows with `alike`; NaN if unknown."""
     along_cosine: npt.NDArray[np.float32]
+    """[n, neighbours], cosine of decoder rows with `along`; NaN if unknown."""
     alike_together: npt.NDArray[np.int64]
+    """[n, neighbours], counted rows on which the latent and `alike` both fire."""
     along_together: npt.NDArray[np.int64]
+    """[n, neighbours], counted rows on which the latent and `along` both fire."""
     fired: npt.NDArray[np.int64]
+    """[n_latents], counted rows on which each latent fires."""
 
 
 def counted_share(n_pairs: int, n_rows: int) -> float:
-    """Share of the contexts on which firing together is counted: all, while that takes not long."""
+    """Return the share of contexts on which co-firing is counted: 1 unless that takes too long."""
     pairs_of_pairs = n_pairs**2 / max(n_rows, 1)
     return min(1.0, MAX_PAIRS / max(pairs_of_pairs, 1.0), MAX_FIRINGS / max(n_pairs, 1))
 
 
 def counted_rows(first: int, last: int, context_length: int, share: float) -> npt.NDArray[np.bool_]:
-    """Mask of the rows [first, last) whose contexts are counted."""
+    """Return a mask of the rows [first, last) in counted contexts."""
     contexts = np.arange(first // context_length, last // context_length)
     chosen = np.floor((contexts + 1) * share) > np.floor(contexts * share)
     return np.repeat(chosen, context_length)
@@ -62,7 +65,7 @@ def neighbours(
     first: int,
     last: int,
 ) -> Neighbours:
-    """The n nearest of the latents [first, last), over all pairs, both ways.
+    """Find the n nearest of the latents [first, last) over all pairs, by cosine and by co-firing.
 
     Without W_dec, `alike` has no columns.
     """
@@ -92,9 +95,9 @@ def neighbours(
 def counted_firings(
     blocks: Blocks, context_length: int, share: float
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-    """Latents that fire on each counted row: starts [rows + 1], latents [pairs].
+    """Return the latents that fire on each counted row: starts [rows + 1], latents [pairs].
 
-    Only rows on which any fires, numbered anew.
+    Only rows with a firing are included, and they get new numbers.
     """
 
     def count(block: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
@@ -117,26 +120,26 @@ def counted_firings(
 def decoder_neighbours(
     W_dec: torch.Tensor, first: int, last: int, n_neighbours: int
 ) -> npt.NDArray[np.int64]:
-    """The latents whose decoder rows point most nearly the same way as those of [first, last).
+    """Find the latents with the highest decoder cosine to each of [first, last).
 
-    A low-precision product names some that are near. Where exact cosines don't show that these are
-    the nearest, the n-th of them bounds how near one has to be, a second product names all that may
-    be, and exact cosines decide.
+    A low-precision product finds candidates. If exact cosines don't prove that these are the
+    nearest, the n-th cosine is a lower bound; a second product finds all latents that may reach it,
+    and exact cosines decide.
 
     Args:
         W_dec: [n_latents, d_out] float32.
 
     Returns:
-        [last - first, min(n_neighbours, n_latents - 1)], nearest first, of equal ones the lower.
+        [last - first, min(n_neighbours, n_latents - 1)], nearest first; of equal ones, the lower.
     """
     unit = torch.nn.functional.normalize(W_dec, dim=1)
     n = max(0, min(n_neighbours, len(unit) - 1))
     kernels, zeros = CpuKernels(), torch.zeros(len(unit))
     low = kernels.low_precision(unit)
-    count = min(low.candidates(SPARE * (n + 1)), len(unit))  # a row is near itself
+    count = min(low.candidates(SPARE * (n + 1)), len(unit))  # a row is nearest to itself
 
     def ranked(own: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and numbers of some others [own, any], -1: none, by cosine falling."""
+        """Sort others [own, any], -1: none, by decreasing cosine; return cosines and numbers."""
         cosines = kernels.preactivations(unit[own], unit, zeros, others)
         cosines.masked_fill_((others == own[:, None]) | (others < 0), -torch.inf)
         cosines, order = cosines.sort(dim=1, descending=True, stable=True)
@@ -148,7 +151,7 @@ def decoder_neighbours(
         factors = low.factors(unit[own])
         cosines, numbers = ranked(own, cpu_choice.largest(factors, zeros, count))
         found[own - first] = numbers[:, :n]
-        # the least that was chosen, beside itself: in low precision, no other one is above it
+        # the least cosine chosen, not counting itself: in low precision, no other one is above it
         least = torch.where(cosines[:, -1].isinf(), cosines[:, -2], cosines[:, -1])
         most = least + 2 * factors.doubt * factors.spread.max()
         unsure = own[~(cosines[:, n - 1] > most)]
@@ -166,9 +169,10 @@ def decoder_neighbours(
 
 
 def _listed(pairs: torch.Tensor, n: int) -> torch.Tensor:
-    """Pairs (place, number) [2, pairs] as the numbers of each place int32 [n, any], -1: none.
+    """List the numbers of each place, int32 [n, any], -1: none, from pairs (place, number).
 
-    In the order in which they come.
+
+    The order of the pairs is kept.
     """
     order = pairs[0].argsort(stable=True)
     place, number = pairs[0, order], pairs[1, order]
@@ -182,7 +186,7 @@ def _listed(pairs: torch.Tensor, n: int) -> torch.Tensor:
 def _cosines(
     W_dec: torch.Tensor | None, first: int, others: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
-    """Cosines of the decoder rows from `first` on with the rows of `others`; NaN if unknown."""
+    """Compute cosines of the rows from `first` on with those of `others`; NaN if unknown."""
     if W_dec is None or not others.size:
         return np.full(others.shape, np.nan, np.float32)
     unit = torch.nn.functional.normalize(W_dec, dim=1)

@@ -1,4 +1,4 @@
-"""The largest and smallest of many dot products, found as an SAE finds its latents."""
+"""The largest and smallest of many dot products, by the kernels that find an SAE's latents."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from torch import Tensor
 from sae_harvest.train.sae.kernels.cpu import CpuKernels
 
 BATCH = 4096
-SPARE = 2  # times as many are looked at exactly as wanted
+SPARE = 2  # products computed exactly, per product needed
 
 
 def extreme_products(
     x: Tensor, weight: Tensor, n: int
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The n rows of `weight` with the largest dot product with each row of `x`, and the smallest.
+    """Find the n rows of `weight` with the largest, and the smallest, products with each row of
+    `x`.
 
-    A low-precision product names the candidates, exact float32 products decide. What all rows have
-    in common is taken out first, or low precision would see nothing else.
+    A low-precision product finds the candidates, exact float32 products decide. The mean of all
+    rows is subtracted first, because it would dominate in low precision.
 
     Args:
         x: float32 [some, d]. weight: float32 [many, d], many >= n. Both on the processor.
 
     Returns:
-        of the largest, then of the smallest: indices int64 [some, n] and products float32 [some, n]
-        from the end inwards, each less the mean product over all of `weight`.
+        For the largest, then for the smallest: indices int64 [some, n] and products float32 [some,
+        n], most extreme first, minus the mean product over all of `weight`.
     """
     kernels = CpuKernels()
     weight = weight - weight.mean(dim=0)

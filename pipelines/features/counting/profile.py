@@ -1,5 +1,5 @@
-"""What the firings of some latents say: counted for one latent at a time, in the order of rows, so
-that it is the same however latents are shared out among workers.
+"""Statistics of firings, counted for one latent at a time, in the order of rows, so that they do
+not depend on how latents are divided among workers.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from sae_harvest.pipelines.features.encoding.firings import Blocks, Firings
 from sae_harvest.pipelines.features.tables.folder import DECILES
 from sae_harvest.pipelines.features.tables.rows import Rows
 
-LATENTS = 8192  # at a time; 4 kB of statistics each
-PAIRS = 1 << 22  # (latent, token), at most so many in all
+LATENTS = 8192  # latents at a time; 4 kB of statistics each
+PAIRS = 1 << 22  # most pairs (latent, token) in memory
 POSITION_PARTS = 16
 OTHER = 0x5DEECE66D  # so that deciles and `random` are drawn independently
-TRIED_TOKENS = 3  # whose other rows are looked at for hard negatives
+TRIED_TOKENS = 3  # tokens whose other rows are candidates for hard negatives
 
 
 class ShortLists:
-    """Per list, the firings with the highest priority: [lists, places], best first.
+    """The firings with the highest priority in each list: [lists, places], best first.
 
     `kept` [lists] counts the places in use.
     """
@@ -43,49 +43,54 @@ class ShortLists:
         return np.arange(self.row.shape[1]) < self.kept[:, None]
 
     def arrays(self) -> tuple[npt.NDArray[np.generic], ...]:
-        """In the order that kernels take them."""
+        """Return the arrays in the order of the kernels' arguments."""
         return self.kept, self.priority, self.row, self.value, self.document
 
 
 @dataclass(eq=False)
 class ChosenRows:
-    """Firings of the latents [first, first + n) that are shown as examples, or lead to some.
-
-    top: highest activations, one per document; random: drawn from all firings; deciles [10 n
-    lists]: drawn from each tenth of a latent's activations; tokens: the most frequent ones, int64
-    [n, TRIED_TOKENS], -1 where there are fewer.
-    """
+    """Firings of the latents [first, first + n) from which examples are made."""
 
     first: int
+    """The first latent."""
     top: ShortLists
+    """Highest activations, one per document; n lists."""
     random: ShortLists
+    """Firings drawn from all firings; n lists."""
     deciles: ShortLists
+    """Firings drawn from each tenth of a latent's activations; 10 n lists."""
     tokens: npt.NDArray[np.int64]
+    """int64 [n, TRIED_TOKENS], the most frequent tokens; -1 where there are fewer."""
 
 
 @dataclass(eq=False)
 class Profile:
-    """Statistics of the latents [first, first + n), arrays [n, ...].
-
-    power_sums: sums of a, a², a³, a⁴ over firings; positions: firings by part of the context;
-    tokens: of each latent by count falling, then token.
-    """
+    """Statistics of the latents [first, first + n)."""
 
     first: int
+    """The first latent."""
     n_fire: npt.NDArray[np.int64]
+    """[n], rows on which each latent fires."""
     n_contexts: npt.NDArray[np.int64]
+    """[n], contexts in which each latent fires."""
     power_sums: npt.NDArray[np.float64]
+    """[n, 4], sums of a, a², a³ and a⁴ over firings."""
     largest: npt.NDArray[np.float32]
+    """[n], highest activation."""
     histogram: npt.NDArray[np.int64]
+    """[n, BINS], firings by bin of the activation."""
     positions: npt.NDArray[np.int64]
+    """[n, POSITION_PARTS], firings by part of the context."""
     tokens: TokenCounts
+    """Tokens of each latent by decreasing count, then token."""
     kept: ChosenRows
+    """Firings from which examples are made."""
 
 
 def latents_at_once(blocks: Blocks, n_tokens: int) -> int:
-    """The number of latents whose statistics fit into memory, whatever the store's size.
+    """Return the number of latents whose statistics fit into memory, for any size of the store.
 
-    A latent has as many pairs (latent, token) as tokens it fires on: at most all of them.
+    A latent has a pair (latent, token) for each token on which it fires, at most all tokens.
     """
     tokens = min(n_tokens, blocks.n_pairs / max(blocks.n_latents, 1))
     return max(1, min(LATENTS, int(PAIRS / max(tokens, 1))))
@@ -94,7 +99,7 @@ def latents_at_once(blocks: Blocks, n_tokens: int) -> int:
 def profile(
     blocks: Blocks, rows: Rows, context_length: int, config: FeatureConfig, first: int, last: int
 ) -> Profile:
-    """Goes through the firings of the latents [first, last) twice: counts, and draws by decile."""
+    """Read the firings of the latents [first, last) twice: to count, then to draw by decile."""
     n, length = last - first, context_length
     kept = ChosenRows(
         first,
@@ -154,15 +159,14 @@ def profile(
 
 
 def bin_edge(number: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Lower edge of a histogram bin."""
+    """Return the lower edge of a histogram bin."""
     return 2.0 ** (kernels.LOWEST_OCTAVE + number / kernels.BINS_PER_OCTAVE)
 
 
 def decile_edges(histogram: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """The nine edges between tenths of each latent's firings [n, 9], at edges of bins.
+    """Find the nine edges between tenths of each latent's firings [n, 9], at edges of bins.
 
-    Each is the edge with the number of firings below it that comes nearest; of equal ones, the
-    lowest.
+    Each is the edge for which the number of firings below it is nearest; of equal ones, the lowest.
     """
     below = np.zeros((len(histogram), kernels.BINS + 1), np.int64)
     histogram.cumsum(axis=1, out=below[:, 1:])

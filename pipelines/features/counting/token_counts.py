@@ -1,7 +1,7 @@
-"""On which tokens each latent fires, how often and how strongly, counted block by block.
+"""The tokens on which each latent fires, with counts and activations, counted block by block.
 
-One latent is one thread's work, and its firings are added up in the order of rows, so that results
-are the same for any number of threads.
+One thread does one latent and adds its firings in the order of rows, so that results are the same
+for any number of threads.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ use_numba_cache()
 
 from numba import get_num_threads, njit, prange  # noqa: E402
 
-AHEAD = 16  # rows whose tokens are asked for before they are needed
+AHEAD = 16  # rows whose tokens are prefetched
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenCounts:
-    """Distinct tokens of each of some latents, rising.
-
-    starts: int64 [latents + 1]; token: int32, count: int64, total: float64 (the sum of
-    activations), [pairs].
-    """
+    """Distinct tokens of each of some latents, in increasing order."""
 
     starts: npt.NDArray[np.int64]
+    """int64 [latents + 1], where each latent's pairs begin."""
     token: npt.NDArray[np.int32]
+    """int32 [pairs], token id."""
     count: npt.NDArray[np.int64]
+    """int64 [pairs], firings on the token."""
     total: npt.NDArray[np.float64]
+    """float64 [pairs], sum of activations on the token."""
 
     @classmethod
     def none(cls, latents: int) -> TokenCounts:
@@ -41,7 +41,7 @@ class TokenCounts:
         return cls(np.zeros(latents + 1, np.int64), *empty)
 
     def plus(self, firings: Firings, tokens: npt.NDArray[np.int32]) -> TokenCounts:
-        """These and a block's; `tokens` of its rows [rows]."""
+        """Add a block's firings; `tokens` [rows] are the tokens of its rows."""
         n = len(firings.row)
         found = np.empty(n, np.int32), np.empty(n, np.int64), np.empty(n)
         several, parts = 1 + int(tokens.max(initial=0)), 2 * get_num_threads()
@@ -51,32 +51,33 @@ class TokenCounts:
         return TokenCounts(*_add(*mine, firings.starts[:-1], sizes, *found))
 
     def entropy_bits(self) -> npt.NDArray[np.float64]:
-        """Entropy in bits of each latent's firings over tokens, float64 [latents]."""
+        """Compute the entropy in bits of each latent's firings over tokens, float64 [latents]."""
         return _entropy(self.starts, self.count)
 
     def strongest(self, n: int, seen: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Places of the tokens with the highest means, by mean falling, then token.
+        """Find the tokens with the highest mean activations, by decreasing mean, then token.
 
-        Of those with so many firings; of a latent that has none, of its most frequent ones.
+        Only tokens with at least `seen` firings are used; if a latent has none, its most frequent
+        tokens are used.
 
         Returns:
-            where each latent's begin [latents + 1], at most n of each; places [all].
+            where each latent's places begin [latents + 1], at most n of each; places [all].
         """
         places = _strongest(self.starts, self.token, self.count, self.total, n, seen)
         kept = places >= 0
         return np.concatenate([[0], kept.sum(axis=1).cumsum()]), places[kept]
 
     def commonest_first(self) -> TokenCounts:
-        """By count falling, then token."""
+        """Sort by decreasing count, then token."""
         order = _by_count(self.starts, self.count)
         return TokenCounts(self.starts, self.token[order], self.count[order], self.total[order])
 
 
 @njit(nogil=True, cache=True)
 def _sort(numbers: npt.NDArray[np.int32], scratch: npt.NDArray[np.int32], most: int) -> None:
-    """Sort numbers below `most`, in place: by their last byte, then by the one before, and so on.
+    """Sort numbers below `most`, in place: by their last byte, then by the byte before, and so on.
 
-    Without comparisons: a processor guesses how those come out, and is wrong half of the time.
+    There are no comparisons, whose branches a processor mispredicts half of the time.
     """
     shift = 0
     while most - 1 >> shift:
@@ -105,9 +106,9 @@ def _count(
     count: npt.NDArray[np.int64],
     total: npt.NDArray[np.float64],
 ) -> npt.NDArray[np.int64]:
-    """Distinct tokens per latent, whose numbers are put at the front of its firings' places.
+    """Count distinct tokens per latent; write them at the front of the latent's places.
 
-    The latents are taken in so many parts, each with a place for every token.
+    The latents are divided into `parts`, each with a counter for every token.
     """
     latents = len(starts) - 1
     sizes = np.zeros(latents, np.int64)
@@ -149,7 +150,7 @@ def _add(
 ) -> tuple[
     npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.float64]
 ]:
-    """Two sorted lists of each latent as one; those of the other begin at `begins`."""
+    """Merge two sorted lists of each latent; those of the other begin at `begins`."""
     latents = len(sizes)
     new_starts = np.zeros(latents + 1, np.int64)
     for i in prange(latents):
@@ -188,7 +189,7 @@ def _add(
 
 @njit(parallel=True, nogil=True, cache=True)
 def _by_count(starts: npt.NDArray[np.int64], count: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Places of each latent's pairs by count falling; of equal ones in their order."""
+    """Return places of each latent's pairs by decreasing count; equal ones keep their order."""
     order = np.empty(len(count), np.int64)
     for i in prange(len(starts) - 1):
         low, high = starts[i], starts[i + 1]
@@ -196,7 +197,7 @@ def _by_count(starts: npt.NDArray[np.int64], count: npt.NDArray[np.int64]) -> np
     return order
 
 
-# not parallel: called beside parallel loops, which numba allows only with OpenMP
+# not parallel: called during parallel loops, which numba allows only with OpenMP
 @njit(nogil=True, cache=True)
 def _entropy(
     starts: npt.NDArray[np.int64], count: npt.NDArray[np.int64]
@@ -219,7 +220,7 @@ def _strongest(
     n: int,
     seen: int,
 ) -> npt.NDArray[np.int64]:
-    """Same as `TokenCounts.strongest`; places [latents, n], -1 where there are fewer."""
+    """Do `TokenCounts.strongest`; return places [latents, n], -1 where there are fewer."""
     places = np.full((len(starts) - 1, n), -1, np.int64)
     for i in range(len(places)):
         most = 0

@@ -1,9 +1,9 @@
-"""Caches that delphi has written, some contexts at a time.
+"""Caches that delphi has written, read some contexts at a time.
 
-    CACHE/0_1023.safetensors, ...    of one hookpoint: see `pipelines.exports.delphi`
+    CACHE/0_1023.safetensors, ...    one hookpoint: see `pipelines.exports.delphi`
 
-What a cache holds is enough for all that is counted from firings and tokens. It says nothing of
-documents, and nothing of the SAE's weights.
+A cache is enough for everything that is counted from firings and tokens. It holds neither documents
+nor the SAE's weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sae_harvest.pipelines.features.tables.folder import MAX_LATENTS, Text
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 1 << 20
-PIECE = 1 << 24  # bytes of a file in memory, where it is read for its digest
+PIECE = 1 << 24  # bytes of a file in memory during hashing
 
 
 class _Config(BaseModel):
@@ -38,7 +38,7 @@ class _Config(BaseModel):
 
 @dataclass(frozen=True)
 class _Split:
-    """A file: latents [first, end), firings sorted by context."""
+    """A file of the latents [first, end), with firings sorted by context."""
 
     path: Path
     first: int
@@ -46,7 +46,7 @@ class _Split:
     n_firings: int
 
     def below(self, context: int) -> int:
-        """Firings in the contexts before this one."""
+        """Count the firings in the contexts before this one."""
         low, high = 0, self.n_firings
         with safe_open(self.path, "np") as file:
             locations = file.get_slice("locations")
@@ -59,7 +59,7 @@ class _Split:
         return low
 
     def read(self, low: int, high: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """Locations [firings, 3] and activations of the firings [low, high)."""
+        """Read locations [firings, 3] and activations of the firings [low, high)."""
         with safe_open(self.path, "np") as file:
             locations = file.get_slice("locations")[low:high].astype(np.int64)
             activations = file.get_slice("activations")[low:high].astype(np.float32)
@@ -84,7 +84,7 @@ class DelphiCache:
                 paths[int(match[1])] = path, int(match[2]) + 1
         if not paths:
             raise InputError(
-                f"{folder} holds no cache of delphi's (files such as 0_1023.safetensors); "
+                f"{folder} holds no cache of delphi (files such as 0_1023.safetensors); "
                 "give the folder of one hookpoint."
             )
         self._splits: list[_Split] = []
@@ -101,7 +101,7 @@ class DelphiCache:
                     if tokens is None and "tokens" in file.keys():  # noqa: SIM118
                         tokens = _tokens(file.get_tensor("tokens"))
                 if not first < end <= MAX_LATENTS:
-                    raise ValueError("it is called after latents that there cannot be")
+                    raise ValueError("its name has latent numbers that are not possible")
             except (OSError, SafetensorError, ValueError) as error:
                 raise InputError(
                     f"{path} is damaged ({first_line(error)}); have delphi write the cache again."
@@ -116,7 +116,7 @@ class DelphiCache:
 
     @property
     def n_latents(self) -> int:
-        """Up to the last one that a file is called after."""
+        """Number of latents, from the names of the files."""
         return self._splits[-1].end
 
     @property
@@ -125,7 +125,7 @@ class DelphiCache:
 
     @property
     def n_firings(self) -> int:
-        """Negative ones as well."""
+        """Number of stored activations, including negative ones."""
         return sum(split.n_firings for split in self._splits)
 
     @property
@@ -143,12 +143,12 @@ class DelphiCache:
         return state.hexdigest()
 
     def firings(self, first: int, last: int) -> Firings:
-        """The firings in the contexts [first, last).
+        """Return the firings in the contexts [first, last).
 
-        delphi keeps negative activations as well; here only those above 0 are firings.
+        delphi stores negative activations as well; here only those above 0 are firings.
 
         Raises:
-            InputError: a file is not sorted by context, as delphi's are, or says what cannot be.
+            InputError: a file is not sorted by context, as delphi's are, or has impossible values.
         """
         parts = []
         for split in self._splits:
@@ -161,7 +161,7 @@ class DelphiCache:
             inside &= locations[:, 2] < split.end - split.first
             if not inside.all():
                 raise InputError(
-                    f"{split.path} is not sorted by context, or says more than its tokens do; "
+                    f"{split.path} is not sorted by context, or has firings past its tokens; "
                     "have delphi write the cache again."
                 )
             if not all_finite(value):
@@ -183,11 +183,11 @@ class DelphiCache:
         except FileNotFoundError:
             return _Config()
         except (OSError, ValueError) as error:
-            raise InputError(f"{path} is damaged ({first_line(error)}); mend it.") from None
+            raise InputError(f"{path} is damaged ({first_line(error)}); repair it.") from None
 
 
 def _n_firings(file: Any) -> int:
-    """Firings of an open file; `ValueError` if its tensors are not those of a cache."""
+    """Count the firings of an open file; `ValueError` if its tensors are not a cache's."""
     locations, activations = file.get_slice("locations"), file.get_slice("activations")
     shape, n = locations.get_shape(), activations.get_shape()
     if len(shape) != 2 or shape[1] != 3 or locations.get_dtype()[0] not in "IU":
@@ -198,7 +198,7 @@ def _n_firings(file: Any) -> int:
 
 
 def _tokens(tokens: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
-    """Token ids [contexts, context length]; `ValueError` if they are not such."""
+    """Check token ids [contexts, context length]; `ValueError` if they are not valid."""
     whole = tokens.ndim == 2 and tokens.size and np.issubdtype(tokens.dtype, np.integer)
     if not whole or tokens.min() < 0 or tokens.max() >= 2**31:
         raise ValueError(f"its tokens are {tokens.dtype} {list(tokens.shape)}, or negative")

@@ -20,53 +20,56 @@ from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule
 from sae_harvest.train.sae.sae import SAE
 
-ACTIVE = 1024  # latents per row that a block has room for where no k is given
+ACTIVE = 1024  # firing latents per row that a block has room for if the SAE has no k
 BLOCK = 512  # neurons whose output weights are read at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Dictionary:
-    """Latents, and what is known of them beside their activations.
-
-    site: what it reads; rule: on which rows. encoder: gives rows their latents; None if that has
-    been done. pairs_per_row: that fire on a row, about, or at most. digest: identity. W_dec:
-    float32 [n_latents, d], what a latent writes, at the site `writes_to`; None if not known.
-    weights: W_enc and b_enc, of an SAE.
-    """
+    """Latents, and the data about them beside their activations."""
 
     site: str
+    """Site whose activations the encoder reads."""
     rule: RowRule
+    """Choice of rows."""
     encoder: Encoder | None
+    """Computes the latents of rows; None if the rows are encoded already."""
     n_latents: int
+    """Number of latents."""
     pairs_per_row: int
+    """About, or at most, how many latents fire on a row."""
     digest: str
+    """Identity of the SAE or the neurons."""
     W_dec: Tensor | None
+    """float32 [n_latents, d], the vector that a latent writes at `writes_to`; None if unknown."""
     writes_to: str
+    """Site at which the latents write."""
     weights: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    """W_enc and b_enc of an SAE; empty otherwise."""
 
 
 class Neurons:
-    """The neurons themselves as latents: a neuron fires where its activation is above 0."""
+    """An encoder with neurons as latents: a neuron fires where its activation is above 0."""
 
     def __init__(self, width: int) -> None:
         self._numbers = torch.arange(width, dtype=torch.int32)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """All neurons of each row, int32 and float32 [batch, width]; 0 where they don't fire."""
+        """Return all neurons of each row, int32 and float32 [batch, width]; 0: no firing."""
         return self._numbers.expand(len(x), -1), x.clamp(min=0)
 
 
 def load_dictionary(
     store: ActivationStore, sae_path: str, site: str | None, device: str
 ) -> Dictionary:
-    """The SAE at a path, or the neurons of a site for `identity`.
+    """Load the SAE at a path, or the neurons of a site for `identity`.
 
     Args:
-        site: of the neurons, if the store has several; an SAE knows its own.
+        site: site of the neurons, if the store has several; an SAE records its own.
 
     Raises:
-        RunError: the SAE was trained on something else.
-        InputError: the site is another than the SAE's, or has no neurons.
+        RunError: the SAE was trained on another site or another model.
+        InputError: the site is not the SAE's, or has no neurons.
     """
     if sae_path == IDENTITY:
         site = store.site(site)
@@ -103,9 +106,10 @@ def load_dictionary(
 
 
 def output_weights(store: ActivationStore, site: str) -> Tensor:
-    """The vector that each neuron of a site adds to the residual stream: float32 [d_mlp, d_model].
+    """Find each neuron's vector in the residual stream: float32 [d_mlp, d_model].
 
-    Read off the projection's answers, so that it doesn't matter how a family stores its weights.
+    It is computed from the projection's outputs, so that the way a family stores its weights
+    doesn't matter.
     """
     model = load_model(model_of(store), torch.float32, "cpu")
     located = locate(model, [neurons := Site.parse(site)])[neurons]
@@ -124,7 +128,7 @@ def output_weights(store: ActivationStore, site: str) -> Tensor:
 
 
 def sae_fits(store: ActivationStore, sae: SAE, sae_path: Path) -> str:
-    """The site of the store that the SAE was trained on; `RunError` if it cannot be."""
+    """Return the store's site that the SAE was trained on; `RunError` if they don't fit."""
     site = sae.config.site
     if site not in store.sites:
         raise RunError(

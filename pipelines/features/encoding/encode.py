@@ -1,4 +1,4 @@
-"""The first half of the pass: a block of rows is encoded."""
+"""The first half of the pass: a block of rows is encoded to firings."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ EncodedRows = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
 
 
 class Encoder(Protocol):
-    """Gives rows their latents: an `SAE`, or `Neurons`."""
+    """Computes the latents of rows: an `SAE`, or `Neurons`."""
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices and values [batch, any]; what is not above 0 does not fire."""
+        """Return indices and values [batch, any]; a value of 0 or less is no firing."""
 
 
 def batches(
@@ -33,12 +33,13 @@ def batches(
     chunk_rows: int,
     batch_rows: int,
 ) -> Iterator[EncodedRows]:
-    """The rows of a block that count, so many at a time.
+    """Yield the selected rows of a block, `batch_rows` at a time.
 
     Args:
-        read: activations of the rows [a, b) of the store.
-        selected: which rows count [rows]; first_row: the first one's number in the store.
-        chunk_rows: that the store reads at once.
+        read: returns activations of the rows [a, b) of the store.
+        selected: mask of the rows to encode [rows].
+        first_row: number in the store of the block's first row.
+        chunk_rows: rows that the store reads at once.
     """
     parts: list[EncodedRows] = []
     waiting, last = 0, first_row + len(selected)
@@ -66,7 +67,7 @@ def _joined(parts: list[EncodedRows]) -> EncodedRows:
 
 
 class OneAtATime:
-    """An encoder for several threads, where it has to be left to one of them at a time."""
+    """An encoder for several threads that only one of them uses at a time."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder, self._lock = encoder, Lock()
@@ -79,11 +80,12 @@ class OneAtATime:
 def encode(
     encoder: Encoder, n_latents: int, first_row: int, given: Iterator[EncodedRows], stopped: Event
 ) -> Firings:
-    """The firings in a block.
+    """Compute the firings in a block.
 
     Args:
-        first_row: of the block; given: its rows.
-        stopped: set when nobody waits for it any more.
+        first_row: number of the block's first row.
+        given: the block's rows, in batches.
+        stopped: set when the result is no longer needed.
     """
     rows, found = [np.empty(0, np.int32)], list[EncodedRows]()
     for some_rows, x in given:
@@ -101,9 +103,9 @@ def encode(
 def stacked(
     batches: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]],
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Indices and values of batches [rows, w], each with its own w, as one [all rows, widest w].
+    """Stack indices and values of batches [rows, w], each with its own w, to [all rows, widest w].
 
-    Values of 0 fill narrower ones up.
+    Narrower batches are padded with values of 0.
     """
     rows = sum(len(values) for _, values in batches)
     width = max((values.shape[1] for _, values in batches), default=1)

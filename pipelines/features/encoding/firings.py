@@ -1,11 +1,11 @@
-"""Firings at rest: (latent, row, value) of a block of rows, sorted by latent, in a Parquet file.
+"""Firings on disk: (latent, row, value) of a block of rows, sorted by latent, in a Parquet file.
 
     FEATURES/firings/000000.parquet    rows [0, block_rows)
-    FEATURES/firings/000001.parquet    the next ones, ...
+    FEATURES/firings/000001.parquet    the next rows, ...
 
-A block is encoded once, by whoever gets to it, and published whole and create-only; everything else
-is counted from these files, latent by latent and block after block, so that nothing depends on who
-encoded what, or on how often it was interrupted.
+Any worker encodes a block, once, and publishes it whole; an existing file is never replaced.
+Everything else is counted from these files, latent by latent and block after block, so that results
+do not depend on which worker encoded a block, or on interruptions.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ from sae_harvest.pipelines.features.tables.folder import with_version
 from sae_harvest.store.objects import LocalObjects
 
 FOLDER = "firings"
-ROW_GROUP = 1 << 16  # pairs that a read of a few latents decodes at least
-BLOCK_NUMBERS = 1 << 24  # of activations that a block may have, if all of them fire
-AT_ONCE = 1 << 23  # firings of some latents in memory, of several blocks; 8 bytes each
-MAX_ROWS = 1 << 30  # of those blocks
-READS = 2  # under way at once
+ROW_GROUP = 1 << 16  # least number of pairs that a read decodes
+BLOCK_NUMBERS = 1 << 24  # most activations of a block if all latents fire
+AT_ONCE = 1 << 23  # most firings of several blocks in memory; 8 bytes each
+MAX_ROWS = 1 << 30  # most rows of those blocks
+READS = 2  # reads in progress at once
 COLUMNS = ("latent", "row", "value")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Firings:
-    """The firings of one or several blocks, sorted by latent, then row.
-
-    first_row: of the first block; first_latent: that `starts` begins with; starts: int64
-    [latents + 1], where each latent's pairs begin; row: int32 [pairs], from first_row on; value:
-    float32 [pairs].
-    """
+    """The firings of one or several blocks, sorted by latent, then row."""
 
     first_row: int
+    """First row of the first block."""
     first_latent: int
+    """Latent with which `starts` begins."""
     starts: npt.NDArray[np.int64]
+    """int64 [latents + 1], where each latent's pairs begin."""
     row: npt.NDArray[np.int32]
+    """int32 [pairs], counted from `first_row`."""
     value: npt.NDArray[np.float32]
+    """float32 [pairs], activations."""
 
 
 def block_rows(shard_rows: int, context_length: int, pairs_per_row: int) -> int:
-    """Rows of a block: whole contexts, few enough for memory, whole blocks to a shard."""
+    """Choose the rows of a block: whole contexts, few enough for memory, whole blocks per shard."""
     contexts = shard_rows // context_length
     most = max(1, BLOCK_NUMBERS // (pairs_per_row * context_length))
     return context_length * max(
@@ -81,7 +81,7 @@ def publish(objects: LocalObjects, block: int, firings: Firings) -> None:
         with_version(table),
         out,
         row_group_size=ROW_GROUP,
-        compression="none",  # these encodings leave little, and cost a fifth of it
+        compression="none",  # saves little after these encodings, at five times their cost
         use_dictionary=["latent"],  # of runs
         column_encoding={
             "row": "DELTA_BINARY_PACKED",
@@ -94,33 +94,34 @@ def publish(objects: LocalObjects, block: int, firings: Firings) -> None:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The files of a finished encoding.
-
-    n_rows: of the store; block_rows: of each block but the last.
-    """
+    """The files of a finished encoding."""
 
     folder: Path
+    """Folder of the tables."""
     n_rows: int
+    """Rows of the store."""
     block_rows: int
+    """Rows of each block but the last."""
     n_latents: int
+    """Number of latents."""
 
     def __len__(self) -> int:
         return -(-self.n_rows // self.block_rows)
 
     def span(self, block: int) -> tuple[int, int]:
-        """First and last-plus-one row of a block."""
+        """Return the first and last-plus-one row of a block."""
         first = block * self.block_rows
         return first, min(first + self.block_rows, self.n_rows)
 
     def missing(self) -> list[int]:
-        """Blocks that have no file yet."""
+        """List the blocks that have no file yet."""
         folder = self.folder / FOLDER
         there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         return [b for b in range(len(self)) if Path(block_key(b)).name not in there]
 
     @property
     def n_pairs(self) -> int:
-        """Firings in all blocks."""
+        """Count the firings in all blocks."""
         total = 0
         for block in range(len(self)):
             with self._open(block) as file:
@@ -139,15 +140,15 @@ class Blocks:
         except (OSError, pa.ArrowException) as error:
             why = str(error).splitlines()[0]
             raise RunError(
-                f"{path} is missing or damaged ({why}); delete it and build again, which makes "
-                "only what is missing."
+                f"{path} is missing or damaged ({why}); delete it and build again: only missing "
+                "files are made."
             ) from error
 
     def read(self, block: int, first: int = 0, last: int | None = None) -> Firings:
-        """A block's firings of the latents [first, last).
+        """Read a block's firings of the latents [first, last).
 
         Raises:
-            RunError: the file is missing or damaged; names it.
+            RunError: the file is missing or damaged; the message names it.
         """
         last = self.n_latents if last is None else last
         with self._open(block) as file:
@@ -163,9 +164,9 @@ class Blocks:
         return Firings(first_row, first, starts, row, table["value"].to_numpy()[inside])
 
     def all(self, first: int = 0, last: int | None = None) -> Iterator[tuple[slice, Firings]]:
-        """Firings of the latents [first, last), of as many blocks at a time as fit into memory.
+        """Yield firings of the latents [first, last), from as many blocks as fit into memory.
 
-        In order, with the rows that they are of.
+        The blocks come in order, each time with the slice of their rows.
         """
         parts: list[Firings] = []
         begin, pairs = 0, 0
@@ -180,7 +181,7 @@ class Blocks:
             yield slice(begin, self.n_rows), _joined(parts)
 
     def _side_by_side(self, first: int, last: int | None) -> Iterator[Firings]:
-        """The firings of all blocks, a few blocks read at a time."""
+        """Yield the firings of all blocks in order, reading a few blocks at the same time."""
         with ThreadPoolExecutor(READS) as pool:
             for block in range(0, len(self), READS):
                 some = range(block, min(block + READS, len(self)))
@@ -188,7 +189,7 @@ class Blocks:
 
 
 def _joined(parts: list[Firings]) -> Firings:
-    """Those of consecutive blocks, of the same latents."""
+    """Join the firings of consecutive blocks, for the same latents."""
     if len(parts) == 1:
         return parts[0]
     starts = np.sum([part.starts for part in parts], axis=0)
@@ -201,7 +202,7 @@ def _joined(parts: list[Firings]) -> Firings:
 
 
 def _groups(metadata: pq.FileMetaData, first: int, last: int) -> list[int]:
-    """Row groups that may hold the latents, by their statistics."""
+    """List the row groups that may hold the latents, by their statistics."""
     found = []
     for group in range(metadata.num_row_groups):
         statistics = metadata.row_group(group).column(0).statistics

@@ -29,71 +29,76 @@ from sae_harvest.pipelines.source import model_of
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule
 
-BLOCK_FIRINGS = 1 << 22  # of a block of a cache, about
-CONTEXTS = 4096  # of a cache, whose rows are told of at a time
+BLOCK_FIRINGS = 1 << 22  # about so many firings in a block of a cache
+CONTEXTS = 4096  # contexts of a cache that are read at a time
 
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """The source that a build was asked to count, in a form that can be sent to a worker.
-
-    store: place of a store, or the folder of a cache. sae: path of a trained SAE, `identity` for
-    the neurons of a site, `delphi` for a cache. site: where several are possible. model: of a
-    cache that does not name it. device: where an SAE encodes.
-    """
+    """The source of a build, in a form that can be sent to a worker."""
 
     store: str
+    """Place of a store, or folder of a cache."""
     sae: str
+    """Path of a trained SAE; `identity` for the neurons of a site; `delphi` for a cache."""
     site: str | None
+    """Site, if several are possible."""
     model: str | None
+    """Model of a cache that does not name it."""
     device: str
+    """Device on which an SAE encodes."""
 
 
 class Source(Protocol):
-    """Rows of tokens, whole contexts, and what fires on them.
-
-    place, digest: identity; block_rows: that fit into memory with their firings.
-    """
+    """Rows of tokens, in whole contexts, and the latents that fire on them."""
 
     place: str
+    """Absolute path or address."""
     digest: str
+    """Identity by content."""
     model_name: str
+    """Name of the model."""
     n_rows: int
+    """Number of rows."""
     context_length: int
+    """Tokens of a context."""
     block_rows: int
+    """Rows of a block, which fit into memory with their firings."""
     dictionary: Dictionary
+    """The latents."""
 
     @property
     def model(self) -> ResolvedModel:
-        """The model whose tokens these are; `InputError` if it is not found."""
+        """Find the model of the tokens; `InputError` if it is not found."""
         ...
 
     def rows(self) -> Iterator[RowsPart]:
-        """All rows, some at a time."""
+        """Yield all rows, some at a time."""
         ...
 
     def firings(self, first: int, last: int, batch_rows: int, stopped: Event) -> Firings:
-        """The firings of the rows [first, last), whole contexts; several threads may call this.
+        """Return the firings of the rows [first, last), whole contexts; several threads may call
+        this.
 
-        stopped: set when nobody waits for them any more.
+        `stopped` is set when the result is no longer needed.
         """
         ...
 
     def documents(self) -> pa.Table:
-        """One row per document: document, source, title, url."""
+        """Return a table with one row per document: document, source, title, url."""
         ...
 
 
 def open_source(given: SourceSpec, digest: str | None = None) -> Source:
-    """Open what was given; a store that has grown since as it was with this digest.
+    """Open a source; a store that has grown is opened as it was with this digest.
 
     Raises:
-        RunError: SAE and store do not fit, or a cache is not the one of the digest.
-        InputError: something is not there, or damaged, or does not go together.
+        RunError: SAE and store do not fit, or a cache has another digest.
+        InputError: something is missing or damaged, or the options do not fit together.
     """
     if given.sae != DELPHI:
         if given.model is not None:
-            raise InputError("A store knows its model; --model is for caches of delphi's.")
+            raise InputError("A store names its model; --model is for caches of delphi.")
         return StoreSource(given, digest)
     source = CacheSource(given)
     if digest not in (None, source.digest):
@@ -102,7 +107,7 @@ def open_source(given: SourceSpec, digest: str | None = None) -> Source:
 
 
 class StoreSource:
-    """A store, and the SAE or the neurons of it."""
+    """A store, with an SAE or with neurons of the store."""
 
     def __init__(self, given: SourceSpec, digest: str | None) -> None:
         self.store = ActivationStore.open(given.store, digest)
@@ -115,7 +120,7 @@ class StoreSource:
         self._chunk_rows = self.store.chunk_rows(self.dictionary.site)
         encoder = self.dictionary.encoder
         assert encoder is not None
-        # a GPU is busy with one, while other threads read and sort
+        # one thread at a time uses the GPU, while others read and sort
         self._encoder = encoder if given.device == "cpu" else OneAtATime(encoder)
 
     @cached_property
@@ -151,15 +156,15 @@ class StoreSource:
     def documents(self) -> pa.Table:
         parts = [self.store.documents(shard) for shard in range(self.store.n_shards)]
         documents = pa.concat_tables(parts).sort_by("document")
-        # texts stay in the store: a table that is browsed should not hold the corpus
+        # texts stay in the store: a table for browsing should not hold the corpus
         return documents.drop_columns([name for name in documents.column_names if name == "text"])
 
 
 class CacheSource:
-    """A cache of delphi's. It holds neither documents nor weights.
+    """A cache of delphi. It holds neither documents nor weights.
 
-    Each context is taken for a document, and told apart for explaining and scoring by its tokens.
-    Activations are as delphi has rounded them, to float16.
+    Each context counts as a document; its tokens decide whether it is for explanations or for
+    scores. Activations are float16, as delphi has rounded them.
     """
 
     def __init__(self, given: SourceSpec) -> None:
@@ -170,7 +175,7 @@ class CacheSource:
         self.block_rows = self.context_length * max(1, BLOCK_FIRINGS // per_context)
         if given.site is None:
             raise InputError(
-                f"{given.store} does not say which site it is of; give --site resid_post.8, say."
+                f"{given.store} does not name its site; give it, such as --site resid_post.8."
             )
         name = given.model or cache.model_name
         if name is None:
@@ -195,7 +200,7 @@ class CacheSource:
         if highest >= n_tokens:
             raise InputError(
                 f"{self.place} holds token {highest}, and the tokenizer of {model.name} ends at "
-                f"{n_tokens - 1}; give the --model that the cache is of."
+                f"{n_tokens - 1}; give the cache's own model with --model."
             )
         return model
 

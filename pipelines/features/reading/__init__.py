@@ -1,1 +1,1 @@
-"""The tables read: SQL, results, a latent in the terminal."""
+"""Reading of the tables: SQL, results, a latent in the terminal."""

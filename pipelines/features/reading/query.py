@@ -1,4 +1,4 @@
-"""SQL over the tables of a feature build: their files are read, no others, and none is written."""
+"""SQL over the tables of a feature build: queries read their files only and write none."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from sae_harvest.pipelines.features.tables.folder import (
     require_run,
 )
 
-PATTERN = frozenset("*?[")  # in a path, DuckDB looks for other files by them
+PATTERN = frozenset("*?[")  # DuckDB treats a path with these as a pattern for several files
 OPEN_FOLDERS = "/proc/self/fd"
 ROWS_AT_ONCE = 4096
 
 
 def connect(features: Path) -> duckdb.DuckDBPyConnection:
-    """An in-memory DuckDB with a view of each table, of all firings, and of added explanations.
+    """Open an in-memory DuckDB with views of each table, all firings, and added explanations.
 
     Raises:
         RunError: the folder holds no finished tables, or one of them is missing or damaged.
@@ -41,13 +41,13 @@ def connect(features: Path) -> duckdb.DuckDBPyConnection:
 
 
 def connect_fenced(features: Path, **settings: str) -> duckdb.DuckDBPyConnection:
-    """`connect`, with no way out: no other file, network, extension or variable of this process.
+    """Do `connect` in isolation: without other files, network, extensions or Python variables.
 
-    No query can undo that. What DuckDB may read it may also write: give it no statement but those
-    that `only_select` lets through.
+    No query can undo that. DuckDB may also write the files that it may read, so run only statements
+    that `only_select` accepts.
 
     Args:
-        settings: more of DuckDB's, `memory_limit` say.
+        settings: more settings of DuckDB, such as `memory_limit`.
 
     Raises:
         RunError: as `connect`.
@@ -69,7 +69,7 @@ def connect_fenced(features: Path, **settings: str) -> duckdb.DuckDBPyConnection
 
 @contextmanager
 def reading(features: Path) -> Iterator[None]:
-    """Within, an error of DuckDB's means tables that are damaged: `RunError`."""
+    """Report an error of DuckDB in this block as damaged tables: `RunError`."""
     try:
         yield
     except duckdb.Error as error:
@@ -79,17 +79,17 @@ def reading(features: Path) -> Iterator[None]:
 
 
 def only_select(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.Statement:
-    """The one SELECT that a query is.
+    """Parse a query that must be one SELECT.
 
     Raises:
-        InputError: it is empty, or something else, or several.
+        InputError: it is empty, not a SELECT, or several statements.
         duckdb.Error: DuckDB does not understand it.
     """
     statements = connection.extract_statements(sql)
     if not statements:
         raise InputError("The query is empty; write one such as SELECT * FROM latents.")
     if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
-        raise InputError("A query is one SELECT, which only reads; leave out everything else.")
+        raise InputError("A query must be one SELECT, which only reads; leave out everything else.")
     return statements[0]
 
 
@@ -101,13 +101,13 @@ class Question:
     sql: str
 
     def rows(self, limit: int | None) -> tuple[list[str], Iterator[tuple[Any, ...]]]:
-        """Names of the columns, and the rows, at most so many."""
+        """Return the names of the columns, and at most `limit` rows."""
         result = self.connection.execute(self.sql)
         columns = [column[0] for column in result.description or []]
         return columns, islice(self._rows(result), limit)
 
     def arrow(self) -> pa.RecordBatchReader:
-        """The rows in DuckDB's types."""
+        """Return the rows in DuckDB's types."""
         return self.connection.sql(self.sql).to_arrow_reader(ROWS_AT_ONCE)
 
     def _rows(self, result: duckdb.DuckDBPyConnection) -> Iterator[tuple[Any, ...]]:
@@ -122,13 +122,13 @@ class Question:
 
 @contextmanager
 def asked(features: Path, sql: str) -> Iterator[Question]:
-    """A query to the tables in a folder, to be answered while this is open.
+    """Prepare a query over the tables in a folder, to run while this block is open.
 
     Raises:
-        InputError: the query cannot be answered, here or within.
+        InputError: the query fails, here or in the block.
         RunError: as `connect`.
     """
-    # what a large sort cannot keep in memory is nobody's but DuckDB's
+    # private folder for DuckDB's temporary files of large sorts
     with TemporaryDirectory(prefix="sae-features-") as spilled:
         connection = connect_fenced(features, temp_directory=spilled)
         try:
@@ -152,13 +152,13 @@ def asked(features: Path, sql: str) -> Iterator[Question]:
 
 
 def first_line(error: Exception) -> str:
-    """DuckDB's message without its drawing of the query."""
+    """Return DuckDB's message without its display of the query."""
     text = str(error).split("\n\n")[0].replace("\n", " ").strip()
     return re.sub(rf"{OPEN_FOLDERS}/\d+/", "", text)
 
 
 def _open(features: Path) -> tuple[duckdb.DuckDBPyConnection, list[str]]:
-    """A connection with its views, and the paths of all files behind them."""
+    """Return a connection with its views, and the paths of all their files."""
     require_run(features)
     check_tables(features)
     files = {name: [f"{name}.parquet"] for name in TABLES}
@@ -171,7 +171,7 @@ def _open(features: Path) -> tuple[duckdb.DuckDBPyConnection, list[str]]:
         paths = _literals(f"{folder}/{file}" for file in some)
         try:
             connection.execute(
-                # a folder called layer=12 is not a column
+                # a folder named layer=12 is not a column
                 f"CREATE VIEW {name} AS FROM read_parquet({paths}, hive_partitioning = false)"
             )
         except duckdb.Error as error:
@@ -183,17 +183,17 @@ def _open(features: Path) -> tuple[duckdb.DuckDBPyConnection, list[str]]:
 
 
 def _exact(connection: duckdb.DuckDBPyConnection, folder: Path) -> str:
-    """A path of the folder that DuckDB takes for this one and no other, as long as it is open.
+    """Return a path of the folder that DuckDB cannot read as a pattern, while the folder is open.
 
-    Names with letters of a pattern, or without UTF-8, are replaced by the kernel's name for the
-    open folder. To escape the letters is not enough: DuckDB still lists the folders above, and
-    fails where it finds a name that it cannot join, or may not look.
+    A name with characters of a pattern, or without UTF-8, is replaced by the kernel's name for the
+    open folder. To escape the characters is not enough: DuckDB still lists the folders above, and
+    fails at names that it cannot join, or without permission.
     """
     path = str(folder.absolute())
     if path.isprintable() and not PATTERN & set(path):
         return path
     if not Path(OPEN_FOLDERS).is_dir():
-        raise InputError(f"DuckDB would take {path!a} for a pattern; rename the folder.")
+        raise InputError(f"DuckDB would read {path!a} as a pattern; rename the folder.")
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     weakref.finalize(connection, os.close, descriptor)
     return f"{OPEN_FOLDERS}/{descriptor}"

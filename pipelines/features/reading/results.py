@@ -1,7 +1,7 @@
-"""The result of a query as text or as a file: CSV, JSON, Parquet, all of its rows or some.
+"""The result of a query as text or as a file: CSV, JSON or Parquet, all rows or some.
 
 CSV    UTF-8, comma, a header; NULL is empty, an empty text is "", a list is a JSON array
-JSON   one array with an object a row, each on a line of its own; ASCII; NaN and infinity are null
+JSON   one array with an object per row, each on its own line; ASCII; NaN and infinity are null
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from sae_harvest.pipelines.features.reading.query import Question
 
 
 def write_csv(question: Question, limit: int | None, sink: IO[bytes]) -> None:
-    """A header, then a line for each row."""
+    """Write a header, then a line for each row."""
     columns, rows = question.rows(limit)
     for row in chain([columns], rows):
         sink.write((",".join(map(_field, row)) + "\n").encode())
 
 
 def write_json(question: Question, limit: int | None, sink: IO[bytes]) -> None:
-    """An array of objects; `InputError` if two columns have one name."""
+    """Write an array of objects; `InputError` if two columns have the same name."""
     columns, rows = question.rows(limit)
     _require_distinct(columns)
     before = b"[\n"
@@ -43,7 +43,7 @@ def write_json(question: Question, limit: int | None, sink: IO[bytes]) -> None:
 
 
 def write_parquet(question: Question, limit: int | None, sink: IO[bytes]) -> None:
-    """The result in DuckDB's types; `InputError` if Parquet lacks one, or two columns one name."""
+    """Write the result in DuckDB's types; `InputError` for a type or name Parquet can't hold."""
     reader = question.arrow()
     _require_distinct(reader.schema.names)
     left = math.inf if limit is None else limit
@@ -69,19 +69,19 @@ WRITERS: dict[str, Callable[[Question, int | None, IO[bytes]], None]] = {
 
 @contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write into, which has its name once all of it is there.
+    """Open a new file for writing; it gets its name when it is complete.
 
     Raises:
-        RunError: there is something, or it cannot be written.
+        RunError: the path exists already, or cannot be written.
     """
     if path.exists():
-        raise RunError(f"{path} is there already; choose another --output or remove it.")
+        raise RunError(f"{path} exists already; choose another --output or remove it.")
     with replacing(path) as temporary, temporary.open("wb") as file:
         yield file
 
 
 def json_value(value: Any) -> Any:
-    """A value of DuckDB as JSON has it: numbers, texts, arrays, objects; the rest as text."""
+    """Convert a value of DuckDB for JSON: numbers, texts, arrays, objects; the rest to text."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float | Decimal):
@@ -94,7 +94,7 @@ def json_value(value: Any) -> Any:
 
 
 def _field(value: Any) -> str:
-    """A value between commas."""
+    """Format a value for CSV."""
     if value is None:
         return ""
     if isinstance(value, list | tuple | dict):
@@ -109,4 +109,4 @@ def _field(value: Any) -> str:
 def _require_distinct(columns: list[str]) -> None:
     for name in columns:
         if columns.count(name) > 1:
-            raise InputError(f"Two columns are called {name!r}; name them apart with AS.")
+            raise InputError(f"Two columns have the name {name!r}; rename one with AS.")

@@ -1,4 +1,4 @@
-"""One latent in the terminal: statistics, logit lens, contexts with their activations as heat."""
+"""One latent in the terminal: statistics, logit lens, contexts coloured by activation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sae_harvest.pipelines.features.tables.checks import (
 from sae_harvest.pipelines.features.tables.texts import pieces
 
 BARS = "▁▂▃▄▅▆▇█"
-COARSE = 4  # bins of the table in one bar
+COARSE = 4  # bins of the table per bar
 HEAT = ("#fff3d6", "#ffe0a3", "#ffc766", "#ffa633", "#f57c00")  # light to strong
 SHOWN_TOKENS = 8
 SHOWN_NEIGHBOURS = 4
@@ -31,11 +31,11 @@ VISIBLE = dict.fromkeys(CONTROLS, "·") | {ord("\n"): "↵"}
 
 
 def render_latent(features: Path, latent: int, n_contexts: int) -> RenderableType:
-    """The output of `sae-features show`.
+    """Render the output of `sae-features show`.
 
     Raises:
-        InputError: no such latent.
-        RunError: no tables.
+        InputError: there is no such latent.
+        RunError: there are no tables.
     """
     highest = require_tables(features)["n_latents"] - 1
     if not 0 <= latent <= highest:
@@ -70,7 +70,7 @@ def _rendered(features: Path, latent: int, n_contexts: int) -> RenderableType:
 
 
 def highlight(texts: list[str], activations: list[float], maximum: float, peak: int | None) -> Text:
-    """Tokens with their background heated by activation; the peak is bold."""
+    """Colour the background of tokens by activation; the peak is bold."""
     line = Text()
     for at, (text, a) in enumerate(zip(texts, activations, strict=True)):
         style = ""
@@ -82,7 +82,7 @@ def highlight(texts: list[str], activations: list[float], maximum: float, peak: 
 
 
 def visible(text: str) -> str:
-    """Text of a corpus on one line of a terminal, which its control characters must not steer."""
+    """Put text of a corpus on one line, without control characters that affect the terminal."""
     return text.translate(VISIBLE)
 
 
@@ -142,7 +142,7 @@ def _statistics(
 
 
 def _neighbour(other: int | None, cosine: float | None, jaccard: float | None) -> str:
-    """The cosine is not known of what has no decoder."""
+    """Format a neighbour; the cosine is None for latents without a decoder."""
     known = [
         f"{name} {value:.2f}"
         for name, value in (("cosine", cosine), ("Jaccard", jaccard))

@@ -1,4 +1,4 @@
-"""Tables from elsewhere, checked before anything is computed from them.
+"""Checks of tables that may come from others, before anything is computed from them.
 
 Columns and their types are those of `docs/tables.md`; rows are checked as they are read, so that a
 page of one latent costs no pass over all of them.
@@ -30,8 +30,8 @@ from sae_harvest.pipelines.features.tables.folder import (
     require_run,
 )
 
-BINS = 384  # that a histogram may have: 16 an octave, 24 octaves
-LARGEST = 1e78  # activations are float32, and their squares below this
+BINS = 384  # most bins of a histogram: 16 per octave, 24 octaves
+LARGEST = 1e78  # squares of float32 activations are below this
 NUMBERS, FLOATS, TEXTS = (pa.list_(kind) for kind in (pa.int32(), pa.float32(), pa.string()))
 COLUMNS: dict[str, dict[pa.DataType, str]] = {  # names by type
     "latents": {
@@ -80,10 +80,10 @@ COLUMNS: dict[str, dict[pa.DataType, str]] = {  # names by type
 
 
 def require_tables(features: Path) -> dict[str, Any]:
-    """run.json of a folder whose tables are all there, each with its columns.
+    """Check that a folder has all tables, each with its columns; return run.json.
 
     Raises:
-        RunError: there are no tables, or one is missing, damaged or of another shape; names it.
+        RunError: there are no tables, or one is missing, damaged or has other columns; names it.
     """
     run = require_run(features)
     check_tables(features)
@@ -103,7 +103,7 @@ def require_tables(features: Path) -> dict[str, Any]:
 
 
 def check_columns(path: Path, name: str) -> None:
-    """`RunError` if the file of a table is damaged or lacks a column."""
+    """Raise `RunError` if the file of a table is damaged or lacks a column."""
     schema = _opened(path, lambda file: file.schema_arrow)
     for kind, names in COLUMNS[name].items():
         for column in names.split():
@@ -111,13 +111,13 @@ def check_columns(path: Path, name: str) -> None:
             if len(found) != 1 or not _same(schema.field(found[0]).type, kind):
                 there = schema.field(found[0]).type if len(found) == 1 else f"{len(found)} of them"
                 raise RunError(
-                    f"{path} is no table of {name}: its column {column} should be {kind}, and "
-                    f"there is {there}; build the tables again."
+                    f"{path} is no table of {name}: its column {column} should be {kind}, but "
+                    f"is {there}; build the tables again."
                 )
 
 
 def require_whole(path: Path, table: pa.Table) -> None:
-    """`RunError` if a value of a table is missing, or one of a list, or a number is not finite."""
+    """Raise `RunError` if a value, or a value of a list, is missing, or a number is not finite."""
     for name, column in zip(table.column_names, table.columns, strict=True):
         values = column
         if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
@@ -131,7 +131,7 @@ def require_whole(path: Path, table: pa.Table) -> None:
 
 
 def check_latent(features: Path, facts: dict[str, Any]) -> None:
-    """`RunError` if the row of a latent lacks what every latent has, or every one that fires."""
+    """Raise `RunError` if the row of a latent lacks a value that all, or all that fire, have."""
     needed = ["n_fire", "density", "n_contexts", "context_density", "dead", "mean_square"]
     if not facts["dead"]:
         needed += ["max", "mean", "std", "q50", "q99"]
@@ -150,7 +150,7 @@ def check_latent(features: Path, facts: dict[str, Any]) -> None:
     if not facts["dead"] and not (facts["n_fire"] or 0) > 0:
         wrong.append("n_fire")
     if wrong:
-        raise _damaged(features, "latents", facts["latent"], f"{wrong[0]} is not what it can be")
+        raise _damaged(features, "latents", facts["latent"], f"{wrong[0]} has an impossible value")
 
 
 def check_context(
@@ -162,20 +162,20 @@ def check_context(
     ends: Sequence[int | None] | None,
     activations: Sequence[float | None] | None,
 ) -> None:
-    """`RunError` if the parts of a context do not fit together.
+    """Raise `RunError` if the parts of a context do not fit together.
 
     Args:
-        place: of the row among the tokens of the window.
+        place: place of the row among the tokens of the window.
         ends: where each token ends in the text.
     """
     if stratum not in STRATA:
-        why = f"the stratum {stratum!r:.40} is none"
+        why = f"the stratum {stratum!r:.40} is unknown"
     elif place is None or text is None or not ends or activations is None:
         why = "a context lacks its position, text, tokens or activations"
     elif None in ends or ends[0] < 0 or ends[-1] > len(text) or list(ends) != sorted(ends):  # type: ignore
-        why = "tokens of a context end outside of its text"
+        why = "tokens of a context end outside its text"
     elif len(ends) != len(activations) or not 0 <= place < len(ends):
-        why = "a context has tokens without activations, or its row elsewhere"
+        why = "a context has tokens without activations, or its row is not in its window"
     elif None in activations or not math.isfinite(sum(activations)):  # type: ignore
         why = "an activation is not a finite number"
     else:
@@ -186,17 +186,17 @@ def check_context(
 def check_histogram(
     features: Path, latent: int, rows: Sequence[Sequence[Any]], fires: bool = True
 ) -> None:
-    """`RunError` if rows (bin, low, high, count) are no histogram; one that fires has some."""
+    """Raise `RunError` if rows (bin, low, high, count) are no histogram, or lack bins."""
     if fires and not rows:
         raise _damaged(features, "histograms", latent, "it fires and has no bins")
     for number, low, high, count in rows:
         whole = None not in (number, low, high, count)
         if not (whole and 0 <= number < BINS and low < high and count >= 0):
-            raise _damaged(features, "histograms", latent, "a bin is not what it can be")
+            raise _damaged(features, "histograms", latent, "a bin has an impossible value")
 
 
 def _opened(path: Path, ask: Callable[[pq.ParquetFile], Any]) -> Any:
-    """The answer of a Parquet file; `RunError` if it is damaged."""
+    """Call `ask` on a Parquet file; `RunError` if it is damaged."""
     try:
         with exact_file(path) as file, pq.ParquetFile(file) as parquet:
             return ask(parquet)
@@ -217,7 +217,7 @@ def _finite(value: Any) -> bool:
 
 
 def _same(found: pa.DataType, kind: pa.DataType) -> bool:
-    """Texts and lists may be large ones, integers narrower, and a list's field has any name."""
+    """True for equal types, but allow large texts and lists, and narrower integers."""
     if pa.types.is_list(kind):
         is_list = pa.types.is_list(found) or pa.types.is_large_list(found)
         return is_list and _same(found.value_type, kind.value_type)

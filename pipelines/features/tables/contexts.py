@@ -1,4 +1,4 @@
-"""The examples of some latents: which rows, the text around them, the activations there."""
+"""The examples of some latents: the rows, the text around them, and the activations in it."""
 
 from __future__ import annotations
 
@@ -22,24 +22,26 @@ from sae_harvest.pipelines.features.tables.folder import DECILES, FIRING, STRATA
 from sae_harvest.pipelines.features.tables.rows import Rows
 from sae_harvest.pipelines.features.tables.texts import TokenTexts
 
-WINDOW_BEFORE = 0.7  # share of the window before the row: a causal model has seen only that
-AT_ONCE = 2048  # latents whose windows are in memory
+WINDOW_BEFORE = 0.7  # share of the window before the row: a causal model has seen only this part
+AT_ONCE = 2048  # latents whose windows are in memory at a time
 INACTIVE, HARD = len(FIRING), len(FIRING) + 1
 REASONS = (None, "token", "neighbour")
 
 
 @dataclass(eq=False)
 class WantedContexts:
-    """Rows to be shown, sorted by latent, stratum, rank; arrays [wanted].
-
-    latent; stratum: index in STRATA; reason: index in REASONS; rank; row.
-    """
+    """Rows to show, sorted by latent, stratum and rank."""
 
     latent: npt.NDArray[np.int64]
+    """[wanted], number of the latent."""
     stratum: npt.NDArray[np.int64]
+    """[wanted], index in STRATA."""
     reason: npt.NDArray[np.int64]
+    """[wanted], index in REASONS."""
     rank: npt.NDArray[np.int64]
+    """[wanted], place in the stratum, from 0."""
     row: npt.NDArray[np.int64]
+    """[wanted], number of the row."""
 
     def __len__(self) -> int:
         return len(self.row)
@@ -58,10 +60,12 @@ def wanted_rows(
     first: int,
     last: int,
 ) -> WantedContexts:
-    """The candidate contexts of the latents [first, last): more than are shown, see `candidates`.
+    """Choose the candidate contexts of the latents [first, last); see `candidates`.
+
+    There are more candidates than contexts in the table.
 
     Args:
-        kept: of latents that include these.
+        kept: rows chosen for latents that include these.
         others: the latents nearest to each [n_latents, any], -1: none.
         drawn: rows drawn from the firings of every latent [n_latents, any], -1: none.
     """
@@ -87,7 +91,7 @@ def contexts(
     first: int,
     last: int,
 ) -> pa.Table:
-    """The table's part of the latents [first, last), which `wanted` is of."""
+    """Make the part of the table for the latents [first, last), those of `wanted`."""
     window = min(config.window_tokens, context_length)
     begin = _begin(wanted.row, context_length, window)
     firing = wanted.stratum < INACTIVE
@@ -102,7 +106,7 @@ def contexts(
 
 
 def _of_lists(kept: ChosenRows, first: int, last: int) -> WantedContexts:
-    """The contexts that `profile` chose for the latents [first, last)."""
+    """Return the contexts that `profile` chose for the latents [first, last)."""
     parts = []
     low, high = first - kept.first, last - kept.first
 
@@ -130,16 +134,16 @@ def _joined(parts: list[WantedContexts]) -> WantedContexts:
 def _tried(
     latents: npt.NDArray[np.int64], stratum: int, reason: int, rows: npt.NDArray[np.int64]
 ) -> WantedContexts:
-    """Candidates [latents, any], -1: none."""
+    """Make candidates from rows [latents, any], -1: none."""
     which, rank = np.nonzero(rows >= 0)
     same = np.full_like(which, stratum), np.full_like(which, reason)
     return WantedContexts(latents[which], *same, rank, rows[which, rank])
 
 
 def _chosen(fit: WantedContexts, config: FeatureConfig) -> npt.NDArray[np.int64]:
-    """Places of what is shown, in the order of the table: each row once per latent and stratum.
+    """Choose the contexts to show, in the order of the table: rows once per latent and stratum.
 
-    Of hard negatives a token's and a neighbour's take turns.
+    Hard negatives from a token and from a neighbour take turns.
     """
     if not len(fit):
         return np.empty(0, np.int64)
@@ -149,7 +153,7 @@ def _chosen(fit: WantedContexts, config: FeatureConfig) -> npt.NDArray[np.int64]
     order = np.lexsort((preferred, same))
     order = order[np.diff(same[order], prepend=-1) > 0]
     order = order[np.argsort(lists[order] * (reasons * ranks) + preferred[order])]
-    # turns: the n-th of each reason before the next of any
+    # turns: the n-th of each reason before the n + 1-th of any reason
     turn = _before(lists[order] * reasons + fit.reason[order]) * reasons + fit.reason[order]
     order = order[np.argsort(lists[order] * (int(turn.max()) + 1) + turn)]
     limits = [config.n_top, *[config.n_decile] * DECILES]
@@ -158,13 +162,13 @@ def _chosen(fit: WantedContexts, config: FeatureConfig) -> npt.NDArray[np.int64]
 
 
 def _before(key: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The number of equal keys before each key; equal keys are neighbours."""
+    """Count the equal keys before each key; equal keys must be adjacent."""
     starts = np.flatnonzero(np.diff(key, prepend=-1))
     return np.arange(len(key)) - np.repeat(starts, np.diff(np.append(starts, len(key))))
 
 
 def _begin(row: npt.NDArray[np.int64], context_length: int, window: int) -> npt.NDArray[np.int64]:
-    """Row of the first token of each window."""
+    """Return the row of the first token of each window."""
     position = row % context_length
     before = int(window * WINDOW_BEFORE)
     start = np.clip(position - before, 0, context_length - window)
@@ -180,9 +184,9 @@ def _windows(
     first: int,
     last: int,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """Activations in the windows of the `firing` ones, float32 [firing, window].
+    """Return activations in the windows of `firing` contexts, float32 [firing, window].
 
-    Of the others, whether the latent fires anywhere in their windows, [wanted].
+    For the other contexts, return whether the latent fires anywhere in their windows, [wanted].
     """
     windows, fires = np.zeros((int(firing.sum()), window), np.float32), firing.copy()
     at = np.cumsum(firing) - 1
@@ -234,6 +238,6 @@ def _table(
 
 
 def lists(flat: pa.Array, shape: tuple[int, ...]) -> pa.ListArray:
-    """Equal lists [shape] of flat values."""
+    """Make lists of equal length, of `shape`, from flat values."""
     offsets = np.arange(shape[0] + 1, dtype=np.int32) * shape[1]
     return pa.ListArray.from_arrays(pa.array(offsets), flat)

@@ -1,4 +1,4 @@
-"""The folder of a feature build: its tables by name, and run.json, which says what they are of."""
+"""The folder of a feature build: its tables by name, and run.json, the record of their ancestry."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ FORMAT = "3"
 TABLES = ("latents", "contexts", "histograms", "neighbours", "tokens", "documents")
 FIRINGS = "firings"  # a folder of files
 EXPLANATIONS = "explanations"  # a table that may be added: latent, explanation
-IDENTITY, DELPHI = "identity", "delphi"  # stand where the path of an SAE is asked for
-WITHOUT_SAE = {IDENTITY: "neurons", DELPHI: "a cache of delphi's"}
+IDENTITY, DELPHI = "identity", "delphi"  # used in place of the path of an SAE
+WITHOUT_SAE = {IDENTITY: "neurons", DELPHI: "a cache of delphi"}
 RUN_FILE, BUILDING_FILE = "run.json", "building.json"
 DECILES = 10
 FIRING = ("top", *(f"decile_{tenth}" for tenth in range(1, DECILES + 1)), "random")
@@ -38,17 +38,17 @@ Text = Annotated[str, AfterValidator(_printable)]
 
 
 class Relative(BaseModel):
-    """Paths from the tables' folder, of what lies on the same disk as they do."""
+    """Paths relative to the tables' folder, for sources on the same disk."""
 
     store: Text | None = None
     sae: Text | None = None
 
 
 class Run(BaseModel):
-    """run.json: what the tables were made of.
+    """run.json: the ancestry of the tables.
 
-    store, sae: places as they were then; relative: the same, from the folder of the tables. Both
-    may have moved since, so the digests decide. n_rows: rows that were read.
+    store, sae: places at the time of the build; relative: the same, from the folder of the tables.
+    Both may have moved, so the digests decide. n_rows: rows that were read.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -69,18 +69,18 @@ class Run(BaseModel):
 
 
 def with_version(table: pa.Table) -> pa.Table:
-    """The table with the format's version in its metadata."""
+    """Return the table with the format's version in its metadata."""
     metadata = {b"sae_harvest_tables": FORMAT.encode()} | (table.schema.metadata or {})
     return table.replace_schema_metadata(metadata)
 
 
 def read_run(features: Path) -> dict[str, Any] | None:
-    """run.json of finished tables, None if there are none.
+    """Read run.json of finished tables; None if there are none.
 
-    Trained SAEs have a run.json too, which says nothing about tables.
+    Trained SAEs have a run.json too, without data about tables.
 
     Raises:
-        RunError: it is damaged, or of another version of the format.
+        RunError: it is damaged, or has another version of the format.
     """
     path = features / RUN_FILE
     run = read_record(path)
@@ -98,7 +98,7 @@ def read_run(features: Path) -> dict[str, Any] | None:
 
 
 def require_run(features: Path) -> dict[str, Any]:
-    """run.json of finished tables; `RunError` if there are none, or of another version."""
+    """Read run.json of finished tables; `RunError` if there are none, or of another version."""
     run = read_run(features)
     if run is None:
         raise RunError(
@@ -109,7 +109,7 @@ def require_run(features: Path) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """A JSON object from a file; None if there is no file. `RunError` if it is damaged."""
+    """Read a JSON object from a file; None if there is no file. `RunError` if it is damaged."""
     try:
         record = parse_json(path.read_bytes(), MAX_RECORD_BYTES)
     except (FileNotFoundError, NotADirectoryError):
@@ -126,7 +126,7 @@ def _damaged(path: Path, error: Exception) -> RunError:
 
 
 def check_tables(features: Path) -> None:
-    """Raise `RunError`, naming it, if a table is missing."""
+    """Raise `RunError` with the name of a missing table."""
     for name in TABLES:
         path = features / f"{name}.parquet"
         if not path.is_file():
@@ -134,7 +134,7 @@ def check_tables(features: Path) -> None:
 
 
 def firing_files(features: Path) -> list[Path]:
-    """Files of firings in the order of their rows; `RunError` if there are none."""
+    """List the files of firings in the order of their rows; `RunError` if there are none."""
     folder = features / FIRINGS
     found = folder.iterdir() if folder.is_dir() else ()
     paths = sorted(path for path in found if re.fullmatch(FIRINGS_FILE, path.name))

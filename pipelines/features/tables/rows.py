@@ -1,10 +1,10 @@
 """Token and document of each row of a store, found by the row's number.
 
-    FEATURES/rows/token.npy       int32, token id
-    FEATURES/rows/document.npy    int64, its document; -1 between documents
-    FEATURES/rows/split.npy       uint8, 1: its document is for scores; 2 added: the rule reads it
+FEATURES/rows/token.npy       int32, token id
+FEATURES/rows/document.npy    int64, its document; -1 between documents
+FEATURES/rows/split.npy       uint8, 1: its document is for scores; plus 2: the rule reads it
 
-Written for the time of a build: 13 bytes a row.
+The files exist during a build only: 13 bytes per row.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ SCORE_FRACTION = 0.5
 SCORE, READ = 1, 2  # bits of `split`
 COLUMNS = {"token": np.int32, "document": np.int64, "split": np.uint8}
 
-# token, document, hash of the document's text, whether the rule reads it: of some rows each
+# for some rows: token, document, hash of the document's text, whether the rule reads the row
 RowsPart = tuple[
     npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.uint64], npt.NDArray[np.bool_]
 ]
 
 
 class Rows:
-    """Arrays [n_rows] of the files: token, document, split."""
+    """The arrays [n_rows] of the files: token, document, split."""
 
     def __init__(self, out: Path) -> None:
         self.token, self.document, self.split = (
@@ -37,16 +37,16 @@ class Rows:
         )
 
     def read(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Mask of the rows that the rule selects."""
+        """Return a mask of the rows that the rule selects."""
         return (self.split[rows] & READ) > 0
 
     def scores(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Mask of the rows whose documents belong to the score split."""
+        """Return a mask of the rows whose documents are for scores."""
         return (self.split[rows] & SCORE) > 0
 
 
 def write_rows(parts: Iterable[RowsPart], n_rows: int, out: Path) -> int:
-    """Write the files anew; how many rows are read. The parts hold all rows, in order."""
+    """Write the files; return how many rows the rule reads. The parts hold all rows, in order."""
     (out / FOLDER).mkdir(exist_ok=True)
     files = {
         name: np.lib.format.open_memmap(
@@ -68,7 +68,7 @@ def write_rows(parts: Iterable[RowsPart], n_rows: int, out: Path) -> int:
 
 
 def for_scores(text_hash: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """By the document's hash: what is shown to an explainer is never used to score it."""
-    # Other bits than those that hold documents out of training, so that the two are independent.
+    """Decide by the document's hash: text shown to an explainer is never used to score it."""
+    # Held-out documents are chosen by other bits, so that the two choices are independent.
     turned = (text_hash << np.uint64(32)) | (text_hash >> np.uint64(32))
     return heldout_documents(turned, SCORE_FRACTION)

@@ -10,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-INCOMPLETE = "\ufffd"  # what decoding half a character gives
-ANCHOR = "a"  # tokens are decoded after this one: some decoders drop the first one's space
+INCOMPLETE = "\ufffd"  # the result of decoding half a character
+ANCHOR = "a"  # decoded before the tokens, because some decoders drop the first token's space
 
 
 class TokenTexts:
-    """Texts of tokens such that those of a window, joined, are the window's text.
+    """Texts of tokens; the joined texts of a window are the window's text.
 
-    A character that byte-level BPE has split over several tokens stands at the last of them.
+    If byte-level BPE has split a character over several tokens, the last of them has the character.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -26,39 +26,39 @@ class TokenTexts:
         self._skipped = len(self._decode_all([self._anchor])[0])
 
     def __len__(self) -> int:
-        """Token ids the tokenizer knows are below this; a model may have padded its rows."""
+        """Return the number of the tokenizer's ids; a model may have more, for padding."""
         return max(self._tokenizer.get_vocab().values()) + 1
 
     @cached_property
     def table(self) -> list[str]:
-        """Text of every token id alone."""
+        """Return the text of every token id by itself."""
         texts = self._decode_all([[*self._anchor, i] for i in range(len(self))])
         return [text[self._skipped :] for text in texts]
 
     def one(self, token: int) -> str:
-        """Text of one token id."""
+        """Return the text of one token id."""
         return self.table[token]
 
     def of(self, ids: npt.NDArray[np.integer]) -> pa.Array:
-        """Texts of token ids [some], each alone."""
+        """Return texts of token ids [some], each by itself."""
         return self._columns[0].take(pa.array(ids))
 
     def window(self, ids: npt.NDArray[np.int32]) -> list[str]:
-        """One text per token id [window]."""
+        """Return one text per token id [window]."""
         if not len(ids):
             return []
         texts, ends = self.windows(ids[None])
         return pieces(texts[0].as_py(), ends[0].tolist())
 
     def windows(self, ids: npt.NDArray[np.int32]) -> tuple[pa.Array, npt.NDArray[np.int32]]:
-        """Texts of windows of token ids [some, window].
+        """Return texts of windows of token ids [some, window].
 
         Returns:
             the texts [some]; where in its window each token's text ends, in characters, int32
             [some, window].
         """
         texts, lengths, incomplete = self._columns
-        parts = incomplete[ids]  # of characters; one alone stays as it is
+        parts = incomplete[ids]  # parts of characters; a single one does not change
         split = np.flatnonzero((parts[:, 1:] & parts[:, :-1]).any(axis=1))
         if len(split):
             new, mended = self._mended(ids[split], parts[split])
@@ -72,14 +72,14 @@ class TokenTexts:
 
     @cached_property
     def _columns(self) -> tuple[pa.Array, npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
-        """Texts of all ids, their lengths, and which of them are incomplete."""
+        """Return texts of all ids, their lengths, and a mask of incomplete ones."""
         incomplete = np.array([INCOMPLETE in text for text in self.table])
         return pa.array(self.table, pa.string()), _lengths(self.table), incomplete
 
     def _mended(
         self, ids: npt.NDArray[np.int32], parts: npt.NDArray[np.bool_]
     ) -> tuple[npt.NDArray[np.int32], list[str]]:
-        """Token ids with new ones for runs of tokens that are incomplete alone; texts of those."""
+        """Give runs of incomplete tokens new ids; return all ids, and texts of the new ones."""
         some, window = ids.shape
         edges = np.zeros((some, window + 1), np.int8)
         edges[:, :-1] = parts
@@ -98,12 +98,12 @@ class TokenTexts:
         return flat.reshape(ids.shape), mended
 
     def _run(self, ids: tuple[int, ...]) -> list[str]:
-        """Texts of tokens that are all incomplete alone: each says what it completes."""
+        """Return texts of incomplete tokens: each has the characters that it completes."""
         prefixes = [[*self._anchor, *ids[: n + 1]] for n in range(len(ids))]
         texts, said = [], ""
         for n, decoded in enumerate(self._decode_all(prefixes), start=1):
             whole = decoded[self._skipped :]
-            if n < len(ids):  # what is incomplete at the end may become whole
+            if n < len(ids):  # an incomplete end may become complete
                 whole = whole.rstrip(INCOMPLETE)
             texts.append(whole[len(said) :])
             said = max(said, whole, key=len)
@@ -114,12 +114,12 @@ class TokenTexts:
 
 
 def pieces(text: str, ends: list[int]) -> list[str]:
-    """A window's text cut where its tokens' texts end."""
+    """Cut a window's text at the ends of its tokens' texts."""
     return [text[start:end] for start, end in pairwise([0, *ends])]
 
 
 def _joined(flat: pa.Array, width: int) -> pa.Array:
-    """Every so many texts as one, in the memory in which they stand one after the other."""
+    """Join every `width` texts without a copy, since they follow one another in memory."""
     _, offsets, content = flat.buffers()
     ends = np.frombuffer(offsets, np.int32)[flat.offset : flat.offset + len(flat) + 1 : width]
     return pa.StringArray.from_buffers(len(flat) // width, pa.py_buffer(ends.copy()), content)

@@ -1,4 +1,4 @@
-"""The Parquet tables of a feature build: what `docs/tables.md` says of them."""
+"""Writers of the Parquet tables of a feature build; `docs/tables.md` describes the tables."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from sae_harvest.pipelines.features.tables.contexts import lists
 from sae_harvest.pipelines.features.tables.folder import with_version
 from sae_harvest.pipelines.features.tables.texts import TokenTexts
 
-ROW_GROUP = 2048  # a point query reads one group: about 30 latents' contexts
+ROW_GROUP = 2048  # a query for one latent reads one group: the contexts of about 30 latents
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
-MIN_SPREAD = 1e-3  # of the mean, for skew and kurtosis; the error there is below 1 %
+MIN_SPREAD = 1e-3  # least std over mean for skew and kurtosis; their error is then below 1 %
 NAMED_TOKENS = 10
-SORTED_ROWS = 4_000_000  # of the table of tokens, at a time
-SEEN = 3  # firings on a token before its mean says something
-CONTEXTS_ENCODING: dict[str, Any] = {  # the smallest, and the fastest to write
+SORTED_ROWS = 4_000_000  # rows of the table of tokens sorted at a time
+SEEN = 3  # fewest firings on a token for a meaningful mean
+CONTEXTS_ENCODING: dict[str, Any] = {  # smallest file, fastest to write
     "use_dictionary": ["latent", "stratum", "rank", "reason", "split"],
     "column_encoding": {
         "token_ids.list.element": "BYTE_STREAM_SPLIT",
@@ -38,7 +38,7 @@ CONTEXTS_ENCODING: dict[str, Any] = {  # the smallest, and the fastest to write
 
 
 class TableWriter:
-    """One Parquet file, written part by part in whole row groups, and renamed when it is whole."""
+    """One Parquet file, written in parts of whole row groups, and renamed when it is complete."""
 
     def __init__(self, path: Path, **options: Any) -> None:
         self._path, self._options = path, options
@@ -47,7 +47,7 @@ class TableWriter:
         self._rest: list[pa.Table] = []
 
     def add(self, part: pa.Table) -> None:
-        """The next rows."""
+        """Add the next rows."""
         part = with_version(part)
         if self._writer is None:
             temporary = self._stack.enter_context(making(self._path))
@@ -84,11 +84,13 @@ def latents_table(
     lens: LogitLens | None,
     texts: TokenTexts,
 ) -> pa.Table:
-    """The table's part of the latents of a profile. Moments are over firings.
+    """Make the part of the table for the latents of a profile. Moments are over firings.
 
     Args:
-        n_rows: that were read. weights: W_enc [n_latents, d_in], W_dec [n_latents, d_out], b_enc
-            [n_latents], those of a dictionary; may be missing. lens: of all latents.
+        n_rows: number of rows read.
+        weights: a dictionary's W_enc [n_latents, d_in], W_dec [n_latents, d_out] and b_enc
+            [n_latents]; each may be missing.
+        lens: logit lens of all latents.
     """
     n = found.n_fire
     inside = slice(found.first, found.first + len(n))
@@ -97,7 +99,7 @@ def latents_table(
     spread = np.sqrt(np.maximum(raw[:, 1] - mean**2, 0))
     third = raw[:, 2] - 3 * mean * raw[:, 1] + 2 * mean**3
     fourth = raw[:, 3] - 4 * mean * raw[:, 2] + 6 * mean**2 * raw[:, 1] - 3 * mean**4
-    # Sums of powers lose the shape of a spread this narrow to rounding.
+    # For a narrower spread, rounding of the sums of powers makes its shape meaningless.
     safe = np.where(spread > MIN_SPREAD * mean, spread, np.nan)
     skew, kurtosis = third / safe**3, fourth / safe**4
     columns: dict[str, Any] = {
@@ -131,7 +133,7 @@ def _weight_columns(weights: dict[str, npt.NDArray[np.float32]], inside: slice) 
         name: np.linalg.norm(some[name], axis=1) for name in ("W_enc", "W_dec") if name in some
     }
     nothing = pa.nulls(n, pa.float32())
-    cosine: Any = nothing  # of a transcoder's rows there is none
+    cosine: Any = nothing  # undefined for the rows of a transcoder
     if len(norms) == 2 and some["W_enc"].shape == some["W_dec"].shape:
         dots = np.einsum("nd,nd->n", some["W_enc"], some["W_dec"])
         cosine = dots / np.maximum(norms["W_enc"] * norms["W_dec"], 1e-12)
@@ -158,7 +160,7 @@ def _lens_columns(lens: LogitLens | None, texts: TokenTexts, inside: slice) -> d
 
 
 def _token_columns(found: Profile, texts: TokenTexts) -> dict[str, Any]:
-    """Columns about all the tokens that each latent fires on."""
+    """Make the columns about the tokens on which each latent fires."""
     tokens, starts = found.tokens, found.tokens.starts
     often = _first_of_each(starts, NAMED_TOKENS)
     strong_starts, strongest = tokens.strongest(NAMED_TOKENS, SEEN)
@@ -174,7 +176,7 @@ def _token_columns(found: Profile, texts: TokenTexts) -> dict[str, Any]:
 
 
 class _first_of_each:
-    """Places of the first entries, at most so many, of runs that begin at `starts` [n + 1]."""
+    """Places of the first entries, at most `most`, of runs that begin at `starts` [n + 1]."""
 
     def __init__(self, starts: npt.NDArray[np.int64], most: int) -> None:
         lengths = np.minimum(np.diff(starts), most)
@@ -184,19 +186,19 @@ class _first_of_each:
         self._starts = np.concatenate([[0], ends])
 
     def of(self, flat: pa.Array) -> pa.ListArray:
-        """Values at the places, as one list per run."""
+        """Return the values at the places, one list per run."""
         return _runs(self._starts, flat)
 
 
 def _runs(starts: npt.NDArray[np.int64], flat: pa.Array) -> pa.ListArray:
-    """Values of runs that begin at `starts` [n + 1], as one list per run."""
+    """Return the values of runs that begin at `starts` [n + 1], one list per run."""
     return pa.ListArray.from_arrays(pa.array(starts, pa.int32()), flat)
 
 
 def quantiles(
     histogram: npt.NDArray[np.int64], shares: Sequence[float], largest: npt.NDArray[np.float32]
 ) -> list[npt.NDArray[np.float64]]:
-    """Quantiles of each latent's activations, [n] for each of the shares, within one bin."""
+    """Compute quantiles of each latent's activations, [n] per share, exact to one bin."""
     below = histogram.cumsum(axis=1)
     total, found = below[:, -1], []
     for share in shares:
@@ -207,7 +209,7 @@ def quantiles(
 
 
 def histograms_table(found: Profile) -> pa.Table:
-    """latent, bin, low, high, count; only bins that hold something."""
+    """Make the table (latent, bin, low, high, count); empty bins are left out."""
     latent, number = np.nonzero(found.histogram)
     return pa.table(
         {
@@ -221,7 +223,7 @@ def histograms_table(found: Profile) -> pa.Table:
 
 
 def neighbours_table(near: Neighbours) -> pa.Table:
-    """Each pair once, by latent, then other."""
+    """Make the table of neighbours: each pair once, sorted by latent, then other."""
     parts = []
     for kind, (others, cosine, both) in enumerate(
         (
@@ -259,7 +261,7 @@ def neighbours_table(near: Neighbours) -> pa.Table:
 
 
 def tokens_part(found: Profile, config: FeatureConfig) -> pa.Table:
-    """token, latent, count, mean, share: the most frequent tokens of each latent of a profile."""
+    """Make (token, latent, count, mean, share) of the most frequent tokens of each latent."""
     starts, tokens = found.tokens.starts, found.tokens
     places = _first_of_each(starts, config.n_tokens).places
     latent = np.searchsorted(starts, places, side="right") - 1
@@ -276,9 +278,9 @@ def tokens_part(found: Profile, config: FeatureConfig) -> pa.Table:
 
 
 def tokens_tables(parts: list[pa.Table], texts: TokenTexts) -> Iterator[pa.Table]:
-    """All parts sorted by token, then count falling, then latent, with the token's text.
+    """Yield all parts sorted by token, decreasing count, latent, with the token's text.
 
-    A range of tokens at a time, so that not all rows are in memory twice.
+    Each table has a range of tokens, so that not all rows are in memory twice.
     """
     joined = pa.concat_tables(parts)
     token = joined["token"].to_numpy()

@@ -1,7 +1,6 @@
 """The sparse pieces of an SAE step, one implementation per device behind one interface.
 
-What a step works on are pairs of a row and a latent; nothing here makes a [batch, n_latents]
-float32 tensor.
+A step works on pairs of a row and a latent; no kernel makes a [batch, n_latents] float32 tensor.
 """
 
 from __future__ import annotations
@@ -16,45 +15,45 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pairs:
-    """The pairs of a batch: row r has latents indices[r], distinct; -1 is no pair.
+    """The pairs of a batch: row r has the latents indices[r], which are distinct.
 
-    With pi the pre-activation of a pair, v its value and P a penalty in the loss:
-
-    indices: int32 [batch, w]; values: float32 [batch, w], v.
-    gain: float32 [batch, w], dv/dpi; none: 1, so that a pair which ReLU cut must be no pair.
-    extra: float32 [batch, w], dP/dpi; none: 0.
-    What stands at a place without a pair doesn't matter, NaN excepted.
+    pi is the pre-activation of a pair, v its value, and P a penalty in the loss. Where the index is
+    -1 there is no pair, and the other arrays may hold anything but NaN.
     """
 
     indices: Tensor
+    """int32 [batch, w], latents; -1: no pair."""
     values: Tensor
+    """float32 [batch, w], v of each pair."""
     gain: Tensor | None = None
+    """float32 [batch, w], dv/dpi; None: 1. Pairs that ReLU set to 0 must then have index -1."""
     extra: Tensor | None = None
+    """float32 [batch, w], dP/dpi; None: 0."""
 
     @classmethod
     def active(cls, indices: Tensor, values: Tensor) -> Pairs:
-        """Pairs of ReLU's output: those with value 0 are none."""
+        """Make pairs from ReLU's output; places with value 0 are no pairs."""
         return cls(indices.masked_fill(values == 0, -1), values)
 
 
 @dataclass
 class Gradients:
-    """Gradients of one step; buffers are kept from step to step.
-
-    enc: float32 [n_latents, d_in]; dec: float32 [n_latents, d_out], without its part along the
-    decoder row; bias: float32 [n_latents]; b_dec: float32 [d_out];
-    squares: float32 [n_latents], squared norm of a latent's enc and dec together.
-    """
+    """Gradients of one step. The buffers are reused in every step."""
 
     enc: Tensor
+    """float32 [n_latents, d_in], gradient of the encoder."""
     dec: Tensor
+    """float32 [n_latents, d_out], gradient of the decoder, less its part along the decoder row."""
     bias: Tensor
+    """float32 [n_latents], gradient of the encoder bias."""
     b_dec: Tensor
+    """float32 [d_out], gradient of the decoder bias."""
     squares: Tensor
+    """float32 [n_latents], squared norm of a latent's enc and dec together."""
 
     @classmethod
     def like(cls, weight_enc: Tensor, weight_dec: Tensor) -> Gradients:
-        """Zero gradients for weights [n_latents, d_in] and [n_latents, d_out]."""
+        """Allocate zero gradients for weights [n_latents, d_in] and [n_latents, d_out]."""
         n_latents, d_out = weight_dec.shape
         return cls(
             enc=torch.zeros_like(weight_enc),
@@ -67,62 +66,69 @@ class Gradients:
 
 @dataclass(frozen=True)
 class AdamNumbers:
-    """One Adam step: p -= rate * m / (sqrt(v) * root + eps), then average = keep * average + ...
+    """The numbers of one Adam step, number t.
 
-    scale: factor on the gradient (clipping); rate: learning rate / (1 - beta1^t);
-    root: 1 / sqrt(1 - beta2^t); keep: share of the running average of weights that stays.
+    p -= rate * m / (sqrt(v) * root + eps), then average = keep * average + (1 - keep) * p.
     """
 
     scale: float
+    """Factor on the gradient (clipping)."""
     rate: float
+    """Learning rate / (1 - beta1^t)."""
     beta1: float
+    """Decay of the first moment."""
     beta2: float
+    """Decay of the second moment."""
     root: float
+    """1 / sqrt(1 - beta2^t)."""
     eps: float
+    """Number added to the denominator."""
     keep: float
+    """Share of the running average of the weights that stays."""
 
 
 class Low(Protocol):
     """Encoder weights in low precision, which is enough to choose latents."""
 
     def rows(self, latents: Tensor) -> Low:
-        """A copy for some latents, int64 [any]; they are numbered from 0 in it."""
+        """Copy some latents, int64 [any]; the copy numbers them from 0."""
 
     def candidates(self, k: int) -> int:
-        """The number of latents to choose so that the exact k largest are among them."""
+        """Return the number of latents to choose so that the exact k largest are among them."""
 
 
 class Kernels(Protocol):
     """The operations that a device's kernels provide.
 
-    Weights are float32 [n_latents, d], `centred` float32 [batch, d_in] is what the encoder sees,
-    `low` a Low that the same kernels made.
-    Given the chosen pairs, results are the same bits each time.
+    Weights are float32 [n_latents, d]; `centred`, float32 [batch, d_in], is the encoder's input;
+    `low` is a Low that the same kernels made.
+
+    For the same pairs, the results are the same to the bit each time.
     """
 
     def low_precision(self, weight: Tensor) -> Low:
-        """The weight in the form that `choose` takes."""
+        """Convert the weight to the form that `choose` takes."""
 
     def refresh(self, low: Any, weight: Tensor) -> None:
-        """Copies the weight into its low-precision copy again."""
+        """Update the low-precision copy after the weight has changed."""
 
     def choose(self, centred: Tensor, low: Any, bias: Tensor, count: int) -> Tensor:
-        """Latents with the largest low-precision pre-activations: int32 [batch, count]."""
+        """Choose latents with the largest low-precision pre-activations: int32 [batch, count]."""
 
     def choose_above(self, centred: Tensor, low: Any, bias: Tensor, floor: Tensor) -> Tensor:
-        """The latents whose pre-activation may reach their floor, which is float32 [n_latents].
+        """Choose the latents whose pre-activation may reach their floor, float32 [n_latents].
 
-        The error of low precision is taken off the floor: those slightly below are there too.
-        A row that is not finite has latent 0 only, whose exact value will show it.
+        The floor is lowered by the error of low precision, so that latents slightly below it are
+        chosen too. A row that is not finite gets latent 0 only, whose exact value shows the fault.
 
         Returns:
-            int32 [batch, w], increasing in a row, -1 after the last; w >= 1 is the most of a row.
+            int32 [batch, w], increasing in each row, then -1; w >= 1 is the most of any row.
         """
 
     def exact(
         self, centred: Tensor, weight: Tensor, bias: Tensor, candidates: Tensor, k: int, relu: bool
     ) -> tuple[Tensor, Tensor]:
-        """The k largest exact pre-activations of the candidates, in decreasing order.
+        """Find the k largest exact pre-activations of the candidates, in decreasing order.
 
         Returns:
             indices int32 [batch, k], values float32 [batch, k]; with `relu`, values >= 0.
@@ -131,10 +137,10 @@ class Kernels(Protocol):
     def preactivations(
         self, centred: Tensor, weight: Tensor, bias: Tensor, indices: Tensor
     ) -> Tensor:
-        """Exact pre-activations of the pairs: float32 [batch, w], -inf where there is none."""
+        """Compute exact pre-activations of the pairs: float32 [batch, w], -inf without a pair."""
 
     def decode(self, indices: Tensor, values: Tensor, weight: Tensor, out: Tensor) -> None:
-        """out[row] += sum_j values[row, j] weight[indices[row, j]]; out float32 [batch, d]."""
+        """Add sum_j values[row, j] weight[indices[row, j]] to out[row]; out float32 [batch, d]."""
 
     def gradients(
         self,
@@ -148,24 +154,24 @@ class Kernels(Protocol):
         decoder: bool = True,
         slopes: Tensor | None = None,
     ) -> Tensor:
-        """Gradients of enc, dec, bias and squares from error = d loss / d reconstruction.
+        """Compute enc, dec, bias and squares from error = d loss / d reconstruction.
 
         For each pair: s = error[row] . weight_dec[latent], t = s * gain + extra; then
-        enc[latent] += t centred[row], bias[latent] += t and dec[latent] += v error[row], of
-        which the part along the (unit) row of weight_dec is taken off. b_dec is left alone.
+        enc[latent] += t centred[row], bias[latent] += t and dec[latent] += v error[row]. The part
+        of dec along the (unit) row of weight_dec is removed. b_dec does not change.
 
         Args:
             error: float32 [batch, d_out]. weight_dec: float32 [n_latents, d_out], unit rows.
-            add: adds to `into` and leaves other latents alone; otherwise all of it is set.
+            add: add to `into`, and do not change latents without pairs; otherwise set all of it.
             decoder: whether pairs give the decoder a gradient.
-            slopes: float32 [batch, w], is set to s, 0 where there is no pair.
+            slopes: float32 [batch, w], receives s, 0 where there is no pair.
 
         Returns:
-            int64 [n_latents], pairs of each latent that have a value or a gain.
+            int64 [n_latents], the number of pairs of each latent that have a value or a gain.
         """
 
     def latent_sums(self, indices: Tensor, terms: Tensor, n_latents: int) -> Tensor:
-        """Sums of the pairs' terms, float32 [batch, w], by latent: float32 [n_latents]."""
+        """Sum the pairs' terms, float32 [batch, w], by latent: float32 [n_latents]."""
 
     def adam(
         self,
@@ -177,12 +183,15 @@ class Kernels(Protocol):
         numbers: AdamNumbers,
         unit_rows: bool,
     ) -> None:
-        """One Adam step in place on [rows, d]; renormalises rows if asked; then averages."""
+        """Do one Adam step in place on [rows, d]; renormalise rows if asked; update the average."""
 
 
 def kernels_for(device: torch.device) -> Kernels:
-    """The kernels of a device: compiled loops on the processor, Triton's on NVIDIA GPUs where it is
-    installed, plain torch elsewhere."""
+    """Return the kernels of a device.
+
+    They are compiled loops on the CPU, Triton kernels on NVIDIA GPUs if Triton is installed, and
+    plain torch otherwise.
+    """
     if device.type == "cpu":
         from sae_harvest.train.sae.kernels.cpu import CpuKernels
 

@@ -1,7 +1,7 @@
-"""Rows of a batch shared out among threads of our own, each of which runs serial code.
+"""Rows of a batch divided among threads of our own, each of which runs serial code.
 
-Torch's and numba's own threads spin after each loop and wait for one another; and several callers
-may not be in numba's at once on every machine.
+The threads of torch and of numba spin after each loop and wait for one another. On some machines,
+only one caller at a time may use numba's threads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-MIN_ROWS, MAX_ROWS = 64, 512  # of a slice; with few, a product prepares all weights again
+MIN_ROWS, MAX_ROWS = 64, 512  # rows of a slice; with few, products are slow
 
 Result = TypeVar("Result")
 
@@ -29,17 +29,17 @@ def by_rows(batch: int, work: Callable[[slice], Result]) -> list[Result]:
     parts = [slice(first, min(first + step, batch)) for first in range(0, batch, step)]
     if threads == 1 or len(parts) == 1:
         return list(map(work, parts))
-    # of this process, since a fork doesn't keep them, and of this caller
+    # one set of threads for each process (a fork loses threads) and each caller
     return list(_kept_threads(threads, os.getpid(), get_ident()).map(work, parts))
 
 
 def torch_threads(count: int, each: int, name: str) -> ThreadPoolExecutor:
-    """So many threads, in each of which torch uses so many, whatever it does in the caller's."""
+    """Start `count` threads; in each, torch uses `each` threads, whatever the caller's setting."""
     usual, started = torch.get_num_threads(), Barrier(count + 1)
 
     def begin() -> None:
-        torch.set_num_threads(each)  # also what all threads to come begin with
-        torch.get_num_threads()  # or this thread would take up what is set when it first asks
+        torch.set_num_threads(each)  # also the setting with which later threads begin
+        torch.get_num_threads()  # else this thread would read the setting later
         started.wait()
 
     pool = ThreadPoolExecutor(count, name)

@@ -1,4 +1,4 @@
-"""Kernels for the processor: torch for the one large product, compiled loops for the rest."""
+"""Kernels for the CPU: torch for the one large product, compiled loops for the rest."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from sae_harvest.train.sae.kernels.gradient_jit import (
     pairs_by_latent,
 )
 
-PARTS = 64  # pieces of the latents, balanced by their pairs, that threads take
-ROW_COST = 4  # writing a latent's gradients costs about as much as this many pairs
-MIN_BLOCK, BLOCK_PAIRS = 256, 48  # of gradients taken some rows at a time
+PARTS = 64  # pieces of the latents, with about equal numbers of pairs, for the threads
+ROW_COST = 4  # writing a latent's gradients costs as much as about this many pairs
+MIN_BLOCK, BLOCK_PAIRS = 256, 48  # for gradients computed in blocks of rows
 
 
 class CpuKernels:
-    """The `Kernels` of the processor. Results are the same bits for any number of threads."""
+    """The `Kernels` of the CPU. Results are the same to the bit for any number of threads."""
 
     def __init__(self) -> None:
         self._short = multiplies_int8()
@@ -44,7 +44,7 @@ class CpuKernels:
     def choose_both_ends(
         self, centred: Tensor, low: Int8 | Float32, bias: Tensor, count: int
     ) -> tuple[Tensor, Tensor]:
-        """Latents with the largest, and with the smallest pre-activations, as `choose`."""
+        """Choose latents with the largest and with the smallest pre-activations; see `choose`."""
         return cpu_choice.both_ends(low.factors(centred), bias, count)
 
     def choose_above(
@@ -161,21 +161,21 @@ class CpuKernels:
 
 
 def _array(tensor: Tensor | None, rows: slice) -> Any:
-    """Some rows; [0, 0] for None."""
+    """Return some rows as an array; an array of shape [0, 0] for None."""
     return np.empty((0, 0), np.float32) if tensor is None else tensor[rows].numpy()
 
 
 def _balanced(starts: Any) -> Any:
-    """Bounds of pieces of the latents that cost alike: int64 [PARTS + 1]."""
+    """Return the bounds of pieces of the latents with equal cost: int64 [PARTS + 1]."""
     cost = starts + ROW_COST * np.arange(len(starts))
     return np.searchsorted(cost, np.linspace(0, cost[-1], PARTS + 1))
 
 
 def _rows_at_a_time(batch: int, counts: Any) -> int:
-    """Rows whose gradients are taken together, given the pairs of each latent.
+    """Return the number of rows in a block of gradients, given the pairs of each latent.
 
-    Latents with many pairs would each read most of the batch from memory; so many rows that a
-    latent has BLOCK_PAIRS of them stay in the cache from one latent to the next.
+    Without blocks, each latent with many pairs would read most of the batch from memory. The rows
+    of a block in which a latent has BLOCK_PAIRS pairs stay in the cache from latent to latent.
     """
     pairs, live = int(counts.sum()), int(np.count_nonzero(counts))
     step = max(MIN_BLOCK, BLOCK_PAIRS * batch * live // max(1, pairs))

@@ -1,4 +1,4 @@
-"""Choosing latents on the processor: each thread makes tiles of scores and scans them itself.
+"""Choice of latents on the CPU: each thread computes tiles of scores and scans them itself.
 
 A tile is small enough to stay in the thread's cache.
 """
@@ -22,26 +22,26 @@ from sae_harvest.train.sae.kernels.selection_jit import (
     room_for,
 )
 
-LATENTS = 1024  # of a tile
-MIN_ROOM = 64  # latents above their floor that a row has room for at first
+LATENTS = 1024  # latents of a tile
+MIN_ROOM = 64  # initial room of a row for latents above their floor
 
 
 def largest(factors: Factors, bias: Tensor, count: int) -> Tensor:
-    """The latents with the `count` largest scores of each row: int32 [batch, count], increasing."""
+    """Find the latents with the `count` largest scores: int32 [batch, count], increasing."""
     return _extreme(factors, bias, count, (1,))[0]
 
 
 def both_ends(factors: Factors, bias: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The latents with the `count` largest scores of each row, and those with the smallest.
+    """Find the latents with the `count` largest and the `count` smallest scores of each row.
 
-    int32 [batch, count] each, increasing.
+    Both are int32 [batch, count], increasing.
     """
     top, bottom = _extreme(factors, bias, count, (1, -1))
     return top, bottom
 
 
 def _extreme(factors: Factors, bias: Tensor, count: int, signs: tuple[int, ...]) -> list[Tensor]:
-    """The latents with the largest scores times each sign."""
+    """Find the latents with the largest scores after multiplication by each sign."""
     # a latent that is not finite is always chosen: its exact value shows it
     finite = (bias + factors.spread).isfinite()
     offsets = [(sign * bias).where(finite, torch.inf).numpy() for sign in signs]
@@ -71,7 +71,7 @@ def _extreme(factors: Factors, bias: Tensor, count: int, signs: tuple[int, ...])
 
 
 def above(factors: Factors, least: Tensor) -> Tensor:
-    """The latents whose score may reach `least`, float32 [n_latents]: as `choose_above`."""
+    """Find the latents whose score may reach `least`, float32 [n_latents]; see `choose_above`."""
     scale, spread, floor = factors.scale.numpy(), factors.spread.numpy(), least.numpy()
 
     def choose(rows: slice) -> Any:
@@ -82,7 +82,7 @@ def above(factors: Factors, least: Tensor) -> Tensor:
             tile = (scores, row_scale, scale[latents], floor[latents], doubt, spread[latents])
             needed = np.empty_like(found)
             append_above(*tile, latents.start, out, found, needed)
-            if needed.max() > out.shape[1]:  # once more, with room for all
+            if needed.max() > out.shape[1]:  # repeat with room for all
                 more = 2 * int(needed.max()) - out.shape[1]
                 out = np.pad(out, ((0, 0), (0, more)), constant_values=-1)
                 append_above(*tile, latents.start, out, found, needed)
@@ -100,7 +100,7 @@ def above(factors: Factors, least: Tensor) -> Tensor:
 
 
 def _tiles(factors: Factors, rows: slice) -> Iterator[tuple[slice, Any]]:
-    """Slices of the latents, and their scores for some rows, [rows, latents]."""
+    """Yield slices of the latents, and their scores for some rows, [rows, latents]."""
     scratch = torch.empty((rows.stop - rows.start) * LATENTS, dtype=torch.int32)
     for first in range(0, len(factors.latents), LATENTS):
         latents = slice(first, first + LATENTS)

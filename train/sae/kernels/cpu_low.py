@@ -1,7 +1,7 @@
-"""Encoder weights on the processor in low precision: 8-bit integers where it multiplies them fast.
+"""Low-precision encoder weights on the CPU: 8-bit integers, if the CPU multiplies them fast.
 
-A product of 8-bit integers takes half the time of one in bfloat16 and, being exact, gives the
-same bits however it is cut up.
+A product of 8-bit integers takes half the time of one in bfloat16. It is exact, so that it gives
+the same bits however it is divided.
 """
 
 from __future__ import annotations
@@ -26,29 +26,32 @@ from sae_harvest.train.sae.kernels.quantize_jit import (
 
 @dataclass(frozen=True)
 class Factors:
-    """Rows and latents as a product takes them.
+    """The two factors of the product of rows and latents.
 
-    The pre-activation of row r and latent l without its bias is close to rows[r] . latents[l]
-    * row_scale[r] * scale[l], and off by doubt[r] * spread[l] at most.
-
-    rows: [batch, width]; latents: [n_latents, width], both int8 or both float32;
-    row_scale, doubt: float32 [batch]; scale, spread: float32 [n_latents].
+    The pre-activation of row r and latent l, without its bias, is about rows[r] . latents[l]
+    * row_scale[r] * scale[l]. The error is at most doubt[r] * spread[l].
     """
 
     rows: Tensor
+    """[batch, width], int8 or float32."""
     latents: Tensor
+    """[n_latents, width], in the dtype of `rows`."""
     row_scale: Tensor
+    """float32 [batch]."""
     scale: Tensor
+    """float32 [n_latents]."""
     doubt: Tensor
+    """float32 [batch], the row's factor of the error."""
     spread: Tensor
+    """float32 [n_latents], the latent's factor of the error."""
 
     def product(self, some_rows: slice, some_latents: slice, scratch: Tensor) -> Tensor:
-        """Scores, int32 or float32 [rows, latents], in the memory of int32 [rows * latents]."""
+        """Compute scores, int32 or float32 [rows, latents], in `scratch` int32 [rows * latents]."""
         rows, latents = self.rows[some_rows], self.latents[some_latents]
         out = scratch[: len(rows) * len(latents)].view(len(rows), len(latents))
         if rows.dtype == torch.int8:
             return int8_product(rows, latents.T, out)
-        # NaN is chosen, so that exact values show it
+        # NaN becomes infinity, so that the latent is chosen and its exact value shows the NaN
         return torch.mm(rows, latents.T, out=out.view(torch.float32)).nan_to_num_(torch.inf)
 
 
@@ -61,7 +64,7 @@ class Int8:
 
     @classmethod
     def of(cls, rows: Tensor) -> Int8:
-        """The codes of float32 rows [any, d_in]."""
+        """Quantize float32 rows [any, d_in]."""
         count, d_in = rows.shape
         codes = torch.empty(count, padded_width(d_in), dtype=torch.int8)
         low = cls(d_in, codes, torch.empty(count), torch.empty(count))
@@ -77,7 +80,7 @@ class Int8:
         quantize_weights(*self._arrays(rows))
 
     def _arrays(self, rows: Tensor) -> Any:
-        """The arguments of `quantize_rows`, in its order."""
+        """Return the arguments of `quantize_rows`, in its order."""
         given = rows.numpy(), random_signs(self._d_in), blocks_of(self._d_in)
         return *given, self._codes.numpy(), self._scale.numpy(), self._norms.numpy()
 
@@ -88,10 +91,11 @@ class Int8:
         return candidates(k, len(self._codes))
 
     def factors(self, centred: Tensor) -> Factors:
-        """The product's factors for a batch [batch, d_in].
+        """Return the product's factors for a batch [batch, d_in].
 
-        Rounding to steps of s moves each part by s / sqrt(12), at random. In a pre-activation
-        the steps of the row weigh |W_l|, those of the latent |c|; the sum of both is taken.
+        Rounding to steps of s changes each number by a random error with standard deviation
+        s / sqrt(12). In a pre-activation, the error of the row is multiplied by |W_l| and the error
+        of the latent by |c|; the sum of both is used.
         """
         x = Int8.of(centred)
         steps = self._scale / self._norms.clamp(min=torch.finfo(torch.float32).tiny)
@@ -101,7 +105,7 @@ class Int8:
 
 
 class Float32:
-    """The weights themselves, for processors without fast short products."""
+    """The weights in float32, for CPUs without fast low-precision products."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
@@ -116,7 +120,7 @@ class Float32:
         return candidates(k, len(self._weight))
 
     def factors(self, centred: Tensor) -> Factors:
-        """The product's factors for a batch [batch, d_in]; rounding is off by d_in units."""
+        """Return the product's factors for a batch [batch, d_in]; the error is up to d_in units."""
         norms = torch.linalg.vector_norm(centred, dim=1)
         spread = torch.linalg.vector_norm(self._weight, dim=1)
         unit = torch.finfo(torch.float32).eps * centred.shape[1]

@@ -1,7 +1,7 @@
 """Compiled loops for exact float32 values: pre-activations of pairs, and sparse decoding.
 
-Four latents are taken at a time, so that as many rows of the weights are on their way from
-memory at once; one after another, the loops wait for each.
+The loops process four latents at a time, so that four rows of the weights are read from memory
+together. With one latent at a time, the loops would wait for each row.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import numpy as np
 
 from sae_harvest.train.sae.kernels.jit import FAST, njit, prange
 
-PARTS = 64  # pieces of a batch that threads take in turn; each allocates its buffers once
+PARTS = 64  # pieces of a batch, which the threads take in turn; each allocates buffers once
 
 
 @njit(**FAST)
 def _dots(x: Any, weight: Any, bias: Any, latents: Any, out: Any) -> None:
-    """out[j] = x . weight[latents[j]] + bias[latents[j]]; -inf where the latent is -1."""
+    """Set out[j] = x . weight[latents[j]] + bias[latents[j]]; -inf where the latent is -1."""
     last = latents.shape[0] - 1
     for j in range(0, last + 1, 4):
         a = weight[max(latents[j], 0)]
@@ -44,7 +44,7 @@ def _dots(x: Any, weight: Any, bias: Any, latents: Any, out: Any) -> None:
 
 @njit(**FAST)
 def exact_pairs(centred: Any, weight: Any, bias: Any, indices: Any, values: Any) -> None:
-    """Exact float32 pre-activations of pairs, -inf where the index is -1.
+    """Compute exact float32 pre-activations of pairs, -inf where the index is -1.
 
     Args:
         centred: float32 [rows, d_in]. weight: float32 [n_latents, d_in]. bias: float32 [n_latents].
@@ -58,7 +58,7 @@ def exact_pairs(centred: Any, weight: Any, bias: Any, indices: Any, values: Any)
 def exact_rows(
     centred: Any, weight: Any, bias: Any, candidates: Any, relu: bool, indices: Any, values: Any
 ) -> None:
-    """Exact float32 pre-activations of the candidates; the k largest, in decreasing order.
+    """Compute exact float32 pre-activations of candidates, and keep the k largest, decreasing.
 
     Args:
         centred: float32 [rows, d_in]. weight: float32 [n_latents, d_in]. bias: float32 [n_latents].
@@ -71,7 +71,7 @@ def exact_rows(
         exact = np.empty(count, np.float32)
         _dots(centred[row], weight, bias, candidates[row], exact)
         falling = np.empty(count, np.float32)
-        for c in range(count):  # NaN first, to be seen
+        for c in range(count):  # NaN comes first, so that it is seen
             falling[c] = -np.inf if np.isnan(exact[c]) else -exact[c]
         order = np.argsort(falling, kind="mergesort")  # stable: ties keep the lower index first
         for j in range(k):
@@ -83,7 +83,7 @@ def exact_rows(
 
 @njit(**FAST)
 def _add_latents(values: Any, latents: Any, weight: Any, target: Any) -> None:
-    """target += sum_j values[j] weight[latents[j]]; a multiple of four of them."""
+    """Add sum_j values[j] weight[latents[j]] to target, for a multiple of four latents."""
     for j in range(0, latents.shape[0], 4):
         a, b = weight[latents[j]], weight[latents[j + 1]]
         c, d = weight[latents[j + 2]], weight[latents[j + 3]]
@@ -94,10 +94,10 @@ def _add_latents(values: Any, latents: Any, weight: Any, target: Any) -> None:
 
 @njit(parallel=True, **FAST)
 def decode_rows(indices: Any, values: Any, weight: Any, out: Any) -> None:
-    """out[row] += sum_j values[row, j] weight[indices[row, j]].
+    """Add sum_j values[row, j] weight[indices[row, j]] to out[row].
 
     Args:
-        indices: int32 [rows, w], -1 is none. values: float32 [rows, w].
+        indices: int32 [rows, w], -1: no pair. values: float32 [rows, w].
         weight: float32 [n_latents, d_out]. out: float32 [rows, d_out], added to.
     """
     rows, width = indices.shape

@@ -1,7 +1,7 @@
 """Compiled loops of the training step: gradients by latent, the Adam step.
 
-Only loops over numpy arrays live here; `train.sae.kernels.cpu` gives them tensors. Every output row
-is written by one thread and every sum runs in one order, so results are the same bits each time.
+The loops take numpy arrays; `train.sae.kernels.cpu` calls them with tensors. One thread writes each
+output row, and each sum has a fixed order, so that results are the same to the bit each time.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from sae_harvest.train.sae.kernels.jit import FAST, njit, prange
 
 @njit(**FAST)
 def pairs_by_latent(indices: Any, n_latents: int) -> Any:
-    """Counting sort of the pairs (row, slot) by latent, rows in order within a latent.
+    """Sort the pairs (row, slot) by latent, by counting; within a latent, by row.
 
     Args:
         indices: int32 [rows, w]; -1 is no pair.
 
     Returns:
-        starts: int64 [n_latents + 1]; places: int64 [pairs], row * w + slot of each.
+        starts: int64 [n_latents + 1]; places: int64 [pairs], row * w + slot of each pair.
     """
     n_rows, width = indices.shape
     starts = np.zeros(n_latents + 1, np.int64)
@@ -44,7 +44,7 @@ def pairs_by_latent(indices: Any, n_latents: int) -> Any:
 
 @njit(**FAST)
 def _four_slopes(error: Any, rows: Any, w: Any, slopes: Any) -> None:
-    """slopes[j] = error[rows[j]] . w, for four rows."""
+    """Set slopes[j] = error[rows[j]] . w, for four rows."""
     a, b, c, d = error[rows[0]], error[rows[1]], error[rows[2]], error[rows[3]]
     sums = (np.float32(0), np.float32(0), np.float32(0), np.float32(0))
     total_a, total_b, total_c, total_d = sums
@@ -58,7 +58,7 @@ def _four_slopes(error: Any, rows: Any, w: Any, slopes: Any) -> None:
 
 @njit(**FAST)
 def _add_four(factors: Any, source: Any, rows: Any, out: Any) -> None:
-    """out += sum_j factors[j] source[rows[j]], for four rows."""
+    """Add sum_j factors[j] source[rows[j]] to out, for four rows."""
     a, b, c, d = source[rows[0]], source[rows[1]], source[rows[2]], source[rows[3]]
     p, q, r, s = factors[0], factors[1], factors[2], factors[3]
     for i in range(out.shape[0]):
@@ -84,29 +84,30 @@ def latent_gradients(
     squares: Any,
     slopes: Any,
 ) -> None:
-    """Gradients of one latent's encoder row, decoder row and bias, latent by latent.
+    """Compute the gradients of each latent's encoder row, decoder row and bias.
 
     For each pair of latent l: s = error[row] . W_dec[l], t = s gain + extra; then
-    dW_dec[l] += v error[row], dW_enc[l] += t centred[row], db[l] += t. The decoder gradient loses
-    its part along W_dec[l] (rows have unit norm), which is linear, so parts may be added one
-    after another.
+    dW_dec[l] += v error[row], dW_enc[l] += t centred[row], db[l] += t. The part of the decoder
+    gradient along W_dec[l] (rows have unit norm) is removed. This is linear, so that the
+    gradients of several parts of a batch may be added.
 
     Args:
         starts, places: from `pairs_by_latent`.
-        bounds: int64 [parts + 1], latents [bounds[p], bounds[p + 1]) go to part p.
-        values: float32 [batch, w]; gain, extra: likewise, or [0, 0] for 1 and 0.
-        error: float32 [batch, d_out], gradient of the loss by the reconstruction.
+        bounds: int64 [parts + 1], part p has the latents [bounds[p], bounds[p + 1]).
+        values: float32 [batch, w].
+        gain, extra: float32 [batch, w]; an empty array [0, 0] stands for 1 and 0.
+        error: float32 [batch, d_out], gradient of the loss with respect to the reconstruction.
         centred: float32 [batch, d_in], the encoder's input.
         weight_dec: float32 [n_latents, d_out], unit rows.
-        add: add to the gradients and leave other latents alone, or set them all.
+        add: add to the gradients, and do not change latents without pairs; otherwise set all.
         decoder: whether pairs give the decoder a gradient.
         grad_enc: float32 [n_latents, d_in]; grad_dec: float32 [n_latents, d_out].
         grad_bias: float32 [n_latents].
         squares: float32 [n_latents], squared norm of the latent's enc and dec together.
-        slopes: float32 [batch, w], s of each pair is written there, or [0, 0].
+        slopes: float32 [batch, w], receives s of each pair; or an empty array [0, 0].
     """
     width, d_in, d_out = values.shape[1], centred.shape[1], weight_dec.shape[1]
-    # not None, which would be compiled once more for each of them
+    # empty arrays, not None: each combination with None would be compiled separately
     scaled, shifted, told = gain.size > 0, extra.size > 0, slopes.size > 0
     for part in prange(bounds.shape[0] - 1):
         new_dec = np.empty(d_out, np.float32)
@@ -127,7 +128,7 @@ def latent_gradients(
             new_enc[:] = 0
             bias = np.float32(0)
             for pair in range(first, last, 4):
-                for j in range(4):  # beyond the last pair, its row again, times zero
+                for j in range(4):  # past the last pair: its row again, times zero
                     at = places[min(pair + j, last - 1)]
                     rows[j] = at // width
                     slots[j] = at - rows[j] * width
@@ -172,7 +173,7 @@ def latent_gradients(
 
 @njit(**FAST)
 def count_live(indices: Any, values: Any, gain: Any, counts: Any) -> None:
-    """counts[latent] += pairs that have a value or a gain; counts int64 [n_latents]."""
+    """Count the pairs with a value or a gain, by latent, into counts, int64 [n_latents]."""
     for row in range(indices.shape[0]):
         for j in range(indices.shape[1]):
             if indices[row, j] >= 0 and (values[row, j] != 0 or gain[row, j] != 0):
@@ -181,7 +182,7 @@ def count_live(indices: Any, values: Any, gain: Any, counts: Any) -> None:
 
 @njit(**FAST)
 def add_by_latent(indices: Any, terms: Any, sums: Any) -> None:
-    """sums[latent] += terms of its pairs, row by row; sums float64 [n_latents]."""
+    """Add the terms of each latent's pairs, row by row, to sums, float64 [n_latents]."""
     for row in range(indices.shape[0]):
         for j in range(indices.shape[1]):
             if indices[row, j] >= 0:
@@ -190,7 +191,7 @@ def add_by_latent(indices: Any, terms: Any, sums: Any) -> None:
 
 @njit(**FAST)
 def _adam(p: Any, g: Any, m: Any, v: Any, numbers: Any) -> None:
-    """One Adam step on one row, in place."""
+    """Do one Adam step on one row, in place."""
     scale, rate, beta1, beta2, root, eps = (
         numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5],
     )  # fmt: skip
@@ -208,13 +209,13 @@ def _adam(p: Any, g: Any, m: Any, v: Any, numbers: Any) -> None:
 def adam_rows(
     weight: Any, gradient: Any, first: Any, second: Any, average: Any, numbers: Any, unit: bool
 ) -> None:
-    """Adam step on each row, renormalised to length one if `unit`, then the average of weights.
+    """Do an Adam step on each row, rescale it to unit norm if `unit`, and update the average.
 
     Args:
         weight, gradient, first, second: float32 [rows, d], weight and both moments in place.
         average: float32 [rows, d], exponential average of the weights, in place.
         numbers: float32 [7]: factor on the gradient (clipping), step size over 1 - beta1^t,
-            beta1, beta2, 1 / sqrt(1 - beta2^t), eps, share of the average that is kept.
+            beta1, beta2, 1 / sqrt(1 - beta2^t), eps, share of the average that stays.
         unit: rescale rows to unit norm after the step (decoder).
     """
     keep = numbers[6]

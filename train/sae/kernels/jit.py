@@ -1,4 +1,4 @@
-"""numba as all compiled loops take it: what it compiles is kept in our cache folder."""
+"""The numba settings of all compiled loops; compiled code is saved in our cache folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numba import njit, prange  # noqa: E402 - the cache folder must be set befo
 
 __all__ = ["FAST", "njit", "prange"]
 
-# sums in any order, fixed when compiling; NaN and infinities keep their meaning
+# the compiler may reorder sums, but fixes the order; NaN and infinities keep their meaning
 FAST = {
     "cache": True,
     "nogil": True,

@@ -1,4 +1,4 @@
-"""Encoder weights in low precision, and how far that moves a pre-activation."""
+"""Encoder weights in low precision, and the error that it causes in a pre-activation."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import torch
 from torch import Tensor
 
 MIN_MARGIN = 8  # candidates beyond k
-DEVIATIONS = 4.0  # standard deviations of the error that a floor is lowered by
+DEVIATIONS = 4.0  # a floor is lowered by so many standard deviations of the error
 CHUNK_ELEMENTS = 1 << 20
 
 
 def candidates(k: int, n_latents: int) -> int:
-    """The number of latents to choose in low precision so that the exact k largest are among them.
+    """Return how many latents to choose in low precision, to have the exact k largest among them.
 
-    Rounding moves a pre-activation by 0.004 (bfloat16) or 0.011 (int8) standard deviations. Among
-    24,576 latents one or two lie that close to the 32nd largest; the margin is eight, which finds
-    them all (docs/kernels.md).
+    Rounding changes a pre-activation by 0.004 (bfloat16) or 0.011 (int8) standard deviations. Of
+    24,576 latents, one or two are so close to the 32nd largest; a margin of eight finds all of them
+    (docs/kernels.md).
     """
     return min(n_latents, k + max(MIN_MARGIN, k // 8))
 
 
 def fourth_norm(rows: Tensor) -> Tensor:
-    """(sum_i x_i^4)^(1/4) of each row of [any, d], in float32."""
+    """Compute (sum_i x_i^4)^(1/4) of each row of [any, d], in float32."""
     step = max(1, CHUNK_ELEMENTS // rows.shape[1])
     return torch.cat(
         [torch.linalg.vector_norm(part.float(), 4, dim=1) for part in rows.split(step)]
@@ -46,11 +46,11 @@ class ShortFloat:
         return candidates(k, len(self.weight))
 
     def doubt(self, centred: Tensor) -> tuple[Tensor, Tensor]:
-        """float32 [batch] and [n_latents], whose product a pre-activation may be off by.
+        """Return float32 [batch] and [n_latents]; their product bounds a pre-activation's error.
 
-        Rounding both factors changes a term c_i w_i by a random share of itself with standard
-        deviation u = 2^-9 sqrt(2/3) or less (uniform within half a unit, twice), so the sum by
-        u sqrt(sum c_i^2 w_i^2) <= u |c|_4 |w|_4, by Cauchy and Schwarz.
+        Rounding both factors changes a term c_i w_i by a random relative error with standard
+        deviation u = 2^-9 sqrt(2/3) or less (uniform within half a unit, twice). So it changes the
+        sum by u sqrt(sum c_i^2 w_i^2) <= u |c|_4 |w|_4 (Cauchy-Schwarz).
         """
         if self._spread is None:
             self._spread = fourth_norm(self.weight)

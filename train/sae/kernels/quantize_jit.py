@@ -1,9 +1,10 @@
-"""Rows as 8-bit integers, mixed first so that a few large dimensions don't spoil the rest.
+"""Rows as 8-bit integers, rotated first so that a few large dimensions don't spoil the others.
 
-Both factors of W_enc c are mixed by the same orthogonal map, which leaves their products as they
-are: random signs, then a Hadamard transform across blocks of dimensions. A dimension far larger
-than the others, as language models have, is spread over all blocks; rounding to steps of the
-largest part of a row then changes a product by about 1 % of |W_enc| |c| / sqrt(d_in).
+The same orthogonal map is applied to both factors of W_enc c, so that their products don't change:
+random signs, then a Hadamard transform across blocks of dimensions. Language models have dimensions
+far larger than the others; the map spreads such a dimension over all blocks. The rounding steps
+follow the largest number of a row; rounding then changes a product by about 1 % of
+|W_enc| |c| / sqrt(d_in).
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ import numpy as np
 from sae_harvest.train.sae.kernels.jit import FAST, njit, prange
 
 MAX_BLOCKS = 64  # a power of two, as the transform needs
-MIN_BLOCK = 8  # numbers that the transform adds at a time
+MIN_BLOCK = 8  # numbers of a block, at least
 MIN_WIDTH = 4  # torch 2.13 gives zeros for products of width 1
-LARGEST = 127  # of a code; -128 isn't used
+LARGEST = 127  # largest code; -128 isn't used
 SEED = 0
-PARTS = 64  # pieces of the weights that threads take in turn
+PARTS = 64  # pieces of the weights, which the threads take in turn
 
 
 def blocks_of(d_in: int) -> int:
-    """The number of blocks that a row is cut into."""
+    """Return the number of blocks of a row."""
     blocks = MAX_BLOCKS
     while blocks > 1 and d_in < blocks * MIN_BLOCK:
         blocks //= 2
@@ -31,19 +32,19 @@ def blocks_of(d_in: int) -> int:
 
 
 def padded_width(d_in: int) -> int:
-    """Codes of a row: d_in, rounded up to whole blocks."""
+    """Return the number of codes of a row: d_in, rounded up to whole blocks."""
     blocks = blocks_of(d_in)
     return max(MIN_WIDTH, -(-d_in // blocks) * blocks)
 
 
 def random_signs(d_in: int) -> Any:
-    """float32 [d_in], -1 or 1, always the same."""
+    """Draw float32 [d_in] of -1 and 1, the same in each call."""
     return np.random.default_rng(SEED).choice(np.array([-1, 1], np.float32), d_in)
 
 
 @njit(**FAST)
 def _mix(row: Any, blocks: int) -> None:
-    """Hadamard transform, not normalised, across the blocks of a row, in place."""
+    """Apply a Hadamard transform, not normalised, across the blocks of a row, in place."""
     size = row.shape[0]
     half = size // blocks
     while half < size:
@@ -58,13 +59,14 @@ def _mix(row: Any, blocks: int) -> None:
 
 @njit(**FAST)
 def quantize_rows(source: Any, signs: Any, blocks: int, codes: Any, scale: Any, norms: Any) -> None:
-    """codes * scale is each row, mixed and rounded.
+    """Rotate and round rows, such that codes * scale is about the rotated row.
 
     Args:
         source: float32 [rows, d_in]. signs: float32 [d_in], -1 or 1.
-        blocks: of a row, a power of two that divides the width.
-        codes: int8 [rows, width], written. scale, norms: float32 [rows], written; the norm of a
-            row that is not finite is infinite, its codes and scale are zero.
+        blocks: blocks of a row, a power of two that divides the width.
+        codes: int8 [rows, width], written.
+        scale, norms: float32 [rows], written. For a row that is not finite, the norm is infinite,
+            and the codes and the scale are zero.
     """
     d_in, width = source.shape[1], codes.shape[1]
     root = np.float32(1 / np.sqrt(blocks))
@@ -81,7 +83,7 @@ def quantize_rows(source: Any, signs: Any, blocks: int, codes: Any, scale: Any, 
             out[:] = 0
             continue
         _mix(mixed, blocks)
-        largest = np.int32(0)  # of the bits of absolute values, which order as those do
+        largest = np.int32(0)  # bits of absolute values, which have the same order as the values
         bits = mixed.view(np.int32)
         for i in range(width):
             largest = max(largest, np.int32(bits[i] & np.int32(0x7FFFFFFF)))
@@ -97,7 +99,7 @@ def quantize_rows(source: Any, signs: Any, blocks: int, codes: Any, scale: Any, 
 def quantize_weights(
     source: Any, signs: Any, blocks: int, codes: Any, scale: Any, norms: Any
 ) -> None:
-    """`quantize_rows` in numba's own threads, which the step before it has left awake."""
+    """Do `quantize_rows` in numba's own threads, which are still awake after the step before."""
     rows = source.shape[0]
     for part in prange(PARTS):
         low, high = part * rows // PARTS, (part + 1) * rows // PARTS

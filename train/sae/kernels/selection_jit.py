@@ -1,8 +1,8 @@
 """Compiled loops that choose latents by low-precision scores.
 
-Scores come a tile at a time, some rows by some latents, so that they are read where the product
-left them, in the cache. Only loops over numpy arrays live here, each of one thread;
-`train.sae.kernels.cpu_choice` runs several.
+Scores come in tiles, some rows by some latents, so that they are still in the cache after the
+product. The loops take numpy arrays, and each runs in one thread; `train.sae.kernels.cpu_choice`
+runs several.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 
 from sae_harvest.train.sae.kernels.jit import FAST, njit
 
-BLOCK = 64  # latents whose maximum stands for them: a few vector registers
-GROUP = 16  # latents whose maximum stands for them in the first tile
-LEAST = -(2**31)  # of int32; the key of no number
+BLOCK = 64  # latents that share one maximum: a few vector registers
+GROUP = 16  # latents that share one maximum in the first tile
+LEAST = -(2**31)  # least int32; no number has this key
 
 
 @njit(**FAST)
@@ -29,7 +29,7 @@ def _count_at_least(keys: Any, threshold: Any) -> Any:
 
 @njit(**FAST)
 def _threshold(keys: Any, count: int, low: Any) -> Any:
-    """The largest int32 that at least `count` of the keys reach, by bisection; `low` or more."""
+    """Find the largest int32, at least `low`, that `count` keys reach, by bisection."""
     largest = np.int32(low)
     for i in range(keys.shape[0]):
         largest = max(largest, keys[i])
@@ -45,16 +45,16 @@ def _threshold(keys: Any, count: int, low: Any) -> Any:
 
 @njit(**FAST)
 def _key(value: Any) -> Any:
-    """An int32 that orders as the float32 does."""
+    """Convert a float32 to an int32 that has the same order."""
     bits = np.float32(value).view(np.int32)
     return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(2**31 - 1)))
 
 
 @njit(**FAST)
 def _fill(scores: Any, scale: Any, factor: Any, offset: Any, fresh: Any, maxima: Any) -> None:
-    """Keys of a row's pre-activations by block, [blocks, BLOCK], and the largest of each block."""
+    """Write a row's keys by block, [blocks, BLOCK], and the largest key of each block."""
     for block in range(maxima.shape[0]):
-        # slices, counted from zero: otherwise their numbers are gathered one by one
+        # slices, indexed from zero: otherwise the compiler gathers numbers one by one
         first, last = block * BLOCK, min((block + 1) * BLOCK, scores.shape[0])
         here, steps, offsets = scores[first:last], scale[first:last], offset[first:last]
         out = fresh[block]
@@ -68,7 +68,7 @@ def _fill(scores: Any, scale: Any, factor: Any, offset: Any, fresh: Any, maxima:
 
 @njit(**FAST)
 def _first_floor(fresh: Any, count: int, tops: Any) -> Any:
-    """A key that at least `count` of a row's first keys are above, or LEAST if there are few."""
+    """Find a key that `count` of a row's first keys exceed, or LEAST if there are too few."""
     groups = tops.shape[0]
     if groups < count:
         return np.int32(LEAST)
@@ -77,13 +77,13 @@ def _first_floor(fresh: Any, count: int, tops: Any) -> Any:
         some = fresh[start : start + groups]
         for group in range(groups):
             tops[group] = max(tops[group], some[group])
-    # `count` of the groups reach this
+    # `count` groups reach this key
     return np.int32(_threshold(tops, count, LEAST + 1) - 1)
 
 
 @njit(**FAST)
 def _append(fresh: Any, first: int, floor: Any, keys: Any, places: Any, found: int) -> int:
-    """Appends a block's keys above `floor` and their places from `first` on; the new count."""
+    """Append a block's keys above `floor`, and their places from `first` on; return the count."""
     mask = np.uint64(0)
     for i in range(BLOCK):
         mask |= np.uint64(fresh[i] > floor) << np.uint64(i)
@@ -99,16 +99,16 @@ def _append(fresh: Any, first: int, floor: Any, keys: Any, places: Any, found: i
 
 @njit(**FAST)
 def _keep_largest(keys: Any, places: Any, found: int, count: int, floor: Any) -> Any:
-    """Moves the `count` largest to the front, in order; of equals, the first ones stay.
+    """Move the `count` largest to the front, in order; of equal keys, keep the first ones.
 
     Returns:
-        the least of them.
+        The least key that stays.
     """
     last = _threshold(keys[:found], count, floor)
     ties = count - _count_at_least(keys[:found], np.int64(last) + 1)
     taken = 0
     for i in range(found):
-        # without branches, which would often be guessed wrong: what isn't kept is written over
+        # without branches, which are often mispredicted: keys that don't stay are overwritten
         key, place = keys[i], places[i]
         keys[taken] = key
         places[taken] = place
@@ -119,7 +119,7 @@ def _keep_largest(keys: Any, places: Any, found: int, count: int, floor: Any) ->
 
 
 def room_for(count: int) -> int:
-    """Latents that a row has room for while its largest are looked for."""
+    """Return the room of a row, in latents, during the search for its largest."""
     return 2 * count + BLOCK
 
 
@@ -128,7 +128,7 @@ def merge_largest(
     scores: Any, factors: Any, scale: Any, offset: Any, before: int, count: int,
     keys: Any, places: Any, found: Any, floors: Any,
 ) -> None:  # fmt: skip
-    """Adds a tile of latents to those that may be among the `count` largest of each row.
+    """Add the latents of a tile that may be among the `count` largest of each row.
 
     A pre-activation is scores[row, i] * scale[i] * factors[row] + offset[i], for the latent
     before + i; tiles come in the order of latents.
@@ -137,8 +137,8 @@ def merge_largest(
         scores: int32 or float32 [rows, tile]. factors: float32 [rows], not negative.
         scale, offset: float32 [tile]; no pre-activation is NaN.
         keys, places: int32 [rows, room_for(count)], in order of index.
-        found: int64 [rows], how many are there.
-        floors: int32 [rows], which a key must exceed; LEAST at first.
+        found: int64 [rows], the number of latents in each row.
+        floors: int32 [rows], a key must exceed its row's floor; LEAST at first.
     """
     rows, tile = scores.shape
     blocks = (tile + BLOCK - 1) // BLOCK
@@ -162,9 +162,9 @@ def merge_largest(
 
 @njit(**FAST)
 def finish_largest(keys: Any, places: Any, found: Any, floors: Any, out: Any) -> None:
-    """The `count` largest of each row as int32 [rows, count] `out`, in order of index.
+    """Write the `count` largest of each row into `out`, int32 [rows, count], in order of index.
 
-    Among equals, those of lower index are taken.
+    Of equal keys, the lower index is chosen.
     """
     count = out.shape[1]
     for row in range(out.shape[0]):
@@ -184,7 +184,7 @@ def _list_above(
     scores: Any, scale: Any, factor: Any, least: Any, doubt: Any, spread: Any,
     before: int, places: Any, found: int,
 ) -> int:  # fmt: skip
-    """Appends a row's latents that may reach their floor, as far as there is room."""
+    """Append a row's latents that may reach their floor, as far as the room lasts."""
     room = places.shape[0]
     for first in range(0, scores.shape[0], BLOCK):
         last = min(first + BLOCK, scores.shape[0])
@@ -208,15 +208,15 @@ def append_above(
     scores: Any, factors: Any, scale: Any, least: Any, doubt: Any, spread: Any,
     before: int, places: Any, found: Any, needed: Any,
 ) -> None:  # fmt: skip
-    """Appends a tile's latents that may reach their floor to those of each row so far.
+    """Append a tile's latents that may reach their floor, in each row.
 
     Args:
         scores, factors, scale, before: as for `merge_largest`.
         least: float32 [tile], the floor without the bias.
-        doubt: float32 [rows], times spread, float32 [tile]: how far off a value may be.
-            A row whose doubt is not finite has latent 0 only.
-        places: int32 [rows, room]. found: int64 [rows], how many are there.
-        needed: int64 [rows], written: how many there are now; more than `room` did not fit.
+        doubt, spread: float32 [rows] and [tile]; their product bounds the error of a value.
+            A row with a doubt that is not finite gets latent 0 only.
+        places: int32 [rows, room]. found: int64 [rows], the number of latents in each row.
+        needed: int64 [rows], written: the room that a row needs; it may exceed `room`.
     """
     for row in range(found.shape[0]):
         if np.isfinite(doubt[row]):

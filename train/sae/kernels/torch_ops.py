@@ -1,6 +1,6 @@
-"""Kernels in plain torch, for any device; large intermediates are made a chunk of rows at a time.
+"""Kernels in plain torch, for any device. Large intermediates are computed in chunks of rows.
 
-Sums by latent run in one order, so that a step gives the same bits each time.
+Sums by latent have a fixed order, so that a step gives the same bits each time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from sae_harvest.train.sae.kernels import AdamNumbers, Gradients, Pairs
 from sae_harvest.train.sae.kernels.low import ShortFloat
 
 CHUNK_BYTES = 256 << 20
-SCORE_ROUNDING = 2**-8  # of a pre-activation, written in bfloat16
+SCORE_ROUNDING = 2**-8  # relative error of a pre-activation in bfloat16
 
 
 def _rows(bytes_per_row: int) -> int:
@@ -44,7 +44,7 @@ class TorchKernels:
             part = slice(first, first + step)
             scores = (centred[part].to(low.weight.dtype) @ low.weight.T).float()
             scores += SCORE_ROUNDING * scores.abs() + doubt[part].unsqueeze(1) * spread
-            # NaN of a weight is chosen, to be seen
+            # a latent with NaN in its weights is chosen, so that the NaN is seen
             above = ~(scores < floor - bias) & finite[part]  # [chunk, n_latents]
             above[:, 0] |= ~finite[part, 0]
             parts.append(_places(above))
@@ -156,14 +156,14 @@ class TorchKernels:
 
 
 def _add_at(out: Tensor, where: Tensor, rows: Tensor) -> Tensor:
-    """out[where[j]] += rows[j], always in the same order."""
-    if out.device.type == "cpu":  # where index_put_ adds from several threads as it happens
+    """Add rows[j] to out[where[j]], always in the same order."""
+    if out.device.type == "cpu":  # where index_put_ adds in any order, from several threads
         return out.index_add_(0, where, rows)
-    return out.index_put_((where,), rows, accumulate=True)  # by sorting
+    return out.index_put_((where,), rows, accumulate=True)  # sorts, so the order is fixed
 
 
 def _places(above: Tensor) -> Tensor:
-    """Where each row of bool [rows, n] is true: int32 [rows, most], increasing, then -1."""
+    """List where each row of bool [rows, n] is true: int32 [rows, most], increasing, then -1."""
     counts = above.sum(1)  # [rows]
     width = int(counts.max()) if len(counts) else 0
     out = torch.full((len(above), width), -1, dtype=torch.int32, device=above.device)

@@ -1,4 +1,4 @@
-"""The Adam step, unit rows and the average of weights in one pass over memory."""
+"""The Adam step, the rescaling to unit rows and the average of weights in one pass over memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _adam_kernel(
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One step on `size` numbers from program_id * size on (a row), or on a block of `size`."""
+    """Do one step on a row of `size` numbers, or on a block of `size` numbers."""
     lane = tl.arange(0, BLOCK)
     if UNIT:
         place = tl.program_id(0).to(tl.int64) * size + lane

@@ -1,9 +1,10 @@
 """Gradients of pairs on the GPU, summed by latent.
 
-Of the pairs sorted by latent (`train.sae.kernels.triton_sort`) one program adds up a latent's; a
-latent with more than `LONG` is split into pieces of as many pairs, whose sums a second program
-adds in order. No atomics: results are the same bits each time. Nothing waits for the host: grids
-are bounded by what could be, and programs without work end at once.
+The pairs are sorted by latent (`train.sae.kernels.triton_sort`), and one program adds the pairs of
+a latent. A latent with more than `LONG` pairs is split into pieces of `LONG` pairs; a second
+program adds the sums of the pieces in order. There are no atomics, so that results are the same
+bits each time. Nothing waits for the host: a grid has the largest size that can be needed, and
+programs without work end at once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from sae_harvest.train.sae.kernels import Gradients, Pairs
 from sae_harvest.train.sae.kernels.triton_sort import Sorted
 
 LONG = 256  # pairs that one program adds up
-TILE_ELEMENTS = 4096  # of gathered rows held at a time
+TILE_ELEMENTS = 4096  # numbers of gathered rows that a program holds
 
 
 @triton.jit
@@ -45,7 +46,7 @@ def _add_pairs(
     OUT: tl.constexpr,
     IN: tl.constexpr,
 ) -> Any:
-    """Sums over some pairs of one latent: dec [OUT], not projected, enc [IN], bias, live pairs."""
+    """Sum over some pairs of one latent: dec [OUT], not projected, enc [IN], bias, live pairs."""
     out, column = tl.arange(0, OUT), tl.arange(0, IN)
     dec = tl.zeros((OUT,), tl.float32)
     enc = tl.zeros((IN,), tl.float32)
@@ -103,7 +104,7 @@ def _write(
     OUT: tl.constexpr,
     IN: tl.constexpr,
 ) -> None:
-    """Takes dec's part along the unit row w off, then sets or adds a latent's gradients."""
+    """Remove dec's part along the unit row w, then set or add a latent's gradients."""
     out, column = tl.arange(0, OUT), tl.arange(0, IN)
     to_dec, to_enc = grad_dec + latent * d_out + out, grad_enc + latent * d_in + column
     if DECODER:
@@ -147,7 +148,7 @@ def _short_kernel(
     OUT: tl.constexpr,
     IN: tl.constexpr,
 ) -> None:
-    """Gradients of one latent of at most LONG pairs."""
+    """Compute the gradients of one latent with at most LONG pairs."""
     latent = tl.program_id(0).to(tl.int64)
     first, last = tl.load(starts + latent), tl.load(starts + latent + 1)
     short = last - first <= LONG
@@ -196,7 +197,7 @@ def _pieces_kernel(
     OUT: tl.constexpr,
     IN: tl.constexpr,
 ) -> None:
-    """Sums over one piece of a long latent's pairs."""
+    """Sum over one piece of the pairs of a long latent."""
     piece = tl.program_id(0).to(tl.int64)
     if piece < tl.load(ends + n_latents - 1):
         latent, number = _owner(piece, ends, n_latents)
@@ -216,9 +217,9 @@ def _pieces_kernel(
 
 @triton.jit
 def _owner(piece: tl.tensor, ends: tl.tensor, n_latents: tl.tensor) -> Any:
-    """The latent that a piece belongs to, and which of its pieces it is; `ends` int64 [n]."""
+    """Find the latent of a piece, and the number of the piece in it; `ends` int64 [n]."""
     low, high = tl.full((), 0, tl.int64), n_latents - 1 + tl.full((), 0, tl.int64)
-    for _ in tl.range(0, 32):  # the first latent that ends after the piece
+    for _ in tl.range(0, 32):  # bisection for the first latent that ends after the piece
         middle = (low + high) // 2
         after = tl.load(ends + middle) > piece
         high = tl.where(after, middle, high)
@@ -248,7 +249,7 @@ def _long_kernel(
     OUT: tl.constexpr,
     IN: tl.constexpr,
 ) -> None:
-    """Adds the pieces of a long latent; the program of its first piece does."""
+    """Add the pieces of a long latent, in the program of its first piece."""
     piece = tl.program_id(0).to(tl.int64)
     if piece < tl.load(ends + n_latents - 1):
         latent, number = _owner(piece, ends, n_latents)
@@ -288,7 +289,7 @@ def gradients_by_latent(
     counts = torch.zeros(n_latents, dtype=torch.int64, device=error.device)
     if slopes is not None:
         slopes.zero_()
-    pieces = torch.diff(by_latent.starts)  # [n_latents], pairs, then pieces of long latents
+    pieces = torch.diff(by_latent.starts)  # [n_latents], number of pairs, then number of pieces
     pieces = torch.where(pieces > LONG, (pieces + LONG - 1) // LONG, 0)
     ends = pieces.cumsum(0)
     most = 2 * pairs.indices.numel() // LONG  # a long latent has fewer than 2 * pairs / LONG
@@ -306,7 +307,7 @@ def gradients_by_latent(
         by_latent.places,
         by_latent.rows,
         values,
-        # what is not there is not read
+        # kernels don't read the stand-ins for None
         values if pairs.gain is None else pairs.gain.contiguous(),
         values if pairs.extra is None else pairs.extra.contiguous(),
         values if slopes is None else slopes,

@@ -1,13 +1,13 @@
-"""Encoder weights in the short type of the tensor cores, laid out by groups of latents.
+"""Encoder weights in a low-precision type of the tensor cores, stored by groups of latents.
 
-With G groups of 32 members, latent l is member l // G of group l % G: latents that are neighbours,
-as the prefixes of a nested dictionary are, stand in different groups. In memory four groups are
-interleaved, so that 128 positions in a row hold four whole groups:
+With G groups of 32 members, latent l is member l // G of group l % G, so that neighbouring latents,
+such as the prefixes of a nested dictionary, are in different groups. Four groups are interleaved in
+memory, so that 128 consecutive positions hold four whole groups:
 
     position(member m, group g) = 128 (g // 4) + 4 m + g % 4
 
-G is a multiple of 8, and positions of latents that don't exist hold zeros. Short rows are filled
-with zeros up to a multiple of 128 numbers, so that kernels need no masks along them.
+G is a multiple of 8, and positions without a latent hold zeros. Rows are padded with zeros to a
+multiple of 128 numbers, so that kernels need no masks along them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 from sae_harvest.train.sae.kernels.low import DEVIATIONS, candidates, fourth_norm
 
 MEMBERS, LANES, GROUP_STEP, DEPTH_STEP = 32, 4, 8, 128
-FP8_LARGEST = 448.0  # of e4m3
-MIN_SCALE = 1e-30  # of a row of zeros
+FP8_LARGEST = 448.0  # the largest number of e4m3
+MIN_SCALE = 1e-30  # the scale of a row of zeros
 FP8_LEAST_MARGIN = 32
-# Standard deviation of a product's relative error when both factors are rounded, at most:
-# uniform within half a unit, twice. One unit is 2^-8 of bfloat16 and 2^-3 of e4m3.
+# Upper bound of the standard deviation of a product's relative error when both factors are rounded:
+# uniform within half a unit, twice. One unit is 2^-8 for bfloat16 and 2^-3 for e4m3.
 BF16_ERROR, FP8_ERROR = (2 / 3) ** 0.5 * 2**-9, (2 / 3) ** 0.5 * 2**-4
 
 
@@ -31,14 +31,14 @@ def _up(number: int, step: int) -> int:
 
 
 def shorten(rows: Tensor, fp8: bool) -> tuple[Tensor, Tensor]:
-    """Rows in the short type, filled up with zeros, and what to multiply each by.
+    """Convert rows to the low-precision type, padded with zeros, with a scale for each row.
 
     Args:
         rows: float32 [any, d].
-        fp8: e4m3, each row scaled so that its largest number is the type's largest; else bfloat16.
+        fp8: use e4m3, with each row scaled to the largest number of the type; else bfloat16.
 
     Returns:
-        [any, depth] with depth a multiple of 128; float32 [any], 1 for bfloat16.
+        Rows [any, depth], depth a multiple of 128; scales float32 [any], 1 for bfloat16.
     """
     if fp8:
         scale = torch.linalg.vector_norm(rows, torch.inf, dim=1) / FP8_LARGEST
@@ -73,19 +73,19 @@ class GroupedLow:
         self._positions = self.positions(torch.arange(n_latents, device=device))
 
     def positions(self, latents: Tensor) -> Tensor:
-        """The positions in `values` of latents, int64 [any]."""
+        """Return the positions of latents in `values`, int64 [any]."""
         member, group = latents // self.groups, latents % self.groups
         block = group // LANES * (LANES * MEMBERS)
         return block + member * LANES + group % LANES
 
     def latents(self) -> Tensor:
-        """int64 [positions], the latent of each; n_latents or more where there is none."""
+        """The latent of each position, int64 [positions]; n_latents or more where there is none."""
         place = torch.arange(len(self.values), device=self.values.device)
         group = place // (LANES * MEMBERS) * LANES + place % LANES
         return place // LANES % MEMBERS * self.groups + group
 
     def by_position(self, numbers: Tensor, empty: float) -> Tensor:
-        """One number per latent, [n_latents], as [positions]; `empty` where there is none."""
+        """Rearrange numbers by latent, [n_latents], to [positions]; `empty` without a latent."""
         out = numbers.new_full((len(self.values),), empty)
         return out.index_copy_(0, self._positions, numbers)
 
@@ -94,7 +94,7 @@ class GroupedLow:
         self._place(short, scale, fourth_norm(weight))
 
     def _place(self, short: Tensor, scale: Tensor, spread: Tensor) -> None:
-        kind = torch.int8 if self.fp8 else torch.int16  # copies bits, whatever they mean
+        kind = torch.int8 if self.fp8 else torch.int16  # copies the bits, not the values
         self.values.view(kind).index_copy_(0, self._positions, short.view(kind))
         self.scales.index_copy_(0, self._positions, scale)
         self.spread.copy_(spread)
@@ -108,11 +108,11 @@ class GroupedLow:
         return some
 
     def candidates(self, k: int) -> int:
-        """k and a margin.
+        """Return k and a margin.
 
-        e4m3 puts an error of about 0.04 standard deviations on a pre-activation. Near the k-th
-        largest of a normal distribution there are about 3 k latents for each deviation, so k / 2
-        of them lie within four deviations of two errors' difference. In 256 rows each of normal
+        e4m3 causes an error of about 0.04 standard deviations in a pre-activation. Near the k-th
+        largest of a normal distribution there are about 3 k latents per deviation, so k / 2 of them
+        are within four deviations of the difference of two errors. In 256 rows each of normal
         numbers and of SmolLM2's activations, with 20,000 latents, the k = 8, 32 and 128 largest
         were among the 14, 52 and 190 first in low precision.
         """
@@ -121,6 +121,6 @@ class GroupedLow:
         return min(self.n_latents, k + max(FP8_LEAST_MARGIN, k // 2))
 
     def doubt(self, centred: Tensor) -> Tensor:
-        """float32 [batch]; times `spread`, what a pre-activation may be off by."""
+        """Return float32 [batch]; times `spread`, it bounds the error of a pre-activation."""
         error = FP8_ERROR if self.fp8 else BF16_ERROR
         return DEVIATIONS * error * fourth_norm(centred)

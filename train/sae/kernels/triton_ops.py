@@ -20,16 +20,16 @@ from sae_harvest.train.sae.kernels.triton_select import (
 )
 from sae_harvest.train.sae.kernels.triton_sort import sum_by_latent
 
-FP8_CAPABILITY = (8, 9)  # from here on tensor cores multiply e4m3
+FP8_CAPABILITY = (8, 9)  # the first compute capability with e4m3
 
 
 class TritonKernels:
-    """The `Kernels` of one GPU; under Triton's interpreter, of the processor.
+    """The `Kernels` of one GPU, or of the CPU under Triton's interpreter.
 
     Args:
-        device: where all tensors are.
-        fp8: choose latents by e4m3 products rather than bfloat16 ones, twice as fast, with more
-            candidates to make up for it; None: where the device has them.
+        device: the device of all tensors.
+        fp8: choose latents by e4m3 products instead of bfloat16 ones: twice as fast, with more
+            candidates because the error is larger. None: if the device has e4m3.
     """
 
     def __init__(self, device: torch.device, fp8: bool | None = None) -> None:
@@ -41,7 +41,7 @@ class TritonKernels:
         self._fp8 = fp8
 
     def _here(self) -> AbstractContextManager[object]:
-        """Launches go to the current device, whatever device the tensors are on."""
+        """Make the device current: Triton launches go there, whatever device the tensors are on."""
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def low_precision(self, weight: Tensor) -> GroupedLow:

@@ -1,7 +1,7 @@
 """Exact float32 work on pairs of a row and a latent: pre-activations, their order, decoding.
 
-Each gathers rows of a weight, three kilobytes for 768 dimensions, and is bound by memory.
-Sums run in one order, so results are the same bits each time.
+Each kernel gathers rows of a weight (three kilobytes for 768 dimensions) and is limited by memory
+bandwidth. Sums have a fixed order, so that results are the same bits each time.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PAIRS, WIDTH = 16, 256  # of a tile: pairs gathered at a time, and dimensions
-CHUNK = tl.constexpr(32)  # values that one value is compared with at a time
+PAIRS, WIDTH = 16, 256  # pairs and dimensions of a tile
+CHUNK = tl.constexpr(32)  # values compared with one value at a time
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _dots_kernel(
     PAIRS: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:
-    """Pre-activations of the pairs of one row, -inf where the index is -1."""
+    """Compute the pre-activations of the pairs of one row, -inf where the index is -1."""
     row = tl.program_id(0).to(tl.int64)
     for first in tl.range(0, width, PAIRS):
         slot = first + tl.arange(0, PAIRS)
@@ -52,8 +52,8 @@ def _dots_kernel(
 
 @triton.jit
 def _sortable(value: tl.tensor, latent: tl.tensor) -> Any:
-    """int64 that order by value, NaN first of all, then the lower latent first."""
-    bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)  # one zero, not two
+    """Pack into int64 that order by value, NaN first, and then by latent, the lower first."""
+    bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)  # -0 becomes 0
     bits = tl.where(value != value, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
     return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - latent).to(tl.int64)
 
@@ -69,7 +69,7 @@ def _largest_kernel(
     RELU: tl.constexpr,
     ROOM: tl.constexpr,
 ) -> None:
-    """The k largest of one row in decreasing order: each goes where its rank says."""
+    """Write the k largest of one row in decreasing order: each value to the place of its rank."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, ROOM)
     latent = tl.load(candidates + row * count + slot, mask=slot < count, other=0)
@@ -104,7 +104,7 @@ def _decode_kernel(
     PAIRS: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:
-    """Adds one row's sum of weighted rows, for some of the dimensions."""
+    """Add one row's sum of weighted rows, for some of the dimensions."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((PAIRS, WIDTH), tl.float32)
@@ -143,7 +143,7 @@ def pair_dots(centred: Tensor, weight: Tensor, bias: Tensor, indices: Tensor) ->
 
 
 def largest(candidates: Tensor, dots: Tensor, k: int, relu: bool) -> tuple[Tensor, Tensor]:
-    """The k largest of dots, float32 [batch, count]: indices int32 and values [batch, k]."""
+    """Find the k largest of dots, float32 [batch, count]: indices int32, values [batch, k]."""
     rows, count = candidates.shape
     indices = torch.empty(rows, k, dtype=torch.int32, device=dots.device)
     values = torch.empty(rows, k, device=dots.device)

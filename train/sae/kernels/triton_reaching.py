@@ -1,4 +1,4 @@
-"""List the latents that may reach their floor, from the bits that `triton_scores` writes."""
+"""The latents that may reach their floor, listed from the bits that `triton_scores` writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from sae_harvest.train.sae.kernels.triton_low import GroupedLow
 from sae_harvest.train.sae.kernels.triton_scores import reaching
 
-WORDS_BYTES = 1 << 30  # words of one chunk of rows
+WORDS_BYTES = 1 << 30  # size of the words of one chunk of rows
 WORDS = 1024  # words that one program reads at a time
 
 
@@ -43,7 +43,7 @@ def _bits_set(word: tl.tensor) -> Any:
 def _list_kernel(
     words: tl.tensor, out: tl.tensor, groups: tl.tensor, room: tl.tensor, WIDTH: tl.constexpr
 ) -> None:
-    """The latents of a row's bits, in the order of groups; places beyond them are left alone."""
+    """List the latents of a row's bits, in the order of groups; later places don't change."""
     row = tl.program_id(0).to(tl.int64)
     taken = 0
     for first in tl.range(0, groups, WIDTH):
@@ -54,7 +54,7 @@ def _list_kernel(
         taken += tl.sum(number, 0)
         for _ in tl.range(0, tl.max(number, 0)):
             lowest = word & -word
-            # a power of two, exact as a float: its exponent is the member
+            # a power of two is exact as a float; its exponent is the member
             exact = lowest.to(tl.uint32, bitcast=True).to(tl.float32)
             member = (exact.to(tl.int32, bitcast=True) >> 23) - 127
             tl.store(out + row * room + slot, member * groups + place, mask=word != 0)
@@ -65,11 +65,11 @@ def _list_kernel(
 def choose_reaching(
     short: Tensor, scale: Tensor, low: GroupedLow, height: Tensor, doubt: Tensor, finite: Tensor
 ) -> Tensor:
-    """Latents whose score may reach its floor: int32 [rows, most], increasing, then -1.
+    """List latents with scores that may reach the floor: int32 [rows, most], increasing, then -1.
 
     Args:
-        short, scale, height, doubt: as `triton_scores.reaching` takes them.
-        finite: bool [rows]; a row that is not has latent 0 only.
+        short, scale, height, doubt: as in `triton_scores.reaching`.
+        finite: bool [rows]; a row that is not finite gets latent 0 only.
     """
     step = max(128, WORDS_BYTES // (4 * low.groups) // 128 * 128)
     inverse = scale.reciprocal()

@@ -1,12 +1,13 @@
-"""The one large product on the GPU, fused with what is kept of it.
+"""The one large product on the GPU, fused with the summary of its scores.
 
-`scores = centred @ low^T + bias` would be [batch, n_latents]; each program computes one tile of it
-on the tensor cores and writes only a summary: the two largest of every group of 32 latents, or one
-bit per score that says whether it reaches its floor. `train.sae.kernels.triton_low` has the layout.
+`scores = centred @ low^T + bias` would be [batch, n_latents]. Each program computes one tile of it
+on the tensor cores and writes only a summary: the two largest scores of each group of 32 latents,
+or one bit per score that says whether it reaches its floor. `train.sae.kernels.triton_low` defines
+the layout.
 
-Keys are int32: a score's float32 bits, made to order as integers do, with the last five bits
-replaced by 31 - member. Keys of a group are distinct; NaN orders above infinity, so that it is
-chosen and seen; among equal scores the lower latent has the larger key.
+Keys are int32: the bits of a float32 score, changed so that integers have the same order, with the
+last five bits replaced by 31 - member. Keys of a group are distinct. NaN is above infinity, so that
+it is chosen and seen. Of equal scores, the lower latent has the larger key.
 """
 
 from __future__ import annotations
@@ -22,25 +23,29 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sae_harvest.train.sae.kernels.triton_low import GroupedLow
 
-ROW_STEP = 128  # rows of the outputs are filled up to a multiple
-TILE_BYTES = 128  # depth of a tile: what the shared memory's swizzle spans
+ROW_STEP = 128  # the number of output rows is rounded up to a multiple
+TILE_BYTES = 128  # depth of a tile: the span of the shared memory's swizzle
 MIN_KEY = tl.constexpr(-(2**31))
-MIN_SPREAD = 1e-30  # of a latent of zeros
-# The interpreter multiplies bfloat16 by its bits; in float32 the products are exact.
+MIN_SPREAD = 1e-30  # the spread of a latent of zeros
+# The interpreter multiplies the bits of bfloat16 as integers; in float32 the products are exact.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Scores that a program computes, its warps, and how many steps its loads are ahead."""
+    """The scores that one program computes, and its resources."""
 
     rows: int
+    """Rows of the tile."""
     columns: int
+    """Positions of the tile."""
     warps: int
+    """Warps of the program."""
     stages: int
+    """Steps by which loads run ahead."""
 
     def arguments(self, rows: Tensor, low: GroupedLow) -> tuple[Any, dict[str, Any]]:
-        """The grid, and what both kernels take by name."""
+        """Return the grid, and the keyword arguments of both kernels."""
         grid = (triton.cdiv(len(rows), self.rows) * (len(low.values) // self.columns),)
         return grid, {
             "COPY_ENGINE": has_copy_engine(rows.device),
@@ -53,7 +58,7 @@ class Tile:
         }
 
     def factors(self, rows: Tensor, low: GroupedLow) -> tuple[Any, Any]:
-        """Both factors, as descriptors for the copy engine where there is one."""
+        """Return both factors, as descriptors for the copy engine if there is one."""
         if not has_copy_engine(rows.device):
             return rows, low.values
         depth = TILE_BYTES // rows.element_size()
@@ -64,30 +69,30 @@ class Tile:
 
 
 def has_copy_engine(device: torch.device) -> bool:
-    """Whether tiles can be copied by descriptor: Hopper and later, and the interpreter."""
+    """Whether tiles can be copied by descriptor: on Hopper and later, and in the interpreter."""
     return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-# Two programs of the first share a multiprocessor, so that one's reduction of its scores runs
-# beside the other's product; the larger read less, and stand alone. `bench.gpu` times them all.
+# Two programs with the first tile fit on one multiprocessor: one reduces its scores while the other
+# multiplies. Larger tiles read less, but only one program fits. `bench.gpu` times all of them.
 TILES = (Tile(128, 128, 4, 3), Tile(128, 256, 8, 3), Tile(128, 256, 8, 4), Tile(64, 256, 4, 2))
 TILE = Tile(16, 128, 1, 1) if INTERPRETED else TILES[0]
 
 
 @triton.jit
 def ordered(score: tl.tensor) -> Any:
-    """int32 that order as the float32 scores do, NaN last of all."""
+    """Convert float32 scores to int32 with the same order, NaN above all."""
     bits = score.to(tl.int32, bitcast=True)
-    if INTERPRETED:  # the GPU's sums make positive NaN only
+    if INTERPRETED:  # the GPU's sums give only positive NaN
         bits = tl.where(score != score, 0x7FFFFFFF, bits)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _two_largest(keys: tl.tensor) -> Any:
-    """The two largest along axis 2 of int32 [a, b, 32, c]: [a, b, c, 2], for distinct keys."""
+    """Find the two largest along axis 2 of int32 [a, b, 32, c]: [a, b, c, 2], for distinct keys."""
     largest = tl.max(keys, axis=2)
-    # what is below the largest, modulo 2^32: the nearer the larger, and 0 for itself
+    # difference to the largest, modulo 2^32: greater for nearer keys, and 0 for the largest itself
     below = (keys - largest[:, :, None, :]).to(tl.uint32, bitcast=True)
     second = largest + tl.max(below, axis=2).to(tl.int32, bitcast=True)
     return tl.join(largest, second)
@@ -95,7 +100,7 @@ def _two_largest(keys: tl.tensor) -> Any:
 
 @triton.jit
 def _tile(row_tiles: tl.tensor, groups: tl.tensor, COLUMNS: tl.constexpr) -> Any:
-    """The tile that a program computes: 16 tiles of rows share those of latents in the cache."""
+    """Choose a program's tile such that 16 tiles of rows share a tile of latents in the cache."""
     column_tiles = groups // (COLUMNS // 32)
     sweep = tl.program_id(0) // (16 * column_tiles)
     place = tl.program_id(0) % (16 * column_tiles)
@@ -116,9 +121,9 @@ def _product(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ) -> Any:
-    """One tile of centred @ low^T, float32 [ROWS, COLUMNS]."""
+    """Compute one tile of centred @ low^T, float32 [ROWS, COLUMNS]."""
     scores = tl.zeros((ROWS, COLUMNS), tl.float32)
-    if not COPY_ENGINE:  # rows beyond the last repeat it; what they give is not read
+    if not COPY_ENGINE:  # rows past the last repeat it; their results are not read
         row = tl.minimum(first_row + tl.arange(0, ROWS), rows - 1).to(tl.int64)
         column = (first_column + tl.arange(0, COLUMNS)).to(tl.int64)
         lane = tl.arange(0, STEP)
@@ -160,7 +165,7 @@ def group_maxima_kernel(
     row = row_tile * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     offset = tl.load(offsets + tile * COLUMNS + column)
-    if FP8:  # scores over the row's scale, which keeps their order
+    if FP8:  # scores divided by the row's scale, which keeps their order
         scale = tl.load(scales + tile * COLUMNS + column)
         share = tl.load(inverse + row, mask=row < rows, other=1.0)
         scores = scores * scale[None, :] + offset[None, :] * share[:, None]
@@ -202,7 +207,7 @@ def reaching_kernel(
     more = tl.load(slack + row, mask=row < rows, other=0.0)
     height = scores * factor[None, :] + (offset[None, :] * share[:, None] + more[:, None])
     member = (column % 128 // 4)[None, :]
-    bit = tl.where(height < 0, 0, 1 << member)  # NaN is kept, to be seen
+    bit = tl.where(height < 0, 0, 1 << member)  # NaN is kept, so that it is seen
     word = tl.sum(tl.reshape(bit, [ROWS, COLUMNS // 128, 32, 4]), 2)  # bits are disjoint
     place = tile * (COLUMNS // 32) + tl.arange(0, COLUMNS // 32)
     start = row.to(tl.int64) * groups
@@ -216,7 +221,7 @@ def _filled_up(rows: int) -> int:
 def group_maxima(
     short: Tensor, inverse: Tensor, low: GroupedLow, offsets: Tensor, tile: Tile = TILE
 ) -> Tensor:
-    """Keys of the two largest scores of each group: int32 [rows filled up, groups, 2].
+    """Compute the keys of each group's two largest scores: int32 [padded rows, groups, 2].
 
     Args:
         short: [rows, depth], from `triton_low.shorten`; inverse: float32 [rows], 1 / its scale.
@@ -247,13 +252,13 @@ def reaching(
     doubt: Tensor,
     tile: Tile = TILE,
 ) -> Tensor:
-    """Mask of scores that may reach their floor: int32 [padded rows, groups], bit m is member m.
+    """Mark scores that may reach their floor: int32 [padded rows, groups], bit m is member m.
 
-    A score s of row r and latent l does if s + height[l] + doubt[r] spread[l] >= 0. Divided by
-    spread and the row's scale, that is two products and two sums for each score.
+    A score s of row r and latent l may reach it if s + height[l] + doubt[r] spread[l] >= 0. After
+    division by spread and the row's scale, that is two products and two sums for each score.
 
     Args:
-        short, inverse: as `group_maxima` takes them.
+        short, inverse: as in `group_maxima`.
         height: float32 [n_latents], bias - floor. doubt: float32 [rows].
     """
     rows = len(short)

@@ -1,10 +1,10 @@
-"""Find the largest scores, from the summaries of `triton_scores`.
+"""The largest scores, found from the summaries of `triton_scores`.
 
-The `count` largest scores of a row are found exactly, though only two of each group of 32 are
-known. Call the known ones candidates, and let T be the count-th largest candidate. A score that
-is above T and unknown has both of its group's candidates above it, hence above T. So only groups
-whose second candidate is among the `count` largest can hide one: those few are computed again,
-all 32 members, and merged.
+The `count` largest scores of a row are found exactly, although only two of each group of 32 are
+known. Call the known scores candidates, and let T be the count-th largest candidate. If an unknown
+score is above T, both candidates of its group are above it, and so above T. So a group can hide
+such a score only if its second candidate is among the `count` largest. The scores of all 32 members
+of these few groups are computed again and merged.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch import Tensor
 from sae_harvest.train.sae.kernels.triton_low import GroupedLow
 from sae_harvest.train.sae.kernels.triton_scores import MIN_KEY, group_maxima, ordered
 
-KEYS_BYTES = 1 << 30  # keys of one chunk of rows
-MIN_CLASSES = 1024  # of a row's keys
+KEYS_BYTES = 1 << 30  # size of the keys of one chunk of rows
+MIN_CLASSES = 1024  # classes of a row's keys, at least
 MIN_ROOM = 128  # survivors of a row, at least
-GROUPS_A_CANDIDATE = 8  # with fewer groups, too many would be computed again
-SCORES_BYTES = 256 << 20  # of one chunk, where groups don't pay
+GROUPS_A_CANDIDATE = 8  # with fewer groups, too many groups would be computed again
+SCORES_BYTES = 256 << 20  # size of the scores of one chunk of rows, in `choose_by_rows`
 MIN_PACKED = tl.constexpr(-(2**63))
 
 
 @triton.jit
 def _reached_by(keys: tl.tensor, count: tl.tensor, LAST_BIT: tl.constexpr) -> Any:
-    """The largest number, zero below LAST_BIT, that `count` of the keys reach; int32."""
-    shifted = (keys ^ MIN_KEY).to(tl.uint32, bitcast=True)  # orders as the keys do
+    """Find the largest int32, with zero bits below LAST_BIT, that `count` keys reach."""
+    shifted = (keys ^ MIN_KEY).to(tl.uint32, bitcast=True)  # in the order of the keys
     floor = tl.full((), 0, tl.uint32)
     bit = tl.full((), 1 << 31, tl.uint32)
     for _ in tl.range(0, 32 - LAST_BIT):
@@ -51,7 +51,7 @@ def _take(
     CLASSES: tl.constexpr,
     ROOM: tl.constexpr,
 ) -> Any:
-    """Writes the keys above the floor and the first `ties` that equal it; how many there are."""
+    """Write the keys above the floor and the first `ties` equal to it; return their number."""
     lane = tl.arange(0, CLASSES)
     taken = tl.full((), 0, tl.int32)
     equal = tl.full((), 0, tl.int32)
@@ -59,7 +59,7 @@ def _take(
         here = first + lane < width
         key = tl.load(keys + first + lane, mask=here, other=MIN_KEY)
         same = ((key == floor) & here).to(tl.int32)
-        among = equal + tl.cumsum(same, 0)  # how many equal ones up to here
+        among = equal + tl.cumsum(same, 0)  # number of equal keys up to this one
         keep = ((key > floor) & here) | ((same > 0) & (among <= ties))
         slot = taken + tl.cumsum(keep.to(tl.int32), 0) - 1
         tl.store(found + slot, key, mask=keep & (slot < ROOM))
@@ -81,11 +81,11 @@ def _survivors_kernel(
     CLASSES: tl.constexpr,
     ROOM: tl.constexpr,
 ) -> None:
-    """Keys of one row that may be among its `count` largest, and their places, -1 after the last.
+    """List the keys of one row that may be among its `count` largest, and their places, then -1.
 
-    The count-th largest of the maxima of disjoint classes is reached by at least `count` keys
-    and by few more. If too many are equal there (a row of zeros), the row's exact count-th
-    largest is found, and among its equals those of lower places are taken.
+    At least `count` keys, and few more, reach the count-th largest of the maxima of disjoint
+    classes. If too many keys are equal to it (as in a row of zeros), the row's exact count-th
+    largest key is found, and of the keys equal to it, the lower places are chosen.
     """
     row = tl.program_id(0).to(tl.int64)
     keys += row * width
@@ -113,20 +113,20 @@ def _survivors_kernel(
             above = tl.where(reached >= count, above, reached)
             bits = tl.where(reached >= count, trial, bits)
         floor = bits.to(tl.int32, bitcast=True) ^ MIN_KEY
-        # `above` of the last trial that too few reached: those above the floor
+        # `above` counts the keys above the floor, from the last trial that too few reached
         _take(keys, found, places, width, floor, count - above, CLASSES, ROOM)
 
 
 @triton.jit
 def _packed(key: tl.tensor, latent: tl.tensor) -> Any:
-    """int64 that order by key, then the lower latent first."""
+    """Pack into int64 that order by key, and then by latent, the lower first."""
     return (key.to(tl.int64) << 32) | (0x7FFFFFFF - latent).to(tl.int64)
 
 
 @triton.jit
 def _count_th(packed: tl.tensor, count: tl.tensor) -> Any:
-    """The largest number that `count` of the packed, int64 [any], reach: the count-th largest."""
-    shifted = (packed ^ MIN_PACKED).to(tl.uint64, bitcast=True)  # orders as they do
+    """Find the count-th largest of `packed`, int64 [any]."""
+    shifted = (packed ^ MIN_PACKED).to(tl.uint64, bitcast=True)  # in the same order
     floor = tl.full((), 0, tl.uint64)
     bit = tl.full((), 1 << 63, tl.uint64)
     for _ in tl.range(0, 64):
@@ -154,7 +154,7 @@ def _settle_kernel(
     FP8: tl.constexpr,
     ROOM: tl.constexpr,
 ) -> None:
-    """The `count` largest of one row, with the groups that may hide some computed again."""
+    """Find the `count` largest of one row; compute groups again that may hide some."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, ROOM)
     place = tl.load(places + row * ROOM + slot)
@@ -180,11 +180,11 @@ def _settle_kernel(
         latent = member * groups + this
         offset = tl.load(offsets + position)
         score = score * tl.load(scales + position) + offset * share if FP8 else score + offset
-        known = keys + (row * groups + this) * 2  # the two candidates are there already
+        known = keys + (row * groups + this) * 2  # the two candidates, already in the list
         first_known, second_known = 31 - (tl.load(known) & 31), 31 - (tl.load(known + 1) & 31)
         new = _packed((ordered(score) & -32) | (31 - member), latent)
         new = tl.where((member == first_known) | (member == second_known), MIN_PACKED, new)
-        free = packed < last  # all but `count` of the places
+        free = packed < last  # places whose keys are not among the `count` largest
         nth = tl.minimum(tl.cumsum(free.to(tl.int32), 0) - 1, 31)
         packed = tl.where(free, tl.gather(new, tl.maximum(nth, 0), 0), packed)
         packed = tl.where(free & (tl.cumsum(free.to(tl.int32), 0) > 32), MIN_PACKED, packed)
@@ -192,14 +192,14 @@ def _settle_kernel(
     keep = packed >= last
     chosen = 0x7FFFFFFF - (packed & 0x7FFFFFFF).to(tl.int32)
     target = out + row * count + tl.cumsum(keep.to(tl.int32), 0) - 1
-    # a row of NaN may choose latents that don't exist
+    # in a row of NaN, latents that don't exist may be chosen
     tl.store(target, tl.minimum(chosen, n_latents - 1), mask=keep)
 
 
 def choose_by_groups(
     short: Tensor, scale: Tensor, low: GroupedLow, bias: Tensor, count: int
 ) -> Tensor:
-    """The `count` largest scores of each row: int32 [rows, count].
+    """Find the latents with the `count` largest scores of each row: int32 [rows, count].
 
     Args:
         short, scale: [rows, depth] and float32 [rows], from `triton_low.shorten`.
@@ -243,9 +243,9 @@ def choose_by_groups(
 def choose_by_rows(
     short: Tensor, scale: Tensor, low: GroupedLow, bias: Tensor, count: int
 ) -> Tensor:
-    """Same as `choose_by_groups`, from all scores of some rows: for few latents or a large count.
+    """Do `choose_by_groups` from all scores of a row, for few latents or a large count.
 
-    Among equal scores any may be chosen.
+    Of equal scores, any may be chosen.
     """
     latents = low.latents()
     there = latents < low.n_latents
@@ -256,11 +256,11 @@ def choose_by_rows(
     for x, factor in zip(short.split(step), scale.split(step), strict=True):
         scores = (x.to(torch.bfloat16) @ weight.T).float()  # [chunk, positions]
         scores = scores.mul_(low.scales).mul_(factor.unsqueeze(1)).add_(offset)
-        scores.masked_fill_(~there, -torch.inf)  # where the row is NaN, too
+        scores.masked_fill_(~there, -torch.inf)  # also in a row of NaN
         chosen.append(latents[scores.topk(count, dim=1).indices].int())
     return torch.cat(chosen)
 
 
 def group_choice_pays(low: GroupedLow, count: int) -> bool:
-    """Whether `choose_by_groups` is faster: few of a row's largest scores share a group."""
+    """Whether `choose_by_groups` is faster: if few of a row's largest scores share a group."""
     return low.groups >= GROUPS_A_CANDIDATE * count

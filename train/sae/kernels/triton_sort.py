@@ -1,7 +1,7 @@
-"""Pairs sorted by latent, and sums of one number a pair.
+"""Pairs sorted by latent, and sums of one number per pair.
 
-A stable sort puts the pairs of a latent side by side, rows in order, so that sums need no atomics
-and give the same bits each time.
+A stable sort puts the pairs of a latent next to each other, in the order of rows. So sums need no
+atomics and give the same bits each time.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ SUM_WIDTH = 256  # terms that a program adds at a time
 
 @dataclass(frozen=True)
 class Sorted:
-    """Pairs by latent.
-
-    places: int64 [batch * w], row * w + slot, those without a latent last; rows: int32, likewise;
-    starts: int64 [n_latents + 1], where each latent's pairs begin.
-    """
+    """Pairs in the order of their latents; places without a pair come last."""
 
     places: Tensor
+    """int64 [batch * w], row * w + slot of each pair."""
     rows: Tensor
+    """int32 [batch * w], the row of each pair."""
     starts: Tensor
+    """int64 [n_latents + 1], where each latent's pairs begin."""
 
     @classmethod
     def of(cls, indices: Tensor, n_latents: int) -> Sorted:
@@ -41,7 +40,7 @@ class Sorted:
 def _sums_kernel(
     starts: tl.tensor, places: tl.tensor, terms: tl.tensor, sums: tl.tensor, WIDTH: tl.constexpr
 ) -> None:
-    """The sum of one latent's terms."""
+    """Sum one latent's terms."""
     latent = tl.program_id(0).to(tl.int64)
     first, last = tl.load(starts + latent), tl.load(starts + latent + 1)
     total = tl.zeros((WIDTH,), tl.float32)
