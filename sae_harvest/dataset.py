@@ -76,7 +76,7 @@ class ActivationDataset(IterableDataset[torch.Tensor]):
         return self.epochs * self._loader.batches_per_epoch
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        """The batches, from the first one of the first epoch."""
+        """Yield the batches, from the first one of the first epoch."""
         if get_worker_info() is not None:
             raise InputError(
                 "An ActivationDataset reads ahead in threads of its own; give the DataLoader "

@@ -75,7 +75,7 @@ class Features:
         return f"Features({str(self.path)!r}, {len(self):,} latents)"
 
     def sql(self, query: str) -> pd.DataFrame:
-        """The answer to one SELECT over the tables.
+        """Return the answer to one SELECT over the tables.
 
         The tables are latents, contexts, histograms, neighbours, tokens, documents and firings, and
         explanations where there are any. A query reads no other file.
@@ -131,7 +131,7 @@ class Features:
         return LiveModel.open(self.path)
 
     def activations(self, text: str) -> LiveText:
-        """The latents that fire on each token of a text.
+        """Return the latents that fire on each token of a text.
 
         >>> open_features("runs/demo/features").activations("the cat sees").token_texts[0]
         'the'

@@ -195,7 +195,7 @@ def build_features(
 
 
 def _checked(kind: Any, **fields: Any) -> Any:
-    """A configuration; `InputError` that names the field which cannot be used."""
+    """Return a configuration; `InputError` that names the field which cannot be used."""
     try:
         return kind(**fields)
     except ValidationError as error:

@@ -88,7 +88,7 @@ class Bucket:
         return memoryview(found.bytes())
 
     def listed(self, folder: str) -> list[ObjectMeta]:
-        """Every object below a folder, in no order."""
+        """Return every object below a folder, in no order."""
 
         def collect() -> list[ObjectMeta]:
             pages = self.client().list(folder or None, chunk_size=LIST_PAGE)
@@ -97,7 +97,7 @@ class Bucket:
         return retried(collect, GIVE_UP_SECONDS / 2)
 
     def first(self, folder: str) -> str | None:
-        """The path of any one object below a folder, None if there is none."""
+        """Return the path of any one object below a folder, None if there is none."""
 
         def ask() -> str | None:
             pages = self.client().list(folder or None, chunk_size=1)

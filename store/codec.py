@@ -27,7 +27,7 @@ Array = npt.NDArray[Any]
 
 
 def encode(plan: Plan, path: str, array: Array) -> list[Buffer]:
-    """The pieces of the object that holds `array`, one shard of the array at `path`.
+    """Return the pieces of the object that holds `array`, one shard of the array at `path`.
 
     A short shard's last chunk is filled up with the fill value.
     """
@@ -47,7 +47,7 @@ def decode(plan: Plan, path: str, data: Buffer, length: int, name: str) -> Array
 
 
 def chunks(plan: Plan, path: str, data: Buffer, length: int, name: str) -> Iterator[Array]:
-    """The first `length` entries of a shard chunk by chunk, views of its object's bytes.
+    """Yield the first `length` entries of a shard chunk by chunk, views of its object's bytes.
 
     Raises:
         DamagedError: the object has another length, its index is altered, or, when the iteration
@@ -95,7 +95,7 @@ def decode_chunk(
 
 
 def checksums(plan: Plan, path: str, pieces: Sequence[Buffer], length: int) -> list[int]:
-    """The crc32c of each chunk of an object that holds `length` entries, from its bytes.
+    """Return the crc32c of each chunk of an object that holds `length` entries, from its bytes.
 
     Args:
         pieces: what `encode` gave, or the whole object in one piece.
@@ -138,7 +138,7 @@ def _stride(spec: ArraySpec) -> int:
 
 
 def _index(spec: ArraySpec, count: int) -> bytes:
-    """The end of a sharded object whose first `count` chunks are there."""
+    """Return the end of a sharded object whose first `count` chunks are there."""
     step = _stride(spec)
     index = np.full((spec.shard[0] // spec.chunk[0], 2), ABSENT, "<u8")
     index[:count, 0] = np.arange(count) * step

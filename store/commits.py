@@ -79,7 +79,7 @@ class _PlanRecord(StrictModel):
 
 
 def read_plan_record(objects: Objects) -> dict[str, Any]:
-    """The checked content of plan.json: plan, hash, made_with.
+    """Return the checked content of plan.json: plan, hash, made_with.
 
     Raises:
         NotAStoreError: no plan.json.
@@ -110,12 +110,12 @@ def read_plan_record(objects: Objects) -> dict[str, Any]:
 
 
 def read_plan(objects: Objects) -> Plan:
-    """The plan of the store at a place; raises as `read_plan_record`."""
+    """Return the plan of the store at a place; raises as `read_plan_record`."""
     return Plan.model_validate(read_plan_record(objects)["plan"])
 
 
 def parse_plan(content: Any, name: str) -> Plan:
-    """The plan in a record; `DamagedError` if it is none, or not written as plans are."""
+    """Return the plan in a record; `DamagedError` if it is none, or not written as plans are."""
     try:
         plan = Plan.model_validate(content)
     except ValidationError as error:
@@ -126,7 +126,7 @@ def parse_plan(content: Any, name: str) -> Plan:
 
 
 def validate(model: type[BaseModel], content: dict[str, Any], name: str) -> None:
-    """`DamagedError` if a record lacks a field, has one too many, or one of another type."""
+    """Raise `DamagedError` if a record lacks a field, has one too many, or one of another type."""
     try:
         model.model_validate(content)
     except ValidationError as error:
@@ -146,7 +146,7 @@ def read_commit(objects: Objects, plan: Plan, shard: int) -> dict[str, Any]:
 def load_commit(
     objects: Objects, plan: Plan, shard: int, sealed: str | None = None
 ) -> tuple[dict[str, Any], str]:
-    """The checked commit record of a shard, and its digest.
+    """Return the checked commit record of a shard, and its digest.
 
     Args:
         sealed: the digest that a seal lists for it, where the shard is sealed.
@@ -172,7 +172,7 @@ def load_commit(
 
 
 def check_commit(plan: Plan, record: dict[str, Any], name: str) -> None:
-    """`DamagedError` if the content of a commit record is none that a harvest writes."""
+    """Raise `DamagedError` if the content of a commit record is none that a harvest writes."""
     validate(_Commit, record, name)
     shard, contexts, entries = record["shard"], record["contexts"], record["objects"]
     if contexts > plan.contexts_per_shard or record["rows"] != contexts * plan.context_length:
@@ -239,7 +239,7 @@ def commit_shard(objects: Objects, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def numbered(objects: Objects, key_of: Callable[[int], str]) -> list[int]:
-    """The numbers of the records that a folder holds, ascending.
+    """Return the numbers of the records that a folder holds, ascending.
 
     Args:
         key_of: `layout.commit_key` or `layout.seal_key`; other names in the folder are no records.
@@ -254,7 +254,7 @@ def numbered(objects: Objects, key_of: Callable[[int], str]) -> list[int]:
 
 
 def read_object(objects: Objects, key: str, entry: dict[str, Any], remedy: str = "") -> bytes:
-    """The bytes of an object, as its commit record lists it.
+    """Return the bytes of an object, as its commit record lists it.
 
     Args:
         entry: of the record, bytes and xxh3.

@@ -182,7 +182,7 @@ class Plan(PlanSettings):
 
 @cache
 def _largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of a number up to a limit; asked for every chunk that is read."""
+    """Return the largest divisor of a number up to a limit; asked for every chunk that is read."""
     return next(d for d in range(limit, 0, -1) if number % d == 0)
 
 
@@ -273,7 +273,7 @@ def seal_key(n_shards: int) -> str:
 
 
 def array_path(key: str) -> str | None:
-    """The array that an object is a shard of; None for a table's key."""
+    """Return the array that an object is a shard of; None for a table's key."""
     return None if key.endswith(".parquet") else key.rpartition("/")[0]
 
 

@@ -41,5 +41,5 @@ def _block(place: str, digest: str, site: str, block_info: Any = None) -> npt.ND
 
 @functools.lru_cache(maxsize=8)
 def _opened(place: str, digest: str) -> ActivationStore:
-    """The store, once in each process that computes blocks of it."""
+    """Return the store, once in each process that computes blocks of it."""
     return ActivationStore.open(place, digest)

@@ -114,7 +114,7 @@ def open_objects(place: str | Path) -> Objects:
 
 
 def require_space(objects: Objects, need: float, remedy: str) -> None:
-    """`StoreError` if a place cannot hold so many bytes more.
+    """Raise `StoreError` if a place cannot hold so many bytes more.
 
     Args:
         remedy: what to do beside freeing some space, "choose another --out" say.
@@ -218,7 +218,7 @@ class LocalObjects:
         return shutil.disk_usage(folder).free
 
     def _path(self, key: str) -> Path:
-        """The file of an object; `StoreError` for a key that leads out of the place."""
+        """Return the file of an object; `StoreError` for a key that leads out of the place."""
         try:
             return self._root / safe_name(key)
         except ValueError as error:

@@ -196,7 +196,7 @@ class ActivationStore:
         return x
 
     def dask(self, site: str | None = None) -> dask.array.Array:
-        """The rows of a site as a lazy array, float32 [n_rows, width].
+        """Return the rows of a site as a lazy array, float32 [n_rows, width].
 
         A chunk is read and checked when it is computed. What zarr and dask open by themselves is
         float16 or int8, which overflows in sums and lacks its scale.
@@ -227,11 +227,11 @@ class ActivationStore:
         return self._gather("tokens", first_context, last_context, self._plan.contexts_per_shard)
 
     def pieces(self, shard: int) -> pa.Table:
-        """The pieces of documents that the shard's contexts consist of."""
+        """Return the pieces of documents that the shard's contexts consist of."""
         return self._table(layout.context_key(shard), shard)
 
     def documents(self, shard: int) -> pa.Table:
-        """The documents that first appear in the shard; every document appears once."""
+        """Return the documents that first appear in the shard; every document appears once."""
         return self._table(layout.document_key(shard), shard)
 
     def statistics(self, site: str) -> dict[str, Any]:
@@ -295,7 +295,7 @@ class ActivationStore:
         return keep
 
     def cursor(self, shard: int) -> dict[str, Any]:
-        """The place in the corpus where the text of a shard begins."""
+        """Return the place in the corpus where the text of a shard begins."""
         return place_in_corpus(self._read_commit(shard))
 
     def _commit(self, shard: int) -> _Committed:
@@ -329,7 +329,7 @@ class ActivationStore:
             raise ValueError(f"{start}:{stop} of {path} is outside 0:{length}")
 
     def _chunk(self, path: str, row: int, scratch: Scratch | None) -> npt.NDArray[Any]:
-        """The whole chunk of activations that begins at a row, as stored."""
+        """Return the whole chunk of activations that begins at a row, as stored."""
         shard, inside = divmod(row, self.shard_rows)
         number = inside // self.chunk_rows(path.partition("/")[2])
         return self._read_chunk(path, shard, number, scratch)

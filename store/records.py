@@ -27,7 +27,7 @@ def digest_of(content: Any) -> str:
 
 
 def encode_record(content: dict[str, Any]) -> bytes:
-    """The record's bytes, checksum included, ending in a newline."""
+    """Return the record's bytes, checksum included, ending in a newline."""
     return canonical(content | {CHECKSUM: digest_of(content)}) + b"\n"
 
 
@@ -37,7 +37,7 @@ def decode_record(data: bytes, name: str) -> dict[str, Any]:
 
 
 def decode_with_digest(data: bytes, name: str) -> tuple[dict[str, Any], str]:
-    """The content of a record, and the `digest_of` it, which is the record's checksum.
+    """Return the content of a record, and the `digest_of` it, which is the record's checksum.
 
     Raises:
         DamagedError: a bit of it is not as written, or it is no record.

@@ -171,7 +171,7 @@ def list_inputs(url: str) -> list[tuple[str, int, str]]:
 
 
 def open_input(url: str, etag: str | None = None) -> IO[bytes]:
-    """The object at `url` as a buffered, seekable stream of bytes.
+    """Return the object at `url` as a buffered, seekable stream of bytes.
 
     It is read block by block, a request each, so that the consumer may take its time; if the
     object is overwritten meanwhile, that is an error. Raises `InputError`, here and while reading.

@@ -94,7 +94,7 @@ class SealBuilder:
             merge.add(record["statistics"][site])
 
     def record(self) -> dict[str, Any]:
-        """The seal, of at least one shard."""
+        """Return the seal, of at least one shard."""
         content = {
             "plan": self._plan.model_dump(mode="json"),
             "shards": len(self._commits),
@@ -139,7 +139,7 @@ def sweep(objects: Objects) -> None:
 
 
 def make_seals(objects: Objects, plan: Plan, counts: Sequence[int]) -> list[dict[str, Any]]:
-    """The seals of the first shards, so many and so many, each commit record read once.
+    """Return the seals of the first shards, so many and so many, each commit record read once.
 
     Raises:
         DamagedError: a commit record is missing, damaged, or of a short shard before the last.
@@ -154,12 +154,12 @@ def make_seals(objects: Objects, plan: Plan, counts: Sequence[int]) -> list[dict
 
 
 def sealed_counts(objects: Objects) -> list[int]:
-    """The numbers of shards that have been sealed, ascending."""
+    """Return the numbers of shards that have been sealed, ascending."""
     return [count for count in numbered(objects, layout.seal_key) if count > 0]
 
 
 def read_seal(objects: Objects, plan: Plan, n_shards: int) -> dict[str, Any]:
-    """The checked seal of so many shards; `DamagedError` if missing, altered or foreign."""
+    """Return the checked seal of so many shards; `DamagedError` if missing, altered or foreign."""
     key = layout.seal_key(n_shards)
     name = f"{objects.place}/{key}"
     try:
@@ -173,7 +173,7 @@ def read_seal(objects: Objects, plan: Plan, n_shards: int) -> dict[str, Any]:
 
 
 def check_seal(plan: Plan, record: dict[str, Any], name: str) -> None:
-    """`DamagedError` if the content of a seal is none that was made from commit records."""
+    """Raise `DamagedError` if the content of a seal is none that was made from commit records."""
     validate(_Seal, record, name)
     shards, contexts, rows = record["shards"], record["contexts"], record["rows"]
     full = plan.contexts_per_shard
@@ -209,7 +209,7 @@ def trusted_commits(objects: Objects, plan: Plan) -> list[str]:
 
 
 def find_seal(objects: Objects, plan: Plan, digest: str | None) -> dict[str, Any]:
-    """The latest seal, or the one with a digest.
+    """Return the latest seal, or the one with a digest.
 
     Raises:
         UnfinishedError: nothing is sealed, or nothing with that digest.

@@ -58,19 +58,19 @@ def exact_table(rows: npt.NDArray[np.int64], x: npt.NDArray[Any]) -> pa.Table:
 
 
 def exact_values(table: pa.Table, width: int) -> npt.NDArray[np.float16]:
-    """The values of an `exact_table`, [rows, width]."""
+    """Return the values of an `exact_table`, [rows, width]."""
     return table["values"].combine_chunks().flatten().to_numpy().reshape(-1, width)
 
 
 def encode_table(table: pa.Table) -> bytes:
-    """The table as Parquet."""
+    """Return the table as Parquet."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue().to_pybytes()
 
 
 def parse_table(data: bytes, plan: Plan, key: str, shard: int, name: str) -> pa.Table:
-    """The table of a shard, from the bytes of its object.
+    """Return the table of a shard, from the bytes of its object.
 
     Args:
         key: of the object; its folder tells which table it is.

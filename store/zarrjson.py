@@ -68,7 +68,7 @@ def _consolidated(within: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _array(plan: Plan, path: str, n_contexts: int) -> dict[str, Any]:
-    """An array cut into shards that are an object each."""
+    """Return an array cut into shards that are an object each."""
     spec = array_spec(plan, path)
     endian = {} if spec.dtype == "int8" else {"configuration": {"endian": "little"}}
     codecs: list[dict[str, Any]] = [{"name": "bytes", **endian}, _CRC]
@@ -89,7 +89,7 @@ def _array(plan: Plan, path: str, n_contexts: int) -> dict[str, Any]:
 
 
 def _sharding(chunk: list[int], codecs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The codec of an object that holds many chunks, and at its end where each is."""
+    """Return the codec of an object that holds many chunks, and at its end where each is."""
     return {
         "name": "sharding_indexed",
         "configuration": {

@@ -120,7 +120,7 @@ class _Report:
             )
 
     def report(self, with_bos: bool) -> dict[str, Any]:
-        """The figures by group; `with_bos`: also those of groups without BOS rows."""
+        """Return the figures by group; `with_bos`: also those of groups without BOS rows."""
         found: dict[str, Any] = {}
         for name, has in (GROUPS | (GROUPS_WITHOUT_BOS if with_bos else {})).items():
             together = _Figures(self._sae)
@@ -202,7 +202,7 @@ def evaluate_all(
 def _heldout_rows(
     store: ActivationStore, sites: Sequence[str], heldout: RowRule, most: int
 ) -> tuple[npt.NDArray[np.int64], torch.Tensor]:
-    """The first held-out rows of the store, at most so many, and the class of each.
+    """Return the first held-out rows of the store, at most so many, and the class of each.
 
     A row that training leaves out for its norm at any of the sites is an outlier.
 

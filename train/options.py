@@ -41,7 +41,7 @@ class RunSettings(CommandSettings):
         return self.read(Places)
 
     def config(self) -> TrainConfig:
-        """The run, with DEFAULTS. `click.UsageError` if a value does not fit."""
+        """Return the run, with DEFAULTS. `click.UsageError` if a value does not fit."""
         reads_k = self.values(TrainConfig).get("activation", "topk") in READERS["k"]
         return self.read(
             TrainConfig, {key: DEFAULTS[key] for key in DEFAULTS if key != "k" or reads_k}

@@ -120,7 +120,7 @@ def write_object(path: Path, pieces: Sequence[Buffer], *, overwrite: bool) -> bo
 
 
 def temporary_name(path: Path) -> Path:
-    """The name under which a file of one writer is written before it gets its own."""
+    """Return the name under which a file of one writer is written before it gets its own."""
     return path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
 
 
@@ -198,7 +198,7 @@ def give_name(temporary: Path, final: Path) -> bool:
 
 
 def _renamed(temporary: Path, final: Path) -> bool:
-    """`give_name` by Linux's renameat2, after which the temporary name is gone."""
+    """Raise `give_name` by Linux's renameat2, after which the temporary name is gone."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:  # of a C library that is older than the call

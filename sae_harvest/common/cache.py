@@ -48,7 +48,7 @@ def cache_dir() -> Path:
 
 
 def kept_cache_dir() -> Path | None:
-    """The cache folder if it outlives this process, else None. Says so as `cache_dir`."""
+    """Return the cache folder if it outlives this process, else None. Says so as `cache_dir`."""
     configured = configured_cache_dir()
     return configured if cache_dir() == configured else None
 
@@ -65,7 +65,7 @@ def use_numba_cache() -> None:
 
 @functools.cache
 def _writable(folder: Path | None) -> Path:
-    """The folder, created if need be, or a temporary one where it cannot be written."""
+    """Return the folder, created if need be, or a temporary one where it cannot be written."""
     problem = "there is no home folder" if folder is None else _problem(folder)
     if folder is not None and problem is None:
         return folder
@@ -86,7 +86,7 @@ def _writable(folder: Path | None) -> Path:
 
 
 def _problem(folder: Path) -> str | None:
-    """The reason why nothing can be written into a folder, None if it can."""
+    """Return the reason why nothing can be written into a folder, None if it can."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:

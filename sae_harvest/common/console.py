@@ -201,7 +201,7 @@ def when_interrupted(kept: str | Callable[[], str]) -> Iterator[None]:
 
 
 def ending(word: str, error: KeyboardInterrupt) -> str:
-    """The line with which an interrupted command ends."""
+    """Return the line with which an interrupted command ends."""
     return " ".join([word, *getattr(error, "__notes__", ())])
 
 
@@ -264,7 +264,7 @@ class Progress:
     def counting(
         self, phase: str, rate: Callable[[float], str] = lambda speed: ""
     ) -> Callable[[int, int | None], None]:
-        """A report of what is done and to do in one phase.
+        """Return a report of what is done and to do in one phase.
 
         Args:
             rate: words the speed, in units per second since the first report.

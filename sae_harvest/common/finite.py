@@ -17,7 +17,7 @@ def require_finite(
     first_row: int,
     wanted: npt.NDArray[np.bool_] | None = None,
 ) -> None:
-    """`DamagedError` naming the first row that holds infinity or NaN.
+    """Raise `DamagedError` naming the first row that holds infinity or NaN.
 
     Args:
         x: rows of a site, float16 or float32 [rows, width].

@@ -12,7 +12,7 @@ _BEFORE_HOST = re.compile(r"(?<![^\s'\"(=,])[^\s/@:'\"(=,]+:[^\s/@]+@(?=[\w\[])"
 
 
 def masked(text: str) -> str:
-    """The text with the user and password of every address in it replaced by `***`.
+    """Return the text with the user and password of every address in it replaced by `***`.
 
     >>> masked("https://me:secret@example.org:9000 cannot be reached")
     'https://***@example.org:9000 cannot be reached'

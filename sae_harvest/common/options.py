@@ -20,7 +20,7 @@ from sae_harvest.common.paths import absolute, absolute_name
 
 
 def usable(value: str) -> str:
-    """The value; `ValueError` if no file on this machine can have it as its path."""
+    """Return the value; `ValueError` if no file on this machine can have it as its path."""
     if not value or "\0" in value:
         raise ValueError(f"{value!a:.80} is not a path")
     if any(len(part) > MAX_NAME_BYTES for part in value.encode().split(b"/")):

@@ -19,7 +19,7 @@ MAX_NAME_BYTES = 255  # of one part of a path, on Linux
 
 
 def parse_json(data: str | bytes | bytearray | memoryview, limit: int = MAX_JSON_BYTES) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Args:
         data: the text, or its UTF-8 bytes.
@@ -77,7 +77,7 @@ def safe_name(name: object) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The message of an error, as one line of at most 300 printable characters.
+    """Return the message of an error, as one line of at most 300 printable characters.
 
     For pydantic's `ValidationError`: the place and the fault of the first of its errors.
     """

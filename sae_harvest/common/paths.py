@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def exact_file(path: Path, mode: str = "rb") -> pa.NativeFile:
-    """A file for pyarrow, which would take `s3:/a`, `file:/a` or `~/a` for places elsewhere.
+    """Return a file for pyarrow, which would take `s3:/a`, `file:/a` or `~/a` for places elsewhere.
 
     Args:
         mode: `rb` reads, `wb` writes it anew.

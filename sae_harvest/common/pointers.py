@@ -19,7 +19,7 @@ def is_pointer(path: Path) -> bool:
 
 
 def refuse_pointer(path: Path) -> None:
-    """`InputError` if the file is a Git-LFS pointer."""
+    """Raise `InputError` if the file is a Git-LFS pointer."""
     if is_pointer(path):
         raise InputError(
             f"{path} is a Git-LFS pointer and not the file itself; run `git lfs pull` in its "

@@ -49,7 +49,7 @@ def multiplies_int8() -> bool:
 
 
 def int8_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """The exact product of int8 [m, k] and [k, n] in int32 [m, n]; `torch.mm` has none.
+    """Return the exact product of int8 [m, k] and [k, n] in int32 [m, n]; `torch.mm` has none.
 
     Read in torch 2.13. Once gone, this raises AttributeError, and the encoder of processors
     with AVX-512 VNNI has to use float32.
@@ -60,7 +60,7 @@ def int8_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def n_changes(tensor: Tensor) -> int:
-    """The number of times a tensor, or one that shares its memory, was changed in place.
+    """Return the number of times a tensor, or one that shares its memory, was changed in place.
 
     Autograd counts them; there is no documented way to ask. Inference tensors have no count. Read
     in torch 2.13. Once gone, this raises AttributeError: copy every captured tensor then.
@@ -69,7 +69,7 @@ def n_changes(tensor: Tensor) -> int:
 
 
 def gguf_tensors(path: Path, model: nn.Module) -> dict[str, Tensor]:
-    """The weights in a GGUF file, decoded, by the names that they have in a model.
+    """Return the weights in a GGUF file, decoded, by the names that they have in a model.
 
     Transformers documents `from_pretrained(gguf_file=…)` alone, which asks for accelerate, and
     marks the model as quantised, which `save_pretrained` then refuses. Read in transformers 5.23.

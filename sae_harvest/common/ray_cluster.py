@@ -99,7 +99,7 @@ def start_actor(cls: type, threads: int, gpu: bool, at_once: int, strategy: Any)
 
 
 def answer(reference: Any) -> Any:
-    """The answer of a worker; what it refused is raised as it raised it.
+    """Return the answer of a worker; what it refused is raised as it raised it.
 
     Raises:
         SaeHarvestError: the worker's own.
@@ -115,7 +115,7 @@ def answer(reference: Any) -> Any:
 
 
 def _check_listening(address: str) -> None:
-    """`RunError` if nothing listens there: Ray itself would try for minutes, then exit."""
+    """Raise `RunError` if nothing listens there: Ray itself would try for minutes, then exit."""
     host, separator, port = address.rpartition(":")
     if not separator or "/" in address or not port.isdecimal():
         raise RunError(f"--address {address}: expected auto, or HOST:PORT of the cluster's head.")
@@ -146,7 +146,7 @@ def threads_per_worker(workers: int, gpu: bool) -> int:
 
 
 def share(nodes: list[tuple[int, int]], workers: int, gpu: bool) -> int | None:
-    """The most cores with which so many workers can be placed on nodes of (cores, GPUs).
+    """Return the most cores with which so many workers can be placed on nodes of (cores, GPUs).
 
     Each worker is on one node, with a GPU of its own if `gpu`; None if there is no room for all.
     """
@@ -163,7 +163,7 @@ def share(nodes: list[tuple[int, int]], workers: int, gpu: bool) -> int | None:
 
 
 def resources() -> str:
-    """The cores, GPUs and machines of the Ray cluster, in words."""
+    """Return the cores, GPUs and machines of the Ray cluster, in words."""
     nodes = _nodes()
     free = ray.available_resources()
     counts = [f"{sum(c for c, _ in nodes)} cores ({free.get('CPU', 0):.0f} free)"]
@@ -187,7 +187,7 @@ def reason(error: RayError) -> str:
 
 
 def missing_module(error: BaseException) -> str | None:
-    """The module for lack of which a worker could not start, or None."""
+    """Return the module for lack of which a worker could not start, or None."""
     found = re.search(r"No module named '([^']+)'", str(error))
     return found[1] if found else None
 

@@ -31,7 +31,7 @@ class Header:
 
 
 def dtype_name(dtype: np.dtype[Any]) -> str:
-    """The format's name of a dtype of integers or floats: U16, I64, F32."""
+    """Return the format's name of a dtype of integers or floats: U16, I64, F32."""
     return f"{dtype.kind.upper()}{8 * dtype.itemsize}"
 
 
@@ -42,7 +42,7 @@ def make_header(
     compact: bool = False,
     json_bytes: int = 0,
 ) -> Header:
-    """The header of tensors that follow each other in the order given.
+    """Return the header of tensors that follow each other in the order given.
 
     Args:
         tensors: dtype and shape by name.

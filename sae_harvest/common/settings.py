@@ -79,7 +79,7 @@ class Setting:
 def settings_of(
     model: type[BaseModel], above: tuple[str, ...] = (), inherited: Option | None = None
 ) -> list[Setting]:
-    """Every field of a model, with the fields of its models in their place."""
+    """Return every field of a model, with the fields of its models in their place."""
     found: list[Setting] = []
     for name, field in model.model_fields.items():
         option = next((item for item in field.metadata if isinstance(item, Option)), inherited)
@@ -125,7 +125,7 @@ class FieldType(click.ParamType):
 def options_for(
     settings: Iterable[Setting], defaults: Mapping[str, Any] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator that adds an option for each setting that has one.
+    """Return a decorator that adds an option for each setting that has one.
 
     Args:
         defaults: what the command takes, by key, for fields that have no default.
@@ -194,17 +194,17 @@ class CommandSettings:
 
     @classmethod
     def settings(cls) -> list[Setting]:
-        """Every field of the models."""
+        """Return every field of the models."""
         return list(chain.from_iterable(map(settings_of, cls.models)))
 
     @classmethod
     def top_keys(cls) -> list[str]:
-        """The keys at the top of the file."""
+        """Return the keys at the top of the file."""
         return list(chain.from_iterable(model.model_fields for model in cls.models))
 
     @classmethod
     def typed(cls, ctx: click.Context) -> dict[str, Any]:
-        """The settings that were typed, by key."""
+        """Return the settings that were typed, by key."""
         found: dict[str, Any] = {}
         for setting in cls.settings():
             name = setting.parameter
@@ -294,7 +294,7 @@ class CommandSettings:
         return f"{self._file}: {spelled}" if named_in_file else spelled
 
     def _instead(self, path: tuple[str, ...]) -> str:
-        """The key that was meant: one whose option is called so, or one like it."""
+        """Return the key that was meant: one whose option is called so, or one like it."""
         *above, key = path
         settings = self.settings()
         known = (
@@ -335,12 +335,12 @@ def _message(error: Any) -> str:
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    """The types of a union; the type itself otherwise."""
+    """Return the types of a union; the type itself otherwise."""
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
 def _bare(annotation: Any) -> Any:
-    """The type without what pydantic is told of it."""
+    """Return the type without what pydantic is told of it."""
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
@@ -356,7 +356,7 @@ def _type_name(kind: Any, unit: str | None) -> str:
 
 
 def _bounds(annotation: Any, metadata: Iterable[Any]) -> Iterator[str]:
-    """The bounds of a field and of its types, in words."""
+    """Yield the bounds of a field and of its types, in words."""
     for item in metadata:
         if isinstance(item, FieldInfo):
             yield from _bounds(None, item.metadata)

@@ -108,7 +108,7 @@ _Loader.add_implicit_resolver(f"{TAG}float", _FLOAT, list("-+.0123456789"))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The file's mapping.
+    """Return the file's mapping.
 
     Raises:
         click.UsageError: it is not there, not YAML, beyond a limit, or not a mapping of names.
@@ -132,7 +132,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_value(text: str) -> Any:
-    """A value as a file would have it: `1e-3` is a number, `[1, 2]` a list.
+    """Return a value as a file would have it: `1e-3` is a number, `[1, 2]` a list.
 
     Raises:
         click.UsageError: it is not YAML, or beyond a limit.

@@ -162,7 +162,7 @@ class ShuffledLoader:
             yield self.next_batch()
 
     def next_batch(self) -> Batch:
-        """The next batch; it is the caller's own.
+        """Return the next batch; it is the caller's own.
 
         Raises:
             DamagedError: a chunk of the window it comes from is missing or damaged, or a row is
@@ -187,7 +187,7 @@ class ShuffledLoader:
         self._reading = self._sent = self._upload = None
 
     def _gather(self, reading: ReadAhead, into: tuple[torch.Tensor, ...]) -> npt.NDArray[np.int64]:
-        """The next rows of our order into tensors [share, width]; their numbers."""
+        """Return the next rows of our order into tensors [share, width]; their numbers."""
         rows = np.empty(self._order.share, np.int64)
         filled = 0
         while filled < len(rows):
@@ -202,7 +202,7 @@ class ShuffledLoader:
     def _from_gpu(
         self, reading: ReadAhead
     ) -> tuple[npt.NDArray[np.int64], tuple[torch.Tensor, ...]]:
-        """The batch that was sent ahead; the one after it sets out, if its rows are read."""
+        """Return the batch that was sent ahead; the one after it sets out, if its rows are read."""
         rows, sent = self._sent or self._send(reading)
         self._sent = self._send(reading) if reading.ready(self._order.share) else None
         return rows, sent.arrive()
@@ -216,7 +216,7 @@ class ShuffledLoader:
 
 
 def _too_few(store: ActivationStore, rule: RowRule, n_selected: int, batch_rows: int) -> str:
-    """The sentence that says why there is no batch, and what would help."""
+    """Return the sentence that says why there is no batch, and what would help."""
     limits, remedies = [], ["harvest more tokens", "use smaller batches"]
     if rule.split != "all":
         limits.append(f"split {rule.split} with heldout_fraction {rule.heldout_fraction:g}")

@@ -96,7 +96,7 @@ class Order:
             epoch, begin = epoch + 1, 0
 
     def count(self, window: Window) -> int:
-        """The number of this rank's rows in a window."""
+        """Return the number of this rank's rows in a window."""
         return len(self._ours(window))
 
     def places(self, window: Window) -> Int64s:
@@ -114,11 +114,11 @@ class Order:
         return places
 
     def _ours(self, window: Window) -> range:
-        """The part of this rank's rows of the epoch that a window holds."""
+        """Return the part of this rank's rows of the epoch that a window holds."""
         return range(self._before(window.first), self._before(window.first + int(window.edges[-1])))
 
     def _before(self, position: int) -> int:
-        """The number of this rank's rows before a position of an epoch."""
+        """Return the number of this rank's rows before a position of an epoch."""
         batch, inside = divmod(position, self._batch_rows)
         if batch >= self.batches_per_epoch:
             return self.batches_per_epoch * self.share

@@ -48,7 +48,7 @@ class ReadAhead:
             self._fill(selected.buffer(order.capacity))
 
     def take(self, rows: int) -> tuple[RowBuffer, slice]:
-        """The next rows, at most so many: where they are, until the next call."""
+        """Return the next rows, at most so many: where they are, until the next call."""
         if self._filling[0].offset == self._filling[0].count:
             self._fill(self._filling.popleft().buffer)
         filling = self._filling[0]

@@ -22,7 +22,7 @@ class Recycled:
         self._free: list[npt.NDArray[np.float32]] = []
 
     def tensor(self) -> torch.Tensor:
-        """A tensor [shape]."""
+        """Return a tensor [shape]."""
         memory = self._free.pop() if self._free else np.empty(self._shape, np.float32)
         lent = memory[:]  # an object of its own: the tensor's storage keeps it, and nothing else
         weakref.finalize(lent, self._free.append, memory).atexit = False

@@ -21,7 +21,7 @@ class Sent:
     done: torch.cuda.Event
 
     def arrive(self) -> Parts:
-        """The tensors, for the current stream, which waits for them; the host does not."""
+        """Return the tensors, for the current stream, which waits for them; the host does not."""
         stream = torch.cuda.current_stream(self.x[0].device)
         stream.wait_event(self.done)
         for part in self.x:

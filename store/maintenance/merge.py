@@ -95,7 +95,7 @@ def merge(target: Objects, sources: Sequence[Objects], on_progress: OnProgress) 
 
 
 def _commit(objects: Objects, plan: Plan, shard: int, sealed: Sequence[str]) -> dict[str, Any]:
-    """A commit record, the sealed one where the shard is sealed: `trusted_commits`."""
+    """Return a commit record, the sealed one where the shard is sealed: `trusted_commits`."""
     return load_commit(objects, plan, shard, sealed[shard] if shard < len(sealed) else None)[0]
 
 

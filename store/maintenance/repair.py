@@ -53,7 +53,7 @@ def restore_plan(objects: Objects) -> bool:
 
 
 def _plan_of_seal(objects: Objects, n_shards: int) -> Plan | None:
-    """The plan that a seal holds, None if the seal is damaged or of another format."""
+    """Return the plan that a seal holds, None if the seal is damaged or of another format."""
     key = layout.seal_key(n_shards)
     try:
         record = decode_record(objects.read(key), key)

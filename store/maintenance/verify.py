@@ -124,7 +124,7 @@ class _Records:
         return self._seals.get(max(self.counts, default=0))
 
     def _shards(self, n_sealed: int) -> list[int]:
-        """The shards that are there or should be.
+        """Return the shards that are there or should be.
 
         A damaged seal is believed by its name as far as there may be so many shards.
         """
@@ -162,7 +162,7 @@ class _Records:
 def _damage_of(
     objects: Objects, plan: Plan, shard: int, key: str, entry: dict[str, Any], contexts: int
 ) -> str | None:
-    """A sentence about the damage of an object; None if the object is as committed."""
+    """Return a sentence about the damage of an object; None if the object is as committed."""
     name = f"{objects.place}/{key}"
     try:
         data = read_object(objects, key, entry)
@@ -182,7 +182,7 @@ def _damage_of(
 
 
 def _metadata_damage(objects: Objects, plan: Plan, records: _Records) -> Iterator[Damage]:
-    """Every zarr.json against the latest seal, and the heartbeat, if a harvest left one.
+    """Yield every zarr.json against the latest seal, and the heartbeat, if a harvest left one.
 
     A harvest that was killed just before its seal has left the shapes of what it would seal.
     """

@@ -21,7 +21,7 @@ BLOCK_ROWS = 256  # summed around one pilot; a longer block would lose digits, s
 
 
 def as_float(bits: Any) -> Any:
-    """The float32 whose bits (uint32), or whose bits as a float16 (uint16), are given."""
+    """Return the float32 whose bits (uint32), or whose bits as a float16 (uint16), are given."""
     raise NotImplementedError("only compiled code calls this")
 
 

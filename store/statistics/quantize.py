@@ -24,7 +24,7 @@ BLOCK_ROWS = 64  # decoded at a time: the second step finds them in the cache
 
 
 def rows_apart(x: npt.NDArray[Any], is_outlier: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """The rows to keep exactly, bool [rows]: outliers, and rows far out in some channel.
+    """Return the rows to keep exactly, bool [rows]: outliers, and rows far out in some channel.
 
     Far out is more than ten standard deviations of the ordinary rows from their mean. Where more
     than a thousandth of the rows are, as in channels that are mostly zero, it is the farthest.

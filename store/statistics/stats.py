@@ -134,7 +134,7 @@ def quantization_fvu(error: Sequence[float], ordinary: Moments) -> FloatArray:
 def summarise(
     x: npt.NDArray[Any], norms: npt.NDArray[np.float32], tokens: npt.NDArray[np.int32]
 ) -> dict[str, Any]:
-    """The statistics of one shard of one site, as stored in its commit record.
+    """Return the statistics of one shard of one site, as stored in its commit record.
 
     For an int8 store the writer adds "quantization_error", its `squared_error`.
 
@@ -183,7 +183,7 @@ class Merge:
             self._error = error if self._error is None else self._error + error
 
     def to_json(self) -> dict[str, Any]:
-        """The merged statistics, as stored with a seal."""
+        """Return the merged statistics, as stored with a seal."""
         ordinary, outlier = self._groups["ordinary"], self._groups["outlier"]
         histogram = self._counts["norm_histogram"]
         quantiles = (0.01, 0.05, 0.5, 0.95, 0.99, 0.999)
@@ -209,7 +209,7 @@ def outlier_dimensions(moments: Moments) -> list[int]:
 
 
 def histogram_quantile(histogram: Counter[str], q: float) -> float:
-    """The norm at quantile q, within 0.4 %: the middle of the bin it falls in."""
+    """Return the norm at quantile q, within 0.4 %: the middle of the bin it falls in."""
     bins = np.array(sorted((int(b), n) for b, n in histogram.items()))  # [bins, (bin, count)]
     cumulative = np.cumsum(bins[:, 1])
     found = bins[np.searchsorted(cumulative, q * cumulative[-1]), 0]

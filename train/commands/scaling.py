@@ -62,7 +62,7 @@ def scaling(sweep: Path, out: Path, plots: bool, seed: int) -> None:
 
 
 def _table(content: dict[str, Any]) -> Table:
-    """The laws with their parameters and intervals."""
+    """Return the laws with their parameters and intervals."""
     level = content["laws"][0]["level"]
     table = Table("law", "k", "parameter", "value", f"{level:.0%} interval", "R²", box=None)
     for law in content["laws"]:

@@ -160,7 +160,7 @@ def _digest(path: Path, start: int) -> bytes:
 
 
 def _layout(tensors: dict[str, Tensor], n_latents: int) -> tuple[Header, dict[str, Place]]:
-    """The file's header, and the place of each tensor; as safetensors lays them out."""
+    """Return the file's header, and the place of each tensor; as safetensors lays them out."""
     kinds = list(DTYPES)
     whole = {}
     for name in sorted(tensors, key=lambda name: (kinds.index(tensors[name].dtype), name)):

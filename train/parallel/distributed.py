@@ -73,12 +73,12 @@ def reaching_peers() -> Iterator[None]:
 
 
 def passing(why: str) -> OSError:
-    """A cause by which `train.run.exit_codes` knows that trying again may help."""
+    """Return a cause by which `train.run.exit_codes` knows that trying again may help."""
     return ConnectionResetError(errno.ECONNRESET, why)
 
 
 def _to_numbers(error: Exception | None) -> Tensor:
-    """An error's sentence as int64 [SENTENCE_BYTES]: whether it may pass, then UTF-8."""
+    """Return an error's sentence as int64 [SENTENCE_BYTES]: whether it may pass, then UTF-8."""
     numbers = torch.zeros(SENTENCE_BYTES, dtype=torch.int64)
     if error is not None:
         text = str(error).encode()[: SENTENCE_BYTES - 1]
@@ -253,14 +253,14 @@ class ShardedLatents(_Processes):
 
 
 def part_of(n_latents: int, part: int, parts: int) -> tuple[int, int]:
-    """The latents [first, last) of a part."""
+    """Return the latents [first, last) of a part."""
     return n_latents * part // parts, n_latents * (part + 1) // parts
 
 
 def group_of(
     parallel: Parallel, n_latents: int, batch_rows: int, device: torch.device
 ) -> ProcessGroup:
-    """The group of this process, once torch.distributed is initialised.
+    """Return the group of this process, once torch.distributed is initialised.
 
     Raises:
         InputError: there are more processes than what is divided has parts.

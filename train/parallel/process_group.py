@@ -39,7 +39,7 @@ class ProcessGroup:
     latent_parts = 1
 
     def latents(self, n_latents: int) -> tuple[int, int]:
-        """The latents [first, last) that this process holds."""
+        """Return the latents [first, last) that this process holds."""
         return 0, n_latents
 
     def sum_rows(self, tensor: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class ProcessGroup:
         return tensor
 
     def keep_top(self, indices: Tensor, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest pairs of each row over all parts of the latents.
+        """Return the k largest pairs of each row over all parts of the latents.
 
         Args:
             indices: int32 [batch, w], values: float32 [batch, w] of this part, decreasing.
@@ -62,14 +62,14 @@ class ProcessGroup:
         return indices, values
 
     def gather_pairs(self, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The pairs of all parts of the latents, [batch, all w], part after part."""
+        """Return the pairs of all parts of the latents, [batch, all w], part after part."""
         return indices, values
 
     def reduce_gradients(self, into: Gradients) -> None:
         """Sums enc, dec and bias over the parts of the rows and computes `squares` anew."""
 
     def collect(self, tensor: Tensor) -> Tensor:
-        """The sum over processes, whatever they divide; may be the tensor itself, summed."""
+        """Return the sum over processes, whatever they divide; may be the tensor itself, summed."""
         return tensor
 
     def anywhere(self, here: bool) -> bool:
@@ -77,7 +77,7 @@ class ProcessGroup:
         return bool(self.collect(torch.tensor(int(here))))
 
     def from_first(self, number: int) -> int:
-        """The first process's number, in every process."""
+        """Return the first process's number, in every process."""
         return int(self.collect(torch.tensor(number if self.rank == 0 else 0)))
 
     def together(self, work: Callable[[], T]) -> T:
@@ -88,10 +88,10 @@ class ProcessGroup:
         return work()
 
     def check_shared(self, folder: Path) -> None:
-        """`InputError` unless the folder is the same one for all processes."""
+        """Raise `InputError` unless the folder is the same one for all processes."""
 
     def reach(self, values: Tensor, count: int) -> float:
-        """The largest number that `count` of the values of all processes reach.
+        """Return the largest number that `count` of the values of all processes reach.
 
         By bisection of float32 numbers, so that processes exchange counts and no values.
 

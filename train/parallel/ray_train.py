@@ -195,7 +195,7 @@ def visible_devices(places: Sequence[Place]) -> list[str | None]:
 
 
 def _result(out: Path, steps: int, number: int | None) -> RunResult:
-    """The result of a run, read from its folder; `number`: the signal that stopped it."""
+    """Return the result of a run, read from its folder; `number`: the signal that stopped it."""
     done = max(saved_steps(out), default=0)
     metrics = _metrics(out)
     if done < steps:
@@ -229,7 +229,7 @@ def _sentence(failure: Failure) -> SaeHarvestError:
 
 
 def _gone(rank: int, error: BaseException) -> BaseException:
-    """The error for a worker that ended without a sentence of its own."""
+    """Return the error for a worker that ended without a sentence of its own."""
     if module := cluster.missing_module(error):
         return RunError(
             f"Worker {rank} found no {module} on its machine; install the same version of "

@@ -80,7 +80,7 @@ def shape_of(
     devices: int = 1,
     parallel: Literal["data", "latents"] = "data",
 ) -> Shape:
-    """The shape of one device's share of a run.
+    """Return the shape of one device's share of a run.
 
     Args:
         config: the run.
@@ -139,7 +139,7 @@ def memory(shape: Shape, low_bytes: float = LOW) -> dict[str, int]:
 
 
 def memory_bytes(config: TrainConfig, d_in: int, d_out: int | None = None) -> int:
-    """All bytes of one learner on one device, the batch it reads included."""
+    """Return all bytes of one learner on one device, the batch it reads included."""
     return sum(memory(shape_of(config, d_in, d_out)).values())
 
 

@@ -126,7 +126,7 @@ def plan(
     dead_share: float = 0.0,
     stored_bytes: int = 2,
 ) -> Estimate:
-    """The plan of a run.
+    """Return the plan of a run.
 
     Args:
         config: the run.

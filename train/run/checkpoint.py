@@ -113,7 +113,7 @@ def save_checkpoint(
 def load_checkpoint(
     out: Path, step: int, device: str, group: ProcessGroup | None = None
 ) -> Checkpoint:
-    """The checkpoint of a run at a step; of what is divided by latents, this process's part.
+    """Return the checkpoint of a run at a step; of what is divided by latents, this process's part.
 
     Raises:
         RunError: it is damaged; names the file.

@@ -49,7 +49,7 @@ def open_store(place: str | Path, out: Path, name: str = RUN_FILE) -> Activation
 
 
 def config_of(path: Path, content: Any, remedy: str) -> TrainConfig:
-    """The configuration in a record of a run, of any version that ours can read.
+    """Return the configuration in a record of a run, of any version that ours can read.
 
     Raises:
         RunError: it has none, or one that cannot be; names the file.
@@ -76,7 +76,7 @@ def _begun(record: Any) -> str | None:
 
 
 def describe_run(config: TrainConfig, store: ActivationStore, site: str) -> dict[str, Any]:
-    """The content of run.json: what decides the result, apart from the device."""
+    """Return the content of run.json: what decides the result, apart from the device."""
     return {
         "format": FORMAT,
         "site": site,
@@ -119,7 +119,7 @@ def finished_evaluation(out: Path, digest: str | None = None) -> dict[str, Any] 
 
 
 def failure_of(out: Path) -> str | None:
-    """The sentence of a run that has failed; None of any other."""
+    """Return the sentence of a run that has failed; None of any other."""
     path = out / FAILED_FILE
     if not path.exists():
         return None
@@ -128,7 +128,7 @@ def failure_of(out: Path) -> str | None:
 
 
 def _compare(out: Path, found: Any, description: dict[str, Any]) -> None:
-    """`RunError` unless a record says what is described."""
+    """Raise `RunError` unless a record says what is described."""
     there = found.get("format") if isinstance(found, dict) else None
     if there != description["format"]:
         raise RunError(

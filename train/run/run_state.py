@@ -88,7 +88,7 @@ class BatchStream:
 
 
 def first_rows(loader: ShuffledLoader) -> tuple[Tensor, Tensor | None]:
-    """The first SAMPLE_ROWS rows of the loader's order, or an epoch, on the processor."""
+    """Return the first SAMPLE_ROWS rows of the loader's order, or an epoch, on the processor."""
     batches: list[Batch] = []
     rows = 0
     while rows < SAMPLE_ROWS and len(batches) < loader.batches_per_epoch:
@@ -204,7 +204,7 @@ class TrainingRun:
         self._saved = self.step
 
     def result(self) -> Dictionary:
-        """The dictionary for use, written to the folder unless it is there."""
+        """Return the dictionary for use, written to the folder unless it is there."""
         sae, group = self.learner.result(), self._stream.group
         if group.latent_parts > 1:
             save_part(self.out, sae, self.config.n_latents, group)

@@ -53,7 +53,7 @@ class RunStatus:
 
 
 def read_status(out: Path) -> list[RunStatus]:
-    """The run in a folder, or the members of the sweep there.
+    """Return the run in a folder, or the members of the sweep there.
 
     Raises:
         InputError: there is neither. RunError: a file there is damaged.

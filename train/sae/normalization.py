@@ -39,12 +39,12 @@ def normalise_rows(
 
 
 def normalise_target(target: Tensor, config: SAEConfig) -> Tensor:
-    """The target of a transcoder in the units of its output: float32 [batch, d_out]."""
+    """Return the target of a transcoder in the units of its output: float32 [batch, d_out]."""
     return target.float() / config.output_scale
 
 
 def restore(reconstruction: Tensor, x: Tensor | None, config: SAEConfig) -> Tensor:
-    """The reconstruction [batch, d_out] in the units of the model; changed in place.
+    """Return the reconstruction [batch, d_out] in the units of the model; changed in place.
 
     x: the rows as `normalise` got them; needed where a row is normalised by its own numbers.
     """

@@ -106,7 +106,7 @@ class SAE:
         return self.W_enc.device
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name; the tensors themselves, not copies."""
+        """Return the tensors by name; the tensors themselves, not copies."""
         return {
             "W_enc": self.W_enc,
             "W_dec": self.W_dec,
@@ -157,7 +157,7 @@ class SAE:
         return x.to(self.device, torch.float32)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The active latents of each row.
+        """Return the active latents of each row.
 
         A low-precision product finds candidates; exact float32 dot products of those decide, and
         are the values.
@@ -227,7 +227,7 @@ class SAE:
         return restore(out, x, self.config)
 
     def encode_dense(self, x: Tensor) -> Tensor:
-        """The activation of every latent on each row, 0 where it does not fire.
+        """Return the activation of every latent on each row, 0 where it does not fire.
 
         >>> import torch
         >>> sae = SAE.load("runs/demo/sae")
@@ -248,7 +248,7 @@ class SAE:
         return dense.scatter_add_(1, indices.long(), values)  # places without a latent hold 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction of each row; of a transcoder, the prediction.
+        """Return the reconstruction of each row; of a transcoder, the prediction.
 
         Args:
             x: floating point, [..., d_in]: rows, or contexts of rows.
@@ -267,7 +267,7 @@ class SAE:
     __call__ = forward
 
     def to(self, device: str | torch.device) -> SAE:
-        """The same SAE with its tensors on a device; this one stays as it is.
+        """Return the same SAE with its tensors on a device; this one stays as it is.
 
         >>> SAE.load("runs/demo/sae").to("cpu").device
         device(type='cpu')
@@ -283,7 +283,7 @@ class SAE:
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> SAE:
-        """The SAE saved in a folder.
+        """Return the SAE saved in a folder.
 
         Raises:
             InputError: the folder holds no SAE. RunError: its files are damaged.
@@ -302,7 +302,7 @@ class SAE:
 
     @staticmethod
     def read_config(folder: Path) -> SAEConfig:
-        """The configuration of the SAE saved in a folder.
+        """Return the configuration of the SAE saved in a folder.
 
         Raises:
             InputError: the folder holds no SAE. RunError: the file is damaged.

@@ -22,7 +22,7 @@ READ_BYTES = 64 << 20
 
 
 def whole_config(sae: SAE, n_latents: int) -> SAEConfig:
-    """The configuration of all latents, of a part's."""
+    """Return the configuration of all latents, of a part's."""
     return sae.config.model_copy(update={"n_latents": n_latents})
 
 

@@ -128,7 +128,7 @@ def _doubts(k: int, group: Sequence[Size]) -> list[str]:
 
 
 def best_rates(points: Sequence[RunPoint]) -> list[RunPoint]:
-    """The runs of the learning rate that is best for their n_latents and k."""
+    """Return the runs of the learning rate that is best for their n_latents and k."""
     losses: dict[tuple[int, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for point in points:
         losses[point.n_latents, point.k][point.lr].append(np.log(point.fvu))
@@ -147,7 +147,7 @@ def _losses(sizes: Sequence[Size]) -> Any:
 
 
 def fits(scaling: Scaling) -> dict[str, Any]:
-    """The content of fits.json: each law's parameters, intervals and R^2."""
+    """Return the content of fits.json: each law's parameters, intervals and R^2."""
     found: dict[str, Any] = {
         "loss": "held-out FVU without outliers; L(C): FVU of training batches before their step",
         "intervals": "parametric bootstrap, scale of the deviations drawn as in Student's t",
@@ -167,7 +167,7 @@ def fits(scaling: Scaling) -> dict[str, Any]:
 
 
 def table(scaling: Scaling) -> pa.Table:
-    """Every point: a row per run (kind run), then the envelopes' (kind envelope).
+    """Return every point: a row per run (kind run), then the envelopes' (kind envelope).
 
     predicted_n, predicted_nk, predicted_c: FVU by the laws, null where there is none.
     """

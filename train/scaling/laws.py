@@ -35,10 +35,10 @@ class Law(Protocol):
         """Coordinates to begin from, [sets, p], for log losses [points]."""
 
     def parameters(self, theta: Array) -> dict[str, Array]:
-        """The parameters by their names above, [sets] each."""
+        """Return the parameters by their names above, [sets] each."""
 
     def at(self, points: Any) -> Law:
-        """The same law, centred as it is, at other points."""
+        """Return the same law, centred as it is, at other points."""
 
 
 class PowerLaw:

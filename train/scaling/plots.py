@@ -59,7 +59,7 @@ def _save(path: Path, draw: Any, scaling: Scaling) -> Path:
 
 
 def _colours(values: Sequence[int]) -> dict[int, Any]:
-    """A colour per value, from dark to light in their order."""
+    """Return a colour per value, from dark to light in their order."""
     shades = mpl.colormaps["viridis"](np.linspace(0.0, 0.85, max(2, len(values))))
     return dict(zip(sorted(values), shades, strict=False))
 

@@ -60,7 +60,7 @@ class RunPoint:
 
 
 def read_sweep(folder: Path) -> list[RunPoint]:
-    """The runs of a sweep, by n_latents, k and seed.
+    """Return the runs of a sweep, by n_latents, k and seed.
 
     Raises:
         InputError: no runs, failed or unfinished ones, or runs that no one law describes.

@@ -51,7 +51,7 @@ class Start:
 
 
 def geometric_median(rows: Tensor) -> Tensor:
-    """The point with the least sum of distances to the rows, by Weiszfeld's iteration.
+    """Return the point with the least sum of distances to the rows, by Weiszfeld's iteration.
 
     Outlying rows pull it far less than they pull the mean. rows: [n, d]; float64 [d].
     """
@@ -235,7 +235,7 @@ def _scale(rows: Tensor, normalization: str) -> tuple[float, float]:
 
 
 def _linear_map(rows: Tensor, target: Tensor) -> Tensor:
-    """A of the least |target - A rows|^2 around their means, float32 [d_out, d_in]."""
+    """Return a of the least |target - A rows|^2 around their means, float32 [d_out, d_in]."""
     rows = rows.double() - rows.double().mean(0)
     target = target.double() - target.double().mean(0)
     square = rows.T @ rows  # [d_in, d_in]

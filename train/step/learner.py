@@ -57,7 +57,7 @@ class Learner:
         model: dict[str, Any],
         group: ProcessGroup | None = None,
     ) -> Learner:
-        """A run's first state.
+        """Return a run's first state.
 
         Args:
             site: where the rows come from.
@@ -80,7 +80,7 @@ class Learner:
         device: torch.device,
         group: ProcessGroup | None = None,
     ) -> Learner:
-        """The state that `sae`, `tensors()` and `numbers()` were taken from.
+        """Return the state that `sae`, `tensors()` and `numbers()` were taken from.
 
         Args:
             sae: on the device; it is trained on, not copied.
@@ -118,15 +118,15 @@ class Learner:
         return self.step * self.config.batch_rows
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that a checkpoint needs beside the SAE's own; not copies."""
+        """Return the tensors that a checkpoint needs beside the SAE's own; not copies."""
         return {**self._optimizer.tensors(), "last_fired": self._last_fired}
 
     def numbers(self) -> dict[str, Any]:
-        """The state that a checkpoint needs beside tensors, as JSON."""
+        """Return the state that a checkpoint needs beside tensors, as JSON."""
         return {"step": self.step, "total_variance": self._total_variance}
 
     def result(self) -> SAE:
-        """The dictionary of averaged weights."""
+        """Return the dictionary of averaged weights."""
         return self._optimizer.averaged(self.sae)
 
     def advance(self, x: Tensor, target: Tensor | None = None) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class Optimizer:
         sae.weights_changed()
 
     def averaged(self, sae: SAE) -> SAE:
-        """An SAE of the averaged weights, for use.
+        """Return an SAE of the averaged weights, for use.
 
         An average of unit rows is a little shorter than one: each latent's length moves from the
         decoder to the encoder, and to whatever pre-activations are compared with, which leaves
@@ -115,5 +115,5 @@ class Optimizer:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """A view [rows, d] of a matrix or a vector."""
+    """Return a view [rows, d] of a matrix or a vector."""
     return tensor.view(1, -1) if tensor.dim() == 1 else tensor

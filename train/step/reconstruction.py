@@ -51,7 +51,7 @@ def error_of(batch: StepContext, indices: Tensor, values: Tensor, name: str) -> 
 def reconstruct(
     batch: StepContext, pairs: Pairs, add: bool = False, slopes: Tensor | None = None
 ) -> Reconstruction:
-    """The loss that the configuration asks for: plain, or nested.
+    """Return the loss that the configuration asks for: plain, or nested.
 
     Args:
         pairs: with the slopes of penalties as `extra`.

@@ -32,7 +32,7 @@ class Workspace:
         self._buffers: dict[str, Tensor] = {}
 
     def buffer(self, name: str, like: Tensor) -> Tensor:
-        """A float32 tensor of the shape of `like`, [batch, d], of any content."""
+        """Return a float32 tensor of the shape of `like`, [batch, d], of any content."""
         if name not in self._buffers:
             rows = max(self._rows, len(like))
             self._buffers[name] = like.new_empty(rows, like.shape[1], dtype=torch.float32)
@@ -86,7 +86,7 @@ class StepContext:
         return self.group.sum_rows(sums)
 
     def above(self, floor: Tensor) -> tuple[Tensor, Tensor]:
-        """The pairs whose pre-activation exceeds their latent's floor, float32 [n_latents].
+        """Return the pairs whose pre-activation exceeds their latent's floor, float32 [n_latents].
 
         Returns:
             indices: int32 [batch, w], -1 for none; pi: float32 [batch, w], -inf for none.

@@ -114,7 +114,7 @@ def sweep(
 def describe_sweep(
     members: Mapping[str, TrainConfig], store: ActivationStore, site: str
 ) -> dict[str, Any]:
-    """The inputs that decide the results of a sweep, as kept in sweep.json."""
+    """Return the inputs that decide the results of a sweep, as kept in sweep.json."""
     return {
         "format": FORMAT,
         "site": site,
@@ -167,7 +167,7 @@ def common_step(saved: Sequence[Sequence[int]]) -> int:
 
 
 def read_result(folder: Path) -> MemberResult:
-    """The result of the run in a folder, or None if it has not ended."""
+    """Return the result of the run in a folder, or None if it has not ended."""
     failure = failure_of(folder)
     if failure is not None:
         return MemberResult(None, failure)

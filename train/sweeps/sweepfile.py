@@ -48,12 +48,12 @@ class Sweep:
 
 
 def read_sweep_file(path: Path, options: Mapping[str, Any]) -> Sweep:
-    """The sweep of a YAML file; as `parse_sweep`."""
+    """Return the sweep of a YAML file; as `parse_sweep`."""
     return parse_sweep(read_yaml(path), shown(path), options)
 
 
 def parse_sweep(found: Mapping[str, Any], where: str, options: Mapping[str, Any]) -> Sweep:
-    """The sweep that a file's content describes.
+    """Return the sweep that a file's content describes.
 
     Args:
         found: the content.
@@ -82,7 +82,7 @@ def parse_sweep(found: Mapping[str, Any], where: str, options: Mapping[str, Any]
 
 
 def _variants(found: Mapping[str, Any], file: str) -> Iterator[tuple[str | None, dict[str, Any]]]:
-    """The name, if it has one, and the values of each member that tell it apart."""
+    """Yield the name, if it has one, and the values of each member that tell it apart."""
     grid, runs = found.get(GRID), found.get(RUNS)
     if grid is not None:
         if not isinstance(grid, dict) or not all(

@@ -41,7 +41,7 @@ class Format(Protocol):
 
 
 def format_named(name: str) -> Format:
-    """The module of a format. Raises InputError, naming the formats there are."""
+    """Return the module of a format. Raises InputError, naming the formats there are."""
     if name not in FORMATS:
         raise InputError(f"There is no format {name!r}; choose one of {', '.join(FORMATS)}.")
     return cast(Format, import_module(f"sae_harvest.train.sae.formats.{name}"))

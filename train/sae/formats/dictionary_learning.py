@@ -84,7 +84,7 @@ def write(sae: SAE, path: Path) -> None:
 
 
 def _state(sae: SAE, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the class's state_dict, under its names."""
+    """Return the tensors of the class's state_dict, under its names."""
     activation, b_dec = sae.config.activation, tensors["b_dec"]
     if activation == "jumprelu":
         tensors = absorb(tensors, b_dec)  # rows come uncentred
@@ -115,7 +115,7 @@ def _state(sae: SAE, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read(path: Path, given: Origin) -> SAE:
-    """The SAE in the folder; see `train.sae.formats.Format`."""
+    """Return the SAE in the folder; see `train.sae.formats.Format`."""
     fields = settings(path, CONFIG_FILE, PACKAGE)
     trainer = fields.need("trainer", dict)
     name = trainer.get("dict_class")

@@ -81,7 +81,7 @@ def _check(sae: SAE) -> None:
 
 
 def read(path: Path, given: Origin) -> SAE:
-    """The SAE in the file; see `train.sae.formats.Format`."""
+    """Return the SAE in the file; see `train.sae.formats.Format`."""
     found = read_pt(path)
     activation = _activation(path, found)
     # that package's state_dict() repeats the activation's own entries
@@ -124,5 +124,5 @@ def _activation(path: Path, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shown(name: Any) -> str:
-    """The value that stands where a name should, in a few characters of one line."""
+    """Return the value that stands where a name should, in a few characters of one line."""
     return f"{name!a:.40}".strip("'") if isinstance(name, str) else type(name).__name__

@@ -32,7 +32,7 @@ def write_pt(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_pt(path: Path) -> dict[str, Any]:
-    """The dictionary in the file, its tensors on the CPU.
+    """Return the dictionary in the file, its tensors on the CPU.
 
     Raises:
         InputError: there is no file, or it holds more than tensors and plain values.
@@ -57,7 +57,7 @@ def read_pt(path: Path) -> dict[str, Any]:
 
 
 def _check_size(path: Path) -> None:
-    """`RunError` if reading takes much more memory than the file has bytes.
+    """Raise `RunError` if reading takes much more memory than the file has bytes.
 
     A .pt file is a zip archive whose entries torch.save leaves as they are. Compressed ones would
     be read as well, and may expand a thousandfold.

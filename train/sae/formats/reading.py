@@ -86,7 +86,7 @@ class Fields:
         self.values: dict[str, Any] = values
 
     def get(self, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """The value, or the default where it is missing or null.
+        """Return the value, or the default where it is missing or null.
 
         Raises:
             RunError: it is of another type, or not finite.
@@ -103,7 +103,7 @@ class Fields:
         return value
 
     def need(self, name: str, kind: type | tuple[type, ...]) -> Any:
-        """The value; `RunError` if it is missing, null, or of another type."""
+        """Return the value; `RunError` if it is missing, null, or of another type."""
         value = self.get(name, kind)
         if value is None:
             raise RunError(f"{self.path} lacks {name}; {REMEDY}.")
@@ -111,7 +111,7 @@ class Fields:
 
 
 def settings(folder: Path, name: str, package: str) -> Fields:
-    """The JSON object beside the weights. Raises InputError if the folder has none."""
+    """Return the JSON object beside the weights. Raises InputError if the folder has none."""
     if not (folder / name).is_file():
         raise refusal(str(folder), f"holds no SAE of {package} (no {name})", "give such a folder")
     return Fields(folder / name, f"The SAE of {package}")
@@ -125,7 +125,7 @@ class Tensors:
         self._path = path
 
     def take(self, name: str, *shape: int | None) -> Tensor:
-        """The tensor as float32, contiguous, of the given shape; None stands for any size.
+        """Return the tensor as float32, contiguous, of the given shape; None stands for any size.
 
         Raises:
             RunError: it is missing, of another shape, or has numbers that are not finite.

@@ -76,7 +76,7 @@ def hook_name(site: str) -> str:
 
 
 def site_of(hook: Any) -> str | None:
-    """The site of TransformerLens's name; None if it is none of ours."""
+    """Return the site of TransformerLens's name; None if it is none of ours."""
     match = re.fullmatch(r"blocks\.([0-9]+)\.(.+)", str(hook))
     kinds = {name: kind for kind, name in HOOKS.items()}
     return f"{kinds[match[2]]}.{match[1]}" if match and match[2] in kinds else None
@@ -137,7 +137,7 @@ def _metadata(sae: SAE) -> dict[str, Any]:
 
 
 def read(path: Path, given: Origin) -> SAE:
-    """The SAE in the folder; see `train.sae.formats.Format`."""
+    """Return the SAE in the folder; see `train.sae.formats.Format`."""
     fields = settings(path, CONFIG_FILE, PACKAGE)
     metadata = fields.get("metadata", dict, {})
     version = str(metadata.get("sae_lens_version") or fields.values.get("sae_lens_version") or "")

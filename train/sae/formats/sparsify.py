@@ -90,7 +90,7 @@ def _check(sae: SAE) -> None:
 
 
 def read(path: Path, given: Origin) -> SAE:
-    """The SAE in the folder; see `train.sae.formats.Format`."""
+    """Return the SAE in the folder; see `train.sae.formats.Format`."""
     fields = settings(path, CONFIG_FILE, PACKAGE)
     activation = fields.get("activation", str, "topk")
     if activation != "topk":

@@ -37,7 +37,7 @@ def batchtopk(batch: StepContext) -> Outcome:
 
 
 def largest_of_batch(batch: StepContext, k: int) -> tuple[Tensor, Tensor, float]:
-    """The n_rows * k largest ReLU(pi), over all processes.
+    """Return the n_rows * k largest ReLU(pi), over all processes.
 
     Returns:
         indices: int32 [batch, w], -1 for none; values: float32 [batch, w];

@@ -26,5 +26,5 @@ class Outcome:
 
 
 def outcome(batch: StepContext, reconstruction: Reconstruction, **penalties: float) -> Outcome:
-    """The result of an objective whose pairs have the same gradient for b_enc and b_dec."""
+    """Return the result of an objective whose pairs have the same gradient for b_enc and b_dec."""
     return Outcome(reconstruction, penalties, batch.workspace.gradients.bias)

@@ -34,7 +34,7 @@ def topk(batch: StepContext) -> Outcome:
 
 
 def largest(batch: StepContext, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest ReLU(pi) of each row among this process's latents, in decreasing order.
+    """Return the k largest ReLU(pi) of each row among this process's latents, in decreasing order.
 
     Returns:
         indices int32 [batch, k], values float32 [batch, k], or all latents if they are fewer.
