@@ -66,7 +66,7 @@ class ActivationDataset(IterableDataset[torch.Tensor]):
         self._loader = ShuffledLoader(store, self.site, batch_rows, seed, rule, device=device)
 
     def __len__(self) -> int:
-        """Number of batches in all epochs.
+        """Return the number of batches in all epochs.
 
         Raises:
             TypeError: the dataset has no end.

@@ -68,7 +68,7 @@ class Features:
         connection.close()
 
     def __len__(self) -> int:
-        """Number of latents."""
+        """Return the number of latents."""
         return int(self._n_latents)
 
     def __repr__(self) -> str:

@@ -74,7 +74,7 @@ def chunks(plan: Plan, path: str, data: Buffer, length: int, name: str) -> Itera
 def decode_chunk(
     plan: Plan, path: str, data: Buffer, name: str, checksum: int | None = None
 ) -> Array:
-    """One whole chunk, a view of its bytes.
+    """Return one whole chunk, a view of its bytes.
 
     Args:
         checksum: crc32c that the commit record lists for it, where that is known.
@@ -110,12 +110,12 @@ def checksums(plan: Plan, path: str, pieces: Sequence[Buffer], length: int) -> l
 
 
 def chunk_count(plan: Plan, path: str, length: int) -> int:
-    """Chunks of an object that holds so many entries of the array at `path`."""
+    """Return the chunks of an object that holds so many entries of the array at `path`."""
     return -(-length // array_spec(plan, path).chunk[0])
 
 
 def object_bytes(plan: Plan, path: str, length: int) -> int:
-    """Bytes of an object that holds so many entries of the array at `path`."""
+    """Return the bytes of an object that holds so many entries of the array at `path`."""
     spec = array_spec(plan, path)
     size = -(-length // spec.chunk[0]) * _stride(spec)
     if spec.is_sharded:
@@ -124,12 +124,12 @@ def object_bytes(plan: Plan, path: str, length: int) -> int:
 
 
 def entries(plan: Plan, path: str, contexts: int) -> int:
-    """Entries of the array at `path`, or of a shard of it, that has so many contexts."""
+    """Return the entries of the array at `path`, or of a shard of it, that has so many contexts."""
     return -(-contexts * array_spec(plan, path).shard[0] // plan.contexts_per_shard)
 
 
 def chunk_stride(plan: Plan, path: str) -> int:
-    """Bytes from one chunk of an object to the next, checksum included."""
+    """Return the bytes from one chunk of an object to the next, checksum included."""
     return _stride(array_spec(plan, path))
 
 

@@ -134,7 +134,7 @@ def validate(model: type[BaseModel], content: dict[str, Any], name: str) -> None
 
 
 def committed_shards(objects: Objects) -> list[int]:
-    """Numbers of the committed shards, ascending."""
+    """Return the numbers of the committed shards, ascending."""
     return numbered(objects, layout.commit_key)
 
 

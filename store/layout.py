@@ -234,13 +234,13 @@ def array_spec(plan: Plan, path: str) -> ArraySpec:
 
 
 def array_paths(plan: Plan) -> list[str]:
-    """Paths of all arrays of a store."""
+    """Return the paths of all arrays of a store."""
     kinds = ["activations", "norms", *(["quantization"] if plan.dtype == "int8" else [])]
     return ["tokens", *(f"{kind}/{site.name}" for site in plan.sites for kind in kinds)]
 
 
 def chunk_key(path: str, shard: int) -> str:
-    """Key of the object that holds one shard of the array at `path`."""
+    """Return the key of the object that holds one shard of the array at `path`."""
     return f"{path}/c.{shard}" + ".0" * (len(DIMENSIONS[path.partition("/")[0]]) - 1)
 
 

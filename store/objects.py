@@ -61,7 +61,7 @@ class Objects(Protocol):
     def read_range(
         self, key: str, start: int, length: int, into: memoryview | None = None
     ) -> Buffer:
-        """Some bytes of an object; fewer if it ends before.
+        """Return some bytes of an object; fewer if it ends before.
 
         Args:
             into: `length` bytes of memory or more, which may be used for the answer.
@@ -69,11 +69,11 @@ class Objects(Protocol):
         ...
 
     def size(self, key: str) -> int | None:
-        """Bytes of an object, None if it is not there."""
+        """Return the bytes of an object, None if it is not there."""
         ...
 
     def keys(self, prefix: str) -> list[str]:
-        """Keys that begin with `prefix`, sorted; temporary files are none."""
+        """Return the keys that begin with `prefix`, sorted; temporary files are none."""
         ...
 
     def first_key(self) -> str | None:
@@ -93,7 +93,7 @@ class Objects(Protocol):
         ...
 
     def free_bytes(self) -> int | None:
-        """Space left, None where no limit is known."""
+        """Return the space left, None where no limit is known."""
         ...
 
 
@@ -263,7 +263,7 @@ class LocalObjects:
             raise StoreError(f"Cannot write {key} into {self.place}: {error.strerror}.") from error
 
     def _files(self, under: str) -> Iterator[str]:
-        """Keys of all files in a folder and below, temporary ones too."""
+        """Yield the keys of all files in a folder and below, temporary ones too."""
 
         def refuse(error: OSError) -> None:
             if not isinstance(error, FileNotFoundError | NotADirectoryError):
@@ -278,7 +278,7 @@ class LocalObjects:
 
 
 def total_bytes(pieces: Sequence[Buffer]) -> int:
-    """Bytes of an object given in pieces."""
+    """Return the bytes of an object given in pieces."""
     return sum(memoryview(piece).nbytes for piece in pieces)
 
 
@@ -291,7 +291,7 @@ def content_hash(pieces: Sequence[Buffer]) -> str:
 
 
 def hash_stream(stream: IO[bytes]) -> tuple[int, str]:
-    """Bytes and xxh3-128 (hex) of a stream, read block by block."""
+    """Return the bytes and xxh3-128 (hex) of a stream, read block by block."""
     digest, size = xxhash.xxh3_128(), 0
     while block := stream.read(HASH_BLOCK_BYTES):
         digest.update(block)

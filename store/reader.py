@@ -40,7 +40,7 @@ class Scratch:
         self._memory: dict[str, npt.NDArray[np.uint8]] = {}
 
     def bytes(self, use: str, count: int) -> npt.NDArray[np.uint8]:
-        """Memory for one use, uint8 [count]."""
+        """Return the memory for one use, uint8 [count]."""
         if use not in self._memory or len(self._memory[use]) < count:
             self._memory[use] = np.empty(count, np.uint8)
         return self._memory[use][:count]
@@ -159,13 +159,13 @@ class ActivationStore:
         return self._plan.width(self.site(site))
 
     def chunk_rows(self, site: str) -> int:
-        """Rows per zarr chunk: the unit of an efficient read."""
+        """Return the rows per zarr chunk: the unit of an efficient read."""
         return self._plan.chunk_rows(self.site(site))
 
     def read(
         self, site: str, start: int, stop: int, scratch: Scratch | None = None
     ) -> npt.NDArray[Any]:
-        """Activations [stop - start, width] as `dtype`. `DamagedError` by name.
+        """Return the activations [stop - start, width] as `dtype`. `DamagedError` by name.
 
         Args:
             scratch: where to put them, instead of new memory.
@@ -216,13 +216,13 @@ class ActivationStore:
         return lazy_rows(self, site)
 
     def norms(self, site: str, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """L2 norms before casting, float32 [stop - start]."""
+        """Return L2 norms before casting, float32 [stop - start]."""
         path = f"norms/{self.site(site)}"
         self._inside(path, start, stop, self.n_rows)
         return self._gather(path, start, stop, self.shard_rows)
 
     def tokens(self, first_context: int, last_context: int) -> npt.NDArray[np.int32]:
-        """Token ids [last - first, context_length]."""
+        """Return the token ids [last - first, context_length]."""
         self._inside("tokens", first_context, last_context, self.n_contexts)
         return self._gather("tokens", first_context, last_context, self._plan.contexts_per_shard)
 
@@ -235,7 +235,7 @@ class ActivationStore:
         return self._table(layout.document_key(shard), shard)
 
     def statistics(self, site: str) -> dict[str, Any]:
-        """Merged statistics, with `Moments` under "ordinary", "outlier" and "all"."""
+        """Return the merged statistics, with `Moments` under "ordinary", "outlier" and "all"."""
         merged = dict(self._seal["statistics"][self.site(site)])
         for group in ("ordinary", "outlier"):
             merged[group] = Moments.from_json(merged[group])
@@ -243,16 +243,16 @@ class ActivationStore:
         return merged
 
     def shard_span(self, shard: int) -> tuple[int, int]:
-        """First and last-plus-one row of a shard."""
+        """Return the first and last-plus-one row of a shard."""
         first = shard * self.shard_rows
         return first, min(first + self.shard_rows, self.n_rows)
 
     def norm_median(self, site: str, shard: int) -> float:
-        """Median norm of the shard's rows, to which the outlier rule refers."""
+        """Return the median norm of the shard's rows, to which the outlier rule refers."""
         return self._commit(shard).medians[self.site(site)]
 
     def row_documents(self, shard: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
-        """Document number and text hash of every row of a shard.
+        """Return the document number and text hash of every row of a shard.
 
         A BOS belongs to no document, number -1. Its hash is that of the first document of its
         context, so that a BOS is on the side of a split on which the text after it is.
@@ -275,7 +275,7 @@ class ActivationStore:
         return document, text_hash
 
     def selected(self, site: str, rule: RowRule) -> npt.NDArray[np.bool_]:
-        """Mask of the rows that the rule selects, bool [n_rows]."""
+        """Return the mask of the rows that the rule selects, bool [n_rows]."""
         parts = [self.selected_in_shard(site, rule, shard) for shard in range(self.n_shards)]
         return np.concatenate(parts)
 
@@ -345,7 +345,7 @@ class ActivationStore:
         return codec.decode_chunk(self._plan, path, data, f"{self.place}/{key}", checksum)
 
     def _gather(self, path: str, start: int, stop: int, per_shard: int) -> npt.NDArray[Any]:
-        """Entries of an array of one chunk per shard."""
+        """Return the entries of an array of one chunk per shard."""
         parts = []
         for shard in range(start // per_shard, -(-stop // per_shard)):
             first = shard * per_shard

@@ -51,7 +51,7 @@ _NUMBERS = ("document", "text_hash", "n_chars", "n_tokens")
 
 
 def exact_table(rows: npt.NDArray[np.int64], x: npt.NDArray[Any]) -> pa.Table:
-    """Rows kept as they are: row int64, values float16 [width]."""
+    """Return the rows kept as they are: row int64, values float16 [width]."""
     flat = pa.array(np.ascontiguousarray(x, np.float16).reshape(-1))
     values = pa.FixedSizeListArray.from_arrays(flat, x.shape[1])
     return pa.table({"row": pa.array(rows, pa.int64()), "values": values})

@@ -19,7 +19,7 @@ _CRC = {"name": "crc32c"}
 
 
 def zarr_metadata(plan: Plan, n_contexts: int) -> dict[str, dict[str, Any]]:
-    """Key → content of every `zarr.json` of a store of so many contexts."""
+    """Return the key → content of every `zarr.json` of a store of so many contexts."""
     attributes = {
         "sae_harvest_format": FORMAT,
         "plan": plan.hash,

@@ -365,7 +365,7 @@ class TrainConfig(BaseModel):
         return max(self.batch_rows, min(DEAD_AFTER_TOKENS, int(DEAD_AFTER_SHARE * self.tokens)))
 
     def penalty_factor_at(self, step: int) -> float:
-        """Share of l1, kl or l0 that counts in the step after `step` steps."""
+        """Return the share of l1, kl or l0 that counts in the step after `step` steps."""
         return min(1.0, (step + 1) / (1 + PENALTY_WARMUP_SHARE * self.steps))
 
     def auxiliary_k(self, width: int) -> int:

@@ -240,7 +240,7 @@ def _read(
 
 
 def remarks(evaluation: Mapping[str, Any]) -> list[str]:
-    """Sentences on what an evaluation shows to have gone wrong; usually none."""
+    """Return the sentences on what an evaluation shows to have gone wrong; usually none."""
     figures = evaluation["without_outliers"]
     found = []
     if evaluation["with_outliers"]["rows"] == 0:

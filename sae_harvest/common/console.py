@@ -95,7 +95,7 @@ class Commands(click.Group):
     command_class = Command
 
     def exit_code(self, error: SaeHarvestError) -> int:
-        """Ending of the error message, for command groups that tell errors apart."""
+        """Return the ending of the error message, for command groups that tell errors apart."""
         return EXIT_FAILURE
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:

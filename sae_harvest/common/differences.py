@@ -28,7 +28,7 @@ def differences(
 
 
 def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots."""
+    """Return the nested mappings as one, keys joined by dots."""
     items: dict[str, Any] = {}
     for key, value in fields.items():
         if isinstance(value, Mapping) and value:

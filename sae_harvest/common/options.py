@@ -41,7 +41,7 @@ def local_or_remote(value: str) -> str:
 
 
 def name_or_path(*words: str) -> Callable[[str], str]:
-    """Reads a name that may be a path, which is then made absolute, but for some `words`."""
+    """Read a name that may be a path, which is then made absolute, but for some `words`."""
     return lambda value: value if usable(value) in words else absolute_name(value)
 
 

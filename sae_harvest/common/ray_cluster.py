@@ -133,7 +133,7 @@ def _not_joined(address: str, why: str) -> RunError:
 
 
 def threads_per_worker(workers: int, gpu: bool) -> int:
-    """Cores for each worker: as many as there are, so that all of them can be placed.
+    """Return the cores for each worker: as many as there are, so that all of them can be placed.
 
     Raises:
         RunError: there is no room for so many workers, or for any with a GPU.
@@ -198,7 +198,7 @@ def has_gpus(workers: int) -> bool:
 
 
 def _nodes() -> list[tuple[int, int]]:
-    """Cores and GPUs of every living node."""
+    """Return the cores and GPUs of every living node."""
     found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in found]
 

@@ -370,7 +370,7 @@ def _bounds(annotation: Any, metadata: Iterable[Any]) -> Iterator[str]:
 
 
 def _help(together: list[Setting], defaults: Mapping[str, Any]) -> str:
-    """Descriptions of the fields that an option sets, bounds and default."""
+    """Return the descriptions of the fields that an option sets, bounds and default."""
     field = together[0].field
     text = "; ".join((setting.field.description or "").strip() for setting in together)
     notes = list(_bounds(field.annotation, field.metadata))

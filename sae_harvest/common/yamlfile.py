@@ -52,7 +52,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _size(self, node: Node, event: Any) -> int:
-        """Values in a node, those that aliases repeat counted each time."""
+        """Return the values in a node, those that aliases repeat counted each time."""
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
                 raise _fault("an alias stands inside of what it repeats", event)

@@ -57,7 +57,7 @@ class SelectedRows:
         self._bits = [bits for _, bits in found]
 
     def buffer(self, capacity: int) -> RowBuffer:
-        """Memory for so many rows."""
+        """Return the memory for so many rows."""
         return RowBuffer(
             np.empty(capacity + 1, np.int64),
             tuple(

@@ -77,7 +77,7 @@ class Order:
         self.capacity = self._most()  # of our rows in any window
 
     def windows(self, epoch: int, step: int) -> Iterator[tuple[Window, int]]:
-        """Windows from batch `step` of an epoch on, without end, in which we have rows.
+        """Yield the windows from batch `step` of an epoch on, without end, in which we have rows.
 
         With each comes how many of our rows in it lie before that batch, 0 in all but the first.
         """

@@ -48,7 +48,7 @@ def _half(bits: Any) -> Any:
 
 @njit(**EXACT)
 def add_moments(bits: Any, is_apart: Any, rows: Any, mean: Any, m2: Any) -> None:
-    """Adds rows to the moments of two groups, those not apart (0) and those apart (1).
+    """Add rows to the moments of two groups, those not apart (0) and those apart (1).
 
     Within a block and group, sums are of differences from the group's first row there. That row
     counts itself in m2, so the sum of squares is at most BLOCK_ROWS + 1 times m2 and subtracting

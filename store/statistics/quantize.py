@@ -82,7 +82,7 @@ def encode(
     scale: npt.NDArray[np.float32],
     offset: npt.NDArray[np.float32],
 ) -> npt.NDArray[np.int8]:
-    """Codes of x, int8 [rows, width], -127..127: the nearest, and 0 in the rows apart.
+    """Return the codes of x, int8 [rows, width], -127..127: the nearest, and 0 in the rows apart.
 
     Args:
         x: float16 or float32 [rows, width].

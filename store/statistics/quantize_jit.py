@@ -35,7 +35,7 @@ def farthest(bits: Any, mean: Any, inverse: Any, score: Any) -> None:
 
 @njit(**EXACT)
 def widen(bits: Any, is_apart: Any, low: Any, high: Any) -> None:
-    """Widens low and high, float32 [width], to hold the rows that are not apart."""
+    """Widen low and high, float32 [width], to hold the rows that are not apart."""
     for row in range(bits.shape[0]):
         if not is_apart[row]:
             x = bits[row]
@@ -47,7 +47,7 @@ def widen(bits: Any, is_apart: Any, low: Any, high: Any) -> None:
 
 @njit(**EXACT)
 def count_bins(bits: Any, is_apart: Any, low: Any, per_unit: Any, counts: Any) -> None:
-    """Counts the rows that are not apart, bin = (x - low) * per_unit of each channel.
+    """Count the rows that are not apart, bin = (x - low) * per_unit of each channel.
 
     Args:
         low, per_unit: float32 [width], so that no bin is negative. The last bin takes the rest,

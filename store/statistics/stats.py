@@ -80,7 +80,7 @@ def bits_of(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def moments_of_groups(
     x: npt.NDArray[Any], is_apart: npt.NDArray[np.bool_]
 ) -> tuple[Moments, Moments]:
-    """Moments of the rows of x [rows, width] that are not apart, and of those that are.
+    """Return the moments of the rows of x [rows, width] that are not apart, and of those that are.
 
     Args:
         x: any float type; others than float16 count as float32.
@@ -203,7 +203,7 @@ class Merge:
 
 
 def outlier_dimensions(moments: Moments) -> list[int]:
-    """Dimensions whose root mean square exceeds six medians of all dimensions'."""
+    """Return the dimensions whose root mean square exceeds six medians of all dimensions'."""
     rms = np.sqrt(moments.variance + moments.mean**2)
     return np.flatnonzero(rms > OUTLIER_DIMENSION_MEDIANS * np.median(rms)).tolist()
 

@@ -225,7 +225,7 @@ ROWS = {
 
 
 def summary(evaluations: dict[str, Any]) -> Table:
-    """Evaluations as a table; one has its name above it."""
+    """Return the evaluations as a table; one has its name above it."""
     single = len(evaluations) == 1
     title = next(iter(evaluations)) if single else None
     columns: list[Any] = ["held-out rows", "rows", "FVU", "L0", "never fired"]

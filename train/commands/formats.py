@@ -84,6 +84,6 @@ def import_command(
 
 
 def add_format_commands(group: click.Group) -> None:
-    """Adds both commands to `train-sae`."""
+    """Add both commands to `train-sae`."""
     group.add_command(export_command)
     group.add_command(import_command)

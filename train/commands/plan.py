@@ -113,7 +113,7 @@ def plan(
 
 
 def _of_store(place: str, site: str | None) -> tuple[int, int]:
-    """Width of a site's activations, and the bytes of one number."""
+    """Return the width of a site's activations, and the bytes of one number."""
     from sae_harvest.store.reader import ActivationStore
 
     store = ActivationStore.open(place)
@@ -122,7 +122,7 @@ def _of_store(place: str, site: str | None) -> tuple[int, int]:
 
 
 def _rates(gpu: str | None, device: str, link: float | None) -> Any:
-    """Published or measured rates."""
+    """Return the published or measured rates."""
     from dataclasses import replace
 
     from sae_harvest.train.planning.estimate import published_rates
@@ -140,7 +140,7 @@ def _rates(gpu: str | None, device: str, link: float | None) -> Any:
 
 
 def _tables(plan: Any) -> list[Table]:
-    """Memory of a device; a step by its parts; the whole run."""
+    """Return the memory of a device; a step by its parts; the whole run."""
     rates, each = plan.rates, " of each device" if plan.devices > 1 else ""
     how = "estimated from its data sheet" if rates.estimate else "measured just now"
     memory = Table("memory" + each, "GB", box=None)

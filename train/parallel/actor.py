@@ -43,7 +43,7 @@ class TrainActor:
     def train(
         self, assignment: dict[str, Any], rank: int, first: Place, devices: str | None
     ) -> Failure | None:
-        """Trains together with the others.
+        """Train together with the others.
 
         Args:
             assignment: fields of an `Assignment`.

@@ -55,7 +55,7 @@ def is_divided(name: str) -> bool:
 def write_slices(
     path: Path, tensors: dict[str, Tensor], n_latents: int, group: ProcessGroup
 ) -> None:
-    """Writes a file under a temporary name, syncs it, renames it. All processes call it.
+    """Write a file under a temporary name, syncs it, renames it. All processes call it.
 
     Args:
         tensors: this process's rows of those that are divided, the others whole.
@@ -96,7 +96,7 @@ def write_slices(
 def read_slices(
     path: Path, what: str, remedy: str, device: str, n_latents: int, group: ProcessGroup
 ) -> dict[str, Tensor]:
-    """This process's rows of a file's divided tensors, and the others whole.
+    """Return the this process's rows of a file's divided tensors, and the others whole.
 
     Raises:
         RunError: the file is missing or damaged; names it.
@@ -177,7 +177,7 @@ def _layout(tensors: dict[str, Tensor], n_latents: int) -> tuple[Header, dict[st
 
 
 def _write_rows(descriptor: int, place: Place, tensor: Tensor, row: int) -> None:
-    """Writes a tensor's rows where the file has the row of that number and those after it."""
+    """Write a tensor's rows where the file has the row of that number and those after it."""
     offset = place.offset + row * place.row_bytes
     for block in _blocks(tensor, place.row_bytes):
         data = block.cast("B")

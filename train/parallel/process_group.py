@@ -43,11 +43,11 @@ class ProcessGroup:
         return 0, n_latents
 
     def sum_rows(self, tensor: Tensor) -> Tensor:
-        """Sums in place what is a sum over rows; the tensor itself."""
+        """Sum in place what is a sum over rows; the tensor itself."""
         return tensor
 
     def sum_latents(self, tensor: Tensor) -> Tensor:
-        """Sums in place what is a sum over latents; the tensor itself."""
+        """Sum in place what is a sum over latents; the tensor itself."""
         return tensor
 
     def keep_top(self, indices: Tensor, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ class ProcessGroup:
         return indices, values
 
     def reduce_gradients(self, into: Gradients) -> None:
-        """Sums enc, dec and bias over the parts of the rows and computes `squares` anew."""
+        """Sum enc, dec and bias over the parts of the rows and computes `squares` anew."""
 
     def collect(self, tensor: Tensor) -> Tensor:
         """Return the sum over processes, whatever they divide; may be the tensor itself, summed."""

@@ -98,7 +98,7 @@ def train_on_workers(
 
 
 def _watched(assignment: Assignment, steps: int, report: OnPhase) -> RunResult:
-    """Starts the workers and waits for their end, or for a signal to stop them."""
+    """Start the workers and waits for their end, or for a signal to stop them."""
 
     def show() -> None:
         _show(assignment, steps, report)
@@ -146,7 +146,7 @@ def _actors(assignment: Assignment, show: Callable[[], None]) -> list[Any]:
 def _answers(
     asked: Sequence[Any], watch: Callable[[], None], seconds: float = math.inf
 ) -> list[Any]:
-    """Answers of the workers, by rank; `watch` is called all the while.
+    """Return the answers of the workers, by rank; `watch` is called all the while.
 
     Raises:
         SaeHarvestError: a worker failed or is gone, or there is no answer in time.
@@ -182,7 +182,7 @@ def _late(workers: int) -> RunError:
 
 
 def visible_devices(places: Sequence[Place]) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES of each worker: its own GPU, then those of others on its machine.
+    """Return CUDA_VISIBLE_DEVICES of each worker: its own GPU, then those of others on its machine.
 
     NCCL copies straight between GPUs that a process sees. With its own first, the device `cuda`
     is the right one in every thread. None for a worker without a GPU.
@@ -246,7 +246,7 @@ def _gone(rank: int, error: BaseException) -> BaseException:
 
 
 def _show(assignment: Assignment, steps: int, report: OnPhase) -> None:
-    """Reports how far the run is, by its metrics."""
+    """Report how far the run is, by its metrics."""
     last = _metrics(Path(assignment.out))
     if not last:
         report("preparing", 0, steps, "")

@@ -66,7 +66,7 @@ class Failure:
 def work(
     assignment: Assignment, rank: int, address: str, port: int, listening: int | None
 ) -> Failure | None:
-    """Trains as the worker of this rank, in a process of its own.
+    """Train as the worker of this rank, in a process of its own.
 
     Args:
         assignment: the same for all workers.
@@ -104,7 +104,7 @@ def work(
 def _join(
     assignment: Assignment, rank: int, address: str, port: int, listening: int | None
 ) -> None:
-    """Initialises torch.distributed."""
+    """Initialise torch.distributed."""
     if "TORCH_NCCL_BLOCKING_WAIT" not in os.environ:  # a user's choice, and the two exclude another
         # NCCL gives up on a peer that does not answer in time, and ends this process
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")

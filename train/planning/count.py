@@ -113,7 +113,7 @@ def shape_of(
 
 
 def memory(shape: Shape, low_bytes: float = LOW) -> dict[str, int]:
-    """Bytes of one learner on one device, by what they are for.
+    """Return the bytes of one learner on one device, by what they are for.
 
     `batch` holds the rows a step reads, `workspace` what is kept from step to step, `passing`
     the most that a step adds to it and gives back; what AuxK passes is counted as if latents
@@ -152,7 +152,7 @@ class Work:
 
 
 def step_work(shape: Shape, dead_share: float = 0.0, low_bytes: float = LOW) -> dict[str, Work]:
-    """Operations and bytes moved by each part of a step, on one device.
+    """Return the operations and bytes moved by each part of a step, on one device.
 
     A multiplication and an addition are two operations; comparisons count as none. Scores of the
     encoder's product stay in cache. Bytes of sparse parts are the rows gathered, one of `d_in` or
@@ -190,12 +190,12 @@ def step_work(shape: Shape, dead_share: float = 0.0, low_bytes: float = LOW) -> 
 
 
 def step_flops(config: TrainConfig, d_in: int, d_out: int | None = None) -> float:
-    """Floating-point operations of one step without dead latents."""
+    """Return the floating-point operations of one step without dead latents."""
     return sum(part.flops for part in step_work(shape_of(config, d_in, d_out)).values())
 
 
 def available_bytes(device: torch.device | str) -> int:
-    """Bytes that a process may still take: of a GPU's memory, or of this machine's.
+    """Return the bytes that a process may still take: of a GPU's memory, or of this machine's.
 
     On a processor it is the least of what the kernel and the control group allow.
     """
@@ -206,7 +206,7 @@ def available_bytes(device: torch.device | str) -> int:
 
 
 def _machine_bytes() -> int:
-    """Free memory and what caches would give back."""
+    """Return the free memory and what caches would give back."""
     table = Path("/proc/meminfo")
     if table.exists():
         for line in table.read_text().splitlines():

@@ -60,7 +60,7 @@ LAUNCHES = 1.5e-3  # seconds a step, of kernels too small to hide their launch
 
 
 def published_rates(name: str) -> Rates:
-    """Rates of a GPU by name: its published peaks times an efficiency. An estimate."""
+    """Return the rates of a GPU by name: its published peaks times an efficiency. An estimate."""
     product, bandwidth, size, link = PUBLISHED[name]
     return Rates(
         name=name,
@@ -163,7 +163,7 @@ def plan(
 
 
 def step_seconds(shape: Shape, rates: Rates, dead_share: float = 0.0) -> dict[str, float]:
-    """Seconds of each part of one step on one device, without exchanges."""
+    """Return the seconds of each part of one step on one device, without exchanges."""
     work = step_work(shape, dead_share, rates.low_bytes)
     scores = shape.rows * shape.n_latents
     found = {
@@ -184,7 +184,7 @@ def step_seconds(shape: Shape, rates: Rates, dead_share: float = 0.0) -> dict[st
 def _exchanged(
     shape: Shape, config: TrainConfig, devices: int, parallel: Parallel, dead_share: float
 ) -> float:
-    """Bytes a device sends a step; a sum over devices passes each byte almost twice.
+    """Return the bytes a device sends a step; a sum over devices passes each byte almost twice.
 
     As counted in docs/distributed.md. Activation functions with a threshold choose by counts,
     which are left out.

@@ -47,7 +47,7 @@ def measure_rates(device: torch.device) -> Rates:
 
 
 def _choose_seconds(kernels: Kernels, device: torch.device, width: int) -> float:
-    """Seconds of choosing latents at a width."""
+    """Return the seconds of choosing latents at a width."""
     centred, weight = _random(ROWS, width, device), _random(N_LATENTS, width, device)
     low, bias = kernels.low_precision(weight), torch.zeros(N_LATENTS, device=device)
     count = low.candidates(K)

@@ -40,7 +40,7 @@ class Checkpoint:
 
 
 def saved_steps(out: Path) -> list[int]:
-    """Steps of the finished checkpoints of a run, oldest first."""
+    """Return the steps of the finished checkpoints of a run, oldest first."""
     found = (path.name for path in (out / FOLDER).glob("*"))
     return sorted(int(name) for name in found if NAME.fullmatch(name))
 
@@ -50,14 +50,14 @@ def _folder(out: Path, step: int) -> Path:
 
 
 def discard_after(out: Path, step: int) -> None:
-    """Removes newer checkpoints: their steps are to be done again."""
+    """Remove newer checkpoints: their steps are to be done again."""
     for newer in saved_steps(out):
         if newer > step:
             _remove(_folder(out, newer))
 
 
 def _remove(folder: Path) -> None:
-    """Removes a checkpoint, which is none any more from the first moment."""
+    """Remove a checkpoint, which is none any more from the first moment."""
     aside = folder.with_name(f"{TEMPORARY}{folder.name}")
     if aside.exists():
         shutil.rmtree(aside)
@@ -74,7 +74,7 @@ def save_checkpoint(
     n_latents: int | None = None,
     group: ProcessGroup | None = None,
 ) -> Path:
-    """Writes `OUT/checkpoints/<step>` under a temporary name, renames it, drops older ones.
+    """Write `OUT/checkpoints/<step>` under a temporary name, renames it, drops older ones.
 
     Args:
         sae, tensors: this process's part of what is divided by latents.

@@ -93,6 +93,6 @@ stopped_code_option = click.option(
 
 
 def stopped(what: str, number: int | None, code: int) -> None:
-    """Ends the command: with `code` for a scheduler that asked, with 130 for Ctrl-C."""
+    """End the command: with `code` for a scheduler that asked, with 130 for Ctrl-C."""
     click.echo(f"{what}; the same command continues.", err=True)
     sys.exit(EXIT_INTERRUPTED if number == signal.SIGINT else code)

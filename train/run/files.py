@@ -25,12 +25,12 @@ MAX_RECORD_BYTES = 64 << 20  # sweep.json of 10,000 members has a quarter
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON. Raises RunError if it cannot be written."""
+    """Write indented JSON. Raises RunError if it cannot be written."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes a safetensors file. Raises RunError if it cannot be written."""
+    """Write a safetensors file. Raises RunError if it cannot be written."""
     content = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         try:

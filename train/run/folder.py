@@ -151,7 +151,7 @@ def _compare(out: Path, found: Any, description: dict[str, Any]) -> None:
 
 
 def _flat(run: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, keys joined by dots, without the leading `config.`."""
+    """Return the nested dictionaries as one, keys joined by dots, without the leading `config.`."""
     if not isinstance(run, dict):
         return {prefix.removesuffix(".").removeprefix("config."): run}
     items: dict[str, Any] = {}

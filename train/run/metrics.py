@@ -58,7 +58,7 @@ class MetricsFile:
     """Appends lines; each is a JSON object with a `step`. A context manager."""
 
     def __init__(self, path: Path, last_step: int) -> None:
-        """Keeps the lines up to `last_step`; later ones belong to steps that are done again.
+        """Keep the lines up to `last_step`; later ones belong to steps that are done again.
 
         A file that is not there is begun after `last_step`: its first line then says so.
 

@@ -130,7 +130,7 @@ class TrainingRun:
         return self.failure is None and self.step < self.config.steps
 
     def begin(self, step: int) -> dict[str, Any] | None:
-        """Starts from scratch at step 0, else from the checkpoint of that step.
+        """Start from scratch at step 0, else from the checkpoint of that step.
 
         Returns:
             The loader's state there, None at the beginning.
@@ -215,5 +215,5 @@ class TrainingRun:
         return sae
 
     def release(self) -> None:
-        """Gives the learner's memory back."""
+        """Give the learner's memory back."""
         self._learner = None

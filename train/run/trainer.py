@@ -63,7 +63,7 @@ def run_pass(
     report: OnPhase,
     asked: Callable[[], bool] = lambda: False,
 ) -> int | None:
-    """Trains members that have begun at one step, until all are done or failed.
+    """Train members that have begun at one step, until all are done or failed.
 
     Args:
         asked: whether to stop before the next step, beside signals that ask for it.
@@ -104,7 +104,7 @@ def train(
     group: ProcessGroup = ALONE,
     asked: Callable[[], bool] = lambda: False,
 ) -> RunResult:
-    """Trains a dictionary, or continues to.
+    """Train a dictionary, or continues to.
 
     Args:
         config: the run.
@@ -158,7 +158,7 @@ def evaluate_into(
     config: TrainConfig,
     report: OnPhase,
 ) -> list[dict[str, Any]]:
-    """Writes the evaluations of dictionaries on held-out rows into their folders.
+    """Write the evaluations of dictionaries on held-out rows into their folders.
 
     Args:
         members: folders and dictionaries; they read the same rows.

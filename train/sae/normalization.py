@@ -66,6 +66,6 @@ def _length(x: Tensor) -> Tensor:
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean, and deviation with the small number added, [batch, 1] each."""
+    """Return the mean, and deviation with the small number added, [batch, 1] each."""
     deviation, mean = torch.std_mean(x, dim=1, keepdim=True)
     return mean, deviation.add_(LAYER_NORM_EPS)

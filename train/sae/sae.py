@@ -85,7 +85,7 @@ class SAE:
 
     @staticmethod
     def shapes(config: SAEConfig) -> dict[str, tuple[int, ...]]:
-        """Shape of each tensor, by name."""
+        """Return the shape of each tensor, by name."""
         n, d_out = config.n_latents, config.width_out
         shapes: dict[str, tuple[int, ...]] = {
             "W_enc": (n, config.d_in),
@@ -275,7 +275,7 @@ class SAE:
         return SAE(self.config, **{name: t.to(device) for name, t in self.tensors().items()})
 
     def save(self, path: str | Path) -> None:
-        """Writes `sae.safetensors`, then `config.json`, into the folder (made if missing)."""
+        """Write `sae.safetensors`, then `config.json`, into the folder (made if missing)."""
         folder = Path(path)
         new_folder(folder)
         write_tensors(folder / TENSORS_FILE, self.tensors())

@@ -40,7 +40,7 @@ def save_part(folder: Path, sae: SAE, n_latents: int, group: ProcessGroup) -> No
 
 
 def load_part(folder: Path, device: str, group: ProcessGroup) -> tuple[SAE, int]:
-    """This process's part of the SAE in a folder, and the number of all its latents.
+    """Return the this process's part of the SAE in a folder, and the number of all its latents.
 
     Raises:
         InputError, RunError: as `SAE.load`.

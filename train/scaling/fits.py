@@ -62,7 +62,7 @@ class Scaling:
 
 
 def analyse(points: Sequence[RunPoint], draws: int = DRAWS, seed: int = 0) -> Scaling:
-    """Fits every law that the runs allow.
+    """Fit every law that the runs allow.
 
     Runs of one n_latents and k that differ in seed are averaged (ln FVU): they share what a law
     leaves out, and as separate points would make its intervals too narrow. Of several learning
@@ -231,7 +231,7 @@ SCHEMA = pa.schema(
 
 
 def write(scaling: Scaling, out: Path) -> None:
-    """Writes the table and the fits into the folder, made if missing."""
+    """Write the table and the fits into the folder, made if missing."""
     new_folder(out)
     with replacing(out / TABLE_FILE) as temporary, exact_file(temporary, "wb") as sink:
         pq.write_table(table(scaling), sink)

@@ -32,7 +32,7 @@ class Law(Protocol):
         """Log loss [sets, points] at the law's own points, its derivative [sets, points, p]."""
 
     def starts(self, log_loss: Array) -> Array:
-        """Coordinates to begin from, [sets, p], for log losses [points]."""
+        """Return the coordinates to begin from, [sets, p], for log losses [points]."""
 
     def parameters(self, theta: Array) -> dict[str, Array]:
         """Return the parameters by their names above, [sets] each."""

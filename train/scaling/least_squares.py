@@ -42,17 +42,17 @@ class Fit:
     points: int
 
     def predict(self, points: Any) -> Array:
-        """Losses at points, [points]."""
+        """Return the losses at points, [points]."""
         return np.exp(self.law.at(points).log_loss(self.theta[None])[0][0])
 
     def band(self, points: Any) -> tuple[Array, Array]:
-        """Lower and upper end of the law's interval at each point, [points] each."""
+        """Return the lower and upper end of the law's interval at each point, [points] each."""
         losses = self.law.at(points).log_loss(self.draws)[0]  # [draws, points]
         low, high = np.quantile(losses, _ends(), axis=0)
         return np.exp(low), np.exp(high)
 
     def to_json(self) -> dict[str, Any]:
-        """Parameters with their intervals, and how good the fit is."""
+        """Return the parameters with their intervals, and how good the fit is."""
         draws = self.law.parameters(self.draws)
         return {
             "parameters": {
@@ -71,7 +71,7 @@ class Fit:
 
 
 def fit(law: Law, loss: Array, draws: int = DRAWS, seed: int = 0) -> Fit:
-    """Fits a law to losses at its points.
+    """Fit a law to losses at its points.
 
     Args:
         law: at the points; there must be more of them than it has coordinates.
@@ -113,7 +113,7 @@ def _best(law: Law, target: Array) -> tuple[Array, int]:
 
 
 def _scale(law: Law, theta: Array, target: Array, limit: float, freedom: int) -> float:
-    """Scale of the residuals; those beyond the limit count as the limit."""
+    """Return the scale of the residuals; those beyond the limit count as the limit."""
     rest = np.square(law.log_loss(theta[None])[0][0] - target)
     if np.isinf(limit):
         return float(np.sqrt(rest.sum() / freedom))

@@ -40,7 +40,7 @@ STEPS = 200  # points of a drawn curve
 
 
 def plot(scaling: Scaling, out: Path) -> list[Path]:
-    """Draws every law there is; the files written, as PNG."""
+    """Draw every law there is; the files written, as PNG."""
     written = [_save(out / LATENTS_PLOT, _latents, scaling)]
     if scaling.joint is not None:
         written.append(_save(out / JOINT_PLOT, _joint, scaling))

@@ -148,7 +148,7 @@ def _point(place: Path, config: TrainConfig) -> RunPoint:
 
 
 def _curve(place: Path) -> tuple[Array, Array]:
-    """Rows seen and FVU of each step."""
+    """Return the rows seen and FVU of each step."""
     path = place / METRICS_FILE
     try:
         with path.open(encoding="utf-8") as lines:

@@ -18,7 +18,7 @@ from sae_harvest.train.step.step_context import StepContext
 
 
 def add_auxiliary(batch: StepContext, slope: Tensor, dead: Tensor) -> float:
-    """Adds the gradients of AuxK to those in the workspace; the loss.
+    """Add the gradients of AuxK to those in the workspace; the loss.
 
     Args:
         slope: float32 [batch, d_out], the error times `StepContext.error_slope`; overwritten.

@@ -108,7 +108,7 @@ def initial_sae(
     model: dict[str, Any],
     group: ProcessGroup | None = None,
 ) -> SAE:
-    """Random unit decoder rows, encoder rows along them, b_dec the median.
+    """Return the random unit decoder rows, encoder rows along them, b_dec the median.
 
     The same for a transcoder means decoder rows that are what the least-squares map A from input
     to target makes of the encoder's: a row w adds (w c) A w, which is |A w| (w c) times the unit
@@ -184,7 +184,7 @@ def random_rows(seed: int, first: int, last: int, n_latents: int, width: int) ->
 
 
 def _weights(config: TrainConfig, start: Start, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """W_enc and W_dec of the latents [first, last), [last - first, d_in] and [.., d_out]."""
+    """Return W_enc and W_dec of the latents [first, last), [last - first, d_in] and [.., d_out]."""
     width = len(start.b_dec) if start.b_in is None else len(start.b_in)
     rows = random_rows(config.seed, first, last, config.n_latents, width)
     if start.linear is None:

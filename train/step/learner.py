@@ -130,7 +130,7 @@ class Learner:
         return self._optimizer.averaged(self.sae)
 
     def advance(self, x: Tensor, target: Tensor | None = None) -> dict[str, Any]:
-        """One step.
+        """Return one step.
 
         Args:
             x: this process's rows, float32 [rows, d_in]. target: of a transcoder, [rows, d_out].

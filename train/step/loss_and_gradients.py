@@ -54,7 +54,7 @@ def train_step(
     target: Tensor | None = None,
     group: ProcessGroup | None = None,
 ) -> StepResult:
-    """Gradients of all losses at one batch.
+    """Return the gradients of all losses at one batch.
 
     Args:
         sae: weights, left alone.

@@ -48,7 +48,7 @@ class Optimizer:
         return found
 
     def step(self, sae: SAE, workspace: Workspace, grad_norm: float) -> None:
-        """Changes the SAE's weights in place.
+        """Change the SAE's weights in place.
 
         Args:
             sae: the weights.

@@ -81,7 +81,7 @@ class StepContext:
         return float(self.group.sum_latents(self.group.sum_rows(total)))
 
     def latent_sums(self, indices: Tensor, terms: Tensor) -> Tensor:
-        """Sums of per-pair terms [batch, w] by latent over all processes' rows, [n_latents]."""
+        """Sum of per-pair terms [batch, w] by latent over all processes' rows, [n_latents]."""
         sums = self.sae.kernels.latent_sums(indices, terms, len(self.sae.W_enc))
         return self.group.sum_rows(sums)
 

@@ -80,7 +80,7 @@ def sweep(
     report: OnPhase = silent,
     announce: Announce = lambda text: None,
 ) -> SweepResult:
-    """Trains members on one stream, or continues to.
+    """Train members on one stream, or continues to.
 
     Args:
         members: configurations by name, of one stream of batches (`train.sweeps.sweepfile`).
@@ -126,7 +126,7 @@ def describe_sweep(
 def passes(
     groups: Sequence[Sequence[str]], needs: Mapping[str, int], available: int
 ) -> list[list[str]]:
-    """Groups of members that fit into memory together, out of groups that need not.
+    """Return the groups of members that fit into memory together, out of groups that need not.
 
     First-fit by decreasing need, which takes at most a quarter more passes than there must be.
 
@@ -181,7 +181,7 @@ def _train(
     report: OnPhase,
     announce: Announce,
 ) -> int | None:
-    """Pass after pass, then the evaluations; the signal that stopped it."""
+    """Return the pass after pass, then the evaluations; the signal that stopped it."""
     record = read_record(out / SWEEP_FILE, SweepRecord, "The sweep", "choose another --out")
     results = {name: read_result(out / name) for name in members}
     left = [name for name, result in results.items() if result == MemberResult(None, None)]
@@ -213,7 +213,7 @@ def _train(
 def _pass(
     configs: Mapping[str, TrainConfig], out: Path, stream: BatchStream, report: OnPhase
 ) -> int | None:
-    """Members that fit into memory together: trained, written, evaluated."""
+    """Return the members that fit into memory together: trained, written, evaluated."""
     training = [TrainingRun(config, out / name, stream) for name, config in configs.items()]
     saved = {member.out: saved_steps(member.out) for member in training}
     done = [m for m in training if m.config.steps in saved[m.out]]

@@ -131,7 +131,7 @@ def _check_keys(values: Mapping[Any, Any], where: str, file: str) -> None:
 
 
 def _names(variants: list[tuple[str | None, dict[str, Any]]], file: str) -> list[str]:
-    """Names of folders: given ones, else the values that tell a member apart."""
+    """Return the names of folders: given ones, else the values that tell a member apart."""
     names = [name or _spelled(values) for name, values in variants]
     for name, count in Counter(names).items():
         if count > 1:

@@ -37,7 +37,7 @@ class Format(Protocol):
         """The SAE at the path. Raises InputError if it is none, or one that SAE cannot be."""
 
     def write(self, sae: SAE, path: Path) -> None:
-        """Writes the file or folder. Raises InputError if the format cannot hold the SAE."""
+        """Write the file or folder. Raises InputError if the format cannot hold the SAE."""
 
 
 def format_named(name: str) -> Format:
@@ -102,7 +102,7 @@ def load_sae(
 
 
 def export_sae(folder: Path, name: str, out: Path) -> SAE:
-    """Writes the SAE of a folder in another package's format, where nothing is yet.
+    """Write the SAE of a folder in another package's format, where nothing is yet.
 
     Raises:
         InputError: the folder holds no SAE, the format cannot hold it, or `out` exists.
@@ -118,7 +118,7 @@ def export_sae(folder: Path, name: str, out: Path) -> SAE:
 
 
 def import_sae(name: str, path: Path, out: Path, given: Origin) -> SAE:
-    """Saves the SAE that another package has written as ours, where nothing is yet.
+    """Save the SAE that another package has written as ours, where nothing is yet.
 
     Raises:
         InputError: the path holds no SAE of the format, or one that ours cannot be, or `out`

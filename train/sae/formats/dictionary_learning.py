@@ -54,7 +54,7 @@ CLASSES = {
 
 
 def write(sae: SAE, path: Path) -> None:
-    """Writes the folder; see `train.sae.formats.Format`."""
+    """Write the folder; see `train.sae.formats.Format`."""
     config = sae.config
     if config.is_transcoder:
         raise refusal(PACKAGE, "has no transcoders", "export it as saelens or sparsify")
@@ -155,7 +155,7 @@ def _k(tensors: Tensors, stated: Any, path: Path) -> int:
 
 
 def _linear(tensors: Tensors, bias: str, b_dec: str) -> dict[str, Tensor]:
-    """Weights of the classes made of two linear layers."""
+    """Return the weights of the classes made of two linear layers."""
     W_enc = tensors.take("encoder.weight", None, None)
     n, d = W_enc.shape
     return {
@@ -167,7 +167,7 @@ def _linear(tensors: Tensors, bias: str, b_dec: str) -> dict[str, Tensor]:
 
 
 def _transposed(tensors: Tensors) -> dict[str, Tensor]:
-    """Weights of the classes with W_enc [d, n]."""
+    """Return the weights of the classes with W_enc [d, n]."""
     W_enc = tensors.take("W_enc", None, None).T.contiguous()
     n, d = W_enc.shape
     return {

@@ -37,7 +37,7 @@ def in_model_units(sae: SAE) -> dict[str, Tensor]:
 
 
 def absorb(tensors: dict[str, Tensor], offset: Tensor) -> dict[str, Tensor]:
-    """Tensors whose encoder reads c + offset and gives what it gave for c.
+    """Return the tensors whose encoder reads c + offset and gives what it gave for c.
 
         W_enc c + b_enc = W_enc (c + offset) + (b_enc - W_enc offset)
 
@@ -52,7 +52,7 @@ def absorb(tensors: dict[str, Tensor], offset: Tensor) -> dict[str, Tensor]:
 
 
 def rescaled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors with unit decoder rows; latents grow by the norms that the rows had.
+    """Return the tensors with unit decoder rows; latents grow by the norms that the rows had.
 
     A row of zeros stays one: its latent is never seen in a reconstruction.
     """

@@ -35,7 +35,7 @@ STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mea
 
 
 def write(sae: SAE, path: Path) -> None:
-    """Writes the file; see `train.sae.formats.Format`."""
+    """Write the file; see `train.sae.formats.Format`."""
     _check(sae)
     config, tensors, n = sae.config, in_model_units(sae), sae.config.n_latents
     topk = {"k": config.k, "postact_fn": "ReLU"}

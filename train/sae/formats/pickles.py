@@ -21,7 +21,7 @@ from sae_harvest.common.parsing import first_line
 
 
 def write_pt(path: Path, value: dict[str, Any]) -> None:
-    """Writes the file. Raises RunError if it cannot be written."""
+    """Write the file. Raises RunError if it cannot be written."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         try:
             torch.save(value, file)

@@ -44,7 +44,7 @@ def note(sae: SAE) -> dict[str, Any]:
 def origin_fields(
     path: Path, given: Origin, found: Mapping[str, Any], transcoder: bool
 ) -> dict[str, Any]:
-    """Fields of `SAEConfig` about the origin: what was given, else what the file says.
+    """Return the fields of `SAEConfig` about the origin: what was given, else what the file says.
 
     Args:
         found: what the file says, by `SAEConfig`'s names.
@@ -164,12 +164,12 @@ class Tensors:
         return name in self._left
 
     def drop(self, *names: str) -> None:
-        """Leaves out tensors that say nothing about what the SAE computes."""
+        """Leave out tensors that say nothing about what the SAE computes."""
         for name in names:
             self._left.pop(name, None)
 
     def finish(self) -> None:
-        """Raises InputError if something is left: the SAE would not compute what it should."""
+        """Raise InputError if something is left: the SAE would not compute what it should."""
         if self._left:
             names = sorted(str(name) for name in self._left)
             shown = ", ".join(f"{name!a:.60}".strip("'") for name in names[:5])

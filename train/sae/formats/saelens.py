@@ -83,7 +83,7 @@ def site_of(hook: Any) -> str | None:
 
 
 def write(sae: SAE, path: Path) -> None:
-    """Writes the folder; see `train.sae.formats.Format`."""
+    """Write the folder; see `train.sae.formats.Format`."""
     config = sae.config
     activation = "jumprelu" if config.activation == "batchtopk" else config.activation
     architecture = ARCHITECTURES[activation]
@@ -196,7 +196,7 @@ def _normalization(path: Path, fields: Fields, transcoder: bool) -> dict[str, An
 
 
 def _tensors(path: Path, fields: Fields, activation: str, transcoder: bool) -> dict[str, Tensor]:
-    """Tensors by our names, for rows centred on b_dec; a transcoder's on nothing."""
+    """Return the tensors by our names, for rows centred on b_dec; a transcoder's on nothing."""
     file = path / TENSORS_FILE
     tensors = Tensors(read_tensors(file, f"The SAE of {PACKAGE}", REMEDY), file)
     W_enc = tensors.take("W_enc", fields.need("d_in", int), fields.need("d_sae", int))

@@ -35,7 +35,7 @@ CONFIG_FILE, TENSORS_FILE = "cfg.json", "sae.safetensors"
 
 
 def write(sae: SAE, path: Path) -> None:
-    """Writes the folder; see `train.sae.formats.Format`."""
+    """Write the folder; see `train.sae.formats.Format`."""
     _check(sae)
     config, tensors = sae.config, in_model_units(sae)
     new_folder(path)

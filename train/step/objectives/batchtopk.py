@@ -28,7 +28,7 @@ TRIES = 3  # after which all positive pre-activations are found
 
 
 def batchtopk(batch: StepContext) -> Outcome:
-    """Gradients of the reconstruction loss in the batch's workspace."""
+    """Return the gradients of the reconstruction loss in the batch's workspace."""
     assert batch.config.k is not None
     indices, values, least = largest_of_batch(batch, batch.config.k)
     result = outcome(batch, reconstruct(batch, Pairs(indices, values)))

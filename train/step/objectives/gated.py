@@ -21,7 +21,7 @@ from sae_harvest.train.step.step_context import StepContext
 
 
 def gated(batch: StepContext) -> Outcome:
-    """Gradients of all three losses in the batch's workspace."""
+    """Return the gradients of all three losses in the batch's workspace."""
     sae, into = batch.sae, batch.workspace.gradients
     indices, pi = batch.above(torch.zeros_like(sae.b_enc))  # [batch, w]
     gate, slope = pi.clamp(min=0), l1_slope(batch)

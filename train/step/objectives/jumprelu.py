@@ -24,7 +24,7 @@ from sae_harvest.train.step.step_context import StepContext
 
 
 def jumprelu(batch: StepContext) -> Outcome:
-    """Gradients of reconstruction loss and L0 in the batch's workspace."""
+    """Return the gradients of reconstruction loss and L0 in the batch's workspace."""
     config, sae, width = batch.config, batch.sae, batch.config.bandwidth
     assert config.k is not None
     indices, pi = batch.above(sae.extra["threshold"] - width / 2)  # [batch, w]

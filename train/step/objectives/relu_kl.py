@@ -24,7 +24,7 @@ from sae_harvest.train.step.step_context import StepContext
 
 
 def relu_kl(batch: StepContext) -> Outcome:
-    """Gradients of reconstruction loss and KL in the batch's workspace."""
+    """Return the gradients of reconstruction loss and KL in the batch's workspace."""
     config, width = batch.config, batch.config.bandwidth
     assert config.k is not None
     indices, pi = batch.above(torch.full_like(batch.sae.b_enc, -width / 2))  # [batch, w]

@@ -22,7 +22,7 @@ def l1_slope(batch: StepContext) -> float:
 
 
 def relu_l1(batch: StepContext) -> Outcome:
-    """Gradients of reconstruction loss and L1 in the batch's workspace."""
+    """Return the gradients of reconstruction loss and L1 in the batch's workspace."""
     indices, pi = batch.above(torch.zeros_like(batch.sae.b_enc))  # [batch, w]
     values, slope = pi.clamp(min=0), l1_slope(batch)
     pairs = Pairs(indices, values, extra=torch.full_like(values, slope))
