@@ -1,9 +1,9 @@
 """A bucket on an S3 server: clients for it, and its failures as sentences.
 
-Address and credentials come from the environment, as for other S3 tools: AWS_ENDPOINT_URL (unset for
-Amazon; plain http:// is allowed if it says so), AWS_REGION, AWS_ACCESS_KEY_ID,
-AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_SKIP_SIGNATURE=true for public data, and the rest of
-obstore's `S3Config`. Buckets are addressed by path unless AWS_VIRTUAL_HOSTED_STYLE_REQUEST=true.
+Address and credentials come from the environment, as for other S3 tools: AWS_ENDPOINT_URL (unset
+for Amazon; http:// is allowed), AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
+AWS_SESSION_TOKEN, AWS_SKIP_SIGNATURE=true for public data, and the rest of obstore's `S3Config`.
+Buckets are addressed by path unless AWS_VIRTUAL_HOSTED_STYLE_REQUEST=true.
 
 Requests to an endpoint that cannot be reached end after about `GIVE_UP_SECONDS`. A request that
 moves many bytes may take the time that they need at `SLOWEST_BYTES_A_SECOND`.

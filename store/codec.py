@@ -2,8 +2,8 @@
 
 A plain object is one chunk: little-endian values and their crc32c. A sharded object is chunks, each
 with its crc32c, in order and without gaps, then an index of (offset, bytes) for each chunk and
-the crc32c of the index. Zarr's `sharding_indexed` codec reads this. Chunks past the end of the array
-are absent. The tests compare with zarr itself, which would copy a shard three times.
+the crc32c of the index. Zarr's `sharding_indexed` codec reads this. Chunks past the end of the
+array are absent. The tests compare with zarr itself, which would copy a shard three times.
 """
 
 from __future__ import annotations

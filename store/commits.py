@@ -177,11 +177,15 @@ def check_commit(plan: Plan, record: dict[str, Any], name: str) -> None:
     validate(_Commit, record, name)
     shard, contexts, entries = record["shard"], record["contexts"], record["objects"]
     if contexts > plan.contexts_per_shard or record["rows"] != contexts * plan.context_length:
-        raise DamagedError(f"{name} is damaged: its numbers of contexts and rows contradict the plan.")
+        raise DamagedError(
+            f"{name} is damaged: its numbers of contexts and rows contradict the plan."
+        )
     expected = layout.object_keys(plan, shard)
     for key in sorted(entries.keys() - set(expected)):
         told = ascii(key)[1:-1][:80]
-        raise DamagedError(f"{name} is damaged: it lists {told}, which is not an object of its shard.")
+        raise DamagedError(
+            f"{name} is damaged: it lists {told}, which is not an object of its shard."
+        )
     if len(entries) < len(expected):
         raise DamagedError(f"{name} is damaged: it does not list all objects of its shard.")
     for key, entry in entries.items():

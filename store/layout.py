@@ -31,7 +31,7 @@ from sae_harvest.common.parsing import safe_name
 from sae_harvest.store.records import digest_of
 
 FORMAT: Final = 3
-CHUNK_BYTES = 6 << 20  # 1.5 to 6 MiB read fastest: smaller chunks cost more calls, larger miss the cache
+CHUNK_BYTES = 6 << 20  # smaller chunks cost more calls, larger ones miss the cache
 MAX_CHUNK_ROWS = 4096
 CODE_FILL = -128  # fill value of int8 arrays; codes go from -127 to 127
 DIMENSIONS = {
@@ -158,7 +158,7 @@ class Plan(PlanSettings):
         return next(s.width for s in self.sites if s.name == site)
 
     def chunk_rows(self, site: str) -> int:
-        """Return the rows per zarr chunk: the largest divisor of the shard within the size limits."""
+        """Return the rows per zarr chunk: the largest divisor of the shard within the limits."""
         row_bytes = self.width(site) * self.itemsize
         limit = max(1, min(MAX_CHUNK_ROWS, CHUNK_BYTES // row_bytes))
         return _largest_divisor(self.shard_rows, limit)

@@ -71,7 +71,8 @@ class SelectedRows:
 
         Args:
             chunk: number of the chunk.
-            places: int64 [selected rows of the chunk]; rows at the last place of the buffer are dropped.
+            places: int64 [selected rows of the chunk]; rows at the last place of the buffer are
+                dropped.
 
         Raises:
             DamagedError: the chunk is missing or damaged, or a wanted row is not finite.

@@ -49,9 +49,9 @@ class ShuffledLoader:
 
     Each selected row comes at most once per epoch: the last `n_selected % batch_rows` rows of an
     epoch's order are dropped, and the next epoch has another order. Four threads read the next
-    window while the current one is consumed, so memory is two windows, allocated at the first batch.
-    A rank keeps only its own rows of a window. `ActivationDataset` is the simpler choice if neither
-    row numbers nor resuming is needed.
+    window while the current one is consumed, so memory is two windows, allocated at the first
+    batch. A rank keeps only its own rows of a window. `ActivationDataset` is the simpler choice if
+    neither row numbers nor resuming is needed.
 
     >>> store = open_store("runs/demo/store")
     >>> loader = ShuffledLoader(store, store.sites[0], batch_rows=256, seed=1)
@@ -69,8 +69,8 @@ class ShuffledLoader:
         rule: the rule that selects rows; None for the rows that training reads by default.
         window_chunks: chunks in memory at a time; more mix better and need more memory. None for
             enough to hold `WINDOW_ROWS` rows.
-        target_site: a second site; its activations of the same rows are `Batch.target`. The rule must
-            select a row at both sites.
+        target_site: a second site; its activations of the same rows are `Batch.target`. The rule
+            must select a row at both sites.
         rank: number of this process, from 0.
         world: number of processes; each gets an equal part of every batch.
         device: device of the batches, "cpu" or "cuda".
@@ -134,7 +134,7 @@ class ShuffledLoader:
     def load_state(self, state: Any) -> None:
         """Continue where `state` was taken. Raise `RunError` if it belongs to another order."""
         if not isinstance(state, dict):
-            raise RunError(f"{state!r:.60} is not a loader state; give one that `state()` returned.")
+            raise RunError(f"{state!r:.60} is not a loader state; give one from `state()`.")
         if state.get("version") != STATE_VERSION:
             raise RunError(
                 f"The loader state is of version {state.get('version')!r:.20}, and this software "
@@ -162,11 +162,11 @@ class ShuffledLoader:
             yield self.next_batch()
 
     def next_batch(self) -> Batch:
-        """Return the next batch; it is the caller's own.
+        """Return the next batch. The caller owns its memory.
 
         Raises:
-            DamagedError: a chunk of the batch's window is missing or damaged, or a row is not finite.
-                The next call raises the error again.
+            DamagedError: a chunk of the batch's window is missing or damaged, or a row is not
+                finite. The next call raises the error again.
         """
         if self._step == self.batches_per_epoch:
             self._epoch, self._step = self._epoch + 1, 0
@@ -187,7 +187,7 @@ class ShuffledLoader:
         self._reading = self._sent = self._upload = None
 
     def _gather(self, reading: ReadAhead, into: tuple[torch.Tensor, ...]) -> npt.NDArray[np.int64]:
-        """Return the numbers of this rank's next rows, after copying them into tensors [share, width]."""
+        """Copy this rank's next rows into tensors [share, width] and return their numbers."""
         rows = np.empty(self._order.share, np.int64)
         filled = 0
         while filled < len(rows):
@@ -202,7 +202,7 @@ class ShuffledLoader:
     def _from_gpu(
         self, reading: ReadAhead
     ) -> tuple[npt.NDArray[np.int64], tuple[torch.Tensor, ...]]:
-        """Return the batch that was sent ahead, and send the next one if its rows have been read."""
+        """Return the batch that was sent ahead; send the next one if its rows are read."""
         rows, sent = self._sent or self._send(reading)
         self._sent = self._send(reading) if reading.ready(self._order.share) else None
         return rows, sent.arrive()

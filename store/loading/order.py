@@ -1,9 +1,9 @@
 """The order of an epoch's rows: a pure function of the rows per chunk, the seed and the epoch.
 
 An epoch permutes all chunks. Consecutive chunks make a *window*, and the rows of a window are
-permuted. Batch s of an epoch begins at row s * batch_rows of that order; rank r of w processes takes
-the r-th of w equal parts of the batch. So the order does not depend on the number of processes, on
-threads or on interruptions, and a position in it is one number.
+permuted. Batch s of an epoch begins at row s * batch_rows of that order; rank r of w processes
+takes the r-th of w equal parts of the batch. So the order does not depend on the number of
+processes, on threads or on interruptions, and a position in it is one number.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Order:
         world: int = 1,
     ) -> None:
         if not 0 <= rank < world:
-            raise InputError(f"Rank {rank} does not exist among {world}; ranks go from 0 to {world - 1}.")
+            raise InputError(f"There is no rank {rank} of {world}; ranks go from 0 to {world - 1}.")
         if batch_rows < 1 or batch_rows % world:
             raise InputError(
                 f"A batch of {batch_rows:,} rows can't be divided among {world} processes; use a "

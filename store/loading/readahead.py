@@ -35,7 +35,8 @@ class ReadAhead:
     """One rank's rows without end, from a given batch of an epoch.
 
     A window is read as soon as a buffer is free. An error in a thread is raised when the consumer
-    reaches that window, and again at each later call. The constructor takes memory; `close` frees it.
+    reaches that window, and again at each later call. The constructor takes memory; `close` frees
+    it.
     """
 
     def __init__(self, selected: SelectedRows, order: Order, epoch: int, step: int) -> None:
@@ -51,7 +52,10 @@ class ReadAhead:
             self._fill(selected.buffer(order.capacity))
 
     def take(self, rows: int) -> tuple[RowBuffer, slice]:
-        """Return the place of the next rows, at most `rows` of them. It is valid until the next call."""
+        """Return the place of the next rows, at most `rows` of them.
+
+        It is valid until the next call.
+        """
         if self._filling[0].offset == self._filling[0].count:
             self._fill(self._filling.popleft().buffer)
         filling = self._filling[0]
@@ -98,7 +102,8 @@ class ReadAhead:
         low, high = window.edges[index : index + 2]
         scratch = self._scratch.get()
         try:
-            # The places were submitted before the reads, so a thread has computed or is computing them.
+            # The places were submitted before the reads, so a thread has computed or is computing
+            # them.
             chunk = int(window.chunks[index])
             self._selected.read(chunk, places.result()[low:high], buffer, scratch)
         finally:

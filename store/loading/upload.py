@@ -23,7 +23,10 @@ class Sent:
     """Event at which the copy is complete."""
 
     def arrive(self) -> Parts:
-        """Return the tensors for the current stream. The stream waits for the copy; the host does not."""
+        """Return the tensors for the current stream.
+
+        The stream waits for the copy; the host does not.
+        """
         stream = torch.cuda.current_stream(self.x[0].device)
         stream.wait_event(self.done)
         for part in self.x:
@@ -34,8 +37,8 @@ class Sent:
 class Upload:
     """Two sets of pinned buffers in turn: one is filled while the other is copied.
 
-    Rows are copied in their stored dtype, half the bytes of float32, and converted to float32 on the
-    GPU.
+    Rows are copied in their stored dtype, half the bytes of float32, and converted to float32 on
+    the GPU.
 
     Args:
         shapes: [batch, width] of each part of a batch.
@@ -58,7 +61,7 @@ class Upload:
         self._turns = cycle(sets)
 
     def send(self, fill: Callable[[Parts], T]) -> tuple[T, Sent]:
-        """Let `fill` write a batch into pinned buffers, start the copy, and return fill's result."""
+        """Let `fill` write a batch to pinned memory, start the copy, return fill's result."""
         pinned, copied = next(self._turns)
         copied.synchronize()  # the copy of two batches ago; returns at once if there was none
         filled = fill(pinned)
