@@ -236,7 +236,7 @@ class ActivationStore:
         return self._table(layout.context_key(shard), shard)
 
     def documents(self, shard: int) -> pa.Table:
-        """Return the documents that first appear in the shard; every document appears once."""
+        """Return the documents that first appear in the shard; a store lists each document once."""
         return self._table(layout.document_key(shard), shard)
 
     def statistics(self, site: str) -> dict[str, Any]:
@@ -377,7 +377,7 @@ class ActivationStore:
         out[rows[low:high] - start] = values[low:high]
 
     def _read_quantization(self, site: str, shard: int) -> tuple[npt.NDArray[Any], ...]:
-        """Return scale and offset [2, width] of a shard, and row numbers and values of its exact rows."""
+        """Return scale and offset [2, width] of a shard, and its exact rows' numbers and values."""
         affine = self._read_chunk(f"quantization/{site}", shard, 0)[0]
         exact = self._table(layout.exact_key(site, shard), shard)
         return affine, exact["row"].to_numpy(), exact_values(exact, self.width(site))

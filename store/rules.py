@@ -40,7 +40,7 @@ class RowRule(BaseModel):
     )
 
     def describe(self) -> str:
-        """Return the rule in a few words, for figures that depend on it."""
+        """Return the rule in a few words, to label figures that depend on it."""
         norms = (
             "outlier rows included"
             if self.max_norm_medians is None

@@ -191,9 +191,9 @@ def _damage_of(
 
 
 def _metadata_damage(objects: Objects, plan: Plan, records: _Records) -> Iterator[Damage]:
-    """Yield every zarr.json against the latest seal, and the heartbeat, if a harvest left one.
+    """Yield damage of zarr.json files, compared with the latest seal, and of status.json.
 
-    A harvest that was killed just before its seal has left the shapes of what it would seal.
+    A harvest that was killed just before sealing has already written the new array shapes.
     """
     if records.latest is not None:  # a damaged seal is reported already, and repaired first
         unbroken = takewhile(records.commits.__contains__, count())

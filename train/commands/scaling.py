@@ -1,4 +1,4 @@
-"""`train-sae scaling`: laws of a sweep, as a table, a file of fits and plots."""
+"""`train-sae scaling`: scaling laws of a sweep as a table, a file of fits, and plots."""
 
 from __future__ import annotations
 
