@@ -99,7 +99,7 @@ class SAEConfig(BaseModel):
 
     rule: RowRule = Field(
         RowRule(),
-        description="rows that the SAE was trained on; the default for reading rows with it",
+        description="rows that it was trained on; the default for reading rows",
     )
     model: str = Field("", description="name of the model whose activations it was trained on")
     model_weights: str = Field(

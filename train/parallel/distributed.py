@@ -78,7 +78,7 @@ def passing(why: str) -> OSError:
 
 
 def _to_numbers(error: Exception | None) -> Tensor:
-    """Return an error as int64 [SENTENCE_BYTES]: whether a retry may help, then its UTF-8 message."""
+    """Return an error as int64 [SENTENCE_BYTES]: whether a retry may help, then UTF-8."""
     numbers = torch.zeros(SENTENCE_BYTES, dtype=torch.int64)
     if error is not None:
         text = str(error).encode()[: SENTENCE_BYTES - 1]
@@ -201,7 +201,7 @@ class ShardedLatents(_Processes):
         return indices.masked_fill(beyond, -1), values.masked_fill(beyond, 0)
 
     def _cut_off(self, own: Tensor, k: int) -> Tensor:
-        """Return the mask of pairs outside their row's k largest over all processes, bool [rows, w].
+        """Return the mask of pairs outside the k largest of all processes, bool [rows, w].
 
         Each process finds the k-th largest key for its share of the rows: the others send it their
         keys of these rows, and it sends them the limits. So a process receives about one number per

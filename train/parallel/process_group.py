@@ -101,9 +101,7 @@ class ProcessGroup:
         Returns:
             The count-th largest value; 0 if fewer are positive.
         """
-        keys = (
-            values.contiguous().view(torch.int32).flatten()
-        )  # positive floats sort like their bits
+        keys = values.contiguous().view(torch.int32).flatten()  # positive floats sort so
         keys = keys[(keys > 0) & (keys <= GREATEST_KEY)].sort().values
         low, high = 0, GREATEST_KEY
         while low < high:

@@ -124,7 +124,7 @@ def _watched(assignment: Assignment, steps: int, report: OnPhase) -> RunResult:
 
 
 def _actors(assignment: Assignment, show: Callable[[], None]) -> list[Any]:
-    """Actors that Ray has room for all at once: two runs never wait for each other's half."""
+    """Start the actors once Ray has room for all: two runs never wait for each other."""
     gpu = assignment.device == "cuda"
     resources = {"CPU": assignment.threads} | ({"GPU": 1} if gpu else {})
     room = placement_group([resources] * assignment.workers, strategy="PACK")
