@@ -20,9 +20,8 @@ from sae_harvest.store.tables import parse_table
 from sae_harvest.store.zarrjson import zarr_metadata
 
 READERS = 4  # objects read at once; a cold disk or a bucket needs several concurrent reads
-SHARDS_BELIEVED = (
-    1000  # limit, with twice the committed ones, for shards known only from a damaged seal
-)
+# A damaged seal's name is believed up to this many shards plus twice the committed ones.
+SHARDS_BELIEVED = 1000
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,9 +93,7 @@ def save_checkpoint(
     def begin() -> None:
         if group.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            for left_over in folder.glob(
-                f"{TEMPORARY}*"
-            ):  # left by a run that was killed while writing
+            for left_over in folder.glob(f"{TEMPORARY}*"):  # left by a run that was killed
                 shutil.rmtree(left_over)
             temporary.mkdir()
 
