@@ -202,7 +202,7 @@ class SAE:
         return pi.masked_fill(pi <= self.of_latents("threshold", indices), 0.0)
 
     def of_latents(self, name: str, indices: Tensor) -> Tensor:
-        """Return the entries of a tensor [n_latents] at indices [batch, w]; entry 0 for index -1."""
+        """Return entries of a tensor [n_latents] at indices [batch, w]; entry 0 for index -1."""
         return self.extra[name][indices.clamp(min=0)]
 
     def decode(self, indices: Tensor, values: Tensor, x: Tensor | None = None) -> Tensor:
