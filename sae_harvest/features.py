@@ -120,11 +120,11 @@ class Features:
 
     @cached_property
     def live(self) -> LiveModel:
-        """The model and the SAE behind the tables, loaded when first asked for.
+        """The model and the SAE behind the tables, loaded at first use.
 
         Raises:
-            RunError: the store or the SAE is not there any more.
-            InputError: the model is not there any more, or has other weights.
+            RunError: the store or the SAE no longer exists.
+            InputError: the model no longer exists, or has other weights.
         """
         from sae_harvest.pipelines.live import LiveModel
 
@@ -138,7 +138,7 @@ class Features:
 
         Returns:
             Token texts, and `indices` int32 [tokens, w] and `values` float32 [tokens, w] of the
-            active latents, by decreasing value; a value of 0 is no latent.
+            active latents, by decreasing value; a value of 0 means no latent.
 
         Raises:
             InputError: the text has no tokens, or more than fit in a context.
@@ -162,7 +162,7 @@ class Features:
 
         Args:
             prompt: text before the continuation.
-            clamps: latent → activation, in the units of the tables; 0 takes the latent away.
+            clamps: latent → activation, in the units of the tables; 0 removes the latent.
             n_tokens: number of tokens to generate, at most.
             temperature: 0 takes the likeliest token; above 0, tokens are drawn.
             seed: seed of the draws.

@@ -91,7 +91,7 @@ def read_plan_record(objects: Objects) -> dict[str, Any]:
         data = objects.read(layout.PLAN_KEY)
     except FileNotFoundError:
         raise NotAStoreError(
-            f"{objects.place} holds no activation store (no {layout.PLAN_KEY});  "
+            f"{objects.place} holds no activation store (no {layout.PLAN_KEY}); "
             "give the place that `harvest run --store` wrote."
         ) from None
     record = decode_record(data, name)

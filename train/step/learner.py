@@ -93,7 +93,7 @@ class Learner:
         if (sae.config.activation, sae.config.n_latents) != (config.sae_activation, last - first):
             raise RunError(
                 f"The checkpoint has a {sae.config.activation} SAE with {sae.config.n_latents} "
-                f"latents, this run trains {config.sae_activation} with {last - first};  choose "
+                f"latents, this run trains {config.sae_activation} with {last - first}; choose "
                 "another --out."
             )
         learner = cls(config, sae, numbers["total_variance"], group)

@@ -66,7 +66,7 @@ class StepContext:
 
     @property
     def error_slope(self) -> float:
-        """Factor c in d loss / d error = c error, for loss = |error|^2 / (n_rows total_variance)."""
+        """Factor c: d loss / d error = c error, for |error|^2 / (n_rows total_variance)."""
         return 2 / (self.n_rows * self.total_variance)
 
     def squares(self, rows: Tensor) -> float:
