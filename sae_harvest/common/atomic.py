@@ -197,7 +197,7 @@ def give_name(temporary: Path, final: Path) -> bool:
 
 
 def _renamed(temporary: Path, final: Path) -> bool:
-    """Raise Do what `give_name` does with Linux's renameat2; the temporary name is gone afterwards."""
+    """Do what `give_name` does with Linux's renameat2; the temporary name is gone afterwards."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:  # the C library is older than the call
