@@ -1,4 +1,4 @@
-"""Git-LFS pointers: small texts that stand for large files nobody has fetched."""
+"""Git-LFS pointers: small texts in place of large files that were not fetched."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BEGINNING = b"version https://git-lfs.github.com/spec/v1"
 
 
 def is_pointer(path: Path) -> bool:
-    """True for a Git-LFS pointer; False as well for a file that cannot be read."""
+    """True for a Git-LFS pointer; False for other files and unreadable ones."""
     try:
         with path.open("rb") as file:
             return file.read(len(BEGINNING)) == BEGINNING
