@@ -122,7 +122,7 @@ def test_help_comes_from_the_configuration() -> None:
         (("--tokens", "5"), "--tokens must be at least --batch-rows, got 5 < 4096."),
         (
             ("--activation", "gated", "--k", "3"),
-            "--k is only for topk, batchtopk, jumprelu, relu_kl; ",
+            "--k is only for topk, batchtopk, jumprelu, ",
         ),
     ],
 )

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def exact_file(path: Path, mode: str = "rb") -> pa.NativeFile:
-    """Return an open file for pyarrow, which would misread names such as `s3:/a`, `file:/a` or `~/a`.
+    """Return an open file for pyarrow, which would misread `s3:/a`, `file:/a` or `~/a`.
 
     Args:
         path: path of the file.

@@ -297,7 +297,7 @@ class CommandSettings:
         return f"{self._file}: {spelled}" if named_in_file else spelled
 
     def _instead(self, path: tuple[str, ...]) -> str:
-        """Return advice on the key that was meant: of an option with this name, or a similar one."""
+        """Return advice on the meant key: that of an option with this name, or a similar key."""
         *above, key = path
         settings = self.settings()
         known = (
