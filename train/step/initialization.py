@@ -122,9 +122,8 @@ def initial_sae(
     """Return an SAE with random unit decoder rows, parallel encoder rows, and b_dec the median.
 
     A transcoder's decoder rows are the images of its encoder rows under the least-squares map A
-    from
-    input to target: a row w adds (w c) A w, which is |A w| (w c) times the unit row A w / |A w|. So
-    its encoder row begins as |A w| w.
+    from input to target: a row w adds (w c) A w, which is |A w| (w c) times the unit row
+    A w / |A w|. So its encoder row begins as |A w| w.
 
     If values decide which latents are active, b_enc begins so low that the sample has ACTIVE
     latents per row, or ACTIVE_FACTOR times k. A gate's magnitude begins as its pre-activation.
