@@ -11,7 +11,7 @@
     features.sql("SELECT latent, top_tokens FROM latents ORDER BY density DESC LIMIT 5")
     features.steer("I opened the door and", {123: 8.0}).text
 
-The names in `__all__` are the public ones; `help(sae_harvest.NAME)` says what each gives. Modules
+The names in `__all__` are the public ones; `help(sae_harvest.NAME)` documents each. Modules
 below this one may change between releases.
 """
 
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from sae_harvest.train.sae.formats import load_sae
     from sae_harvest.train.sae.sae import SAE
 
-# Name → module. They are imported when first asked for: the whole takes seconds.
+# Name → module, imported at first use: importing all of them takes seconds.
 _MODULES = {
     "ActivationDataset": "dataset",
     "ActivationStore": "store.reader",

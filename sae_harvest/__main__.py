@@ -1,4 +1,4 @@
-"""`python -m sae_harvest` offers the four commands as one."""
+"""`python -m sae_harvest`: the four commands as one."""
 
 import click
 
@@ -11,7 +11,7 @@ from sae_harvest.train.commands.cli import main as train_sae
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sae-harvest")
 def main() -> None:
-    """The four commands of sae-harvest.
+    """Run one of the four commands of sae-harvest.
 
     \b
     python -m sae_harvest harvest run --model gpt2 --layer 8

@@ -20,8 +20,8 @@ class ActivationDataset(IterableDataset[torch.Tensor]):
     """Shuffled batches of a store's rows, each row at most once an epoch.
 
     Every item is a whole batch, float32 [batch_rows, width]. Give the dataset to a `DataLoader`
-    with `batch_size=None` and `num_workers=0`, or iterate over it directly: it reads ahead in four
-    threads of its own. The next epoch has another order; the last rows of an epoch, fewer than a
+    with `batch_size=None` and `num_workers=0`, or iterate over it directly. It reads ahead in its
+    own four threads. The next epoch has another order; the last rows of an epoch, fewer than a
     batch, are dropped.
 
     >>> dataset = ActivationDataset("runs/demo/store", batch_rows=256, seed=1)
@@ -31,18 +31,18 @@ class ActivationDataset(IterableDataset[torch.Tensor]):
 
     Args:
         store: an open store, or the path or `s3://bucket/prefix` of one.
-        site: which activations, such as "resid_post.12"; None for the store's only site.
+        site: site to read, such as "resid_post.12"; None for the store's only site.
         batch_rows: rows per batch.
         seed: seed of the order.
-        rule: which rows are read; None for those that training reads by default: 99 % of the
-            documents, without outlier rows.
-        epochs: how often each row is read; None for batches without end.
-        device: where the batches are wanted, "cpu" or "cuda".
+        rule: the rule that selects rows; None for the default of training: 95 % of the documents,
+            without outlier rows.
+        epochs: number of passes over the rows; None for endless batches.
+        device: device of the batches, "cpu" or "cuda".
 
     Raises:
         InputError: there is no such site, or there are fewer rows than one batch.
         StoreError: the store cannot be opened.
-        DamagedError: a row that is read is not the one that was stored.
+        DamagedError: a row differs from what was stored.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class ActivationDataset(IterableDataset[torch.Tensor]):
         self._loader = ShuffledLoader(store, self.site, batch_rows, seed, rule, device=device)
 
     def __len__(self) -> int:
-        """Number of batches in all epochs.
+        """Return the number of batches in all epochs.
 
         Raises:
             TypeError: the dataset has no end.
@@ -76,7 +76,7 @@ class ActivationDataset(IterableDataset[torch.Tensor]):
         return self.epochs * self._loader.batches_per_epoch
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        """The batches, from the first one of the first epoch."""
+        """Yield the batches, beginning with the first epoch."""
         if get_worker_info() is not None:
             raise InputError(
                 "An ActivationDataset reads ahead in threads of its own; give the DataLoader "

@@ -68,14 +68,14 @@ class Features:
         connection.close()
 
     def __len__(self) -> int:
-        """Number of latents."""
+        """Return the number of latents."""
         return int(self._n_latents)
 
     def __repr__(self) -> str:
         return f"Features({str(self.path)!r}, {len(self):,} latents)"
 
     def sql(self, query: str) -> pd.DataFrame:
-        """The answer to one SELECT over the tables.
+        """Return the answer to one SELECT over the tables.
 
         The tables are latents, contexts, histograms, neighbours, tokens, documents and firings, and
         explanations where there are any. A query reads no other file.
@@ -120,25 +120,25 @@ class Features:
 
     @cached_property
     def live(self) -> LiveModel:
-        """The model and the SAE behind the tables, loaded when first asked for.
+        """The model and the SAE behind the tables, loaded at first use.
 
         Raises:
-            RunError: the store or the SAE is not there any more.
-            InputError: the model is not there any more, or has other weights.
+            RunError: the store or the SAE no longer exists.
+            InputError: the model no longer exists, or has other weights.
         """
         from sae_harvest.pipelines.live import LiveModel
 
         return LiveModel.open(self.path)
 
     def activations(self, text: str) -> LiveText:
-        """The latents that fire on each token of a text.
+        """Return the latents that fire on each token of a text.
 
         >>> open_features("runs/demo/features").activations("the cat sees").token_texts[0]
         'the'
 
         Returns:
             Token texts, and `indices` int32 [tokens, w] and `values` float32 [tokens, w] of the
-            active latents, by decreasing value; a value of 0 is no latent.
+            active latents, by decreasing value; a value of 0 means no latent.
 
         Raises:
             InputError: the text has no tokens, or more than fit in a context.
@@ -162,7 +162,7 @@ class Features:
 
         Args:
             prompt: text before the continuation.
-            clamps: latent → activation, in the units of the tables; 0 takes the latent away.
+            clamps: latent → activation, in the units of the tables; 0 removes the latent.
             n_tokens: number of tokens to generate, at most.
             temperature: 0 takes the likeliest token; above 0, tokens are drawn.
             seed: seed of the draws.

@@ -1,4 +1,4 @@
-"""The steps from a text to tables, as functions: what the commands do, called from Python."""
+"""The steps from a text to tables as functions: the commands, called from Python."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def open_store(place: Place, digest: str | None = None) -> ActivationStore:
 
     Args:
         place: a folder, or `s3://bucket/prefix`.
-        digest: digest of the store as it was, if it has grown since; None opens all of it.
+        digest: digest of an earlier state of a store that has grown; None opens all of it.
 
     Raises:
-        NotAStoreError: no store is there.
-        UnfinishedError: nothing is sealed there, or nothing with that digest.
+        NotAStoreError: there is no store.
+        UnfinishedError: nothing is sealed, or nothing with that digest.
         DamagedError: the plan or the seal is damaged.
     """
     return ActivationStore.open(place, digest)
@@ -52,8 +52,8 @@ def harvest_activations(
 ) -> ActivationStore:
     """Run a model over text and store the activations of some sites.
 
-    The same call continues what was interrupted, finds what is finished, and makes a store longer
-    if `tokens` is larger than before.
+    The same call continues an interrupted harvest and opens a finished one. With more `tokens` than
+    before, it extends the store.
 
     >>> store = harvest_activations(
     ...     "runs/mine/store", model="my-model", corpus="texts", layer=1, tokens=4096,
@@ -67,7 +67,7 @@ def harvest_activations(
         model: id on the Hub, folder, `.gguf` file, or "smollm2-135m".
         corpus: dataset on the Hub, file or folder of text, or "news".
         layer: number N of the site "resid_post.N".
-        sites: names of sites, beside or instead of `layer`.
+        sites: names of sites, in addition to `layer` or instead of it.
         workers: number of Ray workers; 0 works in this process.
         device: "auto", "cpu" or "cuda".
         address: address of a Ray cluster, HOST:PORT or "auto".
@@ -109,8 +109,8 @@ def train_sae(
 ) -> SAE:
     """Train a sparse autoencoder, or a transcoder, on the rows of a store.
 
-    The same call continues what was interrupted, and finds what is finished. `out` then holds the
-    SAE, its metrics and its evaluation on held-out rows (`evaluation.json`).
+    The same call continues an interrupted run and loads a finished one. `out` then holds the SAE,
+    its metrics and its evaluation on held-out rows (`evaluation.json`).
 
     >>> sae = train_sae("runs/demo/store", "runs/mine/sae", n_latents=64, k=4, tokens=4096,
     ...                 batch_rows=256)
@@ -156,7 +156,7 @@ def build_features(
 ) -> Features:
     """Encode a store with an SAE and write the tables of every latent.
 
-    The same call continues what was interrupted, and finds what is finished.
+    The same call continues an interrupted build and opens a finished one.
 
     >>> features = build_features("runs/demo/store", "runs/demo/sae", "runs/mine/features", n_top=5)
     >>> len(features) > 0
@@ -195,7 +195,7 @@ def build_features(
 
 
 def _checked(kind: Any, **fields: Any) -> Any:
-    """A configuration; `InputError` that names the field which cannot be used."""
+    """Return a configuration. Raise `InputError`, naming the field, for a bad value."""
     try:
         return kind(**fields)
     except ValidationError as error:

@@ -1,1 +1,1 @@
-"""Activations at rest: layout, protocol, reader and loader. Stands on nothing of ours."""
+"""Activations at rest: layout, protocol, reader and loader. Imports only `common`."""

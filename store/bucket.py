@@ -1,12 +1,12 @@
-"""A bucket of a server that speaks S3: clients for it, and its failures in words.
+"""A bucket on an S3 server: clients for it, and its failures as sentences.
 
-Where and as whom comes from the environment, as for other S3 tools: AWS_ENDPOINT_URL (unset for
-Amazon; plain http:// is allowed if it says so), AWS_REGION, AWS_ACCESS_KEY_ID,
-AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_SKIP_SIGNATURE=true for public data, and the rest of
-obstore's `S3Config`. Buckets are addressed by path unless AWS_VIRTUAL_HOSTED_STYLE_REQUEST=true.
+Address and credentials come from the environment, as for other S3 tools: AWS_ENDPOINT_URL (unset
+for Amazon; http:// is allowed), AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
+AWS_SESSION_TOKEN, AWS_SKIP_SIGNATURE=true for public data, and the rest of obstore's `S3Config`.
+Buckets are addressed by path unless AWS_VIRTUAL_HOSTED_STYLE_REQUEST=true.
 
-An endpoint that cannot be reached is given up after about `GIVE_UP_SECONDS`; a request that moves
-many bytes may take as long as they need at `SLOWEST_BYTES_A_SECOND`.
+Requests to an endpoint that cannot be reached end after about `GIVE_UP_SECONDS`. A request that
+moves many bytes may take the time that they need at `SLOWEST_BYTES_A_SECOND`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Bucket:
             or not re.fullmatch(r"[\w.-]+", self.name, re.ASCII)
             or any(part in ("", ".", "..") or not part.isprintable() for part in segments)
         ):
-            raise InputError(f"{url} is no address of objects; expected s3://bucket/prefix.")
+            raise InputError(f"{url} is not an address of objects; expected s3://bucket/prefix.")
 
     def url(self, path: str) -> str:
         return f"s3://{self.name}/{path}" if path else f"s3://{self.name}"
@@ -67,7 +67,7 @@ class Bucket:
         return _endpoint() or "Amazon S3"
 
     def client(self, n_bytes: int = 0) -> S3Store:
-        """A client whose requests may take as long as `n_bytes` need; made when first used."""
+        """Return a client whose requests may last as long as moving `n_bytes` takes."""
         seconds = seconds_for(n_bytes)
         client = self._clients.get(seconds)
         if client is None:
@@ -75,7 +75,10 @@ class Bucket:
         return client
 
     def read_range(self, path: str, start: int, length: int, etag: str | None = None) -> memoryview:
-        """Bytes start .. start + length of an object, as far as it goes; of that etag, if given."""
+        """Return the bytes [start, start + length) of an object, fewer if it ends before.
+
+        If `etag` is given, the object must have it.
+        """
         options: GetOptions = {"range": (start, start + length)}
         if etag is not None:
             options["if_match"] = etag
@@ -88,7 +91,7 @@ class Bucket:
         return memoryview(found.bytes())
 
     def listed(self, folder: str) -> list[ObjectMeta]:
-        """Every object below a folder, in no order."""
+        """Return every object below a folder, in no particular order."""
 
         def collect() -> list[ObjectMeta]:
             pages = self.client().list(folder or None, chunk_size=LIST_PAGE)
@@ -97,7 +100,7 @@ class Bucket:
         return retried(collect, GIVE_UP_SECONDS / 2)
 
     def first(self, folder: str) -> str | None:
-        """The path of any one object below a folder, None if there is none."""
+        """Return the path of any one object below a folder, None if there is none."""
 
         def ask() -> str | None:
             pages = self.client().list(folder or None, chunk_size=1)
@@ -107,7 +110,7 @@ class Bucket:
 
     @contextmanager
     def explained(self, action: str, missing: Exception | None = None) -> Iterator[None]:
-        """Turn failures into one sentence; an object that is not there raises `missing`."""
+        """Turn failures into one sentence; a missing object raises `missing`."""
         try:
             yield
         except FileNotFoundError as error:
@@ -163,7 +166,7 @@ def _connect(bucket: str, seconds: int) -> S3Store:
             "timeout": timedelta(seconds=seconds),
         },
         retry_config={
-            "max_retries": 1000,  # the time is what ends them
+            "max_retries": 1000,  # retry_timeout ends them
             "retry_timeout": timedelta(seconds=GIVE_UP_SECONDS),
             "backoff": {
                 "init_backoff": timedelta(milliseconds=100),
@@ -172,7 +175,7 @@ def _connect(bucket: str, seconds: int) -> S3Store:
             },
         },
         conditional_put="etag",
-        disable_bulk_delete=True,  # not every server has it, and we remove one by one
+        disable_bulk_delete=True,  # not every server has it; we remove objects one by one
     )
 
 
@@ -181,7 +184,10 @@ def _endpoint() -> str:
 
 
 def seconds_for(n_bytes: int) -> int:
-    """Time limit of a request of this size, rounded up to few steps: each step needs a client."""
+    """Return the time limit of a request of this size.
+
+    Limits are rounded up to a few values, since each value needs its own client.
+    """
     seconds = GIVE_UP_SECONDS
     while seconds * SLOWEST_BYTES_A_SECOND < n_bytes:
         seconds *= 2
@@ -189,15 +195,15 @@ def seconds_for(n_bytes: int) -> int:
 
 
 def passes(error: BaseError) -> bool:
-    """Whether the network failed, the server (5xx), or another write was under way (409)."""
+    """Whether a retry may help: network failure, server failure (5xx) or concurrent write (409)."""
     return re.search(r"HTTP error: |status code: (409|5\d\d) ", str(error)) is not None
 
 
 def retried(operation: Callable[[], T], within: float) -> T:
-    """Try again what failed in passing within so many seconds.
+    """Repeat an operation after temporary failures, for at most `within` seconds.
 
-    obstore itself repeats what is sure to be harmless. Conditional writes cut off on the way are
-    not, to it; to us they are, since what is already there is read back and adopted.
+    obstore itself repeats requests that are safe to repeat. It does not repeat a conditional write
+    that was cut off. Here that is safe: an object that already exists is read back and adopted.
     """
     start, pause = time.monotonic(), 0.1
     while True:

@@ -2,8 +2,8 @@
 
 A plain object is one chunk: little-endian values and their crc32c. A sharded object is chunks, each
 with its crc32c, in order and without gaps, then an index of (offset, bytes) for each chunk and
-the crc32c of that: what zarr's `sharding_indexed` codec reads. Chunks past the end of the array
-are absent. Zarr itself is the reference (see the tests); it would copy a shard three times.
+the crc32c of the index. Zarr's `sharding_indexed` codec reads this. Chunks past the end of the
+array are absent. The tests compare with zarr itself, which would copy a shard three times.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from sae_harvest.common.errors import DamagedError
 from sae_harvest.store.layout import ArraySpec, Plan, array_spec
 
 CRC_BYTES = 4
-ABSENT = 2**64 - 1  # in a shard's index: offset and size of a chunk that is not there
+ABSENT = 2**64 - 1  # offset and size of a missing chunk in a shard's index
 
 Array = npt.NDArray[Any]
 
 
 def encode(plan: Plan, path: str, array: Array) -> list[Buffer]:
-    """The pieces of the object that holds `array`, one shard of the array at `path`.
+    """Return the pieces of the object that holds `array`, one shard of the array at `path`.
 
-    A short shard's last chunk is filled up with the fill value.
+    The last chunk of a short shard is padded with the fill value.
     """
     spec = array_spec(plan, path)
     step = spec.chunk[0]
@@ -41,17 +41,17 @@ def encode(plan: Plan, path: str, array: Array) -> list[Buffer]:
 
 
 def decode(plan: Plan, path: str, data: Buffer, length: int, name: str) -> Array:
-    """The first `length` entries of one shard of the array at `path`, from its object's bytes."""
+    """Decode the first `length` entries of one shard of the array at `path` from its bytes."""
     parts = list(chunks(plan, path, data, length, name))
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def chunks(plan: Plan, path: str, data: Buffer, length: int, name: str) -> Iterator[Array]:
-    """The first `length` entries of a shard chunk by chunk, views of its object's bytes.
+    """Yield the first `length` entries of a shard chunk by chunk, as views of its object's bytes.
 
     Raises:
-        DamagedError: the object has another length, its index is altered, or, when the iteration
-            comes to it, a chunk is.
+        DamagedError: the object has another length, its index is altered, or a chunk is altered.
+            A damaged chunk raises when the iteration reaches it.
     """
     spec = array_spec(plan, path)
     step, per_chunk = _stride(spec), spec.chunk[0]
@@ -74,18 +74,18 @@ def chunks(plan: Plan, path: str, data: Buffer, length: int, name: str) -> Itera
 def decode_chunk(
     plan: Plan, path: str, data: Buffer, name: str, checksum: int | None = None
 ) -> Array:
-    """One whole chunk, a view of its bytes.
+    """Return one whole chunk as a view of its bytes.
 
     Args:
-        checksum: crc32c that the commit record lists for it, where that is known.
+        checksum: crc32c of the chunk in the commit record; None skips the comparison.
 
     Raises:
-        DamagedError: the bytes are not as they were written, or are another chunk's.
+        DamagedError: the bytes were changed after writing, or belong to another chunk.
     """
     spec = array_spec(plan, path)
     raw = np.frombuffer(data, np.uint8)
     if len(raw) != _stride(spec):
-        raise DamagedError(f"{name} is cut short: {len(raw):,} bytes of a chunk are there.")
+        raise DamagedError(f"{name} is cut short: {len(raw):,} bytes of a chunk are left.")
     found = google_crc32c.value(raw[:-CRC_BYTES])
     if found != int.from_bytes(raw[-CRC_BYTES:].tobytes(), "little"):
         raise DamagedError(f"{name} is altered: a chunk does not match its checksum.")
@@ -95,10 +95,10 @@ def decode_chunk(
 
 
 def checksums(plan: Plan, path: str, pieces: Sequence[Buffer], length: int) -> list[int]:
-    """The crc32c of each chunk of an object that holds `length` entries, from its bytes.
+    """Return the crc32c of each chunk, taken from the bytes of an object with `length` entries.
 
     Args:
-        pieces: what `encode` gave, or the whole object in one piece.
+        pieces: the result of `encode`, or the whole object in one piece.
     """
     step, count = chunk_stride(plan, path), chunk_count(plan, path, length)
     if len(pieces) == 1:
@@ -110,12 +110,12 @@ def checksums(plan: Plan, path: str, pieces: Sequence[Buffer], length: int) -> l
 
 
 def chunk_count(plan: Plan, path: str, length: int) -> int:
-    """Chunks of an object that holds so many entries of the array at `path`."""
+    """Return the number of chunks of an object with `length` entries of the array at `path`."""
     return -(-length // array_spec(plan, path).chunk[0])
 
 
 def object_bytes(plan: Plan, path: str, length: int) -> int:
-    """Bytes of an object that holds so many entries of the array at `path`."""
+    """Return the size in bytes of an object with `length` entries of the array at `path`."""
     spec = array_spec(plan, path)
     size = -(-length // spec.chunk[0]) * _stride(spec)
     if spec.is_sharded:
@@ -124,12 +124,12 @@ def object_bytes(plan: Plan, path: str, length: int) -> int:
 
 
 def entries(plan: Plan, path: str, contexts: int) -> int:
-    """Entries of the array at `path`, or of a shard of it, that has so many contexts."""
+    """Return the number of entries that `contexts` contexts have in the array at `path`."""
     return -(-contexts * array_spec(plan, path).shard[0] // plan.contexts_per_shard)
 
 
 def chunk_stride(plan: Plan, path: str) -> int:
-    """Bytes from one chunk of an object to the next, checksum included."""
+    """Return the distance in bytes between the starts of two chunks, checksum included."""
     return _stride(array_spec(plan, path))
 
 
@@ -138,7 +138,7 @@ def _stride(spec: ArraySpec) -> int:
 
 
 def _index(spec: ArraySpec, count: int) -> bytes:
-    """The end of a sharded object whose first `count` chunks are there."""
+    """Return the index at the end of a sharded object that has its first `count` chunks."""
     step = _stride(spec)
     index = np.full((spec.shard[0] // spec.chunk[0], 2), ABSENT, "<u8")
     index[:count, 0] = np.arange(count) * step

@@ -1,8 +1,8 @@
-"""Reading what a store says of itself: its plan, and the commit record of each shard.
+"""Reading and writing a store's records: its plan, and the commit record of each shard.
 
-Records come from files that may be damaged, or written by somebody who means harm: each is checked
-in full before anything of it is used. A commit record lists exactly the objects that the plan and
-the number of its shard imply, so that no name from a record ever becomes a path.
+Records come from files that may be damaged or malicious, so each record is checked in full before
+any part of it is used. A commit record lists exactly the objects that the plan and
+the number of its shard imply, so a name from a record never becomes a path.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from sae_harvest.store.objects import Objects, content_hash
 from sae_harvest.store.records import decode_record, decode_with_digest, digest_of, encode_record
 from sae_harvest.store.statistics.stats import HISTOGRAM_BINS
 
-MAX_DIGITS = 18  # of a number in a name
-LARGEST = 1e120  # of a stored statistic; float32 rows stay far below it, and their sums finite
+MAX_DIGITS = 18  # most digits of a number in a name
+LARGEST = 1e120  # limit of a stored statistic; statistics of float32 rows are far below it
 
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 Natural = Annotated[int, Field(gt=0, lt=1 << 62)]
@@ -32,7 +32,7 @@ Counts = dict[Annotated[str, Field(pattern=r"^-?[0-9]{1,18}$")], Natural]
 
 
 class StrictModel(BaseModel):
-    """A part of a record: nothing more, nothing less, nothing of another type."""
+    """A part of a record with exactly the declared fields and types."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -44,7 +44,7 @@ class _Entry(StrictModel):
 
 
 class MomentsRecord(StrictModel):
-    """`store.statistics.stats.Moments` in a record."""
+    """The form of `store.statistics.stats.Moments` in a record."""
 
     rows: Count
     mean: list[Real]
@@ -79,19 +79,19 @@ class _PlanRecord(StrictModel):
 
 
 def read_plan_record(objects: Objects) -> dict[str, Any]:
-    """The checked content of plan.json: plan, hash, made_with.
+    """Return the checked content of plan.json: plan, hash, made_with.
 
     Raises:
-        NotAStoreError: no plan.json.
-        DamagedError: it is damaged.
-        StoreError: it is of a format that this version does not know.
+        NotAStoreError: there is no plan.json.
+        DamagedError: plan.json is damaged.
+        StoreError: this version does not know the store's format.
     """
     name = f"{objects.place}/{layout.PLAN_KEY}"
     try:
         data = objects.read(layout.PLAN_KEY)
     except FileNotFoundError:
         raise NotAStoreError(
-            f"{objects.place} holds no activation store (no {layout.PLAN_KEY} there); "
+            f"{objects.place} holds no activation store (no {layout.PLAN_KEY}); "
             "give the place that `harvest run --store` wrote."
         ) from None
     record = decode_record(data, name)
@@ -110,23 +110,23 @@ def read_plan_record(objects: Objects) -> dict[str, Any]:
 
 
 def read_plan(objects: Objects) -> Plan:
-    """The plan of the store at a place; raises as `read_plan_record`."""
+    """Return the plan of the store at a place. Raises the errors of `read_plan_record`."""
     return Plan.model_validate(read_plan_record(objects)["plan"])
 
 
 def parse_plan(content: Any, name: str) -> Plan:
-    """The plan in a record; `DamagedError` if it is none, or not written as plans are."""
+    """Return the plan in a record. Raises `DamagedError` if it is not a plan in canonical form."""
     try:
         plan = Plan.model_validate(content)
     except ValidationError as error:
         raise DamagedError(f"{name} is damaged: {first_line(error)}.") from None
     if plan.model_dump(mode="json") != content:
-        raise DamagedError(f"{name} is damaged: its plan is not written as plans are.")
+        raise DamagedError(f"{name} is damaged: its plan is not in canonical form.")
     return plan
 
 
 def validate(model: type[BaseModel], content: dict[str, Any], name: str) -> None:
-    """`DamagedError` if a record lacks a field, has one too many, or one of another type."""
+    """Raise `DamagedError` if a record has a missing, unknown or wrongly typed field."""
     try:
         model.model_validate(content)
     except ValidationError as error:
@@ -134,25 +134,26 @@ def validate(model: type[BaseModel], content: dict[str, Any], name: str) -> None
 
 
 def committed_shards(objects: Objects) -> list[int]:
-    """Numbers of the committed shards, ascending."""
+    """Return the numbers of the committed shards, ascending."""
     return numbered(objects, layout.commit_key)
 
 
 def read_commit(objects: Objects, plan: Plan, shard: int) -> dict[str, Any]:
-    """The checked commit record of a shard; `DamagedError` if missing, altered or foreign."""
+    """Return the checked commit record of a shard; see `load_commit`."""
     return load_commit(objects, plan, shard)[0]
 
 
 def load_commit(
     objects: Objects, plan: Plan, shard: int, sealed: str | None = None
 ) -> tuple[dict[str, Any], str]:
-    """The checked commit record of a shard, and its digest.
+    """Return the checked commit record of a shard, and its digest.
 
     Args:
-        sealed: the digest that a seal lists for it, where the shard is sealed.
+        sealed: digest of the record in a seal, if the shard is sealed.
 
     Raises:
-        DamagedError: it is missing, altered, of another store or shard, or not the sealed one.
+        DamagedError: the record is missing, altered, belongs to another store or shard, or is not
+            the sealed one.
     """
     key = layout.commit_key(shard)
     name = f"{objects.place}/{key}"
@@ -160,7 +161,7 @@ def load_commit(
         data = objects.read(key)
     except FileNotFoundError:
         raise DamagedError(
-            f"{name} is missing: shard {shard} is not there; run the same harvest again."
+            f"{name} is missing, and shard {shard} with it; run the same harvest again."
         ) from None
     record, digest = decode_with_digest(data, name)
     if record.get("plan") != plan.hash or record.get("shard") != shard:
@@ -172,15 +173,19 @@ def load_commit(
 
 
 def check_commit(plan: Plan, record: dict[str, Any], name: str) -> None:
-    """`DamagedError` if the content of a commit record is none that a harvest writes."""
+    """Raise `DamagedError` if no harvest writes a commit record with this content."""
     validate(_Commit, record, name)
     shard, contexts, entries = record["shard"], record["contexts"], record["objects"]
     if contexts > plan.contexts_per_shard or record["rows"] != contexts * plan.context_length:
-        raise DamagedError(f"{name} is damaged: its numbers of contexts and rows do not fit.")
+        raise DamagedError(
+            f"{name} is damaged: its numbers of contexts and rows contradict the plan."
+        )
     expected = layout.object_keys(plan, shard)
     for key in sorted(entries.keys() - set(expected)):
         told = ascii(key)[1:-1][:80]
-        raise DamagedError(f"{name} is damaged: it lists {told}, which is no object of its shard.")
+        raise DamagedError(
+            f"{name} is damaged: it lists {told}, which is not an object of its shard."
+        )
     if len(entries) < len(expected):
         raise DamagedError(f"{name} is damaged: it does not list all objects of its shard.")
     for key, entry in entries.items():
@@ -193,34 +198,34 @@ def check_commit(plan: Plan, record: dict[str, Any], name: str) -> None:
             fits = entry["bytes"] == codec.object_bytes(plan, path, length)
             fits = fits and len(entry.get("chunks") or ()) == count
         if not fits:
-            raise DamagedError(f"{name} is damaged: what it says of {key} cannot be.")
+            raise DamagedError(f"{name} is damaged: its entry for {key} is impossible.")
     if record["statistics"].keys() != {site.name for site in plan.sites}:
-        raise DamagedError(f"{name} is damaged: its statistics are of other sites.")
+        raise DamagedError(f"{name} is damaged: its statistics belong to other sites.")
     for site in plan.sites:
         found = record["statistics"][site.name]
         histogram, rows = found["norm_histogram"], record["rows"]
         fits = sum(histogram.values()) == rows and max(map(int, histogram)) < HISTOGRAM_BINS
         if not (fits and moments_fit(found, plan, site.name, rows)):
-            raise DamagedError(f"{name} is damaged: its statistics of {site.name} cannot be.")
+            raise DamagedError(f"{name} is damaged: its statistics of {site.name} are impossible.")
 
 
 def place_in_corpus(record: dict[str, Any]) -> dict[str, Any]:
-    """The cursor in the shard's commit record: the place in the corpus where its text begins.
+    """Return the cursor in a commit record: where the shard's text begins in the corpus.
 
     Raises:
-        DamagedError: it is no place in a corpus.
+        DamagedError: the cursor is not a place in a corpus.
     """
     cursor = record["cursor"]
     corpus = cursor.get("corpus")
     numbers = [cursor.get(name) for name in ("window", "document", "token")]
     numbers += [] if corpus is None else corpus.values() if isinstance(corpus, dict) else [None]
     if not all(isinstance(number, int) and number >= 0 for number in numbers):
-        raise DamagedError(f"The commit record of shard {record['shard']} tells no place to read.")
+        raise DamagedError(f"The commit record of shard {record['shard']} has no valid cursor.")
     return cursor
 
 
 def moments_fit(statistics: dict[str, Any], plan: Plan, site: str, rows: int) -> bool:
-    """True if validated statistics are of so many rows of a site of the plan."""
+    """True if validated statistics have the site's width and count `rows` rows."""
     width, groups = plan.width(site), [statistics["ordinary"], statistics["outlier"]]
     lists = [group[name] for group in groups for name in ("mean", "m2")]
     if plan.dtype == "int8":
@@ -231,7 +236,7 @@ def moments_fit(statistics: dict[str, Any], plan: Plan, site: str, rows: int) ->
 
 
 def commit_shard(objects: Objects, record: dict[str, Any]) -> dict[str, Any]:
-    """Publish a commit record; the one that is there wins and is returned."""
+    """Publish a commit record. If one exists already, return that one instead."""
     key = layout.commit_key(record["shard"])
     if objects.publish(key, [encode_record(record)]):
         return record
@@ -239,10 +244,10 @@ def commit_shard(objects: Objects, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def numbered(objects: Objects, key_of: Callable[[int], str]) -> list[int]:
-    """The numbers of the records that a folder holds, ascending.
+    """Return the numbers of the records in a folder, ascending.
 
     Args:
-        key_of: `layout.commit_key` or `layout.seal_key`; other names in the folder are no records.
+        key_of: `layout.commit_key` or `layout.seal_key`; other names are ignored.
     """
     folder = key_of(0).rpartition("/")[0] + "/"
     found = []
@@ -254,14 +259,14 @@ def numbered(objects: Objects, key_of: Callable[[int], str]) -> list[int]:
 
 
 def read_object(objects: Objects, key: str, entry: dict[str, Any], remedy: str = "") -> bytes:
-    """The bytes of an object, as its commit record lists it.
+    """Return the bytes of an object, checked against its entry in the commit record.
 
     Args:
-        entry: of the record, bytes and xxh3.
-        remedy: what to do, after a semicolon, where the object is not as it was committed.
+        entry: the object's entry in the commit record: bytes and xxh3.
+        remedy: advice for the error message, beginning with a semicolon.
 
     Raises:
-        DamagedError: it is missing, of another length, or altered.
+        DamagedError: the object is missing, has another length, or is altered.
     """
     name = f"{objects.place}/{key}"
     try:

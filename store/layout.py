@@ -1,18 +1,18 @@
 """The shape of a store: its plan and the names of its objects.
 
     STORE/
-      plan.json                    what was asked; the plan's hash is the store's identity
+      plan.json                    the settings; the plan's hash is the store's identity
       zarr.json                    group attributes, for readers that know only zarr
       tokens/                      int32   [contexts, context_length]
       activations/<site>/          float16, float32 or int8 [rows, width]
-      norms/<site>/                float32 [rows], L2 norm before any casting
+      norms/<site>/                float32 [rows], L2 norms before casting
       quantization/<site>/         int8 only: float32 [shards, 2, width], scale and offset
-      exact/<site>/000000.parquet  int8 only: rows of a shard kept as they are, in float16
-      contexts/000000.parquet      which documents a context was cut from
+      exact/<site>/000000.parquet  int8 only: rows of a shard kept exactly, in float16
+      contexts/000000.parquet      the documents that each context was cut from
       documents/000000.parquet     the documents that first appear in the shard
-      commits/000000.json          written last: the shard exists if and only if this does
-      seals/000004.json            the first 4 shards are a store: commits, statistics, digest
-      status.json                  what a running harvest is doing; not part of the store
+      commits/000000.json          written last: the shard exists if this record exists
+      seals/000004.json            closes the first 4 shards: commits, statistics, digest
+      status.json                  progress of a running harvest; not part of the store
 
 A store can grow: more shards of the same plan, then another seal. `row = context * context_length
 + position`, everywhere. Shards are whole, except the last one where the corpus ends.
@@ -31,20 +31,20 @@ from sae_harvest.common.parsing import safe_name
 from sae_harvest.store.records import digest_of
 
 FORMAT: Final = 3
-CHUNK_BYTES = 6 << 20  # 1.5 to 6 MiB read fastest: smaller pays per chunk, larger leaves the cache
+CHUNK_BYTES = 6 << 20  # smaller chunks cost more calls, larger ones miss the cache
 MAX_CHUNK_ROWS = 4096
-CODE_FILL = -128  # of int8 arrays; codes go from -127 to 127
+CODE_FILL = -128  # fill value of int8 arrays; codes go from -127 to 127
 DIMENSIONS = {
     "tokens": ("context", "position"),
     "activations": ("row", "channel"),
     "norms": ("row",),
     "quantization": ("shard", "scale_offset", "channel"),
 }
-MAX_WIDTH = 1 << 20  # of a row
-MAX_SHARD_ROWS = 1 << 27  # a shard is made in memory
+MAX_WIDTH = 1 << 20  # numbers per row
+MAX_SHARD_ROWS = 1 << 27  # a worker holds a whole shard in memory
 
-# What is read of the parts of a plan that are free in form. Rows that come from no text have no
-# tokenizer.
+# The fields that are read from the free-form parts of a plan. Rows that do not come from text have
+# no tokenizer.
 _ALWAYS: dict[str, dict[str, type]] = {
     "model": {"name": str, "weights": str},
     "corpus": {"name": str},
@@ -84,7 +84,7 @@ OPTIONS = {
 
 
 class SitePlan(BaseModel):
-    """One recorded place in the model."""
+    """A site and its width."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -95,7 +95,7 @@ class SitePlan(BaseModel):
 
 
 class PlanSettings(BaseModel):
-    """A plan without its sites, whose widths are known once a model is loaded."""
+    """A plan without its sites. The widths of sites are known only once a model is loaded."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -109,14 +109,14 @@ class PlanSettings(BaseModel):
         "concat", description="documents joined by the end-of-text token, then cut"
     )
     bos: Literal["none", "context"] = Field(description="context: position 0 holds the BOS token")
-    seed: int = Field(ge=0, description="of the shuffling of contexts")
+    seed: int = Field(ge=0, description="seed of the order of contexts")
     window_contexts: int = Field(gt=0, description="contexts shuffled together")
     document_text: bool = Field(description="whether documents/ holds the texts themselves")
     dtype: Literal["float16", "float32", "int8"] = Field(
-        description="of the stored activations; int8 with a scale and offset per channel and shard"
+        description="dtype of stored activations; int8 has a scale and offset per channel and shard"
     )
     compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        description="of the forward pass"
+        description="dtype of the forward pass"
     )
     batch_contexts: int = Field(gt=0, description="contexts per forward pass")
 
@@ -128,11 +128,11 @@ class Plan(PlanSettings):
 
     @model_validator(mode="after")
     def _is_possible(self) -> Plan:
-        """Refuse what no harvest plans; a plan is read from files that others may have written."""
+        """Refuse plans that no harvest makes; plan files may come from others."""
         for field, kinds in _KINDS.items() if self.tokenizer else _ALWAYS.items():
             for name, kind in kinds.items():
                 if type(getattr(self, field).get(name)) is not kind:
-                    raise ValueError(f"{field}.{name} is missing or no {kind.__name__}")
+                    raise ValueError(f"{field}.{name} is missing or not of type {kind.__name__}")
         if len({site.name for site in self.sites}) < len(self.sites):
             raise ValueError("a site is named twice")
         if self.shard_rows > MAX_SHARD_ROWS:
@@ -141,7 +141,7 @@ class Plan(PlanSettings):
 
     @property
     def hash(self) -> str:
-        """Identity of the plan: xxh3 of its canonical JSON."""
+        """Identity of the plan: xxh3-128 of its canonical JSON, in hex."""
         return digest_of(self.model_dump(mode="json"))
 
     @property
@@ -158,16 +158,16 @@ class Plan(PlanSettings):
         return next(s.width for s in self.sites if s.name == site)
 
     def chunk_rows(self, site: str) -> int:
-        """Rows per zarr chunk: the largest divisor of the shard that keeps a chunk small."""
+        """Return the rows per zarr chunk: the largest divisor of the shard within the limits."""
         row_bytes = self.width(site) * self.itemsize
         limit = max(1, min(MAX_CHUNK_ROWS, CHUNK_BYTES // row_bytes))
         return _largest_divisor(self.shard_rows, limit)
 
     def differing_fields(self, other: Plan) -> list[str]:
-        """`option: this → other` for every field in which two plans differ.
+        """Return `option: this → other` for every field in which two plans differ.
 
-        A field that no option of `harvest run` decides has its own name, `model.weights` say.
-        Widths are compared where the sites are the same: they follow from model and site.
+        A field without an option of `harvest run` is shown by its own name, for example
+        `model.weights`. Widths are compared only if both plans have the same sites.
         """
         mine, theirs = _flat(self), _flat(other)
         if mine["sites"] == theirs["sites"]:
@@ -182,12 +182,12 @@ class Plan(PlanSettings):
 
 @cache
 def _largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of a number up to a limit; asked for every chunk that is read."""
+    """Return the largest divisor of a number up to a limit. Cached: every chunk read needs it."""
     return next(d for d in range(limit, 0, -1) if number % d == 0)
 
 
 def _flat(plan: Plan) -> dict[str, Any]:
-    """The fields of a plan for people: `model.weights` and the like apart, sites by their names."""
+    """Return a plan's fields, nested ones as `model.weights`, and the sites by their names."""
     flat: dict[str, Any] = {}
     for field, value in plan.model_dump(mode="json", exclude={"sites"}).items():
         if isinstance(value, dict):
@@ -199,7 +199,7 @@ def _flat(plan: Plan) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class ArraySpec:
-    """An array of a store, of which each shard is an object."""
+    """An array of a store. Each of its shards is one object."""
 
     dimensions: tuple[str, ...]
     """Names of the dimensions. The first one is divided into shards."""
@@ -207,15 +207,15 @@ class ArraySpec:
     shard: tuple[int, ...]
     """Shape of a shard."""
     chunk: tuple[int, ...]
-    """Shape of a chunk. It is the shard's where the object is one chunk."""
+    """Shape of a chunk; equal to `shard` if the object is one chunk."""
     fill: float
     """Value of entries past the end of the array."""
     is_sharded: bool = False
-    """True if an object is many chunks and an index of them: zarr's `sharding_indexed`."""
+    """True if an object holds many chunks and their index (zarr's `sharding_indexed`)."""
 
 
 def array_spec(plan: Plan, path: str) -> ArraySpec:
-    """The array at `path`: what its zarr.json, its codec and the names of its objects follow."""
+    """Return the specification of the array at `path`: dtype, shapes and fill value."""
     kind, _, site = path.partition("/")
     dimensions = DIMENSIONS[kind]
     if kind == "tokens":
@@ -234,18 +234,18 @@ def array_spec(plan: Plan, path: str) -> ArraySpec:
 
 
 def array_paths(plan: Plan) -> list[str]:
-    """Paths of all arrays of a store."""
+    """Return the paths of all arrays of a store."""
     kinds = ["activations", "norms", *(["quantization"] if plan.dtype == "int8" else [])]
     return ["tokens", *(f"{kind}/{site.name}" for site in plan.sites for kind in kinds)]
 
 
 def chunk_key(path: str, shard: int) -> str:
-    """Key of the object that holds one shard of the array at `path`."""
+    """Return the key of the object that holds one shard of the array at `path`."""
     return f"{path}/c.{shard}" + ".0" * (len(DIMENSIONS[path.partition("/")[0]]) - 1)
 
 
 def object_keys(plan: Plan, shard: int) -> list[str]:
-    """Keys of all objects of a shard, sorted; its commit record lists these and no others."""
+    """Return the keys of a shard's objects, sorted. The commit record lists exactly these."""
     keys = [chunk_key(path, shard) for path in array_paths(plan)]
     if plan.dtype == "int8":
         keys += [exact_key(site.name, shard) for site in plan.sites]
@@ -273,7 +273,7 @@ def seal_key(n_shards: int) -> str:
 
 
 def array_path(key: str) -> str | None:
-    """The array that an object is a shard of; None for a table's key."""
+    """Return the path of the array that an object belongs to; None for the key of a table."""
     return None if key.endswith(".parquet") else key.rpartition("/")[0]
 
 

@@ -1,7 +1,7 @@
 """A store's rows as a lazy dask array that can be computed with.
 
-What zarr and dask open by themselves is float16 or int8: a sum over float16 rows overflows at
-65,504, so that a mean over many rows comes out as inf or NaN, and int8 codes lack their scale.
+Arrays that zarr and dask open directly are float16 or int8. A sum over float16 rows overflows at
+65,504, so a mean over many rows becomes inf or NaN; int8 codes lack their scale.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def lazy_rows(store: ActivationStore, site: str | None = None) -> dask.array.Array:
-    """See `ActivationStore.dask`."""
+    """Return the rows of a site as a lazy array; see `ActivationStore.dask`."""
     import dask.array
 
     site = store.site(site)
@@ -41,5 +41,5 @@ def _block(place: str, digest: str, site: str, block_info: Any = None) -> npt.ND
 
 @functools.lru_cache(maxsize=8)
 def _opened(place: str, digest: str) -> ActivationStore:
-    """The store, once in each process that computes blocks of it."""
+    """Return the store, opened once in each process that computes blocks of it."""
     return ActivationStore.open(place, digest)

@@ -1,9 +1,9 @@
-"""The place that holds a store's objects: each is published once, whole and durably.
+"""The place of a store's objects. Each object is published once, whole and durably.
 
-A *place* is a folder, or `s3://bucket/prefix` (see `store.s3`). A reader sees an object either
-complete or not at all. On a local disk an object is written under a temporary name, flushed, and
+A *place* is a folder, or `s3://bucket/prefix` (see `store.s3`). A reader sees an object complete
+or not at all. On a local disk an object is written under a temporary name, flushed, and
 given its final name, which fails if that name is taken (see `common.atomic`). No key leads out of
-its place: names with `..` are refused, and so is writing into a folder that is a link to another.
+its place: names with `..` are refused, and so are writes into a folder that is a link.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ HASH_BLOCK_BYTES = 8 << 20
 
 
 class Objects(Protocol):
-    """Named bytes at one place. Picklable, cheap to make, used from several threads.
+    """Named bytes at one place. Picklable, cheap to make, thread-safe.
 
-    Writing raises `StoreError` in one sentence; reading a missing object raises
-    `FileNotFoundError`, any other failure to read raises `StoreError`.
+    A failed write raises `StoreError`. Reading a missing object raises `FileNotFoundError`; any
+    other failure to read raises `StoreError`.
     """
 
     place: str  # absolute path, or s3://bucket/prefix; for messages
 
     def publish(self, key: str, pieces: Sequence[Buffer]) -> bool:
-        """Write an object durably, its bytes given in pieces. False if it was already there.
+        """Write an object durably from pieces. Return False if the key exists already.
 
-        *Already there* is neither success nor failure: the caller reads it back and decides.
+        An existing object is neither success nor failure: the caller reads it and decides.
         """
         ...
 
     def replace(self, key: str, pieces: Sequence[Buffer]) -> None:
-        """Write or overwrite an object in one step: for what can be made again, and for repairs."""
+        """Write or overwrite an object in one step, for repairs and replaceable objects."""
         ...
 
     def read(self, key: str) -> bytes: ...
@@ -61,44 +61,44 @@ class Objects(Protocol):
     def read_range(
         self, key: str, start: int, length: int, into: memoryview | None = None
     ) -> Buffer:
-        """Some bytes of an object; fewer if it ends before.
+        """Return `length` bytes of an object from `start`; fewer if it ends before.
 
         Args:
-            into: `length` bytes of memory or more, which may be used for the answer.
+            into: at least `length` bytes of memory that may hold the result.
         """
         ...
 
     def size(self, key: str) -> int | None:
-        """Bytes of an object, None if it is not there."""
+        """Return the size of an object in bytes; None if it does not exist."""
         ...
 
     def keys(self, prefix: str) -> list[str]:
-        """Keys that begin with `prefix`, sorted; temporary files are none."""
+        """Return the keys that begin with `prefix`, sorted, without temporary files."""
         ...
 
     def first_key(self) -> str | None:
-        """Any one key, None where there is nothing; without listing a place that holds much."""
+        """Return any one key, None if there is none. Does not list a large place."""
         ...
 
     def remove(self, key: str) -> None:
-        """Remove an object; a missing one is fine."""
+        """Remove an object, if it exists."""
         ...
 
     def prune(self) -> None:
-        """Remove the folders in which nothing is left; buckets have none."""
+        """Remove empty folders. Buckets have none."""
         ...
 
     def leftovers(self) -> list[str]:
-        """Keys of temporary files of writers that were killed; not data, they may be removed."""
+        """Return the keys of temporary files of killed writers. They may be removed."""
         ...
 
     def free_bytes(self) -> int | None:
-        """Space left, None where no limit is known."""
+        """Return the free space in bytes; None if no limit is known."""
         ...
 
 
 def open_objects(place: str | Path) -> Objects:
-    """The objects at a place: a folder, which need not exist yet, or `s3://bucket/prefix`."""
+    """Return the objects at a place: a folder (it may not exist yet) or `s3://bucket/prefix`."""
     name = str(place)
     scheme, separator, _ = name.partition("://")
     if not separator:
@@ -114,10 +114,10 @@ def open_objects(place: str | Path) -> Objects:
 
 
 def require_space(objects: Objects, need: float, remedy: str) -> None:
-    """`StoreError` if a place cannot hold so many bytes more.
+    """Raise `StoreError` if a place has no room for `need` more bytes.
 
     Args:
-        remedy: what to do beside freeing some space, "choose another --out" say.
+        remedy: advice besides freeing space, for example "choose another --out".
     """
     free = objects.free_bytes()
     if free is not None and need > free:
@@ -161,7 +161,7 @@ class LocalObjects:
     ) -> Buffer:
         path = self._path(key)
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe is not waited for
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # do not wait for a pipe
             try:
                 found = os.fstat(descriptor)
                 _require_file(found)
@@ -218,14 +218,17 @@ class LocalObjects:
         return shutil.disk_usage(folder).free
 
     def _path(self, key: str) -> Path:
-        """The file of an object; `StoreError` for a key that leads out of the place."""
+        """Return the file of an object.
+
+        Raise `StoreError` for a key that leads out of the place.
+        """
         try:
             return self._root / safe_name(key)
         except ValueError as error:
             raise StoreError(f"{self.place} holds no such object: {error}.") from None
 
     def _inside(self, key: str) -> Path:
-        """The file of an object to change; `StoreError` if its folder lies elsewhere by a link."""
+        """Return the file of an object to change. Raise `StoreError` if a link leads elsewhere."""
         path = self._path(key)
         root, folder = os.path.realpath(self._root), os.path.realpath(path.parent)
         if os.path.commonpath([root, folder]) != root:
@@ -256,14 +259,14 @@ class LocalObjects:
             raise StoreError(f"Cannot write {key} into {self.place}: {error.strerror}.") from error
 
     def _settle(self, key: str, folder: Path) -> None:
-        """Flush a name that is there: whoever gave it may have been killed before."""
+        """Flush an existing name: its writer may have been killed before flushing it."""
         try:
             sync_folder(folder)
         except OSError as error:
             raise StoreError(f"Cannot write {key} into {self.place}: {error.strerror}.") from error
 
     def _files(self, under: str) -> Iterator[str]:
-        """Keys of all files in a folder and below, temporary ones too."""
+        """Yield the keys of all files below a folder, temporary files included."""
 
         def refuse(error: OSError) -> None:
             if not isinstance(error, FileNotFoundError | NotADirectoryError):
@@ -278,12 +281,12 @@ class LocalObjects:
 
 
 def total_bytes(pieces: Sequence[Buffer]) -> int:
-    """Bytes of an object given in pieces."""
+    """Return the total size of pieces in bytes."""
     return sum(memoryview(piece).nbytes for piece in pieces)
 
 
 def content_hash(pieces: Sequence[Buffer]) -> str:
-    """xxh3-128 in hex of bytes given in pieces, the hash of every object in a commit record."""
+    """Return the xxh3-128 of pieces, in hex: the hash of objects in commit records."""
     digest = xxhash.xxh3_128()
     for piece in pieces:
         digest.update(piece)
@@ -291,7 +294,7 @@ def content_hash(pieces: Sequence[Buffer]) -> str:
 
 
 def hash_stream(stream: IO[bytes]) -> tuple[int, str]:
-    """Bytes and xxh3-128 (hex) of a stream, read block by block."""
+    """Return the size in bytes and the xxh3-128 (hex) of a stream, read block by block."""
     digest, size = xxhash.xxh3_128(), 0
     while block := stream.read(HASH_BLOCK_BYTES):
         digest.update(block)
@@ -300,13 +303,13 @@ def hash_stream(stream: IO[bytes]) -> tuple[int, str]:
 
 
 def file_hash(path: Path) -> str:
-    """xxh3-128 of a file's bytes, in hex."""
+    """Return the xxh3-128 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hash_stream(file)[1]
 
 
 def _require_file(found: os.stat_result) -> None:
-    """`OSError` for what is no file: a pipe or a device may never end, a folder has no bytes."""
+    """Raise `OSError` unless it is a regular file: reading a pipe or a device may never end."""
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "It is not a file")
 

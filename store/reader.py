@@ -1,4 +1,4 @@
-"""Reading a sealed store: rows, norms, tokens, tables. What is damaged is never read as data."""
+"""Reading a sealed store: rows, norms, tokens, tables. Damaged objects raise an error."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 
 
 class Scratch:
-    """Memory for `ActivationStore.read` to use again and again, in one thread.
+    """Reusable memory for `ActivationStore.read`, for one thread.
 
-    What is read into it lasts until the next read. New memory for every chunk would cost a page
-    fault every 4 KiB.
+    Its content is valid until the next read. New memory for every chunk would cost a page fault
+    every 4 KiB.
     """
 
     def __init__(self) -> None:
         self._memory: dict[str, npt.NDArray[np.uint8]] = {}
 
     def bytes(self, use: str, count: int) -> npt.NDArray[np.uint8]:
-        """Memory for one use, uint8 [count]."""
+        """Return the memory for one use, uint8 [count], enlarged if needed."""
         if use not in self._memory or len(self._memory[use]) < count:
             self._memory[use] = np.empty(count, np.uint8)
         return self._memory[use][:count]
@@ -48,15 +48,14 @@ class Scratch:
 
 @dataclass(frozen=True, slots=True)
 class _Committed:
-    """The part of a commit record that reading its shard needs; the rest would fill the memory.
-
-    medians: site → median norm. chunks: path → crc32c of each chunk, uint32. tables: key → bytes
-    and xxh3 of each table.
-    """
+    """The part of a commit record that reading its shard needs; the rest would fill the memory."""
 
     medians: dict[str, float]
+    """Site → median norm."""
     chunks: dict[str, npt.NDArray[np.uint32]]
+    """Path of the array → crc32c of each chunk, uint32 [chunks]."""
     tables: dict[str, dict[str, Any]]
+    """Key → bytes and xxh3 of each table."""
 
 
 class ActivationStore:
@@ -68,9 +67,9 @@ class ActivationStore:
     >>> store.read("resid_post.1", 0, 2).shape, store.tokens(0, 2).shape
     ((2, 32), (2, 32))
 
-    What is read is what was sealed: the seal lists the digest of each commit record, the record
-    the crc32c of each chunk and the hash of each table. An object that is missing, cut short,
-    altered, or of another shard or store raises.
+    Reads are checked: the seal lists the digest of each commit record, and the record lists the
+    crc32c of each chunk and the hash of each table. An object that is missing, cut short, altered,
+    or belongs to another shard or store raises `DamagedError`.
     """
 
     def __init__(self, objects: Objects, plan: Plan, seal: dict[str, Any]) -> None:
@@ -79,7 +78,7 @@ class ActivationStore:
         self._plan = plan
         self._seal = seal
         self._committed: dict[int, _Committed] = {}
-        # of this store, and gone with it
+        # caches that live as long as this store
         self._table = lru_cache(maxsize=8)(self._read_table)
         self._quantization = lru_cache(maxsize=64)(self._read_quantization)
 
@@ -89,11 +88,11 @@ class ActivationStore:
 
         Args:
             place: a folder, or `s3://bucket/prefix`.
-            digest: of the store as it was, if it has grown since; None opens all of it.
+            digest: digest of an earlier state of a store that has grown; None opens all of it.
 
         Raises:
-            NotAStoreError: no store there.
-            UnfinishedError: nothing is sealed there, or nothing with that digest.
+            NotAStoreError: there is no store.
+            UnfinishedError: nothing is sealed, or nothing with that digest.
             DamagedError: plan.json or a seal is damaged.
         """
         objects = open_objects(place)
@@ -107,7 +106,7 @@ class ActivationStore:
 
     @property
     def digest(self) -> str:
-        """Identity of the content: plan and every object."""
+        """Identity of the content: the plan and every object."""
         return self._seal["digest"]
 
     @property
@@ -146,7 +145,7 @@ class ActivationStore:
         return self._seal["bytes"]
 
     def site(self, name: str | None) -> str:
-        """The named site, or the only one; `InputError` if it is not there or not one of one."""
+        """Return the named site, or the only one. Raise `InputError` if there is no such choice."""
         if name is None and len(self.sites) == 1:
             return self.sites[0]
         if name not in self.sites:
@@ -155,20 +154,26 @@ class ActivationStore:
         return name
 
     def width(self, site: str) -> int:
-        """Numbers per row of a site; `InputError` naming the sites if it is not there."""
+        """Return the width of a site. Raise `InputError` if there is no such site."""
         return self._plan.width(self.site(site))
 
     def chunk_rows(self, site: str) -> int:
-        """Rows per zarr chunk: the unit of an efficient read."""
+        """Return the rows per chunk, the unit of an efficient read."""
         return self._plan.chunk_rows(self.site(site))
 
     def read(
         self, site: str, start: int, stop: int, scratch: Scratch | None = None
     ) -> npt.NDArray[Any]:
-        """Activations [stop - start, width] as `dtype`. `DamagedError` by name.
+        """Return the activations of rows [start, stop), [stop - start, width] as `dtype`.
 
         Args:
-            scratch: where to put them, instead of new memory.
+            site: name of the site.
+            start: first row.
+            stop: row after the last one.
+            scratch: memory for the result, instead of new memory.
+
+        Raises:
+            DamagedError: an object is missing or damaged; names it.
         """
         path = f"activations/{self.site(site)}"
         rows, width = self.chunk_rows(site), self.width(site)
@@ -196,10 +201,10 @@ class ActivationStore:
         return x
 
     def dask(self, site: str | None = None) -> dask.array.Array:
-        """The rows of a site as a lazy array, float32 [n_rows, width].
+        """Return the rows of a site as a lazy array, float32 [n_rows, width].
 
-        A chunk is read and checked when it is computed. What zarr and dask open by themselves is
-        float16 or int8, which overflows in sums and lacks its scale.
+        A chunk is read and checked when it is computed. Arrays that zarr and dask open directly are
+        float16, which overflows in sums, or int8 without its scale.
 
         >>> ActivationStore.open("runs/demo/store").dask().mean(0).compute().dtype
         dtype('float32')
@@ -209,33 +214,33 @@ class ActivationStore:
 
         Raises:
             InputError: there is no such site.
-            DamagedError: while computing, where the store is damaged.
+            DamagedError: raised while computing, if an object is damaged.
         """
         from sae_harvest.store.lazy import lazy_rows
 
         return lazy_rows(self, site)
 
     def norms(self, site: str, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """L2 norms before casting, float32 [stop - start]."""
+        """Return L2 norms before casting, float32 [stop - start]."""
         path = f"norms/{self.site(site)}"
         self._inside(path, start, stop, self.n_rows)
         return self._gather(path, start, stop, self.shard_rows)
 
     def tokens(self, first_context: int, last_context: int) -> npt.NDArray[np.int32]:
-        """Token ids [last - first, context_length]."""
+        """Return the token ids of contexts, int32 [last - first, context_length]."""
         self._inside("tokens", first_context, last_context, self.n_contexts)
         return self._gather("tokens", first_context, last_context, self._plan.contexts_per_shard)
 
     def pieces(self, shard: int) -> pa.Table:
-        """The pieces of documents that the shard's contexts consist of."""
+        """Return the pieces of documents that the shard's contexts consist of."""
         return self._table(layout.context_key(shard), shard)
 
     def documents(self, shard: int) -> pa.Table:
-        """The documents that first appear in the shard; every document appears once."""
+        """Return the documents that first appear in the shard; a store lists each document once."""
         return self._table(layout.document_key(shard), shard)
 
     def statistics(self, site: str) -> dict[str, Any]:
-        """Merged statistics, with `Moments` under "ordinary", "outlier" and "all"."""
+        """Return the merged statistics, with `Moments` under "ordinary", "outlier" and "all"."""
         merged = dict(self._seal["statistics"][self.site(site)])
         for group in ("ordinary", "outlier"):
             merged[group] = Moments.from_json(merged[group])
@@ -243,19 +248,19 @@ class ActivationStore:
         return merged
 
     def shard_span(self, shard: int) -> tuple[int, int]:
-        """First and last-plus-one row of a shard."""
+        """Return the rows [first, stop) of a shard."""
         first = shard * self.shard_rows
         return first, min(first + self.shard_rows, self.n_rows)
 
     def norm_median(self, site: str, shard: int) -> float:
-        """Median norm of the shard's rows, to which the outlier rule refers."""
+        """Return the median norm of the shard's rows; the outlier rule is relative to it."""
         return self._commit(shard).medians[self.site(site)]
 
     def row_documents(self, shard: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
-        """Document number and text hash of every row of a shard.
+        """Return the document number and text hash of every row of a shard.
 
-        A BOS belongs to no document, number -1. Its hash is that of the first document of its
-        context, so that a BOS is on the side of a split on which the text after it is.
+        A BOS belongs to no document: its number is -1. Its hash is that of the first document of
+        its context, so that a BOS is in the same split as the text after it.
         """
         start, stop = self.shard_span(shard)
         pieces = self.pieces(shard)
@@ -275,12 +280,12 @@ class ActivationStore:
         return document, text_hash
 
     def selected(self, site: str, rule: RowRule) -> npt.NDArray[np.bool_]:
-        """Mask of the rows that the rule selects, bool [n_rows]."""
+        """Return the mask of the rows that the rule selects, bool [n_rows]."""
         parts = [self.selected_in_shard(site, rule, shard) for shard in range(self.n_shards)]
         return np.concatenate(parts)
 
     def selected_in_shard(self, site: str, rule: RowRule, shard: int) -> npt.NDArray[np.bool_]:
-        """Mask of the rows of a shard that the rule selects, bool [rows of the shard]."""
+        """Return the mask of a shard's rows that the rule selects, bool [rows of the shard]."""
         start, stop = self.shard_span(shard)
         keep = np.ones(stop - start, np.bool_)
         if rule.max_norm_medians is not None:
@@ -295,7 +300,7 @@ class ActivationStore:
         return keep
 
     def cursor(self, shard: int) -> dict[str, Any]:
-        """The place in the corpus where the text of a shard begins."""
+        """Return the place in the corpus where the text of a shard begins."""
         return place_in_corpus(self._read_commit(shard))
 
     def _commit(self, shard: int) -> _Committed:
@@ -329,7 +334,7 @@ class ActivationStore:
             raise ValueError(f"{start}:{stop} of {path} is outside 0:{length}")
 
     def _chunk(self, path: str, row: int, scratch: Scratch | None) -> npt.NDArray[Any]:
-        """The whole chunk of activations that begins at a row, as stored."""
+        """Return the chunk of activations that begins at a row, as stored."""
         shard, inside = divmod(row, self.shard_rows)
         number = inside // self.chunk_rows(path.partition("/")[2])
         return self._read_chunk(path, shard, number, scratch)
@@ -337,7 +342,10 @@ class ActivationStore:
     def _read_chunk(
         self, path: str, shard: int, number: int, scratch: Scratch | None = None
     ) -> npt.NDArray[Any]:
-        """A whole chunk of an object, as stored; `DamagedError` if it is not the committed one."""
+        """Return a chunk of an object, as stored.
+
+        Raise `DamagedError` if it is not the committed one.
+        """
         stride, key = codec.chunk_stride(self._plan, path), layout.chunk_key(path, shard)
         checksum = int(self._commit(shard).chunks[path][number])
         into = None if scratch is None else scratch.bytes("chunk", stride).data
@@ -345,7 +353,7 @@ class ActivationStore:
         return codec.decode_chunk(self._plan, path, data, f"{self.place}/{key}", checksum)
 
     def _gather(self, path: str, start: int, stop: int, per_shard: int) -> npt.NDArray[Any]:
-        """Entries of an array of one chunk per shard."""
+        """Return the entries [start, stop) of an array that has one chunk per shard."""
         parts = []
         for shard in range(start // per_shard, -(-stop // per_shard)):
             first = shard * per_shard
@@ -369,7 +377,7 @@ class ActivationStore:
         out[rows[low:high] - start] = values[low:high]
 
     def _read_quantization(self, site: str, shard: int) -> tuple[npt.NDArray[Any], ...]:
-        """Scale and offset [2, width] of a shard, and its exact rows: numbers, values."""
+        """Return scale and offset [2, width] of a shard, and its exact rows' numbers and values."""
         affine = self._read_chunk(f"quantization/{site}", shard, 0)[0]
         exact = self._table(layout.exact_key(site, shard), shard)
         return affine, exact["row"].to_numpy(), exact_values(exact, self.width(site))
@@ -383,6 +391,6 @@ _REMEDY = "; `harvest verify` lists all damage"
 
 
 def _ranges(lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """0..n-1 for each n, joined: [2, 3] → [0, 1, 0, 1, 2]."""
+    """Return 0..n-1 for each n, joined: [2, 3] → [0, 1, 0, 1, 2]."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)

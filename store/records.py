@@ -1,7 +1,7 @@
 """JSON records that carry their own checksum.
 
 A record's bytes are canonical: sorted keys, no spaces, one checksum field over all the others.
-Reading re-encodes and compares, so that a change of any single bit is noticed.
+Reading encodes the content again and compares, which detects a change of any single bit.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ CHECKSUM = "xxh3"
 
 
 def canonical(content: Any) -> bytes:
-    """The one way a value is written as JSON here; floats round-trip exactly, NaN is refused."""
+    """Return the canonical JSON of a value. Floats round-trip exactly; NaN is refused."""
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def digest_of(content: Any) -> str:
-    """xxh3-128 of the canonical JSON of `content`, in hex."""
+    """Return the xxh3-128 of the canonical JSON of `content`, in hex."""
     return xxhash.xxh3_128_hexdigest(canonical(content))
 
 
 def encode_record(content: dict[str, Any]) -> bytes:
-    """The record's bytes, checksum included, ending in a newline."""
+    """Return the record's bytes, checksum included, ending in a newline."""
     return canonical(content | {CHECKSUM: digest_of(content)}) + b"\n"
 
 
 def decode_record(data: bytes, name: str) -> dict[str, Any]:
-    """The content of a record; `DamagedError` with `name` if a bit of it is not as written."""
+    """Return the content of a record. Raise `DamagedError`, naming it, if a bit is altered."""
     return decode_with_digest(data, name)[0]
 
 
 def decode_with_digest(data: bytes, name: str) -> tuple[dict[str, Any], str]:
-    """The content of a record, and the `digest_of` it, which is the record's checksum.
+    """Return the content of a record, and its `digest_of`, which is the record's checksum.
 
     Raises:
-        DamagedError: a bit of it is not as written, or it is no record.
+        DamagedError: a bit is altered, or the bytes are not a record.
     """
     try:
-        content = json.loads(data)  # what is not finite is refused below, as it is never written
-        if b"\\ud" in data:  # perhaps half of a pair, which no text has
+        content = json.loads(data)  # numbers that are not finite are refused below
+        if b"\\ud" in data:  # perhaps a lone surrogate, which is not valid text
             json.dumps(content, ensure_ascii=False).encode()
         checksum = content.pop(CHECKSUM)
         digest = digest_of(content)

@@ -1,4 +1,4 @@
-"""The rule that selects the rows to read. It is saved with what was made from them."""
+"""The rule that selects the rows to read. It is saved with every result made from these rows."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class RowRule(BaseModel):
     'heldout'
 
     Massive activations (attention sinks: position 0, end-of-text) are about 1 % of rows and
-    97 % of the variance, so that whatever is fitted to all rows is fitted to them. They are
-    stored, and left out here. Documents are split by the hash of their text, so that a text
-    that occurs twice falls on one side.
+    97 % of the variance, so a fit to all rows would be a fit to these. They are stored, and this
+    rule leaves them out. Documents are split by the hash of their text, so equal texts are in the
+    same split.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,7 +40,7 @@ class RowRule(BaseModel):
     )
 
     def describe(self) -> str:
-        """The rule in a few words, for figures that depend on it."""
+        """Return the rule in a few words, to label figures that depend on it."""
         norms = (
             "outlier rows included"
             if self.max_norm_medians is None
@@ -50,5 +50,5 @@ class RowRule(BaseModel):
 
 
 def heldout_documents(text_hash: npt.NDArray[np.uint64], fraction: float) -> npt.NDArray[np.bool_]:
-    """Whether a document is held out, from its text's xxh3-64 alone. Shape as given."""
+    """Whether each document is held out, from the xxh3-64 of its text; shape of `text_hash`."""
     return text_hash < np.uint64(int(fraction * 2.0**64))

@@ -1,6 +1,6 @@
-"""Objects in a bucket that speaks S3: a store's own, and corpora to read.
+"""Objects in an S3 bucket: those of a store, and corpora to read.
 
-`store.bucket` says where server and credentials come from, and what happens when they fail.
+`store.bucket` describes the configuration of server and credentials, and their failures.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ INPUT_BLOCK_BYTES = 4 << 20
 
 
 class S3Objects:
-    """Objects of a bucket under a prefix; `store.objects.Objects` says what each method does.
+    """Objects of a bucket under a prefix; `store.objects.Objects` documents each method.
 
-    Its state is its place: a copy in another process goes by the environment of that process.
+    Only the place is pickled: a copy in another process uses the environment of that process.
     """
 
     def __init__(self, place: str) -> None:
@@ -48,12 +48,12 @@ class S3Objects:
         return S3Objects, (self.place,)
 
     def publish(self, key: str, pieces: Sequence[Buffer]) -> bool:
-        """Create-only: a PUT with `If-None-Match: *`, decided by the server, durable once answered.
+        """Create an object by a PUT with `If-None-Match: *`, durable once the server has answered.
 
-        False may also mean that this very call wrote the object: a request whose answer was lost
-        is sent again and finds what it wrote. The caller reads back and adopts, and need not tell
-        the two apart. A server that overwrites in spite of the condition would lose one of two
-        writers: it is found out at the first small object, which is written twice, and refused.
+        False may also mean that this call itself wrote the object: a request whose answer was lost
+        is sent again and finds the object. Callers read the object and adopt it in both cases. A
+        server that ignores the condition would lose the object of one of two writers. The first
+        small object is written twice to detect such a server, which is refused.
         """
         created = self._put(key, pieces, "create")
         if not created:
@@ -81,13 +81,13 @@ class S3Objects:
     def read_range(
         self, key: str, start: int, length: int, into: memoryview | None = None
     ) -> Buffer:
-        # obstore answers in memory of its own
+        # obstore allocates the result itself
         if length > 0:
             with self._reading(key):
                 return self._bucket.read_range(self._path(key), start, length)
         if self.size(key) is None:
             raise FileNotFoundError(key)
-        return b""  # S3 knows no empty range
+        return b""  # S3 has no empty range
 
     def size(self, key: str) -> int | None:
         try:
@@ -113,7 +113,7 @@ class S3Objects:
             self._bucket.client().delete(self._path(key))
 
     def prune(self) -> None:
-        """Nothing: a bucket has no folders."""
+        """Do nothing: a bucket has no folders."""
 
     def leftovers(self) -> list[str]:
         return []  # an object appears whole when its PUT ends, or never
@@ -122,7 +122,10 @@ class S3Objects:
         return None
 
     def _path(self, key: str) -> str:
-        """The object's key in the bucket; `StoreError` if it leads out of the store's place."""
+        """Return the object's key in the bucket.
+
+        Raise `StoreError` if it leads out of the place.
+        """
         try:
             return self._prefix + safe_name(key)
         except ValueError as error:
@@ -132,7 +135,7 @@ class S3Objects:
         return self._bucket.explained(f"read {key} of {self.place}", FileNotFoundError(key))
 
     def _put(self, key: str, pieces: Sequence[Buffer], mode: PutMode) -> bool:
-        """False if the key is taken, by us perhaps: see `publish`."""
+        """Write an object. Return False if the key exists, perhaps by this call: see `publish`."""
         views = [memoryview(piece).cast("B") for piece in pieces]
         size = total_bytes(pieces)
 
@@ -152,9 +155,10 @@ class S3Objects:
 
 
 def list_inputs(url: str) -> list[tuple[str, int, str]]:
-    """(url, bytes, etag) of the object at `url`, or else of every object below it, sorted by url.
+    """Return (url, bytes, etag) of the object at `url`, or else of all objects below it, sorted.
 
-    Raises `InputError` if there is none, or if the bucket cannot be listed.
+    Raises:
+        InputError: there is none, or the bucket cannot be listed.
     """
     bucket = Bucket(url, InputError)
     found: Sequence[ObjectMeta] = []
@@ -171,19 +175,19 @@ def list_inputs(url: str) -> list[tuple[str, int, str]]:
 
 
 def open_input(url: str, etag: str | None = None) -> IO[bytes]:
-    """The object at `url` as a buffered, seekable stream of bytes.
+    """Return the object at `url` as a buffered, seekable stream of bytes.
 
-    It is read block by block, a request each, so that the consumer may take its time; if the
-    object is overwritten meanwhile, that is an error. Raises `InputError`, here and while reading.
+    It is read block by block, one request each, so a slow consumer is no problem. An object that is
+    overwritten meanwhile is an error. Raises `InputError`, here and while reading.
 
     Args:
-        etag: as listed; an object with another one is an error.
+        etag: etag from the listing; an object with another etag is an error.
     """
     return io.BufferedReader(_Input(url, etag), INPUT_BLOCK_BYTES)
 
 
 class _Input(io.RawIOBase):
-    """One object by ranges, all of one version."""
+    """One object, read in ranges of the same version."""
 
     def __init__(self, url: str, etag: str | None) -> None:
         self._url, self._position = url, 0

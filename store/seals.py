@@ -1,11 +1,11 @@
-"""Seals: the first n shards of a plan, closed as a store that readers open.
+"""Seals: each closes the first n shards of a plan as a store that readers open.
 
-A harvest that reaches its target seals it; a longer one adds shards and another seal. Earlier
-seals stay, so that what was made from a store before it grew still finds that store, by digest.
+A harvest that reaches its target writes a seal; a longer harvest adds shards and another seal.
+Earlier seals stay, so results made from a store before it grew still find that state by its digest.
 
-A seal lists the digest of every commit record that it covers, and its own digest, the store's, is
-over all that it says. A reader therefore knows a commit record for the sealed one, and by the
-checksums in that record each chunk.
+A seal lists the digest of every commit record that it covers. Its own digest, which is the store's,
+covers its whole content. So a reader can check each commit record, and each chunk by the checksums
+in the record.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ class SealBuilder:
         return len(self._commits)
 
     def add(self, record: dict[str, Any], digest: str) -> None:
-        """Take in the next shard.
+        """Add the next shard.
 
         Raises:
-            DamagedError: the shard before it is short, as only the last of a corpus is.
+            DamagedError: the shard before it is short; only the last shard of a corpus may be.
         """
         if self._contexts < len(self._commits) * self._plan.contexts_per_shard:
             key = layout.commit_key(len(self._commits) - 1)
@@ -94,7 +94,7 @@ class SealBuilder:
             merge.add(record["statistics"][site])
 
     def record(self) -> dict[str, Any]:
-        """The seal, of at least one shard."""
+        """Return the content of the seal. At least one shard must have been added."""
         content = {
             "plan": self._plan.model_dump(mode="json"),
             "shards": len(self._commits),
@@ -108,14 +108,14 @@ class SealBuilder:
 
 
 def seal(objects: Objects, plan: Plan, n_shards: int) -> dict[str, Any]:
-    """Seal the first shards, all of them committed, and return the seal's record.
+    """Seal the first `n_shards` shards, which must be committed, and return the seal's record.
 
     Raises:
-        DamagedError: a commit record is damaged, or an earlier seal of so many shards differs.
+        DamagedError: a commit record is damaged, or an existing seal of `n_shards` differs.
     """
     (record,) = make_seals(objects, plan, [n_shards])
-    # The arrays' shapes first: a reader that knows only zarr may see committed shards that are
-    # not sealed yet, never a seal whose rows it cannot see.
+    # The arrays' shapes come first: a reader that knows only zarr may see committed shards that
+    # are not sealed yet, but never a seal with rows that it cannot see.
     if n_shards >= max(sealed_counts(objects), default=0):
         write_zarr_metadata(objects, plan, record["contexts"])
     key = layout.seal_key(n_shards)
@@ -123,26 +123,26 @@ def seal(objects: Objects, plan: Plan, n_shards: int) -> dict[str, Any]:
         there = read_seal(objects, plan, n_shards)
         if there["digest"] != record["digest"]:
             raise DamagedError(
-                f"{objects.place}/{key} does not match the commits beside it; {REMEDY}"
+                f"{objects.place}/{key} does not match the store's commits; {REMEDY}"
             )
     latest = sealed_counts(objects)[-1]
-    if latest > n_shards:  # by another driver meanwhile: the shapes may have become ours again
+    if latest > n_shards:  # another driver sealed meanwhile: we may have overwritten its shapes
         write_zarr_metadata(objects, plan, read_seal(objects, plan, latest)["contexts"])
     sweep(objects)
     return record
 
 
 def sweep(objects: Objects) -> None:
-    """Remove what writers that were killed have left lying about."""
+    """Remove temporary files of killed writers."""
     for key in objects.leftovers():
         objects.remove(key)
 
 
 def make_seals(objects: Objects, plan: Plan, counts: Sequence[int]) -> list[dict[str, Any]]:
-    """The seals of the first shards, so many and so many, each commit record read once.
+    """Return the seals of the first n shards for each n in `counts`; reads each commit record once.
 
     Raises:
-        DamagedError: a commit record is missing, damaged, or of a short shard before the last.
+        DamagedError: a commit record is missing or damaged, or a shard before the last is short.
     """
     builder = SealBuilder(objects.place, plan)
     seals = []
@@ -154,12 +154,15 @@ def make_seals(objects: Objects, plan: Plan, counts: Sequence[int]) -> list[dict
 
 
 def sealed_counts(objects: Objects) -> list[int]:
-    """The numbers of shards that have been sealed, ascending."""
+    """Return the numbers of shards that have been sealed, ascending."""
     return [count for count in numbered(objects, layout.seal_key) if count > 0]
 
 
 def read_seal(objects: Objects, plan: Plan, n_shards: int) -> dict[str, Any]:
-    """The checked seal of so many shards; `DamagedError` if missing, altered or foreign."""
+    """Return the checked seal of `n_shards`.
+
+    Raise `DamagedError` if missing, altered or foreign.
+    """
     key = layout.seal_key(n_shards)
     name = f"{objects.place}/{key}"
     try:
@@ -173,7 +176,7 @@ def read_seal(objects: Objects, plan: Plan, n_shards: int) -> dict[str, Any]:
 
 
 def check_seal(plan: Plan, record: dict[str, Any], name: str) -> None:
-    """`DamagedError` if the content of a seal is none that was made from commit records."""
+    """Raise `DamagedError` if no commit records give a seal with this content."""
     validate(_Seal, record, name)
     shards, contexts, rows = record["shards"], record["contexts"], record["rows"]
     full = plan.contexts_per_shard
@@ -189,16 +192,17 @@ def check_seal(plan: Plan, record: dict[str, Any], name: str) -> None:
         )
     )
     if not fits:
-        raise DamagedError(f"{name} is damaged: its numbers do not fit its plan; {REMEDY}")
+        raise DamagedError(f"{name} is damaged: its numbers contradict its plan; {REMEDY}")
     content = {field: value for field, value in record.items() if field != "digest"}
     if record["digest"] != digest_of(content):
         raise DamagedError(f"{name} is damaged: its digest is not that of its content; {REMEDY}")
 
 
 def trusted_commits(objects: Objects, plan: Plan) -> list[str]:
-    """The digests of the sealed commit records, from the latest seal that is whole; else none.
+    """Return the digests of the sealed commit records, from the latest undamaged seal.
 
-    What is not sealed yet is guarded by the checksums of its records alone.
+    The list is empty without such a seal. Shards that are not sealed yet are protected by the
+    checksums of their records alone.
     """
     for n_shards in reversed(sealed_counts(objects)):
         try:
@@ -209,7 +213,7 @@ def trusted_commits(objects: Objects, plan: Plan) -> list[str]:
 
 
 def find_seal(objects: Objects, plan: Plan, digest: str | None) -> dict[str, Any]:
-    """The latest seal, or the one with a digest.
+    """Return the latest seal, or the seal with the given digest.
 
     Raises:
         UnfinishedError: nothing is sealed, or nothing with that digest.

@@ -1,7 +1,7 @@
 """The small tables of a shard, as Parquet: contexts, documents, rows of int8 stores kept exactly.
 
-A table is known by its hash before it is parsed. What it says is checked all the same before rows
-are counted by it: a table may be as it was committed and never have been right.
+The hash of a table is checked before it is parsed. Its content is checked as well, since a table
+may be unaltered and still wrong.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ PIECE_SCHEMA = pa.schema(
         "document": pa.int64(),
         "document_hash": pa.uint64(),  # xxh3-64 of the document's UTF-8 text
         "first_token": pa.int64(),  # index in the document of the token at `start`
-        # Characters of the document, half open; for an end-of-text token alone, empty at the
-        # document's end. A character whose bytes lie in two pieces is in both.
+        # Characters of the document, half open; empty at the document's end for a piece that is
+        # only an end-of-text token. A character with bytes in two pieces is in both.
         "char_start": pa.int64(),
         "char_end": pa.int64(),
     }
 )
 DOCUMENT_SCHEMA = pa.schema(
     {
-        # Its number among the documents of the corpus that have text, duplicates left out if asked.
+        # Its number among the documents with text, without duplicates if they are removed.
         "document": pa.int64(),
         "id": pa.string(),
         "source": pa.string(),
@@ -46,38 +46,38 @@ DOCUMENT_SCHEMA = pa.schema(
         "n_tokens": pa.int64(),  # without the end-of-text token
     }
 )
-TEXT_FIELD = pa.field("text", pa.string())  # of documents, where their text is kept
+TEXT_FIELD = pa.field("text", pa.string())  # column of documents, if their text is kept
 _NUMBERS = ("document", "text_hash", "n_chars", "n_tokens")
 
 
 def exact_table(rows: npt.NDArray[np.int64], x: npt.NDArray[Any]) -> pa.Table:
-    """Rows kept as they are: row int64, values float16 [width]."""
+    """Return the table of rows kept exactly: row int64, values float16 [width]."""
     flat = pa.array(np.ascontiguousarray(x, np.float16).reshape(-1))
     values = pa.FixedSizeListArray.from_arrays(flat, x.shape[1])
     return pa.table({"row": pa.array(rows, pa.int64()), "values": values})
 
 
 def exact_values(table: pa.Table, width: int) -> npt.NDArray[np.float16]:
-    """The values of an `exact_table`, [rows, width]."""
+    """Return the values of an `exact_table`, [rows, width]."""
     return table["values"].combine_chunks().flatten().to_numpy().reshape(-1, width)
 
 
 def encode_table(table: pa.Table) -> bytes:
-    """The table as Parquet."""
+    """Return the table as Parquet."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue().to_pybytes()
 
 
 def parse_table(data: bytes, plan: Plan, key: str, shard: int, name: str) -> pa.Table:
-    """The table of a shard, from the bytes of its object.
+    """Return the table of a shard, from the bytes of its object.
 
     Args:
-        key: of the object; its folder tells which table it is.
-        name: of the object, for messages.
+        key: key of the object; its folder says which table it is.
+        name: name of the object in messages.
 
     Raises:
-        DamagedError: it is no Parquet, has other columns, or tells of rows of other shards.
+        DamagedError: it is not Parquet, has other columns, or has rows of other shards.
     """
     kind, _, rest = key.partition("/")
     try:

@@ -1,7 +1,7 @@
 """Writing a store: create it, publish a shard's objects, commit the shard.
 
-The order makes it safe to be killed anywhere: objects first, then the commit record that lists
-them, and a seal once every shard asked for is committed (see `store.seals`). Nothing is
+A writer may be killed at any time, since the order is: objects first, then the commit record that
+lists them, and a seal once all requested shards are committed (see `store.seals`). Nothing is
 overwritten, except by a repair.
 """
 
@@ -30,10 +30,10 @@ from sae_harvest.store.records import encode_record
 from sae_harvest.store.statistics import quantize, stats
 from sae_harvest.store.tables import encode_table, exact_table, exact_values
 
-WRITERS = 4  # objects of a shard under way at once: their flushes overlap
+WRITERS = 4  # objects of a shard written at once: their flushes overlap
 
 Pieces = Sequence[Buffer]
-Check = Callable[[bytes], None]  # raises DamagedError for bytes that are not the object
+Check = Callable[[bytes], None]  # raises DamagedError for wrong bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +43,13 @@ class Shard:
     number: int
     """Number of the shard, from 0."""
     tokens: npt.NDArray[np.int32]
-    """[contexts, context_length]"""
+    """Token ids, int32 [contexts, context_length]."""
     pieces: pa.Table
     """PIECE_SCHEMA: one row for each part of a document in a context, by (context, start)."""
     documents: pa.Table
     """DOCUMENT_SCHEMA: one row for each document whose first piece in the store is in this shard.
 
-    With TEXT_FIELD where texts are kept."""
+    With TEXT_FIELD if texts are kept."""
     activations: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
     """By site: [rows, width] in the stored dtype (float16 for int8)."""
     norms: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
@@ -59,14 +59,14 @@ class Shard:
 
 
 def create_store(objects: Objects, plan: Plan, made_with: dict[str, str]) -> Plan:
-    """Create the store, or adopt the one that is there if it was made from an equal plan.
+    """Create the store, or adopt an existing store with an equal plan.
 
     Args:
         made_with: versions of the libraries, kept for provenance; not part of the identity.
 
     Raises:
-        NotAStoreError: something else is there.
-        PlanMismatchError: a store of another plan is there; names the differing fields.
+        NotAStoreError: the place holds something else.
+        PlanMismatchError: the place holds a store of another plan; names the differing fields.
     """
     check_place(objects)
     record: dict[str, Any] = {
@@ -81,7 +81,7 @@ def create_store(objects: Objects, plan: Plan, made_with: dict[str, str]) -> Pla
 
 
 def check_same(objects: Objects, existing: Plan, plan: Plan) -> None:
-    """`PlanMismatchError` naming the fields in which a plan differs from the one at a place."""
+    """Raise `PlanMismatchError` if two plans differ; it names the differing fields."""
     if differing := existing.differing_fields(plan):
         raise PlanMismatchError(
             f"{objects.place} was made from another plan; differing: {'; '.join(differing)}. "
@@ -90,7 +90,7 @@ def check_same(objects: Objects, existing: Plan, plan: Plan) -> None:
 
 
 def check_place(objects: Objects) -> None:
-    """`NotAStoreError` if a store can't be made at a place because something else is there."""
+    """Raise `NotAStoreError` if a place is not empty and holds no store."""
     foreign = objects.first_key()
     if foreign is not None and objects.size(layout.PLAN_KEY) is None:
         raise NotAStoreError(
@@ -100,13 +100,13 @@ def check_place(objects: Objects) -> None:
 
 
 def discard(objects: Objects, plan: Plan, shards: Iterable[int]) -> None:
-    """Remove uncommitted shards, and the plan as well if nothing else is there then.
+    """Remove uncommitted shards, and the plan as well if nothing else is left.
 
-    So another plan can take the place. plan.json goes last: killed before, this leaves an
-    unfinished store, not a foreign folder.
+    The place is then free for another plan. plan.json is removed last, so an interrupted call
+    leaves an unfinished store and not a foreign folder.
 
     Args:
-        shards: those that the caller has worked on, and nobody else.
+        shards: shards on which only the caller has worked.
     """
     for shard in shards:
         for key in layout.object_keys(plan, shard):
@@ -118,11 +118,11 @@ def discard(objects: Objects, plan: Plan, shards: Iterable[int]) -> None:
 
 
 def write_shard(objects: Objects, plan: Plan, shard: Shard) -> dict[str, Any]:
-    """Publish every object of a shard and return its commit record, not yet published.
+    """Publish every object of a shard and return its commit record, which is not published yet.
 
-    An object that is already there, from an attempt that was killed before its commit, is
-    adopted if it decodes; the record then describes what is there, not what was offered. What
-    int8 codes depend on is settled before they are made.
+    An attempt that was killed before its commit may have left objects. They are adopted if they
+    decode, and the record then describes them instead of the offered ones. Scale and exact rows of
+    an int8 store are settled before the codes are made.
     """
     if missing := [site.name for site in plan.sites if site.name not in shard.activations]:
         raise ValueError(f"Shard {shard.number} has no activations at {', '.join(missing)}.")
@@ -135,8 +135,8 @@ def write_shard(objects: Objects, plan: Plan, shard: Shard) -> dict[str, Any]:
         ]
         statistics = {}
         for site, x in shard.activations.items():
-            # The summary reads the rows while they are being written, and again if what is
-            # there turns out to be something else.
+            # The summary reads the rows while they are being written, and again if another
+            # object was adopted.
             norms = pool.submit(work.array, f"norms/{site}", shard.norms[site])
             if plan.dtype == "int8":
                 statistics[site] = work.quantized(site, x, norms.result(), tokens.result())
@@ -163,14 +163,14 @@ def write_shard(objects: Objects, plan: Plan, shard: Shard) -> dict[str, Any]:
 
 
 class _Work:
-    """The objects of one shard on their way; `entries` is what the commit record will list."""
+    """The objects of one shard while they are written; `entries` is for the commit record."""
 
     def __init__(self, objects: Objects, plan: Plan, shard: Shard) -> None:
         self._objects, self._plan, self._shard = objects, plan, shard
         self.entries: dict[str, dict[str, Any]] = {}
 
     def array(self, path: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Settle one array's object; the array itself, or the one that is there instead."""
+        """Publish one array's object and return the array, or the adopted one instead."""
         key = layout.chunk_key(path, self._shard.number)
         pieces = codec.encode(self._plan, path, array)
 
@@ -185,12 +185,12 @@ class _Work:
         return codec.decode(self._plan, path, b"".join(there), len(array), key)
 
     def table(self, key: str, table: pa.Table, may_differ: bool = False) -> pa.Table:
-        """Settle one table's object; the table itself, or the one that is there instead.
+        """Publish one table's object and return the table, or the adopted one instead.
 
-        Another pyarrow may write the same table in other bytes.
+        Another version of pyarrow may write the same table in other bytes.
 
         Args:
-            may_differ: whether another attempt's table may hold other values in these columns.
+            may_differ: whether the table of another attempt may have other values.
         """
         there: pa.Table | None = None
 
@@ -218,10 +218,10 @@ class _Work:
         norms: npt.NDArray[np.float32],
         tokens: npt.NDArray[np.int32],
     ) -> dict[str, Any]:
-        """Settle the rows kept exactly, then scale and offset, then the codes made with them.
+        """Publish the exact rows, then scale and offset, then the codes; return the statistics.
 
-        Whoever writes this shard uses the exact rows and the scale that were there first, so that
-        codes belong to both, whichever attempt each object comes from.
+        Every attempt uses the exact rows and the scale that were published first, so the codes
+        match them, whichever attempt wrote each object.
         """
         apart = quantize.rows_apart(x, stats.outlier_rows(norms))
         first = self._shard.number * self._plan.shard_rows
@@ -250,7 +250,7 @@ class _Work:
 
 
 def publish_or_adopt(objects: Objects, key: str, pieces: Pieces, check: Check) -> Pieces:
-    """Publish an object, or take the one that is there if it decodes; what is there then."""
+    """Publish an object, or adopt an existing one that decodes. Return the stored pieces."""
     if objects.publish(key, pieces):
         return pieces
     there = objects.read(key)
@@ -259,6 +259,6 @@ def publish_or_adopt(objects: Objects, key: str, pieces: Pieces, check: Check) -
     with contextlib.suppress(DamagedError):
         check(there)
         return [there]
-    # Not committed and not decodable: a disk fault, not data. Ours takes its place.
+    # Not committed and not decodable: a disk fault. Our object replaces it.
     objects.replace(key, pieces)
     return pieces

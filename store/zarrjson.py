@@ -1,7 +1,7 @@
 """The `zarr.json` of every group and array of a store, so that plain zarr 3 opens it.
 
-They follow from the plan and the number of contexts, to the byte and whatever version of zarr is
-installed: a store is verified against them, and they are written again when they are lost.
+Their bytes follow from the plan and the number of contexts, with any version of zarr. A store is
+verified against them, and lost files are written again.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from sae_harvest.store.layout import FORMAT, Plan, array_paths, array_spec
 from sae_harvest.store.objects import Objects
 from sae_harvest.store.records import canonical
 
-# Integrity without compression: 7 % of space would cost four times the CPU of reading.
+# Checksums without compression: compression saves 7 % of space, and reading costs 4 times the CPU.
 _CRC = {"name": "crc32c"}
 
 
 def zarr_metadata(plan: Plan, n_contexts: int) -> dict[str, dict[str, Any]]:
-    """Key → content of every `zarr.json` of a store of so many contexts."""
+    """Return key → content of every `zarr.json` of a store with `n_contexts` contexts."""
     attributes = {
         "sae_harvest_format": FORMAT,
         "plan": plan.hash,
@@ -34,8 +34,8 @@ def zarr_metadata(plan: Plan, n_contexts: int) -> dict[str, dict[str, Any]]:
     arrays = {path: _array(plan, path, n_contexts) for path in array_paths(plan)}
     groups = dict.fromkeys(path.partition("/")[0] for path in arrays if "/" in path)
     found = {"": _group(attributes)} | {path: _group({}) for path in groups} | arrays
-    # The root repeats all of it. Without that, zarr looks for arrays in every folder of the store,
-    # and warns of each that holds none.
+    # The root repeats all metadata. Without that, zarr looks for arrays in every folder of the
+    # store, and warns of each folder without one.
     repeated = {
         path: content | (_consolidated({}) if content["node_type"] == "group" else {})
         for path, content in sorted(found.items())
@@ -46,7 +46,7 @@ def zarr_metadata(plan: Plan, n_contexts: int) -> dict[str, dict[str, Any]]:
 
 
 def write_zarr_metadata(objects: Objects, plan: Plan, n_contexts: int) -> None:
-    """Bring every `zarr.json` up to date."""
+    """Write every `zarr.json` that is missing or out of date."""
     for key, content in zarr_metadata(plan, n_contexts).items():
         wanted = canonical(content)
         try:
@@ -62,13 +62,13 @@ def _group(attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _consolidated(within: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The field of a group's metadata that repeats the metadata of all that is in the group."""
+    """Return the field of a group's metadata that repeats the metadata of its members."""
     inline = {"kind": "inline", "must_understand": False, "metadata": within}
     return {"consolidated_metadata": inline}
 
 
 def _array(plan: Plan, path: str, n_contexts: int) -> dict[str, Any]:
-    """An array cut into shards that are an object each."""
+    """Return the metadata of an array; each of its shards is one object."""
     spec = array_spec(plan, path)
     endian = {} if spec.dtype == "int8" else {"configuration": {"endian": "little"}}
     codecs: list[dict[str, Any]] = [{"name": "bytes", **endian}, _CRC]
@@ -89,7 +89,7 @@ def _array(plan: Plan, path: str, n_contexts: int) -> dict[str, Any]:
 
 
 def _sharding(chunk: list[int], codecs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The codec of an object that holds many chunks, and at its end where each is."""
+    """Return the codec of an object that holds many chunks and, at its end, their index."""
     return {
         "name": "sharding_indexed",
         "configuration": {

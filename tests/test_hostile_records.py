@@ -244,7 +244,7 @@ def test_no_name_of_a_record_is_written_or_removed(
     assert_whole(sealed, ActivationStore.open(tiny_store).digest)
     command = ("merge", "--into", tmp_path / "whole", sealed)
     change(sealed / COMMIT, lambda commit: commit["objects"].update({name: entry}))
-    assert "which is no object of its shard" in refusal(invoke(*command))
+    assert "which is not an object of its shard" in refusal(invoke(*command))
     assert victim.read_text() == "mine"
 
 

@@ -247,10 +247,10 @@ def test_scale_does_not_matter_where_rows_are_normalised(normalization):
     ("change", "message"),
     [
         ({"k": None}, "topk needs k"),
-        ({"activation": "gated"}, "k is of topk, batchtopk"),
-        ({"activation": "relu_l1", "k": None, "kl": 0.5}, "kl is of relu_kl"),
-        ({"multi_topk": 0.1, "activation": "batchtopk"}, "multi_topk is of topk"),
-        ({"bandwidth": 0.3}, "bandwidth is of jumprelu, relu_kl"),
+        ({"activation": "gated"}, "k is only for topk, batchtopk"),
+        ({"activation": "relu_l1", "k": None, "kl": 0.5}, "kl is only for relu_kl"),
+        ({"multi_topk": 0.1, "activation": "batchtopk"}, "multi_topk is only for topk"),
+        ({"bandwidth": 0.3}, "bandwidth is only for jumprelu, relu_kl"),
         ({"matryoshka": (8, 4, N_LATENTS)}, "must grow"),
         ({"matryoshka": (0, N_LATENTS)}, "must grow"),
         ({"matryoshka": (8, 16)}, "must grow"),
@@ -270,7 +270,7 @@ def test_settings_that_do_not_go_together_are_refused(change, message):
         ({"k": None}, "topk needs a k"),
         ({"d_out": 4}, "come together"),
         ({"target_site": "mlp_out.1"}, "come together"),
-        ({"output_scale": 2.0, "normalization": "scale"}, "of transcoders"),
+        ({"output_scale": 2.0, "normalization": "scale"}, "only for transcoders"),
         ({"input_scale": 2.0}, "normalization none has"),
     ],
 )

@@ -88,7 +88,7 @@ def test_a_state_moves_between_worlds(store: ActivationStore) -> None:
 def test_a_batch_that_the_world_cannot_share_is_refused(store: ActivationStore) -> None:
     with pytest.raises(InputError, match="100 rows can't be divided among 8 processes"):
         ShuffledLoader(store, SITE, 100, 0, ALL, rank=0, world=8)
-    with pytest.raises(InputError, match="Rank 2 is none of 2"):
+    with pytest.raises(InputError, match="There is no rank 2 of 2"):
         ShuffledLoader(store, SITE, 100, 0, ALL, rank=2, world=2)
 
 

@@ -355,7 +355,7 @@ def test_a_record_that_would_write_outside_of_the_target_is_refused(tmp_path: Pa
     record = write_shard(source, plan, make_shard(plan, 0))
     record["objects"]["../../stolen"] = {"bytes": 4, "xxh3": "0" * 32}
     commit_shard(source, record)
-    with pytest.raises(DamagedError, match=r"\.\./\.\./stolen, which is no object"):
+    with pytest.raises(DamagedError, match=r"\.\./\.\./stolen, which is not an object"):
         joined(LocalObjects(tmp_path / "whole"), source)
 
 

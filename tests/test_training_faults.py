@@ -141,7 +141,7 @@ def test_metrics_that_are_no_text_are_refused(
     metrics = cut_back(finished, tmp_path / "sae", 20)
     for foreign in (b"\xff\xfe\x00\n", b'{"step": 1e999}\n', b"[" * 100_000 + b"\n"):
         metrics.write_bytes(foreign)
-        with pytest.raises(RunError, match="a line that is not of a training run"):
+        with pytest.raises(RunError, match="a line that no training run writes"):
             train(CONFIG, store_path, tmp_path / "sae", device="cpu")
 
 

@@ -15,25 +15,27 @@ Normalization = Literal["none", "scale", "unit_norm", "layer_norm"]
 Activation = Literal["topk", "batchtopk", "jumprelu", "relu", "gated"]
 Objective = Literal["topk", "batchtopk", "jumprelu", "relu_l1", "relu_kl", "gated"]
 
-ROW_NORMALIZATIONS = ("unit_norm", "layer_norm")  # undone with numbers of the row itself
+ROW_NORMALIZATIONS = ("unit_norm", "layer_norm")  # inverting them needs numbers of the row itself
 MAX_LATENTS = 2**31 - 1  # latents are numbered in int32
-MAX_WEIGHT = 1e9  # far above what is of use, and safe in float32
+MAX_WEIGHT = 1e9  # far above useful values, and safe in float32
 Weight = Annotated[float, Field(le=MAX_WEIGHT)]
-COUNTED = ("topk", "batchtopk")  # activation functions that a number of latents defines
+COUNTED = ("topk", "batchtopk")  # activation functions with a fixed number of latents
 
-# Falls as 1 / sqrt(n_latents) (Gao et al. 2024, fig. 3). The constant suits runs of a few million
-# rows with warm-up, decay and an AuxK that acts within the run: after 1.45 M rows of SmolLM2's
-# layer 12, 4,608 latents, 1e-3 leaves FVU 0.163 and 2e-3 0.154.
+# The default falls as 1 / sqrt(n_latents) (Gao et al. 2024, fig. 3). The constant suits runs of a
+# few million rows with warm-up, decay and AuxK: after 1.45 M rows of SmolLM2's layer 12, 4,608
+# latents, 1e-3 leaves FVU 0.163 and 2e-3 0.154.
 LR_AT_REFERENCE = 2e-3
 LR_REFERENCE_LATENTS = 2**14
 WIDENING = 4  # k of Multi-TopK over k, as in the paper
 WARMUP_SHARE = 0.05  # of the tokens
 DECAY_SHARE = 0.3  # of the steps
-DEAD_AFTER_TOKENS = 10_000_000  # Gao et al. 2024; and in shorter runs
-DEAD_AFTER_SHARE = 0.1  # of the tokens, so that AuxK acts in the run at all
-PENALTY_WARMUP_SHARE = 0.05  # of the steps: penalties grow from 0, or they kill latents at once
+DEAD_AFTER_TOKENS = 10_000_000  # Gao et al. 2024; shorter runs have
+DEAD_AFTER_SHARE = 0.1  # this share of the tokens, so that AuxK acts during the run
+PENALTY_WARMUP_SHARE = (
+    0.05  # share of the steps in which penalties grow from 0; otherwise they kill latents
+)
 
-# which objectives read a field; with the others it has to stay at its default
+# field → objectives that use it; with other objectives the field must have its default
 READERS: dict[str, tuple[Objective, ...]] = {
     "k": ("topk", "batchtopk", "jumprelu", "relu_kl"),
     "multi_topk": ("topk",),
@@ -60,11 +62,11 @@ class SAEConfig(BaseModel):
         None,
         ge=1,
         le=MAX_LATENTS,
-        description="width of the activations predicted, of a transcoder; none: the SAE "
-        "reconstructs what it reads",
+        description="width of the activations that a transcoder predicts; none: the SAE "
+        "reconstructs its input",
     )
     n_latents: int = Field(
-        ge=1, le=MAX_LATENTS, description="number of latents, one row of the weights each"
+        ge=1, le=MAX_LATENTS, description="number of latents; each is one row of the weights"
     )
     k: int | None = Field(
         None,
@@ -77,32 +79,31 @@ class SAEConfig(BaseModel):
         description="topk: the k largest ReLU(pi) of a row; batchtopk, jumprelu: pi where it "
         "exceeds the latent's threshold; relu: ReLU(pi); gated: a magnitude where pi > 0",
     )
-    site: str = Field(description="where in the model the activations come from, resid_post.12 say")
+    site: str = Field(description="site of the activations in the model, such as resid_post.12")
     target_site: str | None = Field(
         None, description="site that a transcoder predicts; none: the SAE reconstructs its input"
     )
     normalization: Normalization = Field(
         "none",
-        description="how inputs are normalised: not at all; divided by input_scale; each row to "
-        "norm sqrt(d_in); each row to mean 0 and standard deviation 1",
+        description="normalisation of inputs; none; scale: divided by input_scale; unit_norm: "
+        "each row to norm sqrt(d_in); layer_norm: each row to mean 0, deviation 1",
     )
-    input_scale: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="number that inputs are divided by"
-    )
+    input_scale: float = Field(1.0, gt=0, allow_inf_nan=False, description="divisor of the inputs")
     output_scale: float = Field(
         1.0,
         gt=0,
         allow_inf_nan=False,
-        description="number that a transcoder's predictions are multiplied by; an SAE's are "
+        description="factor of a transcoder's predictions; reconstructions of an SAE are "
         "multiplied by input_scale",
     )
 
     rule: RowRule = Field(
-        RowRule(), description="which rows it was trained on; what reads with it reads these"
+        RowRule(),
+        description="rows that it was trained on; the default for reading rows",
     )
     model: str = Field("", description="name of the model whose activations it was trained on")
     model_weights: str = Field(
-        "", description="identity of that model's weights, as in the store's plan; empty: unknown"
+        "", description="identity of the model's weights, as in the store's plan; empty: unknown"
     )
 
     @model_validator(mode="after")
@@ -123,7 +124,7 @@ class SAEConfig(BaseModel):
                 f"{self.input_scale} and {self.output_scale}"
             )
         if not self.is_transcoder and self.output_scale != 1.0:
-            raise ValueError(f"output_scale is of transcoders, got {self.output_scale}")
+            raise ValueError(f"output_scale is only for transcoders, got {self.output_scale}")
         if self.is_transcoder and self.normalization in ROW_NORMALIZATIONS:
             raise ValueError(
                 f"normalization {self.normalization} cannot be undone for another site; a "
@@ -133,12 +134,12 @@ class SAEConfig(BaseModel):
 
     @property
     def is_transcoder(self) -> bool:
-        """Whether the SAE is a transcoder: it predicts another site than it reads."""
+        """Whether the SAE is a transcoder, which predicts another site than it reads."""
         return self.d_out is not None
 
     @property
     def width_out(self) -> int:
-        """Width of reconstructions: `d_out`, or `d_in` where that is none."""
+        """Width of reconstructions: `d_out`, or `d_in` if `d_out` is None."""
         return self.d_in if self.d_out is None else self.d_out
 
 
@@ -278,7 +279,7 @@ class TrainConfig(BaseModel):
         200, ge=1, description="steps between checkpoints"
     )
     eval_rows: Annotated[Count, Option("Training", "ROWS")] = Field(
-        262_144, ge=1, description="held-out rows the result is evaluated on, at most"
+        262_144, ge=1, description="most held-out rows that evaluate the result"
     )
 
     @model_validator(mode="after")
@@ -287,7 +288,7 @@ class TrainConfig(BaseModel):
             default = type(self).model_fields[name].default
             if self.activation not in readers and getattr(self, name) != default:
                 raise ValueError(
-                    f"{name} is of {', '.join(readers)}; leave it out with {self.activation}"
+                    f"{name} is only for {', '.join(readers)}; leave it out with {self.activation}"
                 )
         if self.k is None and self.activation in READERS["k"]:
             raise ValueError(f"activation {self.activation} needs k")
@@ -325,7 +326,7 @@ class TrainConfig(BaseModel):
 
     @property
     def sae_activation(self) -> Activation:
-        """The activation function alone."""
+        """The activation function without its penalty."""
         if self.activation in ("relu_l1", "relu_kl"):
             return "relu"
         return self.activation  # type: ignore[return-value]
@@ -348,7 +349,7 @@ class TrainConfig(BaseModel):
         return LR_AT_REFERENCE * float(LR_REFERENCE_LATENTS / self.n_latents) ** 0.5
 
     def learning_rate_at(self, step: int) -> float:
-        """Learning rate of the step after `step` steps: warm-up, then constant, then decay."""
+        """Return the learning rate of the step after `step` steps: warm-up, constant, decay."""
         tokens = self.warmup_tokens
         if tokens is None:
             tokens = int(WARMUP_SHARE * self.tokens)
@@ -365,11 +366,11 @@ class TrainConfig(BaseModel):
         return max(self.batch_rows, min(DEAD_AFTER_TOKENS, int(DEAD_AFTER_SHARE * self.tokens)))
 
     def penalty_factor_at(self, step: int) -> float:
-        """Share of l1, kl or l0 that counts in the step after `step` steps."""
+        """Return the factor of l1, kl or l0 in the step after `step` steps."""
         return min(1.0, (step + 1) / (1 + PENALTY_WARMUP_SHARE * self.steps))
 
     def auxiliary_k(self, width: int) -> int:
-        """`k_aux`, or the power of two nearest to width / 2 (by ratio, the larger of equals)."""
+        """Return `k_aux`, or the power of two nearest to width / 2 by ratio (ties: the larger)."""
         if self.k_aux is not None:
             return self.k_aux
         return max(1, 2 ** int(log2(max(1.0, width / 2)) + 0.5))

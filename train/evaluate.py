@@ -2,8 +2,8 @@
 
     fvu = sum_rows |x - x_hat|^2 / sum_rows |x - mean|^2
 
-0 for perfect reconstruction, 1 for predicting the mean of the rows evaluated. Of a transcoder, x
-is the target site's row. docs/evaluation.md says which rows are evaluated.
+It is 0 for perfect reconstruction and 1 for predicting the mean of the evaluated rows. For a
+transcoder, x is the row of the target site. docs/evaluation.md says which rows are evaluated.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from sae_harvest.store.rules import OUTLIER_MEDIANS, RowRule
 from sae_harvest.store.statistics.stats import Moments
 from sae_harvest.train.sae.sharded_sae import Dictionary
 
-# Each row is of one class: (whether it is an outlier, whether it is a BOS).
+# Each row belongs to one class: (whether it is an outlier, whether it is a BOS).
 CLASSES = ((False, False), (False, True), (True, False), (True, True))
-# what is reported, and the rows of which classes it is of
+# reported group → whether a class of rows belongs to it
 GROUPS: dict[str, Callable[[bool, bool], bool]] = {
     "without_outliers": lambda outlier, bos: not outlier,
     "with_outliers": lambda outlier, bos: True,
@@ -34,11 +34,11 @@ GROUPS_WITHOUT_BOS: dict[str, Callable[[bool, bool], bool]] = {
     "without_outliers_without_bos": lambda outlier, bos: not (outlier or bos),
     "with_outliers_without_bos": lambda outlier, bos: not bos,
 }
-ENCODED_ROWS = 512  # at a time: nearly all latents may be active on a row that is an outlier
+ENCODED_ROWS = 512  # rows encoded at a time: nearly all latents may be active on an outlier row
 
 
 class Fvu:
-    """Fraction of variance unexplained, of rows given in any number of pieces."""
+    """Fraction of variance unexplained over rows that are added in any number of pieces."""
 
     def __init__(self, width: int) -> None:
         self._moments = Moments.empty(width)
@@ -49,25 +49,25 @@ class Fvu:
         return self._moments.rows
 
     def update(self, x: npt.NDArray[Any], x_hat: npt.NDArray[Any]) -> None:
-        """Rows and their reconstructions, both [rows, width]."""
+        """Add rows and their reconstructions, both [rows, width]."""
         if len(x):
             self._moments = self._moments.merge(Moments.of(x))
             self._error += float(np.square(x.astype(np.float64) - x_hat).sum())
 
     def merge(self, other: Fvu) -> None:
-        """Take the rows of another one as well."""
+        """Add the rows of another `Fvu`."""
         self._moments = self._moments.merge(other._moments)
         self._error += other._error
 
     @property
     def value(self) -> float | None:
-        """The fraction; None without variance, where it has no meaning."""
+        """The fraction; None if the variance is 0."""
         total = float(self._moments.m2.sum())
         return self._error / total if total > 0 else None
 
 
 class _Figures:
-    """Sums over some rows and the figures made of them; rows are given in any number of pieces."""
+    """Figures of some rows, which are added in any number of pieces."""
 
     def __init__(self, sae: Dictionary) -> None:
         self._fvu = Fvu(sae.config.width_out)
@@ -109,7 +109,7 @@ class _Report:
         self._classes = [_Figures(sae) for _ in CLASSES]
 
     def update(self, x: torch.Tensor, wanted: torch.Tensor, classes: torch.Tensor) -> None:
-        """Rows [rows, d_in], what they should give [rows, d_out], and the class of each [rows]."""
+        """Add rows [rows, d_in], with targets [rows, d_out] and classes int64 [rows]."""
         indices, values = self._sae.encode(x)
         got = self._sae.decode(indices, values, x).cpu()  # [rows, d_out]
         indices, values = indices.cpu(), values.cpu()
@@ -120,7 +120,7 @@ class _Report:
             )
 
     def report(self, with_bos: bool) -> dict[str, Any]:
-        """The figures by group; `with_bos`: also those of groups without BOS rows."""
+        """Return the figures by group; `with_bos` adds the groups without BOS rows."""
         found: dict[str, Any] = {}
         for name, has in (GROUPS | (GROUPS_WITHOUT_BOS if with_bos else {})).items():
             together = _Figures(self._sae)
@@ -138,23 +138,23 @@ def evaluate(
     max_rows: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Reconstruction of held-out rows, in the store's order, which is shuffled by context.
+    """Evaluate the reconstruction of held-out rows, in the store's order (contexts are shuffled).
 
     Args:
-        sae: the dictionary; its configuration names the site, and of a transcoder the target.
-        store: where the rows are.
-        rule: the rule of training; its held-out documents are read, whatever its split.
+        sae: the dictionary; its configuration names the site, and the target of a transcoder.
+        store: the store to read.
+        rule: the rule of training; its held-out documents are read, with any split.
         max_rows: rows to read at most, outliers included.
         progress: called with rows done and rows to do.
 
     Returns:
         "without_outliers" and "with_outliers", each with rows, fvu, l0 (active latents per row)
-        and dead_share (latents that fired in none of these rows), None where there are no rows.
-        Of a store whose contexts begin with a BOS also "without_outliers_without_bos" and
-        "with_outliers_without_bos". And what it was computed from.
+        and dead_share (latents that fired on none of these rows); None if there are no rows. If
+        contexts begin with a BOS, also "without_outliers_without_bos" and
+        "with_outliers_without_bos". Also the digests and settings that the figures depend on.
 
     Raises:
-        DamagedError: a row is not finite, or the store is damaged otherwise.
+        DamagedError: a row is not finite, or an object of the store is damaged.
     """
     return evaluate_all([sae], store, rule, max_rows, progress)[0]
 
@@ -166,7 +166,7 @@ def evaluate_all(
     max_rows: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[dict[str, Any]]:
-    """`evaluate` of several dictionaries of the same sites, in one pass over the rows."""
+    """Evaluate several dictionaries of the same sites in one pass; see `evaluate`."""
     config = saes[0].config
     site = store.site(config.site)
     sites = [site] if config.target_site is None else [site, store.site(config.target_site)]
@@ -202,16 +202,16 @@ def evaluate_all(
 def _heldout_rows(
     store: ActivationStore, sites: Sequence[str], heldout: RowRule, most: int
 ) -> tuple[npt.NDArray[np.int64], torch.Tensor]:
-    """The first held-out rows of the store, at most so many, and the class of each.
+    """Return the first held-out rows of the store and the class of each.
 
-    A row that training leaves out for its norm at any of the sites is an outlier.
+    A row is an outlier if training leaves it out for its norm at any of the sites.
 
     Args:
-        heldout: the rule that reads held-out rows without outliers.
+        heldout: the rule that selects held-out rows without outliers.
+        most: largest number of rows.
 
     Returns:
-        Row numbers, int64 [rows], in order; the place of each row's class in CLASSES,
-        int64 [rows].
+        Row numbers in order, int64 [rows]; index of each row's class in CLASSES, int64 [rows].
     """
     every = heldout.model_copy(update={"max_norm_medians": None})
     has_bos = store.plan["bos"] == "context"
@@ -231,7 +231,10 @@ def _heldout_rows(
 def _read(
     store: ActivationStore, site: str, start: int, rows: npt.NDArray[np.int64]
 ) -> torch.Tensor:
-    """Some rows of a site, numbered from row `start`, where a chunk begins; float32 [rows, d]."""
+    """Return rows of the chunk that begins at row `start`, float32 [rows, d].
+
+    `rows` are numbered from `start`.
+    """
     x = store.read(site, start, min(start + store.chunk_rows(site), store.n_rows))
     is_read = np.zeros(len(x), np.bool_)
     is_read[rows] = True
@@ -240,7 +243,7 @@ def _read(
 
 
 def remarks(evaluation: Mapping[str, Any]) -> list[str]:
-    """Sentences on what an evaluation shows to have gone wrong; usually none."""
+    """Return sentences about problems that an evaluation shows; usually none."""
     figures = evaluation["without_outliers"]
     found = []
     if evaluation["with_outliers"]["rows"] == 0:
@@ -250,8 +253,8 @@ def remarks(evaluation: Mapping[str, Any]) -> list[str]:
         )
     elif evaluation.get("split", "train") != "train":
         found.append(
-            f"The dictionary was trained with --split {evaluation['split']}, on the very rows that "
-            "these figures are of, so they say nothing of other text."
+            f"The dictionary was trained with --split {evaluation['split']}, on the same rows that "
+            "were evaluated, so these figures say nothing about other text."
         )
     if figures["dead_share"] == 1:
         found.append(

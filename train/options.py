@@ -1,4 +1,4 @@
-"""The settings of a training run: its options, its YAML file, and the configuration they become."""
+"""The settings of a training run: from options and a YAML file to a configuration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sae_harvest.common.options import Place
 from sae_harvest.common.settings import CommandSettings, Device, Option
 from sae_harvest.train.config import READERS, TrainConfig
 
-# of what a run cannot do without; k only where the activation function has one
+# defaults of required settings; k only if the activation function has one
 DEFAULTS: dict[str, Any] = {"n_latents": 8192, "k": 32, "tokens": 10_000_000}
 
 
@@ -23,7 +23,7 @@ class Places(BaseModel):
         description="activation store: a folder, or s3://bucket/prefix"
     )
     out: Annotated[Place, Option("Places", "FOLDER")] = Field(
-        description="folder of the run; the same command continues a run that is there"
+        description="folder of the run; the same command continues an existing run"
     )
     site: Annotated[str | None, Option("Places")] = Field(
         None, description="site to train on, such as resid_post.12; none: the store's only one"
@@ -37,11 +37,11 @@ class RunSettings(CommandSettings):
     models = (Places, TrainConfig)
 
     def places(self) -> Places:
-        """Where to read, write and compute. `click.UsageError` if a value does not fit."""
+        """Return where to read, write and compute. Raise `click.UsageError` for a bad value."""
         return self.read(Places)
 
     def config(self) -> TrainConfig:
-        """The run, with DEFAULTS. `click.UsageError` if a value does not fit."""
+        """Return the configuration, with DEFAULTS. Raise `click.UsageError` for a bad value."""
         reads_k = self.values(TrainConfig).get("activation", "topk") in READERS["k"]
         return self.read(
             TrainConfig, {key: DEFAULTS[key] for key in DEFAULTS if key != "k" or reads_k}

@@ -1,1 +1,1 @@
-"""Errors, options, numbers, paths, console, Ray, devices: for all. Stands on nothing of ours."""
+"""Errors, options, numbers, paths, console, Ray, devices. Imports none of our other folders."""

@@ -1,12 +1,12 @@
 """Writing a file or folder so that a crash leaves the old one or the new one, whole.
 
-A file is written beside its place under a temporary name and flushed to the disk, gets its name,
-and the folder's entry is flushed. Its mode is the one that the user's umask gives to every new
-file, also where a library creates the file itself with a narrower one (safetensors: 0600).
+A file is written in its folder under a temporary name, flushed to the disk and renamed; then the
+folder's entry is flushed. Its mode follows the user's umask, even if a library creates the file
+with a narrower mode (safetensors: 0600).
 
-    replacing, write_bytes, write_text    a file of one writer, which may be there already
+    replacing, write_bytes, write_text    a file of one writer, which may exist already
     making                                the same for a folder as well; errors stay OSErrors
-    write_object                          a file that other processes may be writing too
+    write_object                          a file that other processes may write as well
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sae_harvest.common.errors import RunError
 Buffer = bytes | bytearray | memoryview
 
 TEMPORARY_SUFFIX = ".tmp"
-MAX_PIECES_A_CALL = 512  # of os.writev, which takes at most 1,024 on Linux
+MAX_PIECES_A_CALL = 512  # limit for os.writev, which takes at most 1,024 on Linux
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 NO_CONDITIONS = (*NO_LINKS, errno.EINVAL)
 
@@ -34,18 +34,18 @@ _AT_FDCWD, _RENAME_NOREPLACE = -100, 1  # of fcntl.h and stdio.h
 
 
 class NoExclusiveNamesError(OSError):
-    """The file system can give a file a name only by overwriting what has it."""
+    """The file system can name a file only by overwriting an existing file of that name."""
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new, empty file to write, which takes the place of `path` when the block ends well.
+    """Yield the name of a new, empty file that replaces `path` when the block succeeds.
 
-    The block only writes to the file, under the name that it is given: every OSError inside is
-    reported as one of writing. After an error nothing is left of the file.
+    The block must only write to this file: every OSError inside is reported as a failed write.
+    After an error nothing is left of the file.
 
     Raises:
-        RunError: the file cannot be written; names it. Its cause is the OSError.
+        RunError: the file cannot be written; names it. The OSError is its cause.
     """
     with writing(path), making(path) as temporary:
         with temporary.open("wb") as file:
@@ -56,28 +56,28 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, pieces: Sequence[Buffer]) -> None:
-    """Write a file whose bytes are given in pieces. Raises RunError as `replacing`."""
+    """Write a file from pieces. Raises RunError like `replacing`."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         for piece in pieces:
             file.write(piece)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8. Raises RunError as `replacing`."""
+    """Write a text file in UTF-8. Raises RunError like `replacing`."""
     write_bytes(path, [text.encode()])
 
 
 @contextlib.contextmanager
 def making(path: Path, temporary: Path | None = None) -> Iterator[Path]:
-    """The name under which the block makes a file or folder that is then called `path`.
+    """Yield a temporary name for a file or folder that is renamed to `path` after the block.
 
-    After an error nothing is left. The files in a folder are flushed by those who write them.
+    After an error nothing is left. The block must flush the files in a folder itself.
 
     Args:
-        temporary: the name; one that the next call for the same path takes again if left out.
+        temporary: the temporary name; by default one that depends only on `path`.
     """
     temporary = temporary or temporary_name(path)
-    _remove(temporary)  # of a process that was killed
+    _remove(temporary)  # left by a killed process
     try:
         yield temporary
         if temporary.is_dir():
@@ -90,16 +90,16 @@ def making(path: Path, temporary: Path | None = None) -> Iterator[Path]:
 
 
 def write_object(path: Path, pieces: Sequence[Buffer], *, overwrite: bool) -> bool:
-    """Write a file that other processes may be writing as well. False if the name is taken.
+    """Write a file that other processes may write as well. Return False if the name is taken.
 
-    The temporary name is this call's own. The file is locked until it has its name, so that
+    The temporary name is unique to this call. The file is locked until it has its final name, so
     `locks.is_held` tells whether its writer is alive.
 
     Args:
-        overwrite: take the name from the file that has it.
+        overwrite: replace an existing file.
 
     Raises:
-        NoExclusiveNamesError: the file system cannot leave the other file alone.
+        NoExclusiveNamesError: the file system cannot name a file without overwriting another.
         OSError: it failed for another cause.
     """
     own = f"{os.getpid()}-{secrets.token_hex(4)}"
@@ -120,12 +120,12 @@ def write_object(path: Path, pieces: Sequence[Buffer], *, overwrite: bool) -> bo
 
 
 def temporary_name(path: Path) -> Path:
-    """The name under which a file of one writer is written before it gets its own."""
+    """Return the temporary name of a file that has one writer."""
     return path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Flush a file that is written, give it its name, and make the name last.
+    """Flush a written file, give it its final name, and flush the name.
 
     Raises:
         OSError: one of these failed.
@@ -135,7 +135,7 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def new_folder(path: Path) -> None:
-    """Make a folder with its parents, durably, unless it is there. Raises RunError."""
+    """Make a folder with its parents, durably, unless it exists. Raises RunError."""
     with writing(path):
         make_folder(path.absolute())
 
@@ -172,15 +172,14 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def give_name(temporary: Path, final: Path) -> bool:
-    """Give a file its final name in one step. False if that is taken by another file.
+    """Give a file its final name in one step. Return False if another file has that name.
 
-    A hard link does that on most file systems. Where there are none, as on exFAT, FAT and some
-    network mounts, Linux can rename a file on the condition that the new name is free, as safely.
-    A file system that can do neither is refused: every other way may overwrite a file, or leave
-    half of one.
+    Most file systems can do this with a hard link. On others (exFAT, FAT, some network mounts)
+    Linux can rename a file on the condition that the new name is free. A file system that can do
+    neither is refused, since any other way may overwrite a file or leave half of one.
 
     Args:
-        temporary: the file's name so far, in the folder of `final`; it may be gone afterwards.
+        temporary: the file's present name, in the folder of `final`; it may be gone afterwards.
 
     Raises:
         NoExclusiveNamesError: the file system cannot do it; nothing has changed.
@@ -198,10 +197,10 @@ def give_name(temporary: Path, final: Path) -> bool:
 
 
 def _renamed(temporary: Path, final: Path) -> bool:
-    """`give_name` by Linux's renameat2, after which the temporary name is gone."""
+    """Do what `give_name` does with Linux's renameat2; the temporary name is gone afterwards."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:  # of a C library that is older than the call
+    except AttributeError:  # the C library is older than the call
         raise NoExclusiveNamesError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
     names = os.fsencode(temporary), os.fsencode(final)
     if rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_NOREPLACE) == 0:

@@ -1,7 +1,7 @@
-"""The folder for what this project can make again.
+"""The cache folder.
 
-Under it lie logs of harvests, converted models and compiled kernels. Nothing of a store, a run or a
-table depends on it.
+It holds logs of harvests, converted models and compiled kernels. They can be made again: no store,
+run or table depends on them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pathlib import Path
 from sae_harvest.common.errors import InputError
 from sae_harvest.common.paths import absolute
 
-PROBE_BYTES = 1 << 20  # a cache folder with less room than that is full
+PROBE_BYTES = 1 << 20  # a cache folder with less room counts as full
 
 
 def configured_cache_dir() -> Path | None:
-    """`SAE_HARVEST_CACHE`, else `sae-harvest` under the user's cache folder; None without a home.
+    """Return SAE_HARVEST_CACHE, or the user's cache folder + sae-harvest; None without a home.
 
-    The folder need not exist, and it may be impossible to write.
+    The folder may not exist, and may not be writable.
     """
     if chosen := os.environ.get("SAE_HARVEST_CACHE"):
         return Path(absolute(chosen))  # workers run in another folder
@@ -37,9 +37,9 @@ def configured_cache_dir() -> Path | None:
 
 
 def cache_dir() -> Path:
-    """The cache folder, or where that cannot be written a folder that ends with this process.
+    """Return the cache folder, or a temporary one for this process if it cannot be written.
 
-    The second case is said in one line on standard error, once.
+    A temporary folder is reported once, in one line on standard error.
 
     Raises:
         InputError: no temporary folder can be written either.
@@ -48,7 +48,7 @@ def cache_dir() -> Path:
 
 
 def kept_cache_dir() -> Path | None:
-    """The cache folder if it outlives this process, else None. Says so as `cache_dir`."""
+    """Return the cache folder, None if it is temporary, which is reported as in `cache_dir`."""
     configured = configured_cache_dir()
     return configured if cache_dir() == configured else None
 
@@ -56,7 +56,7 @@ def kept_cache_dir() -> Path | None:
 def use_numba_cache() -> None:
     """Let numba keep compiled kernels in our cache folder. Call before numba is imported.
 
-    Beside the source, its default, may be read-only.
+    Numba's default is the folder of the source, which may be read-only.
     """
     chosen = os.environ.get("NUMBA_CACHE_DIR")
     folder = _writable(Path(chosen).absolute()) if chosen else cache_dir() / "numba"
@@ -65,7 +65,7 @@ def use_numba_cache() -> None:
 
 @functools.cache
 def _writable(folder: Path | None) -> Path:
-    """The folder, created if need be, or a temporary one where it cannot be written."""
+    """Return the folder, created if missing, or a temporary one if it cannot be written."""
     problem = "there is no home folder" if folder is None else _problem(folder)
     if folder is not None and problem is None:
         return folder
@@ -86,7 +86,7 @@ def _writable(folder: Path | None) -> Path:
 
 
 def _problem(folder: Path) -> str | None:
-    """The reason why nothing can be written into a folder, None if it can."""
+    """Return the reason why a folder cannot be written, None if it can."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:

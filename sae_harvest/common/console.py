@@ -31,8 +31,8 @@ from sae_harvest.common.errors import SaeHarvestError
 from sae_harvest.common.masking import masked
 from sae_harvest.common.options import Command, PlaceOption, grouped
 
-# Libraries read these when they are imported. Their bars and remarks would be drawn over our own
-# progress, or fill a log. Processes that a command starts inherit them.
+# Libraries read these variables when they are imported. Their progress bars and messages would
+# disturb our own progress, or fill a log. Processes that a command starts inherit the variables.
 QUIET_LIBRARIES = {
     "TQDM_DISABLE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -44,7 +44,7 @@ QUIET_LIBRARIES = {
 for _name, _value in QUIET_LIBRARIES.items():
     os.environ.setdefault(_name, _value)
 
-LINE_SECONDS = 60.0  # between lines of progress where there is no terminal to draw a bar on
+LINE_SECONDS = 60.0  # between lines of progress if there is no terminal for a bar
 
 SAME_COMMAND = "What was finished is kept; the same command continues."
 
@@ -55,7 +55,7 @@ EXIT_TERMINATED = 143
 
 
 class _StoreOption(click.Option):
-    """--store; where it is missing the error says how it is typed, as many give a bare path."""
+    """The option --store. If it is missing, the error shows how to type it."""
 
     def process_value(self, ctx: click.Context, value: Any) -> Any:
         if self.value_is_missing(value) and not ctx.resilient_parsing:
@@ -85,17 +85,17 @@ store_option = click.option(
 class Commands(click.Group):
     """A command group that turns a `SaeHarvestError` into one line on stderr and exit code 1.
 
-    Usage errors keep click's exit code 2, an interrupted command exits with 130, a terminated one
-    with 143, both in order. Anything else is a bug and keeps its traceback.
+    Usage errors keep click's exit code 2. An interrupted command exits with 130, a terminated one
+    with 143, both after cleaning up. Any other error is a bug and keeps its traceback.
 
-    An argument whose bytes are not text is a usage error of every command: paths end up in JSON, in
-    SQL and on screens, which take text only.
+    An argument with bytes that are not UTF-8 is a usage error of every command: paths are written
+    to JSON, SQL and terminals, which need text.
     """
 
     command_class = Command
 
     def exit_code(self, error: SaeHarvestError) -> int:
-        """Ending of the error message, for command groups that tell errors apart."""
+        """Return the exit code for an error. Subclasses may distinguish errors."""
         return EXIT_FAILURE
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
@@ -141,7 +141,7 @@ class Commands(click.Group):
 
 @contextmanager
 def _masked_usage() -> Iterator[None]:
-    """Usage errors without passwords: they repeat what was typed."""
+    """Mask passwords in usage errors, which repeat the typed arguments."""
     try:
         yield
     except click.UsageError as error:
@@ -152,7 +152,7 @@ def _masked_usage() -> Iterator[None]:
 
 
 def _is_text(word: str) -> bool:
-    """False where the system handed over bytes that are not UTF-8 (Python's lone surrogates)."""
+    """True unless the argument has bytes that are not UTF-8 (Python's lone surrogates)."""
     try:
         word.encode()
     except UnicodeEncodeError:
@@ -161,10 +161,10 @@ def _is_text(word: str) -> bool:
 
 
 class Terminated(KeyboardInterrupt):
-    """A SIGTERM, raised where the command is, so that it ends as it does when interrupted."""
+    """Raised in a command by SIGTERM, so that the command ends as after an interrupt."""
 
 
-# Set by a SIGTERM: Ray raises a bare KeyboardInterrupt for one that comes while it waits.
+# Set by SIGTERM: while Ray waits, it raises a plain KeyboardInterrupt for the signal.
 _terminated = threading.Event()
 
 
@@ -174,19 +174,19 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def output() -> Console:
-    """The console for results, on standard output; text is as it is: a token may be `[/]`."""
+    """Return the console for results on standard output, without markup: a token may be `[/]`."""
     return Console(highlight=False, markup=False, emoji=False)
 
 
 @contextmanager
 def when_interrupted(kept: str | Callable[[], str]) -> Iterator[None]:
-    """Say at the end of an interrupted or terminated command what is kept and how to go on.
+    """Say at the end of an interrupted command what is kept and how to continue.
 
-    What a SIGTERM has raised leaves as `Terminated`. Of several such blocks, one inside another,
-    the innermost speaks.
+    An error that SIGTERM caused is raised as `Terminated`. If such blocks are nested, only the
+    innermost adds its sentences.
 
     Args:
-        kept: one or two sentences, or a function that returns them then.
+        kept: one or two sentences, or a function that returns them.
     """
     try:
         yield
@@ -201,19 +201,19 @@ def when_interrupted(kept: str | Callable[[], str]) -> Iterator[None]:
 
 
 def ending(word: str, error: KeyboardInterrupt) -> str:
-    """The line with which an interrupted command ends."""
+    """Return the last line of an interrupted command."""
     return " ".join([word, *getattr(error, "__notes__", ())])
 
 
 class Progress:
-    """Progress of a command on standard error: a bar on a terminal, else a line a minute.
+    """Progress of a command on standard error: a bar on a terminal, else one line per minute.
 
-    The lines come from a thread of their own, so that they also appear while the command is in a
-    phase that reports nothing, such as loading a model. Use it as a context manager.
+    A separate thread prints the lines, so they also appear in a phase that reports nothing, such as
+    loading a model. Use it as a context manager.
     """
 
     def __init__(self, unit: str = "") -> None:
-        """`unit`: of the numbers reported, "tokens" say."""
+        """`unit` is the unit of the reported numbers, for example "tokens"."""
         self._unit = unit
         self._console = Console(stderr=True)
         self._bar = Bars(
@@ -252,7 +252,7 @@ class Progress:
             self._thread.join()
 
     def __call__(self, phase: str, done: int, total: int | None, rate: str = "") -> None:
-        """Report what is done in a phase; call it as often as you like.
+        """Report the progress of a phase. It may be called very often.
 
         Args:
             rate: a short text such as "5,120 tokens/s".
@@ -264,10 +264,10 @@ class Progress:
     def counting(
         self, phase: str, rate: Callable[[float], str] = lambda speed: ""
     ) -> Callable[[int, int | None], None]:
-        """A report of what is done and to do in one phase.
+        """Return a function that reports the progress of one phase as (done, total).
 
         Args:
-            rate: words the speed, in units per second since the first report.
+            rate: turns a speed, in units per second since the first report, into text.
         """
         first: list[tuple[float, int]] = []
 

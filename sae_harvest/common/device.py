@@ -7,8 +7,8 @@ from sae_harvest.common.errors import InputError
 
 
 def choose_device(name: str) -> str:
-    """cpu or cuda; `auto` is cuda where there is one. `InputError` for a cuda that is not there."""
-    import torch  # a second to import, and commands that only read a store do without
+    """Return cpu or cuda; `auto` is cuda if there is a GPU. Raise `InputError` without one."""
+    import torch  # takes a second to import; commands that only read a store do not need it
 
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
@@ -17,7 +17,7 @@ def choose_device(name: str) -> str:
 
 
 def use_threads(threads: int) -> None:
-    """Have torch and numba use so many threads, from here on and in this thread."""
+    """Set the number of threads that torch and numba use in this thread from now on."""
     import torch
 
     use_numba_cache()  # before numba is imported

@@ -1,4 +1,4 @@
-"""Two descriptions of a job compared, for the sentence that refuses the second."""
+"""Comparison of two descriptions of a job, for the message that refuses the second."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 def differences(
     there: Mapping[str, Any], here: Mapping[str, Any], options: Mapping[str, str] | None = None
 ) -> list[str]:
-    """`name: there → here` for each field of `here` in which `there` differs.
+    """Return `name: there → here` for each field of `here` in which `there` differs.
 
     Args:
-        options: field, with dots for nesting, to the option that decides it, for its name.
+        options: field, with dots for nesting → the option that is shown instead of its name.
 
     >>> differences({"config": {"seed": 0}}, {"config": {"seed": 1}}, {"config.seed": "--seed"})
     ['--seed: 0 → 1']
@@ -28,7 +28,7 @@ def differences(
 
 
 def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots."""
+    """Flatten nested mappings: keys are joined by dots."""
     items: dict[str, Any] = {}
     for key, value in fields.items():
         if isinstance(value, Mapping) and value:

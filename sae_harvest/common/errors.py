@@ -1,13 +1,13 @@
 """The errors that sae-harvest raises; each message is one sentence for the user.
 
     SaeHarvestError            every error a user can cause or meet; its message is one sentence
-    ├── StoreError             about an activation store
+    ├── StoreError             problem with an activation store
     │   ├── NotAStoreError     the directory holds no store
     │   ├── PlanMismatchError  the store was made from another plan
     │   ├── UnfinishedError    the harvest has shards left to do
     │   └── DamagedError       an object is missing, truncated or altered; names the object
     ├── InputError             a model, corpus, site or option that cannot be used
-    └── RunError               a training or feature run that cannot start or go on
+    └── RunError               a training or feature run that cannot start or continue
 
 The command line prints `Error: <message>` and exits with 1; wrong options exit with 2.
 """
@@ -25,7 +25,7 @@ class SaeHarvestError(Exception):
     ...     print(type(error).__name__)
     NotAStoreError
 
-    As text it holds no password: an endpoint, a place or an address may contain one.
+    Passwords in addresses are masked when the error is converted to text.
     """
 
     def __str__(self) -> str:
@@ -57,4 +57,4 @@ class InputError(SaeHarvestError):
 
 
 class RunError(SaeHarvestError):
-    """A training or feature run cannot start or go on."""
+    """A training or feature run cannot start or continue."""

@@ -1,4 +1,4 @@
-"""One check that rows are numbers: neither infinity nor NaN, which no harvest writes."""
+"""Checks that rows are finite. No harvest writes infinity or NaN."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ def require_finite(
     first_row: int,
     wanted: npt.NDArray[np.bool_] | None = None,
 ) -> None:
-    """`DamagedError` naming the first row that holds infinity or NaN.
+    """Raise `DamagedError`, naming the first row that holds infinity or NaN.
 
     Args:
         x: rows of a site, float16 or float32 [rows, width].
-        place: of the store, for the message.
-        first_row: number of the first of them in the store.
-        wanted: bool [rows], which of them are used; by itself all.
+        place: place of the store, for the message.
+        site: name of the site, for the message.
+        first_row: number of the first row in the store.
+        wanted: mask of the rows to check, bool [rows]; None for all.
     """
     if all_finite(x):
         return
@@ -40,7 +41,7 @@ def require_finite(
 def all_finite(x: npt.NDArray[Any]) -> bool:
     """True if x, float16 or float32, holds neither infinity nor NaN; faster than `np.isfinite`.
 
-    Read as an integer, a number that is not finite is one of the largest of its sign.
+    Read as integers, numbers that are not finite are the largest of their sign.
     """
     if x.size == 0:
         return True

@@ -1,6 +1,6 @@
-"""Locks on files: one process at a time, and a killed process holds none.
+"""Locks on files: one process holds a lock at a time, and a killed process releases it.
 
-They are the kernel's own (`flock`). Some network file systems have none; docs/jobs.md says so.
+They are kernel locks (`flock`). Some network file systems have none; docs/jobs.md says so.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class HeldError(Exception):
 
 @contextlib.contextmanager
 def lock(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of a file, made if it is missing, while the block runs.
+    """Hold the lock of a file while the block runs. The file is created if missing.
 
-    On a file system without locks the block runs all the same.
+    On a file system without locks the block runs without a lock.
 
     Args:
-        wait: wait for the process that holds it.
+        wait: whether to wait for the process that holds the lock.
 
     Raises:
         HeldError: another process holds it.
@@ -46,7 +46,7 @@ def lock(path: Path, wait: bool = False) -> Iterator[None]:
 
 
 def is_held(path: Path) -> bool:
-    """True if a process holds the lock of a file, or if nobody can tell; False without a file."""
+    """True if a process holds the lock of a file, or if that is unknown; False without a file."""
     try:
         with path.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,16 +59,17 @@ def is_held(path: Path) -> bool:
 
 @contextlib.contextmanager
 def claimed(out: Path, record: str, foreign: str = "", busy: str = "") -> Iterator[None]:
-    """Hold a folder, made if it is missing, while the block runs.
+    """Hold a folder while the block runs. The folder is created if missing.
 
     Args:
-        record: name of the file that says whose the folder is. Where it is missing, the folder
-            may have nothing but what a process leaves that is killed at its very start.
-        foreign: sentence about a folder that has more; one that suits any record if left out.
-        busy: sentence about a folder that another process holds; likewise.
+        out: the folder.
+        record: name of the file that describes the folder's content. Without it the folder may
+            hold only locks and temporary files, from a process killed at its start.
+        foreign: error message for a folder with other files; empty for a general one.
+        busy: error message for a folder that another process holds; empty for a general one.
 
     Raises:
-        RunError: something else is there, or another process holds the folder.
+        RunError: the folder holds other files, or another process holds it.
         OSError: the folder cannot be made.
     """
     if not (out / record).exists() and out.exists() and not _is_free(out):

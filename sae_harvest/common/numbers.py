@@ -1,6 +1,6 @@
 """Numbers as people write them: 1000000, 1_000_000, 1e6 and 1M are the same count.
 
-`Count` is the type of a field of a configuration, `CountRange` that of a command's option.
+`Count` is a type for fields of configurations, `CountRange` a type for options of commands.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import click
 from pydantic import BeforeValidator, Field
 
 SUFFIXES = {"": 0, "k": 3, "m": 6, "b": 9, "g": 9, "t": 12}  # powers of ten; upper case as well
-MAX_DIGITS = 25  # of the number; the limits that counts have are below 2^63
-MAX_LENGTH = 28  # of what is written; Decimal computes with so many digits
+MAX_DIGITS = 25  # digits of the number; limits of counts are below 2^63
+MAX_LENGTH = 28  # characters of the text; Decimal computes with this many digits
 _COUNT = re.compile(
     r"([-+]?(?:[0-9][0-9_]*(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?)([kKmMbBgGtT]?)"
 )
 
 
 def parse_count(text: str) -> int:
-    """The whole number that a text spells: `1_000_000`, `1e6`, `1.5M`; k, M, B or G, T multiply.
+    """Return the whole number in a text such as `1_000_000`, `1e6` or `1.5M` (k, M, B or G, T).
 
     Raises:
-        ValueError: it spells none, or one of more than 25 digits.
+        ValueError: the text is not a whole number, or has more than 25 digits.
 
     >>> parse_count("1.5M")
     1500000
@@ -44,7 +44,7 @@ def parse_count(text: str) -> int:
 
 
 def whole_number(value: Any) -> Any:
-    """A text that spells a count, or a float without a fraction, as int; anything else as it is."""
+    """Return a count in a text, or a float without a fraction, as int; other values unchanged."""
     if isinstance(value, str):
         try:
             return parse_count(value)

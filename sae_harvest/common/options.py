@@ -1,8 +1,8 @@
 """Types of the options that name a file, a folder, a place or a model, and help in groups.
 
-Each type makes its path absolute, so that no later change of folder and no worker on another
-machine reads it in another way, and refuses what no file can be called. `Place`, `LocalPath` and
-`Name` are those of a configuration's fields.
+Each type makes its path absolute, so that it means the same after a change of folder and on other
+machines, and refuses impossible file names. `Place` and `LocalPath` are types for fields of
+configurations.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sae_harvest.common.paths import absolute, absolute_name
 
 
 def usable(value: str) -> str:
-    """The value; `ValueError` if no file on this machine can have it as its path."""
+    """Return the value. Raise `ValueError` if it cannot be a path on this machine."""
     if not value or "\0" in value:
         raise ValueError(f"{value!a:.80} is not a path")
     if any(len(part) > MAX_NAME_BYTES for part in value.encode().split(b"/")):
@@ -29,19 +29,19 @@ def usable(value: str) -> str:
 
 
 def local_path(value: str) -> str:
-    """A path on this machine, absolute; `ValueError` for an address: a folder would be `s3:`."""
+    """Return an absolute path on this machine. Raise `ValueError` for an address such as s3://a."""
     if "://" in usable(value):
         raise ValueError(f"{value!r} is an address; give a path on this machine")
     return absolute(value)
 
 
 def local_or_remote(value: str) -> str:
-    """A folder, absolute, or an address such as s3://bucket/prefix; `ValueError` for neither."""
+    """Return an absolute folder, or an address such as s3://bucket/prefix, unchanged."""
     return absolute(usable(value))
 
 
 def name_or_path(*words: str) -> Callable[[str], str]:
-    """Reads a name that may be a path, which is then made absolute, but for some `words`."""
+    """Return a function that makes a name absolute if it is a path and not one of `words`."""
     return lambda value: value if usable(value) in words else absolute_name(value)
 
 
@@ -65,7 +65,7 @@ class PathOption(click.Path):
 
 
 class NameOption(click.ParamType):
-    """A name that may be a path, which is then made absolute, but for some `words`."""
+    """A name; made absolute if it is a path and not one of `words`."""
 
     name = "text"
 
@@ -97,12 +97,12 @@ class GroupedOption(click.Option):
 
 
 def grouped(group: str, *words: str, **settings: Any) -> Callable[[F], F]:
-    """`click.option` under a heading of the help."""
+    """Return a `click.option` that the help lists under the heading `group`."""
     return click.option(*words, cls=GroupedOption, group=group, **settings)
 
 
 class Command(click.Command):
-    """A command whose help lists grouped options after the others, in the order of their ends."""
+    """A command with help that lists grouped options after the others."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}

@@ -1,8 +1,7 @@
-"""Parsing of what comes from a file or a request: a value, or one sentence.
+"""Parsing of input from files and requests: a value, or one error sentence.
 
-A file may be damaged or written by somebody who means harm. Every parser of JSON and every name
-that becomes part of a path goes through here, so that each ends in a value or in an error that a
-command prints as one sentence.
+A file may be damaged or malicious. All JSON, and all names that become parts of paths, are checked
+here. Each check returns a value or raises an error that a command prints as one sentence.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-MAX_JSON_BYTES = 1 << 30  # a record of the largest store is a tenth of it
-MAX_NAME_BYTES = 255  # of one part of a path, on Linux
+MAX_JSON_BYTES = 1 << 30  # ten times a record of the largest store
+MAX_NAME_BYTES = 255  # limit of one part of a path on Linux
 
 
 def parse_json(data: str | bytes | bytearray | memoryview, limit: int = MAX_JSON_BYTES) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Args:
         data: the text, or its UTF-8 bytes.
@@ -36,7 +35,7 @@ def parse_json(data: str | bytes | bytearray | memoryview, limit: int = MAX_JSON
     if len(data) > limit:
         raise ValueError(f"it has {len(data):,} bytes, more than {limit:,}")
     try:
-        # json.loads would let through surrogates in bytes
+        # json.loads would accept surrogates in bytes
         text = data if isinstance(data, str) else str(data, "utf-8")
         return json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except RecursionError:
@@ -48,14 +47,14 @@ def parse_json(data: str | bytes | bytearray | memoryview, limit: int = MAX_JSON
 
 
 def safe_name(name: object) -> str:
-    """A name that a file gives for something inside a folder, checked before it becomes a path.
+    """Check a name from a file before it becomes a path inside a folder, and return it.
 
-    The name may have several parts, as `activations/resid_post.12/c.0.0` has.
+    The name may have several parts, such as `activations/resid_post.12/c.0.0`.
 
     Raises:
-        ValueError: the name is no text, is empty, absolute, or leads out of its folder; or it has
-            an empty part, a part of dots, a control character, a lone surrogate, a backslash, or a
-            part of more than 255 bytes.
+        ValueError: the name is not a text, is empty, absolute, or leads out of its folder; or it
+            has an empty part, a part of dots, a control character, a lone surrogate, a backslash,
+            or a part of more than 255 bytes.
 
     >>> safe_name("commits/000000.json")
     'commits/000000.json'
@@ -77,13 +76,13 @@ def safe_name(name: object) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The message of an error, as one line of at most 300 printable characters.
+    """Return the message of an error, as one line of at most 300 printable characters.
 
-    For pydantic's `ValidationError`: the place and the fault of the first of its errors.
+    For pydantic's `ValidationError`: the place and the message of its first error.
     """
     if isinstance(error, ValidationError):
         fault = error.errors(include_url=False, include_input=False)[0]
-        # of a union, pydantic names the alternative that it tried in its own words
+        # for a union, pydantic adds its own name of the tried alternative
         parts = [str(part) for part in fault["loc"] if not str(part).startswith("function-")]
         place = ".".join(parts)
         message = fault["msg"].removeprefix("Value error, ")
@@ -91,7 +90,7 @@ def first_line(error: Exception) -> str:
     else:
         lines = str(error).strip().splitlines()
         line = lines[0] if lines else type(error).__name__
-    # a name from a file may hold anything, a line's end or a lone surrogate
+    # a name from a file may contain line ends or lone surrogates
     return "".join(c if c.isprintable() else "?" for c in line[:300])
 
 

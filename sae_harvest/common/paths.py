@@ -1,4 +1,4 @@
-"""Paths: those that a user gives, in full, and files opened by their exact name."""
+"""Paths: making users' paths absolute, and opening files by their exact name."""
 
 from __future__ import annotations
 
@@ -12,43 +12,44 @@ if TYPE_CHECKING:
 
 
 def exact_file(path: Path, mode: str = "rb") -> pa.NativeFile:
-    """A file for pyarrow, which would take `s3:/a`, `file:/a` or `~/a` for places elsewhere.
+    """Return an open file for pyarrow, which would misread `s3:/a`, `file:/a` or `~/a`.
 
     Args:
-        mode: `rb` reads, `wb` writes it anew.
+        path: path of the file.
+        mode: `rb` to read, `wb` to write a new file.
 
     Raises:
         OSError: it cannot be opened.
     """
-    import pyarrow as pa  # not needed by those who only ask for the cache folder
+    import pyarrow as pa  # not needed to find the cache folder
 
     return pa.OSFile(os.fsencode(path), mode)
 
 
 def absolute(place: str) -> str:
-    """A file or folder in full, `~` expanded; an address such as s3://bucket/prefix as it is.
+    """Return an absolute path with `~` expanded; an address such as s3://bucket/prefix unchanged.
 
-    Links stay links.
+    Symbolic links are not resolved.
     """
     if "://" in place:
         return place
     path = Path(place)
-    with contextlib.suppress(RuntimeError):  # no such user: it is the name of a file
+    with contextlib.suppress(RuntimeError):  # no such user: `~name` is the name of a file
         path = path.expanduser()
     return str(path.absolute())
 
 
 def absolute_name(name: str) -> str:
-    """Make a path absolute that may also be a name on the Hugging Face hub, which stays.
+    """Make a path absolute; keep a name on the Hugging Face Hub unchanged.
 
-    A path is what exists, or begins with `/`, `.` or `~`.
+    A path exists, or begins with `/`, `.` or `~`.
     """
     is_path = name.startswith(("/", ".", "~"))
     return absolute(name) if is_path or exists(Path(name)) else name
 
 
 def exists(path: Path) -> bool:
-    """True if there is something at a path; false also for what can be no path."""
+    """True if a path exists; False also for an impossible path."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -56,6 +57,6 @@ def exists(path: Path) -> bool:
 
 
 def shown(place: str | Path) -> str:
-    """A path as a person would type it here: relative if it is in this folder, else in full."""
+    """Return a path for people: relative if it is in the current folder, else absolute."""
     path, here = Path(place), Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(place)

@@ -1,4 +1,4 @@
-"""Git-LFS pointers: small texts that stand for large files nobody has fetched."""
+"""Git-LFS pointers: small texts in place of large files that were not fetched."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BEGINNING = b"version https://git-lfs.github.com/spec/v1"
 
 
 def is_pointer(path: Path) -> bool:
-    """True for a Git-LFS pointer; False as well for a file that cannot be read."""
+    """True for a Git-LFS pointer; False for other files and unreadable ones."""
     try:
         with path.open("rb") as file:
             return file.read(len(BEGINNING)) == BEGINNING
@@ -19,7 +19,7 @@ def is_pointer(path: Path) -> bool:
 
 
 def refuse_pointer(path: Path) -> None:
-    """`InputError` if the file is a Git-LFS pointer."""
+    """Raise `InputError` if the file is a Git-LFS pointer."""
     if is_pointer(path):
         raise InputError(
             f"{path} is a Git-LFS pointer and not the file itself; run `git lfs pull` in its "

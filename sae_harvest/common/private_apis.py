@@ -1,11 +1,11 @@
 """Every use of another package's private API, each with the reason for it.
 
-An API is private if its name begins with an underscore, or if it lies in a module that its package
-does not document. Such a name may go with any release: `tests/test_private_apis.py` tells which one
-has gone, and `tests/test_rooms.py` refuses private APIs elsewhere. The one other place is
-`pipelines/viewer/connections.py`, which derives a class from uvicorn's.
+An API is private if its name begins with an underscore, or if its package does not document its
+module. Any release may remove such a name: `tests/test_private_apis.py` reports removed ones, and
+`tests/test_rooms.py` refuses private APIs elsewhere. The only exception is
+`pipelines/viewer/connections.py`, which derives a class from one of uvicorn's.
 
-Packages are imported when they are needed: this module itself needs none.
+Packages are imported inside the functions.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ RuntimeError.
 
 
 def silence_ray_workers() -> None:
-    """Stop Ray from printing what its workers write, and every death of one, in this process.
+    """Stop Ray from printing the output and the deaths of its workers in this process.
 
     Ray prints deaths to standard output, `log_to_driver` or not, unless its debugger has set this
-    flag; our log has what there is to say of them. Read in Ray 2.60. Once the flag is gone, the
+    flag; our own log reports them. Read in Ray 2.60. Once the flag is gone, the
     lines are printed; once the module is gone, this raises AttributeError.
     """
     import ray
@@ -37,7 +37,7 @@ def silence_ray_workers() -> None:
 
 
 def multiplies_int8() -> bool:
-    """True if the processor has AVX-512 VNNI; without, torch emulates products of 8-bit integers.
+    """True if the CPU has AVX-512 VNNI. Without it, torch emulates products of 8-bit integers.
 
     The documented `torch.cpu.get_capabilities` is not in torch 2.6, the oldest that we allow. Read
     in torch 2.13. Once gone, this raises AttributeError: take `get_capabilities` then.
@@ -49,7 +49,7 @@ def multiplies_int8() -> bool:
 
 
 def int8_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """The exact product of int8 [m, k] and [k, n] in int32 [m, n]; `torch.mm` has none.
+    """Return the exact product of int8 [m, k] and [k, n] as int32 [m, n]; `torch.mm` cannot.
 
     Read in torch 2.13. Once gone, this raises AttributeError, and the encoder of processors
     with AVX-512 VNNI has to use float32.
@@ -60,19 +60,20 @@ def int8_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def n_changes(tensor: Tensor) -> int:
-    """The number of times a tensor, or one that shares its memory, was changed in place.
+    """Return the number of times a tensor, or one that shares its memory, was changed in place.
 
-    Autograd counts them; there is no documented way to ask. Inference tensors have no count. Read
-    in torch 2.13. Once gone, this raises AttributeError: copy every captured tensor then.
+    Autograd counts changes, but has no documented way to read the count. Inference tensors have no
+    count. Read in torch 2.13. Once gone, this raises AttributeError: copy every captured tensor
+    then.
     """
     return tensor._version
 
 
 def gguf_tensors(path: Path, model: nn.Module) -> dict[str, Tensor]:
-    """The weights in a GGUF file, decoded, by the names that they have in a model.
+    """Return the decoded weights of a GGUF file, under their names in a model.
 
-    Transformers documents `from_pretrained(gguf_file=…)` alone, which asks for accelerate, and
-    marks the model as quantised, which `save_pretrained` then refuses. Read in transformers 5.23.
+    Transformers documents only `from_pretrained(gguf_file=…)`. That requires accelerate and marks
+    the model as quantised, which `save_pretrained` then refuses. Read in transformers 5.23.
     Once gone, this raises ImportError, and GGUF models cannot be converted.
     """
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint

@@ -30,14 +30,14 @@ CONNECT_SECONDS = 10.0
 
 
 def connect(address: str | None, workers: int, without: str) -> None:
-    """Join the cluster at an address, or start a Ray of our own for None.
+    """Join the cluster at an address, or start Ray on this machine.
 
     Several runs can share a cluster: each is a Ray job with a namespace of its own.
 
     Args:
-        address: of the cluster's head; None for a Ray on this machine alone.
-        workers: number of workers that the run will ask for, each with one core or more.
-        without: how to do without Ray, as the remedy of an error.
+        address: address of the cluster's head; None starts Ray on this machine.
+        workers: number of workers that the run will request, each with at least one core.
+        without: how to run without Ray, as advice in an error message.
 
     Raises:
         RunError: this machine has fewer cores than workers, or Ray cannot be started or joined.
@@ -63,7 +63,7 @@ def connect(address: str | None, workers: int, without: str) -> None:
     except (KeyboardInterrupt, SystemExit, RunError):
         ray.shutdown()
         raise
-    except Exception as error:  # sockets, memory, time: Ray raises at will
+    except Exception as error:  # Ray raises many types: sockets, memory, timeouts
         ray.shutdown()
         why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         if address is None:
@@ -75,7 +75,7 @@ def connect(address: str | None, workers: int, without: str) -> None:
 def connected(
     address: str | None, workers: int, without: str = "use --workers 0 to do without it"
 ) -> Iterator[None]:
-    """`connect` until the block is left: that ends a Ray of our own, and our workers elsewhere."""
+    """Connect while the block runs; then stop our own Ray, or our workers on a cluster."""
     connect(address, workers, without)
     try:
         yield
@@ -84,14 +84,14 @@ def connected(
 
 
 def start_actor(cls: type, threads: int, gpu: bool, at_once: int, strategy: Any) -> Any:
-    """An actor with its share of the cores and a GPU; Ray itself restarts and retries nothing.
+    """Start an actor with some cores and perhaps a GPU, without restarts or retries by Ray.
 
     Args:
-        cls: its class.
-        threads: cores that it is given.
-        gpu: whether it is given a GPU.
-        at_once: questions that it works on at a time.
-        strategy: where Ray places it.
+        cls: class of the actor.
+        threads: number of its cores.
+        gpu: whether it gets a GPU.
+        at_once: number of calls that it handles at a time.
+        strategy: Ray's scheduling strategy.
     """
     options = {"num_cpus": threads, "num_gpus": int(gpu), "max_concurrency": at_once}
     never = {"max_restarts": 0, "max_task_retries": 0}
@@ -99,10 +99,10 @@ def start_actor(cls: type, threads: int, gpu: bool, at_once: int, strategy: Any)
 
 
 def answer(reference: Any) -> Any:
-    """The answer of a worker; what it refused is raised as it raised it.
+    """Return the answer of a worker.
 
     Raises:
-        SaeHarvestError: the worker's own.
+        SaeHarvestError: the error that the worker raised.
         RayTaskError: another error in the worker, which is a bug.
         RayError: the worker is gone; see `reason`.
     """
@@ -115,7 +115,7 @@ def answer(reference: Any) -> Any:
 
 
 def _check_listening(address: str) -> None:
-    """`RunError` if nothing listens there: Ray itself would try for minutes, then exit."""
+    """Raise `RunError` if nothing listens at an address: Ray would try for minutes, then exit."""
     host, separator, port = address.rpartition(":")
     if not separator or "/" in address or not port.isdecimal():
         raise RunError(f"--address {address}: expected auto, or HOST:PORT of the cluster's head.")
@@ -133,10 +133,10 @@ def _not_joined(address: str, why: str) -> RunError:
 
 
 def threads_per_worker(workers: int, gpu: bool) -> int:
-    """Cores for each worker: as many as there are, so that all of them can be placed.
+    """Return the number of cores for each worker: the most with which all can be placed.
 
     Raises:
-        RunError: there is no room for so many workers, or for any with a GPU.
+        RunError: there is no room for all workers.
     """
     nodes = _nodes()
     if threads := share(nodes, workers, gpu):
@@ -146,9 +146,9 @@ def threads_per_worker(workers: int, gpu: bool) -> int:
 
 
 def share(nodes: list[tuple[int, int]], workers: int, gpu: bool) -> int | None:
-    """The most cores with which so many workers can be placed on nodes of (cores, GPUs).
+    """Return the most cores per worker with which all fit on nodes of (cores, GPUs), or None.
 
-    Each worker is on one node, with a GPU of its own if `gpu`; None if there is no room for all.
+    Each worker is on one node, with its own GPU if `gpu`.
     """
     most = max((cores for cores, _ in nodes), default=0)
     if gpu:  # leave the other GPUs of a node their cores
@@ -163,7 +163,7 @@ def share(nodes: list[tuple[int, int]], workers: int, gpu: bool) -> int | None:
 
 
 def resources() -> str:
-    """The cores, GPUs and machines of the Ray cluster, in words."""
+    """Return the cores, GPUs and machines of the Ray cluster, in words."""
     nodes = _nodes()
     free = ray.available_resources()
     counts = [f"{sum(c for c, _ in nodes)} cores ({free.get('CPU', 0):.0f} free)"]
@@ -173,7 +173,7 @@ def resources() -> str:
 
 
 def reason(error: RayError) -> str:
-    """Why an actor is gone, in words: Ray's own texts are long and guess."""
+    """Return a short reason why an actor is gone; Ray's own texts are long and uncertain."""
     text = str(error)
     if isinstance(error, OutOfMemoryError) or "low on memory" in text or "memory pressure" in text:
         return "its machine ran out of memory"
@@ -187,7 +187,7 @@ def reason(error: RayError) -> str:
 
 
 def missing_module(error: BaseException) -> str | None:
-    """The module for lack of which a worker could not start, or None."""
+    """Return the missing module because of which a worker could not start, or None."""
     found = re.search(r"No module named '([^']+)'", str(error))
     return found[1] if found else None
 
@@ -198,19 +198,19 @@ def has_gpus(workers: int) -> bool:
 
 
 def _nodes() -> list[tuple[int, int]]:
-    """Cores and GPUs of every living node."""
+    """Return the cores and GPUs of every living node."""
     found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in found]
 
 
 @contextlib.contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Put the handler of SIGTERM back: Ray replaces it by one that exits with code 15.
+    """Restore the handler of SIGTERM, which Ray replaces by one that exits with code 15.
 
-    A signal that comes while Ray's is in place is given to the one before as well.
+    A signal that arrives meanwhile is passed to the original handler as well.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # there Ray leaves it alone
+        yield  # Ray does not replace it in other threads
         return
     handler = signal.getsignal(signal.SIGTERM)
     try:

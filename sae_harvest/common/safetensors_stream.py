@@ -1,7 +1,7 @@
 """The header of a safetensors file whose data is written piece by piece.
 
-The format's own library takes all tensors at once and copies them. A file is the length of the
-header (8 bytes, little-endian), the header in JSON, then the tensors one after the other.
+The format's own library needs all tensors at once and copies them. A file consists of the length of
+the header (8 bytes, little-endian), the header in JSON, and the tensors one after the other.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ ALIGNMENT = 8  # of the first tensor
 
 @dataclass(frozen=True)
 class Header:
-    """The beginning of a file, and where its tensors are."""
+    """The beginning of a file, and the offsets of its tensors."""
 
     data: bytes
-    """The length and the header, with which the file begins."""
+    """The first bytes of the file: length and header."""
     offsets: dict[str, int]
-    """The place in the file of each tensor's first byte."""
+    """Tensor → offset of its first byte in the file."""
     size: int
     """Bytes of the whole file."""
 
 
 def dtype_name(dtype: np.dtype[Any]) -> str:
-    """The format's name of a dtype of integers or floats: U16, I64, F32."""
+    """Return the format's name of a dtype of integers or floats: U16, I64, F32."""
     return f"{dtype.kind.upper()}{8 * dtype.itemsize}"
 
 
@@ -42,13 +42,13 @@ def make_header(
     compact: bool = False,
     json_bytes: int = 0,
 ) -> Header:
-    """The header of tensors that follow each other in the order given.
+    """Return the header of tensors that are stored in the given order.
 
     Args:
         tensors: dtype and shape by name.
         compact: no spaces after commas and colons, as the format's own library writes it.
-        json_bytes: length to which the JSON is filled up with spaces; at least what it needs.
-            If left out, up to a multiple of `ALIGNMENT`.
+        json_bytes: length to which the JSON is padded with spaces; 0 pads it to a multiple of
+            `ALIGNMENT`.
     """
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     starts, end = {}, 0

@@ -1,8 +1,8 @@
 """Configuration models as command-line options, and as keys of a YAML file.
 
-A model says what there is to set, with types, bounds, defaults and descriptions; options and keys
-are made from it, so that the three spellings cannot differ. A field that is itself a model is a
-mapping in YAML, and its fields are options. Options win over the file.
+A model defines the settings with types, bounds, defaults and descriptions. Options and keys are
+made from it, so the three cannot differ. A field that is itself a model is a mapping in YAML, and
+its fields are options. Options take precedence over the file.
 """
 
 from __future__ import annotations
@@ -40,9 +40,12 @@ class Option:
     group: str
     """Heading in the help."""
     metavar: str | None = None
-    """What the help calls a value: its unit, ROWS say. None: its type."""
+    """Name of a value in the help, such as its unit ROWS; None for its type."""
     name: str | None = None
-    """Spelling, `--top` say; fields with the same one are set together. None: the field's name."""
+    """Spelling, such as `--top`; fields with the same spelling are set together.
+
+    None: field's name.
+    """
 
 
 Device = Annotated[
@@ -57,11 +60,11 @@ class Setting:
     """One thing to set: a key of the file, and the option that sets it."""
 
     path: tuple[str, ...]
-    """Key in the file, after the keys that it is under."""
+    """Key in the file, preceded by the keys above it."""
     field: FieldInfo
     """Field of the model."""
     option: Option | None
-    """None: Python and the file set it."""
+    """The option; None if only Python and the file can set it."""
 
     @property
     def spelling(self) -> str:
@@ -79,7 +82,7 @@ class Setting:
 def settings_of(
     model: type[BaseModel], above: tuple[str, ...] = (), inherited: Option | None = None
 ) -> list[Setting]:
-    """Every field of a model, with the fields of its models in their place."""
+    """Return every field of a model; a field that is a model is replaced by its fields."""
     found: list[Setting] = []
     for name, field in model.model_fields.items():
         option = next((item for item in field.metadata if isinstance(item, Option)), inherited)
@@ -92,7 +95,7 @@ def settings_of(
 
 
 class FieldType(click.ParamType):
-    """The type of an option that sets a field: text is converted and checked as the field says."""
+    """The type of an option that sets a field; the field converts and checks the text."""
 
     def __init__(self, setting: Setting) -> None:
         field = setting.field
@@ -125,10 +128,10 @@ class FieldType(click.ParamType):
 def options_for(
     settings: Iterable[Setting], defaults: Mapping[str, Any] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator that adds an option for each setting that has one.
+    """Return a decorator that adds an option for each setting that has one.
 
     Args:
-        defaults: what the command takes, by key, for fields that have no default.
+        defaults: the command's defaults, by key, for fields without a default.
     """
     options: dict[str, list[Setting]] = {}
     for setting in settings:
@@ -161,14 +164,14 @@ config_file_option = click.option(
 
 
 class CommandSettings:
-    """What the file and the options of a command say together.
+    """The settings of a command, from its file and its options.
 
     Subclasses name the models: their fields are the keys of the file and the options.
 
     Args:
         file_values: the file's mapping, or a part of it.
-        file: how errors call the file.
-        options: what was typed, by key: "tokens", or "rule.split".
+        file: name of the file in errors.
+        options: typed options by key, such as "tokens" or "rule.split".
 
     Raises:
         click.UsageError: an unknown key.
@@ -188,23 +191,23 @@ class CommandSettings:
 
     @classmethod
     def of(cls, ctx: click.Context, file: Path | None) -> Self:
-        """What was typed, and the file that `--config` names."""
+        """Return the settings from the typed options and the file of `--config`."""
         name = shown(file) if file else ""
         return cls(read_yaml(file) if file else {}, name, cls.typed(ctx))
 
     @classmethod
     def settings(cls) -> list[Setting]:
-        """Every field of the models."""
+        """Return every field of the models."""
         return list(chain.from_iterable(map(settings_of, cls.models)))
 
     @classmethod
     def top_keys(cls) -> list[str]:
-        """The keys at the top of the file."""
+        """Return the keys at the top of the file."""
         return list(chain.from_iterable(model.model_fields for model in cls.models))
 
     @classmethod
     def typed(cls, ctx: click.Context) -> dict[str, Any]:
-        """The settings that were typed, by key."""
+        """Return the settings that were typed, by key."""
         found: dict[str, Any] = {}
         for setting in cls.settings():
             name = setting.parameter
@@ -219,7 +222,7 @@ class CommandSettings:
         return found
 
     def read(self, model: type[T], defaults: Mapping[str, Any] | None = None) -> T:
-        """One of the models, from what was given. `click.UsageError` if a value does not fit."""
+        """Return a model from the given values. Raise `click.UsageError` for a bad value."""
         values = {**(defaults or {}), **self.values(model)}
         try:
             # as JSON: strict about types, but a list may be given for a tuple
@@ -228,7 +231,7 @@ class CommandSettings:
             raise click.UsageError(self._sentence(model, error.errors())) from None
 
     def values(self, model: type[BaseModel]) -> dict[str, Any]:
-        """What was given of a model, options before the file."""
+        """Return the given values of a model; options take precedence over the file."""
         values = {
             key: dict(value) if isinstance(value, Mapping) else value
             for key, value in self._file_values.items()
@@ -246,7 +249,7 @@ class CommandSettings:
         return values
 
     def _sentence(self, model: type[BaseModel], errors: Sequence[Any]) -> str:
-        """What is wrong, in the spelling that the value was given in."""
+        """Return the error message, in the spelling in which the value was given."""
         error = errors[0]
         path = _place(error)
         known = {setting.path: setting for setting in settings_of(model)}
@@ -258,7 +261,7 @@ class CommandSettings:
             return f"Missing option '{option}'; it may also be a line `{path[-1]}: …` of --config."
         if error["type"] == "extra_forbidden":
             return f"{self._file} has an unknown key {'.'.join(path)!r}{self._instead(path)}."
-        if not path:  # of several fields together: the sentence names them
+        if not path:  # an error of several fields: the sentence names them
             return self._spelled(_reason(errors, ""), known.values()) + "."
         if setting is None or not self._is_typed(setting):
             return f"{self._file}: {_reason(errors, '.'.join(path))}."
@@ -276,7 +279,7 @@ class CommandSettings:
         return True
 
     def _spelled(self, sentence: str, settings: Iterable[Setting]) -> str:
-        """The sentence with the names of fields as options, except those that the file gives."""
+        """Return the sentence with fields spelled as options, except those from the file."""
         named_in_file = False
         by_name = {setting.path[-1]: setting for setting in settings}
 
@@ -294,7 +297,7 @@ class CommandSettings:
         return f"{self._file}: {spelled}" if named_in_file else spelled
 
     def _instead(self, path: tuple[str, ...]) -> str:
-        """The key that was meant: one whose option is called so, or one like it."""
+        """Return advice on the meant key: that of an option with this name, or a similar key."""
         *above, key = path
         settings = self.settings()
         known = (
@@ -308,19 +311,19 @@ class CommandSettings:
 
 
 def _place(error: Any) -> tuple[str, ...]:
-    """Where an error is, without pydantic's words for the alternatives of a field."""
+    """Return the place of an error, without pydantic's names of a field's alternatives."""
     parts = map(str, error["loc"])
     return tuple(part for part in parts if not part.startswith(("function-", "literal[")))
 
 
 def _reason(errors: Sequence[Any], name: str) -> str:
-    """pydantic's errors of one value as a clause about `name`, without a full stop."""
+    """Return pydantic's errors of one value as a clause about `name`, without a full stop."""
     error = errors[0]
     message = _message(error)
     if error["type"] in ("value_error", "assertion_error"):
         return message
     got = f", got {error['input']!r}" if isinstance(error["input"], str | int | float) else ""
-    for other in errors[1:]:  # of the other types that the field may have
+    for other in errors[1:]:  # errors for the other types of the field
         if _place(other) == _place(error):
             message += ", or" + _message(other).removeprefix("Input should be")
     clause = re.sub(r"^(Input|Value|String|List|Tuple) should", f"{name} should", message)
@@ -335,17 +338,17 @@ def _message(error: Any) -> str:
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    """The types of a union; the type itself otherwise."""
+    """Return the types of a union; the type itself otherwise."""
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
 def _bare(annotation: Any) -> Any:
-    """The type without what pydantic is told of it."""
+    """Return the type without its annotations for pydantic."""
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _type_name(kind: Any, unit: str | None) -> str:
-    """What the help calls a value of a type; words to choose from in brackets."""
+    """Return the help's name for a value of a type; a choice of words is in brackets."""
     kind = _bare(kind)
     if get_origin(kind) is Literal:
         words = "|".join(map(str, get_args(kind)))
@@ -356,7 +359,7 @@ def _type_name(kind: Any, unit: str | None) -> str:
 
 
 def _bounds(annotation: Any, metadata: Iterable[Any]) -> Iterator[str]:
-    """The bounds of a field and of its types, in words."""
+    """Yield the bounds of a field and its types, in words."""
     for item in metadata:
         if isinstance(item, FieldInfo):
             yield from _bounds(None, item.metadata)
@@ -370,7 +373,7 @@ def _bounds(annotation: Any, metadata: Iterable[Any]) -> Iterator[str]:
 
 
 def _help(together: list[Setting], defaults: Mapping[str, Any]) -> str:
-    """Descriptions of the fields that an option sets, bounds and default."""
+    """Return the help of an option: descriptions of its fields, bounds and default."""
     field = together[0].field
     text = "; ".join((setting.field.description or "").strip() for setting in together)
     notes = list(_bounds(field.annotation, field.metadata))

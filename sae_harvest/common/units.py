@@ -6,7 +6,7 @@ UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def size_text(n_bytes: float) -> str:
-    """A number of bytes with three digits or more: `1.23 GB`, `812 kB`, `17 bytes`."""
+    """Return a number of bytes with three digits or more: `1.23 GB`, `812 kB`, `17 bytes`."""
     for unit, name in UNITS:
         if n_bytes >= unit:
             value = n_bytes / unit

@@ -1,8 +1,7 @@
-"""Reading YAML settings, strictly, and within limits: a value, or one sentence.
+"""Strict reading of YAML settings within limits: a value, or one error sentence.
 
-Of YAML's types only those of its version 1.2 are read: mappings, lists, texts, numbers, true and
-false, null. A date stays a text, and a tag such as `!!python/object`, a NUL and an
-infinite number are refused.
+Only the types of YAML 1.2 are read: mappings, lists, texts, numbers, true and false, null. A date
+stays a text. A tag such as `!!python/object`, a NUL and an infinite number are refused.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from sae_harvest.common.paths import shown
 
 MAX_BYTES = 1 << 20  # a sweep of 10,000 members, one a line, takes half of it
 MAX_DEPTH = 20  # recipes have 4
-MAX_VALUES = 100_000  # once every alias stands for what it repeats
+MAX_VALUES = 100_000  # with every alias replaced by its content
 MAX_DIGITS = 100
 
 _INT = re.compile(r"[-+]?[0-9][0-9_]*$")
-# YAML 1.1, which the parser speaks, takes 1e-3 for a text; 1.2 and everybody else for a number
+# the parser's YAML 1.1 reads 1e-3 as a text; YAML 1.2 reads it as a number
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
 
 
@@ -52,7 +51,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _size(self, node: Node, event: Any) -> int:
-        """Values in a node, those that aliases repeat counted each time."""
+        """Return the number of values in a node; aliases count each time."""
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
                 raise _fault("an alias stands inside of what it repeats", event)
@@ -95,7 +94,7 @@ class _Loader(yaml.SafeLoader):
 
 
 TAG = "tag:yaml.org,2002:"
-# the parser's own table has octal, sexagesimal and dated numbers too
+# the parser's own table also has octal and sexagesimal numbers, and dates
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, text) for tag, text in resolvers if tag[len(TAG) :] in ("null", "bool", "merge")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -108,10 +107,10 @@ _Loader.add_implicit_resolver(f"{TAG}float", _FLOAT, list("-+.0123456789"))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The file's mapping.
+    """Return the file's mapping.
 
     Raises:
-        click.UsageError: it is not there, not YAML, beyond a limit, or not a mapping of names.
+        click.UsageError: the file is missing, not YAML, beyond a limit, or not a mapping of names.
     """
     name = shown(path)
     try:
@@ -132,7 +131,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_value(text: str) -> Any:
-    """A value as a file would have it: `1e-3` is a number, `[1, 2]` a list.
+    """Return a value written as in a file: `1e-3` is a number, `[1, 2]` a list.
 
     Raises:
         click.UsageError: it is not YAML, or beyond a limit.

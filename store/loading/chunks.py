@@ -1,4 +1,4 @@
-"""The rows that a rule selects, chunk by chunk, each put where the order wants it."""
+"""The rows that a rule selects, read chunk by chunk and put at the places that the order gives."""
 
 from __future__ import annotations
 
@@ -14,32 +14,30 @@ from sae_harvest.common.finite import require_finite
 from sae_harvest.store.reader import ActivationStore, Scratch
 from sae_harvest.store.rules import RowRule
 
-READS = 4  # requests under way at once
+READS = 4  # concurrent reads
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowBuffer:
-    """Memory for selected rows, and one row more that takes those nobody asked for.
-
-    rows: int64 [capacity + 1], row numbers.
-    x: for each site [capacity + 1, width], in the type that the store reads as.
-    """
+    """Memory for selected rows, and one spare row that takes the unwanted ones."""
 
     rows: npt.NDArray[np.int64]
+    """Row numbers, int64 [capacity + 1]."""
     x: tuple[npt.NDArray[Any], ...]
+    """For each site [capacity + 1, width], in the dtype that the store reads as."""
 
 
 def selected_at(
     store: ActivationStore, sites: Sequence[str], rule: RowRule, shard: int
 ) -> npt.NDArray[np.bool_]:
-    """Mask of a shard's rows that the rule selects at all the sites, bool [rows of the shard]."""
+    """Return the mask of rows that the rule selects at all sites, bool [rows of the shard]."""
     return np.logical_and.reduce([store.selected_in_shard(site, rule, shard) for site in sites])
 
 
 class SelectedRows:
-    """Rows of one site, or of several at the same rows, that a rule selects at all of them.
+    """Rows of one or several sites that a rule selects at all of the sites.
 
-    Chunks are the first site's. One bit a row stays in memory.
+    Chunks are those of the first site. One bit per row stays in memory.
     """
 
     def __init__(self, store: ActivationStore, sites: tuple[str, ...], rule: RowRule) -> None:
@@ -57,7 +55,7 @@ class SelectedRows:
         self._bits = [bits for _, bits in found]
 
     def buffer(self, capacity: int) -> RowBuffer:
-        """Memory for so many rows."""
+        """Allocate memory for `capacity` rows."""
         return RowBuffer(
             np.empty(capacity + 1, np.int64),
             tuple(
@@ -69,11 +67,12 @@ class SelectedRows:
     def read(
         self, chunk: int, places: npt.NDArray[np.int64], into: RowBuffer, scratch: Scratch
     ) -> None:
-        """Read a chunk and put its selected rows where `places` says.
+        """Read a chunk and put its selected rows at `places`.
 
         Args:
             chunk: number of the chunk.
-            places: int64 [selected rows of the chunk]; rows at the last place are not wanted.
+            places: int64 [selected rows of the chunk]; rows at the last place of the buffer are
+                dropped.
 
         Raises:
             DamagedError: the chunk is missing or damaged, or a wanted row is not finite.

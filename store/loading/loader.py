@@ -1,11 +1,11 @@
-"""Shuffled batches from a store, in an order that depends on nothing but (store, seed, epoch).
+"""Shuffled batches from a store, in an order that depends only on store, rule, seed and epoch.
 
-    order      which row comes when, as arithmetic
-    chunks     which rows a rule selects; a chunk read, checked, its rows put in their places
-    readahead  two windows in memory, four reads under way
-    upload     pinned memory and a stream, for a GPU
+    order      the order of rows, as arithmetic
+    chunks     rows that a rule selects; reading a chunk, checking it, placing its rows
+    readahead  two windows in memory, four concurrent reads
+    upload     pinned memory and a CUDA stream
 
-docs/loader.md has the promises, what they cost, and how well the order mixes.
+docs/loader.md describes the guarantees, their cost, and how well the order mixes.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule
 
 STATE_VERSION = 2
-SMALL_NUMBERS = 32_767  # torch works on so many in one thread
-WINDOW_ROWS = 1 << 18  # of a window by default, whatever the width: see docs/loader.md
+SMALL_NUMBERS = 32_767  # torch copies this many numbers in one thread
+WINDOW_ROWS = 1 << 18  # default size of a window, for any width: see docs/loader.md
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +45,13 @@ class Batch:
 
 
 class ShuffledLoader:
-    """Endless shuffled batches with their row numbers, epoch after epoch, that can be resumed.
+    """Endless shuffled batches with their row numbers. The stream can be resumed.
 
-    Each selected row comes at most once an epoch: the last `n_selected % batch_rows` rows of an
+    Each selected row comes at most once per epoch: the last `n_selected % batch_rows` rows of an
     epoch's order are dropped, and the next epoch has another order. Four threads read the next
-    window while this one is consumed, so that memory is two windows, fixed at the first batch. A
-    rank keeps only its own rows of a window. `ActivationDataset` is the simpler choice where
-    neither row numbers nor resuming are needed.
+    window while the current one is consumed, so memory is two windows, allocated at the first
+    batch. A rank keeps only its own rows of a window. `ActivationDataset` is the simpler choice if
+    neither row numbers nor resuming is needed.
 
     >>> store = open_store("runs/demo/store")
     >>> loader = ShuffledLoader(store, store.sites[0], batch_rows=256, seed=1)
@@ -68,9 +68,9 @@ class ShuffledLoader:
         seed: seed of the order.
         rule: the rule that selects rows; None for the rows that training reads by default.
         window_chunks: chunks in memory at a time; more mix better and need more memory. None for
-            as many as hold `WINDOW_ROWS` rows.
-        target_site: a second site whose activations of the same rows come as `Batch.target`; the
-            rule must select a row at both.
+            enough to hold `WINDOW_ROWS` rows.
+        target_site: a second site; its activations of the same rows are `Batch.target`. The rule
+            must select a row at both sites.
         rank: number of this process, from 0.
         world: number of processes; each gets an equal part of every batch.
         device: device of the batches, "cpu" or "cuda".
@@ -125,16 +125,16 @@ class ShuffledLoader:
         self._sent: tuple[npt.NDArray[np.int64], Sent] | None = None  # the batch after this one
 
     def state(self) -> dict[str, Any]:
-        """The position after the last batch given out, and the identity of the order. JSON-able.
+        """Return the position after the last batch, and the identity of the order, as JSON values.
 
-        It is the same for every rank and every world.
+        The state is the same for every rank and world size.
         """
         return {**self._identity, "epoch": self._epoch, "step": self._step}
 
     def load_state(self, state: Any) -> None:
-        """Continue where `state` was taken. `RunError` if it belongs to another order."""
+        """Continue where `state` was taken. Raise `RunError` if it belongs to another order."""
         if not isinstance(state, dict):
-            raise RunError(f"{state!r:.60} is no loader state; give one that `state()` returned.")
+            raise RunError(f"{state!r:.60} is not a loader state; give one from `state()`.")
         if state.get("version") != STATE_VERSION:
             raise RunError(
                 f"The loader state is of version {state.get('version')!r:.20}, and this software "
@@ -162,11 +162,11 @@ class ShuffledLoader:
             yield self.next_batch()
 
     def next_batch(self) -> Batch:
-        """The next batch; it is the caller's own.
+        """Return the next batch. The caller owns its memory.
 
         Raises:
-            DamagedError: a chunk of the window it comes from is missing or damaged, or a row is
-                not finite. The next call raises it again.
+            DamagedError: a chunk of the batch's window is missing or damaged, or a row is not
+                finite. The next call raises the error again.
         """
         if self._step == self.batches_per_epoch:
             self._epoch, self._step = self._epoch + 1, 0
@@ -181,13 +181,13 @@ class ShuffledLoader:
         return Batch(rows, *x)
 
     def close(self) -> None:
-        """Stop the reading threads and give their memory back. The loader can be used again."""
+        """Stop the reading threads and free their memory. The loader can be used again."""
         if self._reading is not None:
             self._reading.close()
         self._reading = self._sent = self._upload = None
 
     def _gather(self, reading: ReadAhead, into: tuple[torch.Tensor, ...]) -> npt.NDArray[np.int64]:
-        """The next rows of our order into tensors [share, width]; their numbers."""
+        """Copy this rank's next rows into tensors [share, width] and return their numbers."""
         rows = np.empty(self._order.share, np.int64)
         filled = 0
         while filled < len(rows):
@@ -202,7 +202,7 @@ class ShuffledLoader:
     def _from_gpu(
         self, reading: ReadAhead
     ) -> tuple[npt.NDArray[np.int64], tuple[torch.Tensor, ...]]:
-        """The batch that was sent ahead; the one after it sets out, if its rows are read."""
+        """Return the batch that was sent ahead; send the next one if its rows are read."""
         rows, sent = self._sent or self._send(reading)
         self._sent = self._send(reading) if reading.ready(self._order.share) else None
         return rows, sent.arrive()
@@ -216,7 +216,7 @@ class ShuffledLoader:
 
 
 def _too_few(store: ActivationStore, rule: RowRule, n_selected: int, batch_rows: int) -> str:
-    """The sentence that says why there is no batch, and what would help."""
+    """Return the error message that says why there is no batch, and what helps."""
     limits, remedies = [], ["harvest more tokens", "use smaller batches"]
     if rule.split != "all":
         limits.append(f"split {rule.split} with heldout_fraction {rule.heldout_fraction:g}")
@@ -236,10 +236,10 @@ def _too_few(store: ActivationStore, rule: RowRule, n_selected: int, batch_rows:
 
 
 def _copy(x: torch.Tensor, out: torch.Tensor) -> None:
-    """Copy contiguous numbers into a tensor of the same shape, whatever its type.
+    """Copy contiguous numbers into a tensor of the same shape and any dtype.
 
-    In pieces too small for torch to share them among its threads: those would go on to spin for
-    milliseconds, on the cores that the reading threads need.
+    The pieces are too small for torch to divide them among its threads. Those threads would spin
+    for milliseconds afterwards, on the cores that the reading threads need.
     """
     pieces = (tensor.view(-1).split(SMALL_NUMBERS) for tensor in (x, out))
     for piece, place in zip(*pieces, strict=True):

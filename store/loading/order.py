@@ -1,9 +1,9 @@
-"""The order of an epoch's rows: a pure function of how many rows each chunk has, seed and epoch.
+"""The order of an epoch's rows: a pure function of the rows per chunk, the seed and the epoch.
 
-An epoch permutes all chunks. Consecutive ones make a *window*, and the rows of a window are
-permuted. Batch number s of an epoch is rows s * batch_rows .. of that one order, and of those,
-rank r of a world of w processes has the r-th of w equal parts. So the order does not depend on the
-world, on threads or on where a run was interrupted, and a position in it is a number.
+An epoch permutes all chunks. Consecutive chunks make a *window*, and the rows of a window are
+permuted. Batch s of an epoch begins at row s * batch_rows of that order; rank r of w processes
+takes the r-th of w equal parts of the batch. So the order does not depend on the number of
+processes, on threads or on interruptions, and a position in it is one number.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ Int64s = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Window:
-    """The `number`-th window of an epoch. Its rows, before they are permuted, are numbered.
-
-    chunks: int64 [n], in the order they are taken.
-    edges: int64 [n + 1], rows edges[i] .. edges[i + 1] are those of chunks[i].
-    first: position in the epoch's order at which the window begins.
-    """
+    """A window of an epoch. Its rows are numbered from 0 before they are permuted."""
 
     epoch: int
+    """Number of the epoch, from 0."""
     number: int
+    """Number of the window in its epoch, from 0."""
     chunks: Int64s
+    """Numbers of the chunks in the order they are taken, int64 [n]."""
     edges: Int64s
+    """Rows edges[i] .. edges[i + 1] belong to chunks[i]; int64 [n + 1]."""
     first: int
+    """Position in the epoch's order at which the window begins."""
 
 
 class Order:
@@ -42,14 +42,14 @@ class Order:
     Rows past the last whole batch of an epoch are dropped: they belong to no rank.
 
     Args:
-        counts: int64 [chunks], rows to read of each.
-        seed: of the order.
-        window_chunks: chunks of a window.
-        batch_rows: rows of a batch, over all ranks.
-        rank, world: which part of each batch is ours.
+        counts: rows to read from each chunk, int64 [chunks].
+        seed: seed of the order.
+        window_chunks: chunks per window.
+        batch_rows: rows per batch, over all ranks.
+        rank, world: number of this process, and number of processes.
 
     Raises:
-        InputError: the batch can't be divided, or there is none.
+        InputError: the batch is empty or cannot be divided equally.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Order:
         world: int = 1,
     ) -> None:
         if not 0 <= rank < world:
-            raise InputError(f"Rank {rank} is none of {world}; ranks go from 0 to {world - 1}.")
+            raise InputError(f"There is no rank {rank} of {world}; ranks go from 0 to {world - 1}.")
         if batch_rows < 1 or batch_rows % world:
             raise InputError(
                 f"A batch of {batch_rows:,} rows can't be divided among {world} processes; use a "
@@ -72,14 +72,15 @@ class Order:
             raise InputError(f"A window of {window_chunks} chunks holds nothing; use 1 or more.")
         self._counts, self._seed = counts, seed
         self._window_chunks, self._batch_rows, self._rank = window_chunks, batch_rows, rank
-        self.share = batch_rows // world  # rows of a batch that are ours
+        self.share = batch_rows // world  # rows of a batch for this rank
         self.batches_per_epoch = int(counts.sum()) // batch_rows
-        self.capacity = self._most()  # of our rows in any window
+        self.capacity = self._most()  # most rows of this rank in any window
 
     def windows(self, epoch: int, step: int) -> Iterator[tuple[Window, int]]:
-        """Windows from batch `step` of an epoch on, without end, in which we have rows.
+        """Yield endlessly the windows with rows of this rank, from batch `step` of an epoch.
 
-        With each comes how many of our rows in it lie before that batch, 0 in all but the first.
+        Each comes with the number of this rank's rows in it that lie before that batch: 0 except in
+        the first window.
         """
         begin = step * self._batch_rows
         while True:
@@ -96,13 +97,13 @@ class Order:
             epoch, begin = epoch + 1, 0
 
     def count(self, window: Window) -> int:
-        """The number of this rank's rows in a window."""
+        """Return the number of this rank's rows in a window."""
         return len(self._ours(window))
 
     def places(self, window: Window) -> Int64s:
-        """The place of each row of a window among this rank's rows; `capacity` for others' rows.
+        """Return the place of each row of a window among this rank's rows, int64 [rows].
 
-        The rows are given chunk after chunk, as `window.edges` numbers them.
+        Rows are in the order of `window.edges`. Rows of other ranks have the place `capacity`.
         """
         rows = int(window.edges[-1])
         slots = permutation(_generator(self._seed, window.epoch, window.number), rows)
@@ -114,11 +115,11 @@ class Order:
         return places
 
     def _ours(self, window: Window) -> range:
-        """The part of this rank's rows of the epoch that a window holds."""
+        """Return this rank's rows of an epoch that lie in a window."""
         return range(self._before(window.first), self._before(window.first + int(window.edges[-1])))
 
     def _before(self, position: int) -> int:
-        """The number of this rank's rows before a position of an epoch."""
+        """Return the number of this rank's rows before a position of an epoch."""
         batch, inside = divmod(position, self._batch_rows)
         if batch >= self.batches_per_epoch:
             return self.batches_per_epoch * self.share

@@ -1,8 +1,8 @@
-"""Random orders that every release of NumPy gives alike.
+"""Random orders that are the same with every release of NumPy.
 
 NumPy promises to keep the raw draws of its bit generators and of `SeedSequence`. It does not
-promise to keep `Generator.permutation`: a run that was continued after an upgrade would repeat
-rows and skip others.
+promise to keep `Generator.permutation`: a run continued after an upgrade would repeat some rows and
+skip others.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import numpy.typing as npt
 
 
 def permutation(generator: np.random.BitGenerator, size: int) -> npt.NDArray[np.int64]:
-    """The numbers 0 .. size - 1 in random order, int64 [size]: a stable argsort of raw draws."""
+    """Return 0 .. size - 1 in random order, int64 [size]: a stable argsort of raw draws."""
     draws = generator.random_raw(size)
-    # The place of a draw goes into its lowest bits, and plain numbers are sorted: six times as
-    # fast as a stable argsort, and the same order unless the other bits of two draws are equal.
+    # The lowest bits of each draw are replaced by its place, then plain numbers are sorted. This
+    # is six times as fast as a stable argsort; the order is the same unless two draws are equal in
+    # all other bits.
     bits = max(size - 1, 0).bit_length()
     places = np.uint64((1 << bits) - 1)
     keys = draws & ~places

@@ -1,4 +1,4 @@
-"""Windows read ahead of their consumer by a few threads, into two buffers that are used in turn."""
+"""Windows read ahead by a few threads, into two buffers that are used in turn."""
 
 from __future__ import annotations
 
@@ -19,20 +19,24 @@ BUFFERS = 2  # windows in memory: one being consumed, one being read
 
 @dataclass(slots=True, eq=False)
 class _Filling:
-    """A window on its way into a buffer; `offset` of its `count` rows are consumed."""
+    """A window that is being read into a buffer."""
 
     buffer: RowBuffer
+    """Buffer that receives the window's rows."""
     reads: list[Future[None]]
+    """One read per chunk."""
     offset: int
+    """Rows consumed so far."""
     count: int
+    """Rows of this rank in the window."""
 
 
 class ReadAhead:
-    """One rank's rows from a batch of an epoch on, without end.
+    """One rank's rows without end, from a given batch of an epoch.
 
-    A window is read as soon as a buffer is free for it; what goes wrong in a thread is raised to
-    the consumer when it comes to that window, and again if it asks again. Memory is taken here
-    and given back by `close`.
+    A window is read as soon as a buffer is free. An error in a thread is raised when the consumer
+    reaches that window, and again at each later call. The constructor takes memory; `close` frees
+    it.
     """
 
     def __init__(self, selected: SelectedRows, order: Order, epoch: int, step: int) -> None:
@@ -48,7 +52,10 @@ class ReadAhead:
             self._fill(selected.buffer(order.capacity))
 
     def take(self, rows: int) -> tuple[RowBuffer, slice]:
-        """The next rows, at most so many: where they are, until the next call."""
+        """Return the place of the next rows, at most `rows` of them.
+
+        It is valid until the next call.
+        """
         if self._filling[0].offset == self._filling[0].count:
             self._fill(self._filling.popleft().buffer)
         filling = self._filling[0]
@@ -59,7 +66,7 @@ class ReadAhead:
         return filling.buffer, slice(first, filling.offset)
 
     def ready(self, rows: int) -> bool:
-        """Whether so many rows can be taken without waiting and without an error."""
+        """Whether `rows` rows can be taken without waiting and without an error."""
         for filling in self._filling:
             if rows > 0 and not all(r.done() and r.exception() is None for r in filling.reads):
                 return False
@@ -67,12 +74,12 @@ class ReadAhead:
         return rows <= 0
 
     def close(self) -> None:
-        """Stop the threads; reads that have begun are waited for."""
+        """Stop the threads, after the reads that have begun."""
         self._pool.shutdown(cancel_futures=True)
         self._filling.clear()
 
     def _prepare(self) -> tuple[Window, int, Future[npt.NDArray[np.int64]]]:
-        """The window after those that have a buffer; its places are worked out by a thread."""
+        """Return the next window without a buffer; a thread computes its places."""
         window, offset = next(self._windows)
         return window, offset, self._pool.submit(self._order.places, window)
 
@@ -95,7 +102,8 @@ class ReadAhead:
         low, high = window.edges[index : index + 2]
         scratch = self._scratch.get()
         try:
-            # The places were asked for before any of the reads: a thread is at them, or was.
+            # The places were submitted before the reads, so a thread has computed or is computing
+            # them.
             chunk = int(window.chunks[index])
             self._selected.read(chunk, places.result()[low:high], buffer, scratch)
         finally:

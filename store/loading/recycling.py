@@ -1,4 +1,4 @@
-"""Memory for tensors that are given away, used again once nobody holds them."""
+"""Memory for tensors, used again once nobody holds them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 
 class Recycled:
-    """float32 tensors of one shape, not cleared. Each is its holder's own for as long as it lives.
+    """Uninitialised float32 tensors of one shape. The holder of a tensor owns its memory.
 
-    When the last tensor or view of one is gone, its memory is given out again. The system's
-    allocator would hand it back and get it anew, which for megabytes is a page fault every 4 KiB:
-    as long as all the rest of a batch takes.
+    When the last tensor or view of a memory block is gone, the block is used again. The system's
+    allocator would return and reallocate it, with a page fault every 4 KiB for megabytes: that
+    takes as long as the rest of a batch.
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
@@ -22,8 +22,8 @@ class Recycled:
         self._free: list[npt.NDArray[np.float32]] = []
 
     def tensor(self) -> torch.Tensor:
-        """A tensor [shape]."""
+        """Return a tensor [shape]."""
         memory = self._free.pop() if self._free else np.empty(self._shape, np.float32)
-        lent = memory[:]  # an object of its own: the tensor's storage keeps it, and nothing else
+        lent = memory[:]  # a separate object that only the tensor's storage keeps alive
         weakref.finalize(lent, self._free.append, memory).atexit = False
         return torch.from_numpy(lent)

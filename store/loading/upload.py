@@ -1,4 +1,4 @@
-"""Batches on their way to a GPU: through pinned memory, on a stream of their own."""
+"""Copying batches to a GPU: through pinned memory, on a separate CUDA stream."""
 
 from __future__ import annotations
 
@@ -15,29 +15,34 @@ Parts = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """Tensors being made on the GPU, float32; `done` is when they are there."""
+    """A batch that is being copied to the GPU."""
 
     x: Parts
+    """Tensors on the GPU, float32 [batch, width] each."""
     done: torch.cuda.Event
+    """Event at which the copy is complete."""
 
     def arrive(self) -> Parts:
-        """The tensors, for the current stream, which waits for them; the host does not."""
+        """Return the tensors for the current stream.
+
+        The stream waits for the copy; the host does not.
+        """
         stream = torch.cuda.current_stream(self.x[0].device)
         stream.wait_event(self.done)
         for part in self.x:
-            part.record_stream(stream)  # its memory was taken by the other stream
+            part.record_stream(stream)  # the other stream allocated its memory
         return self.x
 
 
 class Upload:
     """Two sets of pinned buffers in turn: one is filled while the other is copied.
 
-    Rows travel in the type they are stored in, half the bytes of float32, and become float32 on
+    Rows are copied in their stored dtype, half the bytes of float32, and converted to float32 on
     the GPU.
 
     Args:
         shapes: [batch, width] of each part of a batch.
-        dtype: of the rows as the store reads them.
+        dtype: dtype of the rows as the store reads them.
         device: a CUDA device.
     """
 
@@ -56,9 +61,9 @@ class Upload:
         self._turns = cycle(sets)
 
     def send(self, fill: Callable[[Parts], T]) -> tuple[T, Sent]:
-        """Let `fill` write a batch into pinned buffers and begin to copy it; what it returned."""
+        """Let `fill` write a batch to pinned memory, start the copy, return fill's result."""
         pinned, copied = next(self._turns)
-        copied.synchronize()  # of the batch before the last; at once if there was none
+        copied.synchronize()  # the copy of two batches ago; returns at once if there was none
         filled = fill(pinned)
         with torch.cuda.stream(self._stream):
             raw = [part.to(self._device, non_blocking=True) for part in pinned]

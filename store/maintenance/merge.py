@@ -1,7 +1,7 @@
-"""One store out of several with equal plans: machines without shared storage, each with its part.
+"""Merging stores with equal plans into one: for machines that harvest without shared storage.
 
-What is copied is checked on the way: every object is read whole and compared with its commit
-record, and the commit record goes last, as in any writing. Killed anywhere, a merge is run again.
+Every object is read whole and compared with its commit record before it is written. The commit
+record is written last. A merge that was killed can be run again.
 """
 
 from __future__ import annotations
@@ -31,34 +31,33 @@ OnProgress = Callable[[int, int], None]  # bytes copied, bytes to copy
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """The result of a merge.
-
-    copied: shards taken from a source, each with its place; already: shards of the sources that the
-    target had; differing: those of them whose objects are not the same in both, last bits that
-    another machine computes otherwise; missing: gaps below the last shard. The digest is None where
-    there are gaps: nothing new is sealed then.
-    """
+    """The result of a merge."""
 
     copied: dict[int, str]
+    """Shards taken from a source → place of that source."""
     already: list[int]
+    """Shards of the sources that the target had already."""
     differing: list[int]
+    """Shards in `already` whose objects differ: another machine may compute other last bits."""
     missing: list[int]
+    """Gaps below the last shard."""
     digest: str | None
+    """Digest of the sealed target; None if there are gaps, since nothing new is sealed then."""
 
 
 def merge(target: Objects, sources: Sequence[Objects], on_progress: OnProgress) -> Merged:
     """Copy every committed shard that the target lacks, from the first source that has it.
 
-    The target may be empty. A shard that it has is kept. Where the target then has its first n
-    shards and no others, they are sealed; seals of the sources that fit them are taken along, so
-    that what was made from a source finds its store in the target as well.
+    The target may be empty. Shards that it has are kept. If the target then has its first n shards
+    and no others, they are sealed. Matching seals of the sources are copied, so that results made
+    from a source find their store in the target as well.
 
     Raises:
-        NotAStoreError: a source is no store, or the target is something else.
+        NotAStoreError: a source is not a store, or the target holds something else.
         PlanMismatchError: the plans are not equal; names the fields.
-        DamagedError: an object or record of a source or of the target is not as it was committed;
-            names it. The shards before it are merged; its own is not there at all.
-        StoreError: no room for what is to be copied; it cannot be written.
+        DamagedError: an object or record of a source or of the target is damaged; names it. The
+            shards before it are merged; its own shard is not.
+        StoreError: there is no room for the copies, or an object cannot be written.
     """
     plan = _common_plan(target, sources)
     sealed = trusted_commits(target, plan)
@@ -95,15 +94,15 @@ def merge(target: Objects, sources: Sequence[Objects], on_progress: OnProgress) 
 
 
 def _commit(objects: Objects, plan: Plan, shard: int, sealed: Sequence[str]) -> dict[str, Any]:
-    """A commit record, the sealed one where the shard is sealed: `trusted_commits`."""
+    """Return a commit record, checked against `sealed` (see `trusted_commits`)."""
     return load_commit(objects, plan, shard, sealed[shard] if shard < len(sealed) else None)[0]
 
 
 def _copy_shard(source: Objects, target: Objects, record: dict[str, Any]) -> None:
     """Copy the objects of a committed shard, each checked, and then its commit record.
 
-    What a killed writer left uncommitted in the target makes way: the record that comes describes
-    the objects that come.
+    Objects that a killed writer left uncommitted in the target are replaced, since the copied
+    record describes the copied objects.
     """
     shard = record["shard"]
 
@@ -121,7 +120,7 @@ def _copy_shard(source: Objects, target: Objects, record: dict[str, Any]) -> Non
 
 
 def _common_plan(target: Objects, sources: Sequence[Objects]) -> Plan:
-    """The plan of all; a new target is created from it, once every plan has been compared."""
+    """Compare all plans, create the target if it is new, and return the common plan."""
     if target.place in {source.place for source in sources}:
         raise InputError(
             f"{target.place} cannot be merged into itself; leave it out of the sources."
@@ -155,7 +154,7 @@ def _taken(target: Objects, shard: int) -> StoreError:
 
 
 def _close(target: Objects, sources: Sequence[Objects], plan: Plan, n_shards: int) -> str:
-    """Seal all shards, and before that what sources had sealed and is the same here."""
+    """Seal all shards, and before that every seal of a source that matches the target."""
     wanted: dict[int, set[str]] = {}
     for source in sources:
         for count in sealed_counts(source):

@@ -1,8 +1,8 @@
-"""Mending a damaged store: take the damage away, let it be made again, bring the records in line.
+"""Repairing a damaged store: remove damaged objects, harvest them again, and update the records.
 
-What is made again by the same software on the same kind of processor is the same to the byte, and
-the store's digest with it. Where it is not, the shard's commit record and the seals are written
-anew, the store is whole again, and its digest is another one.
+The same software on the same kind of processor makes the same bytes again, and the store keeps its
+digest. Otherwise the shard's commit record and the seals are rewritten; the store is whole again,
+with another digest.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from sae_harvest.store.zarrjson import write_zarr_metadata
 
 
 def restore_plan(objects: Objects) -> bool:
-    """Write plan.json again from a seal if it is damaged, gone or another store's; whether it was.
+    """Restore plan.json from a seal if it is damaged, missing or foreign. True if it was restored.
 
     Raises:
-        NotAStoreError: no plan.json and no seal there.
-        DamagedError: it is damaged and nothing is sealed.
-        StoreError: it is of another format.
+        NotAStoreError: there is neither plan.json nor a seal.
+        DamagedError: plan.json is damaged and nothing is sealed.
+        StoreError: the store has another format.
     """
     plan, problem = None, None
     try:
@@ -53,7 +53,7 @@ def restore_plan(objects: Objects) -> bool:
 
 
 def _plan_of_seal(objects: Objects, n_shards: int) -> Plan | None:
-    """The plan that a seal holds, None if the seal is damaged or of another format."""
+    """Return the plan in a seal; None if the seal is damaged or has another format."""
     key = layout.seal_key(n_shards)
     try:
         record = decode_record(objects.read(key), key)
@@ -65,10 +65,10 @@ def _plan_of_seal(objects: Objects, n_shards: int) -> Plan | None:
 
 
 def remove_damaged(objects: Objects, damage: Iterable[Damage]) -> None:
-    """Remove the damaged objects of shards; their intact neighbours will be adopted.
+    """Remove the damaged objects of shards. The intact objects beside them will be adopted.
 
-    int8 codes go with the exact rows or the scale that they were made with: what is made again
-    may differ in its last bits, and then in which rows are kept exactly.
+    int8 codes are removed together with their exact rows or scale: a new harvest may differ in the
+    last bits, and then in the rows that are kept exactly.
     """
     for item in damage:
         if item.shard is None:
@@ -83,17 +83,17 @@ def remove_damaged(objects: Objects, damage: Iterable[Damage]) -> None:
 def remove_untrusted(
     objects: Objects, plan: Plan, made: Mapping[int, str], sealed: Sequence[str]
 ) -> list[int]:
-    """Remove all of a shard whose commit record was made again and is not the one that was sealed.
+    """Remove each shard whose remade commit record differs from the sealed one.
 
-    Objects that were adopted for it may have been altered together with the record that vouched
-    for them: they have to be made again as well.
+    Adopted objects may have been altered together with the old record, so they have to be made
+    again as well.
 
     Args:
-        made: shard → digest of its new record, for the shards whose records were damaged.
-        sealed: digests of the sealed records, from a seal that is whole.
+        made: shard → digest of its new record, for shards whose records were damaged.
+        sealed: digests of the sealed records, from an undamaged seal.
 
     Returns:
-        The numbers of those shards.
+        The numbers of the removed shards.
     """
     untrusted = [u for u, digest in made.items() if u < len(sealed) and digest != sealed[u]]
     for shard in untrusted:
@@ -103,21 +103,21 @@ def remove_untrusted(
 
 
 def mend_commit(objects: Objects, plan: Plan, record: dict[str, Any]) -> None:
-    """Put the commit record of a shard that was made again in place of one that differs."""
+    """Replace the commit record of a remade shard if the existing one differs."""
     try:
         if load_commit(objects, plan, record["shard"])[1] == digest_of(record):
             return
     except DamagedError:
-        pass  # what is being mended
+        pass  # the record to repair
     objects.replace(layout.commit_key(record["shard"]), [encode_record(record)])
 
 
 def reseal(objects: Objects, plan: Plan) -> None:
-    """Bring every seal and the zarr metadata in line with the commits, and sweep up."""
+    """Rewrite seals and zarr metadata that contradict the commits, and remove leftovers."""
     sweep(objects)
     counts = sealed_counts(objects)
     seals = make_seals(objects, plan, counts)
-    # The latest first: it is the one that commit records are held against.
+    # The latest first: commit records are checked against it.
     for n_shards, made in zip(reversed(counts), reversed(seals), strict=True):
         try:
             is_right = read_seal(objects, plan, n_shards) == made

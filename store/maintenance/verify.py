@@ -1,4 +1,4 @@
-"""Re-read and re-hash everything, and name each damaged object."""
+"""Verification of a store: read and hash every object, and name each damaged one."""
 
 from __future__ import annotations
 
@@ -19,35 +19,43 @@ from sae_harvest.store.seals import SealBuilder, read_seal, sealed_counts
 from sae_harvest.store.tables import parse_table
 from sae_harvest.store.zarrjson import zarr_metadata
 
-READERS = 4  # objects read at once; a cold disk or a bucket needs several to be busy
-SHARDS_BELIEVED = 1000  # and twice those committed, when only a damaged seal's name tells of them
+READERS = 4  # objects read at once; a cold disk or a bucket needs several concurrent reads
+# A damaged seal's name is believed up to this many shards plus twice the committed ones.
+SHARDS_BELIEVED = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """One object that is not as it was written; `shard` is None for what belongs to no shard."""
+    """One damaged object."""
 
     key: str
+    """Key of the object."""
     shard: int | None
+    """Number of its shard; None if it belongs to no shard."""
     sentence: str
+    """The message for the user."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The result of a verification.
-
-    digest is the store's, if nothing is damaged and something sealed; sealed_digest is what that
-    seal says; beyond_seal counts the shards that are committed and not sealed yet.
-    """
+    """The result of a verification."""
 
     objects: int
+    """Number of objects that were checked."""
     n_bytes: int
+    """Size of these objects, in bytes."""
     shards: int
+    """Number of shards with a valid commit record."""
     beyond_seal: int
+    """Number of shards that are committed and not sealed yet."""
     digest: str | None
+    """Digest of the store; None if something is damaged or nothing is sealed."""
     sealed_digest: str | None
+    """Digest in the latest seal; None without a valid one."""
     damage: list[Damage]
+    """Every damaged object."""
     leftovers: list[str]
+    """Keys of temporary files of killed writers."""
 
 
 def verify(objects: Objects, on_progress: Callable[[int, int], None]) -> Verification:
@@ -57,8 +65,8 @@ def verify(objects: Objects, on_progress: Callable[[int, int], None]) -> Verific
         on_progress: called with (bytes read, bytes to read).
 
     Raises:
-        NotAStoreError: no store there.
-        DamagedError: plan.json itself is damaged, so that nothing else can be judged.
+        NotAStoreError: there is no store.
+        DamagedError: plan.json itself is damaged, so nothing else can be checked.
     """
     plan = read_plan(objects)
     records = _Records(objects, plan)
@@ -91,13 +99,13 @@ def verify(objects: Objects, on_progress: Callable[[int, int], None]) -> Verific
 
 
 class _Records:
-    """The seals and commit records of a store, held against each other.
+    """The seals and commit records of a store, compared with each other.
 
     Attributes:
-        counts: numbers of shards for which there is a seal, whole or not.
-        committed: shards for which there is a commit record, whole or not.
-        commits: shard → contexts and objects of its record, if the record is one.
-        damage: what is no record, or does not agree with the others.
+        counts: numbers of shards that have been sealed, damaged seals included.
+        committed: shards that have a commit record, damaged records included.
+        commits: shard → contexts and objects of its record, if the record is valid.
+        damage: records that are damaged or contradict others.
     """
 
     def __init__(self, objects: Objects, plan: Plan) -> None:
@@ -120,13 +128,13 @@ class _Records:
 
     @property
     def latest(self) -> dict[str, Any] | None:
-        """The latest seal, None if that one is damaged or there is none."""
+        """The latest seal; None if it is damaged or missing."""
         return self._seals.get(max(self.counts, default=0))
 
     def _shards(self, n_sealed: int) -> list[int]:
-        """The shards that are there or should be.
+        """Return the shards that exist or should exist.
 
-        A damaged seal is believed by its name as far as there may be so many shards.
+        The name of a damaged seal counts if its number of shards is plausible.
         """
         believable = 2 * len(self.committed) + SHARDS_BELIEVED
         named = max((n for n in self.counts if n <= believable), default=0)
@@ -135,11 +143,11 @@ class _Records:
     def _read(self, shard: int, sealed: str | None) -> None:
         try:
             record, digest = load_commit(self._objects, self._plan, shard, sealed)
-        except DamagedError as error:  # and nothing is known of its objects
+        except DamagedError as error:  # so its objects are unknown
             self._report(layout.commit_key(shard), shard, str(error))
             self._follows = None
             return
-        # not its statistics: those of all shards would fill the memory
+        # without statistics: those of all shards would fill the memory
         self.commits[shard] = {name: record[name] for name in ("contexts", "objects")}
         if self._follows is None or self._follows.shards != shard:  # there is a gap before it
             return
@@ -152,7 +160,7 @@ class _Records:
         seal = self._seals.get(shard + 1)
         if seal is not None and self._follows.record() != seal:
             key = layout.seal_key(shard + 1)
-            text = f"{self._objects.place}/{key} does not match the commits beside it."
+            text = f"{self._objects.place}/{key} does not match the store's commits."
             self._report(key, None, text)
 
     def _report(self, key: str, shard: int | None, sentence: str) -> None:
@@ -162,7 +170,7 @@ class _Records:
 def _damage_of(
     objects: Objects, plan: Plan, shard: int, key: str, entry: dict[str, Any], contexts: int
 ) -> str | None:
-    """A sentence about the damage of an object; None if the object is as committed."""
+    """Return a sentence about the damage of an object; None if it is undamaged."""
     name = f"{objects.place}/{key}"
     try:
         data = read_object(objects, key, entry)
@@ -182,11 +190,11 @@ def _damage_of(
 
 
 def _metadata_damage(objects: Objects, plan: Plan, records: _Records) -> Iterator[Damage]:
-    """Every zarr.json against the latest seal, and the heartbeat, if a harvest left one.
+    """Yield damage of zarr.json files, compared with the latest seal, and of status.json.
 
-    A harvest that was killed just before its seal has left the shapes of what it would seal.
+    A harvest that was killed just before sealing has already written the new array shapes.
     """
-    if records.latest is not None:  # else it is damaged, which is reported, and mended first
+    if records.latest is not None:  # a damaged seal is reported already, and repaired first
         unbroken = takewhile(records.commits.__contains__, count())
         lengths = accumulate(records.commits[shard]["contexts"] for shard in unbroken)
         grown = islice(lengths, records.counts[-1], None)

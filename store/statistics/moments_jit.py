@@ -1,7 +1,7 @@
-"""Compiled loops of the shard statistics: one reading of the rows gives their moments.
+"""Compiled loops of the shard statistics: moments of the rows in one pass.
 
-Only loops over numpy arrays live here; `stats` calls them. One thread, sums in one fixed order and
-no fast-math, so that the same rows give the same bits on every machine.
+This module has only loops over numpy arrays; `stats` calls them. They use one thread, a fixed order
+of sums and no fast-math, so the same rows give the same bits on every machine.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from numba import njit, types  # noqa: E402 - the cache folder must be set befor
 from numba.extending import overload  # noqa: E402
 
 EXACT = {"cache": True, "nogil": True, "error_model": "numpy"}
-BLOCK_ROWS = 256  # summed around one pilot; a longer block would lose digits, see below
+BLOCK_ROWS = 256  # rows summed around one pilot row; longer blocks lose digits, see below
 
 
 def as_float(bits: Any) -> Any:
-    """The float32 whose bits (uint32), or whose bits as a float16 (uint16), are given."""
+    """Return the float32 of given bits: uint32 of a float32, or uint16 of a float16."""
     raise NotImplementedError("only compiled code calls this")
 
 
@@ -35,8 +35,8 @@ def _single(bits: Any) -> Any:
 
 
 def _half(bits: Any) -> Any:
-    # Arithmetic on integers, and no subnormal float32 on the way: some libraries switch a
-    # process to counting those as zero. Only choices between two values, which vectorise.
+    # Integer arithmetic without subnormal float32: some libraries make a process treat those as
+    # zero. Only choices between two values, which vectorise.
     magnitude = np.uint32(bits) & np.uint32(0x7FFF)
     rebias = np.uint32(0x70000000) if magnitude >= np.uint32(0x7C00) else np.uint32(0x38000000)
     wide = np.uint32(np.uint32(magnitude << np.uint32(13)) + rebias)
@@ -48,11 +48,11 @@ def _half(bits: Any) -> Any:
 
 @njit(**EXACT)
 def add_moments(bits: Any, is_apart: Any, rows: Any, mean: Any, m2: Any) -> None:
-    """Adds rows to the moments of two groups, those not apart (0) and those apart (1).
+    """Add rows to the moments of two groups: rows not apart (0) and rows apart (1).
 
-    Within a block and group, sums are of differences from the group's first row there. That row
-    counts itself in m2, so the sum of squares is at most BLOCK_ROWS + 1 times m2 and subtracting
-    loses at most that factor, whatever the data; blocks merge by Chan, Golub and LeVeque.
+    In a block, differences from the first row of each group are summed. That row itself counts in
+    m2, so the sum of squares is at most BLOCK_ROWS + 1 times m2, and the subtraction loses at most
+    that factor for any data. Blocks are merged by the formula of Chan, Golub and LeVeque.
 
     Args:
         bits: uint16 (of float16) or uint32 (of float32) [rows, width].
@@ -95,7 +95,7 @@ def add_moments(bits: Any, is_apart: Any, rows: Any, mean: Any, m2: Any) -> None
 
 @njit(**EXACT)
 def add_squared_error(bits: Any, other: Any, error: Any) -> None:
-    """error[channel] += sum over rows of the squared difference.
+    """Add to error[channel] the sum over rows of the squared difference.
 
     Args:
         bits, other: uint16 (of float16) or uint32 (of float32) [rows, width].

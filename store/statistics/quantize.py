@@ -1,8 +1,8 @@
 """int8 per channel: code * scale + offset, calibrated on the ordinary rows of one shard.
 
-A massive activation would stretch the range of its channel until ordinary rows fall on a handful
-of codes. Rows *apart* are therefore left out of the calibration, have the code 0, and are kept
-exactly beside the codes: the outlier rows, and the few rows that are far out in a single channel.
+A massive activation would stretch the range of its channel, so that ordinary rows share a few
+codes. Rows *apart* are therefore left out of the calibration, get the code 0, and are kept exactly
+beside the codes. These are the outlier rows, and a few rows that are far out in a single channel.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ import numpy.typing as npt
 from sae_harvest.store.statistics.stats import bits_of, moments_of_groups
 
 MAX_CODE = 127  # -128 is the fill value, never a number of a row
-BINS = 500  # of a channel's range. No power of two: all channels would share few cache lines
+BINS = 500  # of a channel's range; not a power of two, or channels would share cache lines
 ROUNDS = 4  # moves of both ends of a range; after the second they hardly change
 APART_DEVIATIONS = 10.0
-APART_SHARE = 1e-3  # most rows apart because of a single channel
-BLOCK_ROWS = 64  # decoded at a time: the second step finds them in the cache
+APART_SHARE = 1e-3  # largest share of rows apart because of a single channel
+BLOCK_ROWS = 64  # rows decoded at a time, so that the second step finds them in the cache
 
 
 def rows_apart(x: npt.NDArray[Any], is_outlier: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """The rows to keep exactly, bool [rows]: outliers, and rows far out in some channel.
+    """Return the rows to keep exactly, bool [rows]: outliers, and rows far out in some channel.
 
-    Far out is more than ten standard deviations of the ordinary rows from their mean. Where more
-    than a thousandth of the rows are, as in channels that are mostly zero, it is the farthest.
+    A row is far out if a channel is more than ten standard deviations from the mean of the ordinary
+    rows. At most a thousandth of the rows are taken, the farthest first: channels that are mostly
+    zero would give more.
 
     Args:
         x: float16 or float32 [rows, width].
         is_outlier: bool [rows], by norm.
     """
     from sae_harvest.store.statistics.quantize_jit import (
-        farthest,  # numba takes a second to import; readers do without
+        farthest,  # numba takes a second to import; readers do not need it
     )
 
     ordinary, _ = moments_of_groups(x, is_outlier)
@@ -50,10 +51,10 @@ def rows_apart(x: npt.NDArray[Any], is_outlier: npt.NDArray[np.bool_]) -> npt.ND
 
 
 def calibrate(x: npt.NDArray[Any], is_apart: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
-    """Scale and offset of each channel, float32 [2, width], for the rows that are not apart.
+    """Return scale and offset of each channel, float32 [2, width], for rows that are not apart.
 
-    The codes span the part of the channel's histogram that loses least, rounding inside and
-    clipping outside taken together. A constant channel has scale 0 and decodes exactly.
+    The codes span the part of the channel's histogram with the least error: rounding inside plus
+    clipping outside. A constant channel has scale 0 and decodes exactly.
 
     Args:
         x: float16 or float32 [rows, width], finite.
@@ -82,7 +83,7 @@ def encode(
     scale: npt.NDArray[np.float32],
     offset: npt.NDArray[np.float32],
 ) -> npt.NDArray[np.int8]:
-    """Codes of x, int8 [rows, width], -127..127: the nearest, and 0 in the rows apart.
+    """Return the nearest codes of x, int8 [rows, width], -127..127; 0 in rows apart.
 
     Args:
         x: float16 or float32 [rows, width].
@@ -103,7 +104,7 @@ def decode(
     offset: npt.NDArray[np.float32],
     out: npt.NDArray[np.float32] | None = None,
 ) -> npt.NDArray[np.float32]:
-    """codes * scale + offset, float32 [rows, width]; the rows apart are for the caller to put in.
+    """Return codes * scale + offset, float32 [rows, width]. The caller inserts the rows apart.
 
     Args:
         codes: int8 [rows, width].
@@ -120,6 +121,6 @@ def decode(
 
 
 def _inverse(step: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """1 / step as float32 [width]; 0 where it would overflow, so that the code is 0."""
+    """Return 1 / step as float32 [width]; 0 if that overflows, which makes the code 0."""
     usable = step >= np.finfo(np.float32).tiny
     return np.divide(1, step, out=np.zeros(len(step)), where=usable).astype(np.float32)

@@ -1,8 +1,8 @@
 """Compiled loops of the int8 quantization: scores of rows, histograms, their best part, codes.
 
-Only loops over numpy arrays live here; `quantize` calls them. The rules of `moments_jit` hold: one
-thread, one order, the same bits on every machine. Rows come as the bits of their numbers, uint16
-(of float16) or uint32 (of float32) [rows, width].
+This module has only loops over numpy arrays; `quantize` calls them. As in `moments_jit`, one thread
+and one order give the same bits on every machine. Rows are given as the bits of their numbers,
+uint16 (of float16) or uint32 (of float32) [rows, width].
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import numpy as np
 
 from sae_harvest.store.statistics.moments_jit import EXACT, as_float, njit
 
-ROUNDING = np.float32(1.5 * 2**23)  # adding it to a small number leaves its nearest integer
+ROUNDING = np.float32(1.5 * 2**23)  # adding and subtracting it rounds a small number
 NO_SIGN = np.uint32(0x7FFFFFFF)
 
 
 @njit(**EXACT)
 def farthest(bits: Any, mean: Any, inverse: Any, score: Any) -> None:
-    """score[row] = the largest |x - mean| * inverse of its channels.
+    """Set score[row] to the largest |x - mean| * inverse of its channels.
 
     Args:
         mean, inverse: float32 [width]. score: float32 [rows], set.
     """
     for row in range(bits.shape[0]):
         x = bits[row]
-        largest = np.uint32(0)  # of the bits: positive floats sort like them, and it vectorises
+        largest = np.uint32(0)  # bits of the largest: positive floats sort like their bits
         for i in range(x.shape[0]):
             distance = np.float32((as_float(x[i]) - mean[i]) * inverse[i])
             largest = np.uint32(max(largest, np.uint32(distance.view(np.uint32) & NO_SIGN)))
@@ -35,7 +35,7 @@ def farthest(bits: Any, mean: Any, inverse: Any, score: Any) -> None:
 
 @njit(**EXACT)
 def widen(bits: Any, is_apart: Any, low: Any, high: Any) -> None:
-    """Widens low and high, float32 [width], to hold the rows that are not apart."""
+    """Widen low and high, float32 [width], to the range of the rows that are not apart."""
     for row in range(bits.shape[0]):
         if not is_apart[row]:
             x = bits[row]
@@ -47,7 +47,7 @@ def widen(bits: Any, is_apart: Any, low: Any, high: Any) -> None:
 
 @njit(**EXACT)
 def count_bins(bits: Any, is_apart: Any, low: Any, per_unit: Any, counts: Any) -> None:
-    """Counts the rows that are not apart, bin = (x - low) * per_unit of each channel.
+    """Count the rows that are not apart, bin = (x - low) * per_unit of each channel.
 
     Args:
         low, per_unit: float32 [width], so that no bin is negative. The last bin takes the rest,
@@ -70,7 +70,7 @@ def count_bins(bits: Any, is_apart: Any, low: Any, per_unit: Any, counts: Any) -
 
 @njit(**EXACT)
 def _squares_beyond(counts: Any, squares: Any) -> float:
-    """squares[e] = sum over the bins from e on of (middle - e)^2, in bins; returns their number."""
+    """Set squares[e] to the sum of (middle - e)^2 over the bins from e, and return their count."""
     bins = counts.shape[0]
     n, first, second = 0.0, 0.0, 0.0  # sums of 1, of distances to the edge, of their squares
     squares[bins] = 0.0
@@ -84,10 +84,10 @@ def _squares_beyond(counts: Any, squares: Any) -> float:
 
 @njit(**EXACT)
 def best_parts(counts: Any, steps: int, rounds: int, start: Any, stop: Any) -> None:
-    """The bins [start, stop) of each channel that lose least when `steps` steps span them.
+    """Find the bins [start, stop) of each channel with the least error for `steps` steps.
 
-    A value inside loses step^2 / 12 on average, one outside is clipped and loses the square of
-    its distance. The two ends are moved in turn.
+    A value inside has the squared error step^2 / 12 on average. A value outside is clipped; its
+    squared error is the square of its distance. The two ends are moved in turn.
 
     Args:
         counts: int32 [width, bins]. start, stop: int64 [width], set.
@@ -117,7 +117,7 @@ def best_parts(counts: Any, steps: int, rounds: int, start: Any, stop: Any) -> N
 def nearest_codes(
     bits: Any, is_apart: Any, offset: Any, inverse: Any, limit: Any, codes: Any
 ) -> None:
-    """codes = the integer nearest (x - offset) * inverse, within ±limit; 0 for rows apart.
+    """Set codes to the integer nearest (x - offset) * inverse, within ±limit; 0 for rows apart.
 
     Args:
         offset, inverse: float32 [width]. limit: float32.

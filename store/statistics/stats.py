@@ -1,12 +1,12 @@
 """Statistics of one site over one shard, and their exact merge over shards.
 
-A row is an *outlier* when its norm exceeds five medians of the norms of its own shard: a worker
-can tell so alone, and the answer never changes as a store grows. Ordinary and outlier rows are
-summarised apart; together they are all rows.
+A row is an *outlier* if its norm exceeds five medians of the norms of its own shard. So one worker
+can decide it alone, and the answer does not change when a store grows. Ordinary and outlier rows
+are summarised separately; together they are all rows.
 
 Moments are kept as (rows, mean, m2), m2 being the sum of squared differences from the mean, and
-merged by the formula of Chan, Golub and LeVeque (1979). Everything is float64, summed in an order
-that depends on nothing but the rows.
+merged by the formula of Chan, Golub and LeVeque (1979). Sums are float64, in an order that depends
+only on the rows.
 """
 
 from __future__ import annotations
@@ -23,17 +23,20 @@ from sae_harvest.store.rules import OUTLIER_MEDIANS
 
 FloatArray = npt.NDArray[np.float64]
 HISTOGRAM_SHIFT = 15  # float32 bits dropped: 256 bins per power of two, 0.4 % wide
-HISTOGRAM_BINS = (0x7F80_0000 >> HISTOGRAM_SHIFT) - 1  # of finite norms, the last one left out
+HISTOGRAM_BINS = (0x7F80_0000 >> HISTOGRAM_SHIFT) - 1  # bins of finite norms
 OUTLIER_DIMENSION_MEDIANS = 6.0
 
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Rows, mean [width] and sum of squared differences from it [width], float64."""
+    """Count, mean and squared deviations of some rows."""
 
     rows: int
+    """Number of rows."""
     mean: FloatArray
+    """Mean of the rows, float64 [width]."""
     m2: FloatArray
+    """Sum of squared differences from the mean, float64 [width]."""
 
     @classmethod
     def empty(cls, width: int) -> Moments:
@@ -41,7 +44,7 @@ class Moments:
 
     @classmethod
     def of(cls, x: npt.NDArray[Any]) -> Moments:
-        """Moments of x [rows, width], any float type; others than float16 count as float32."""
+        """Return the moments of x [rows, width]; types other than float16 are read as float32."""
         return moments_of_groups(x, np.zeros(len(x), np.bool_))[0]
 
     def merge(self, other: Moments) -> Moments:
@@ -58,7 +61,7 @@ class Moments:
 
     @property
     def variance(self) -> FloatArray:
-        """Population variance per dimension [width]; zeros where there are no rows."""
+        """Population variance per dimension, float64 [width]; zeros if there are no rows."""
         return self.m2 / max(self.rows, 1)
 
     def to_json(self) -> dict[str, Any]:
@@ -71,7 +74,7 @@ class Moments:
 
 
 def bits_of(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The bits of x as compiled loops take them: uint16 of float16, else uint32 of float32."""
+    """Return the bits of x for compiled loops: uint16 of float16, else uint32 of float32."""
     if x.dtype == np.float16:
         return np.ascontiguousarray(x).view(np.uint16)
     return np.ascontiguousarray(x, np.float32).view(np.uint32)
@@ -80,14 +83,14 @@ def bits_of(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def moments_of_groups(
     x: npt.NDArray[Any], is_apart: npt.NDArray[np.bool_]
 ) -> tuple[Moments, Moments]:
-    """Moments of the rows of x [rows, width] that are not apart, and of those that are.
+    """Return the moments of the rows of x [rows, width] not apart, and of the rows apart.
 
     Args:
-        x: any float type; others than float16 count as float32.
+        x: any float type; types other than float16 are read as float32.
         is_apart: bool [rows].
     """
     from sae_harvest.store.statistics.moments_jit import (
-        add_moments,  # numba takes a second to import; few need it
+        add_moments,  # numba takes a second to import
     )
 
     rows = np.zeros(2, np.int64)
@@ -97,20 +100,20 @@ def moments_of_groups(
 
 
 def warm_up() -> None:
-    """Load the compiled loops now: a second, which a worker would else take from its model."""
+    """Load the compiled loops now: this takes a second, which would delay a worker's model."""
     for dtype in (np.float16, np.float32):
         moments_of_groups(np.zeros((1, 1), dtype), np.zeros(1, np.bool_))
 
 
 def outlier_rows(norms: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-    """Mask of a shard's outlier rows, bool [rows], from the norms [rows] of all its rows."""
+    """Return the mask of a shard's outlier rows, bool [rows], from the norms of all rows [rows]."""
     return norms > np.float32(OUTLIER_MEDIANS * float(np.median(norms)))
 
 
 def squared_error(x: npt.NDArray[Any], stored: npt.NDArray[Any]) -> list[float]:
-    """Sum over rows of (x - stored)^2 in each dimension, [width]; both [rows, width].
+    """Sum over rows of (x - stored)^2 in each dimension, [width]; both are [rows, width].
 
-    Of an int8 store: outlier rows, which are stored exactly, add nothing.
+    For int8 stores. Outlier rows add nothing, since they are stored exactly.
     """
     from sae_harvest.store.statistics.moments_jit import add_squared_error
 
@@ -120,7 +123,7 @@ def squared_error(x: npt.NDArray[Any], stored: npt.NDArray[Any]) -> list[float]:
 
 
 def quantization_fvu(error: Sequence[float], ordinary: Moments) -> FloatArray:
-    """Share of the variance of ordinary rows that an int8 store loses, per dimension [width].
+    """Return the share of the ordinary rows' variance that an int8 store loses, [width].
 
     Args:
         error: "quantization_error" of a site's statistics, [width].
@@ -134,7 +137,7 @@ def quantization_fvu(error: Sequence[float], ordinary: Moments) -> FloatArray:
 def summarise(
     x: npt.NDArray[Any], norms: npt.NDArray[np.float32], tokens: npt.NDArray[np.int32]
 ) -> dict[str, Any]:
-    """The statistics of one shard of one site, as stored in its commit record.
+    """Return the statistics of one site in one shard, as stored in the commit record.
 
     For an int8 store the writer adds "quantization_error", its `squared_error`.
 
@@ -159,7 +162,7 @@ def summarise(
 
 
 class Merge:
-    """Statistics of one site over the shards added so far, without keeping those of each."""
+    """The statistics of one site, merged over the shards added so far."""
 
     def __init__(self) -> None:
         self._groups: dict[str, Moments] = {}
@@ -170,7 +173,7 @@ class Merge:
         self._error: FloatArray | None = None
 
     def add(self, record: dict[str, Any]) -> None:
-        """Take in the statistics of the next shard, from its commit record."""
+        """Add the statistics of the next shard, from its commit record."""
         for group in ("ordinary", "outlier"):
             moments = Moments.from_json(record[group])
             before = self._groups.get(group)
@@ -183,7 +186,7 @@ class Merge:
             self._error = error if self._error is None else self._error + error
 
     def to_json(self) -> dict[str, Any]:
-        """The merged statistics, as stored with a seal."""
+        """Return the merged statistics, as stored with a seal."""
         ordinary, outlier = self._groups["ordinary"], self._groups["outlier"]
         histogram = self._counts["norm_histogram"]
         quantiles = (0.01, 0.05, 0.5, 0.95, 0.99, 0.999)
@@ -203,13 +206,13 @@ class Merge:
 
 
 def outlier_dimensions(moments: Moments) -> list[int]:
-    """Dimensions whose root mean square exceeds six medians of all dimensions'."""
+    """Return the dimensions whose root mean square exceeds six medians over dimensions."""
     rms = np.sqrt(moments.variance + moments.mean**2)
     return np.flatnonzero(rms > OUTLIER_DIMENSION_MEDIANS * np.median(rms)).tolist()
 
 
 def histogram_quantile(histogram: Counter[str], q: float) -> float:
-    """The norm at quantile q, within 0.4 %: the middle of the bin it falls in."""
+    """Return the norm at quantile q, within 0.4 %: the middle of its bin."""
     bins = np.array(sorted((int(b), n) for b, n in histogram.items()))  # [bins, (bin, count)]
     cumulative = np.cumsum(bins[:, 1])
     found = bins[np.searchsorted(cumulative, q * cumulative[-1]), 0]
@@ -218,8 +221,8 @@ def histogram_quantile(histogram: Counter[str], q: float) -> float:
 
 
 def _histogram_bins(norms: npt.NDArray[np.float32]) -> npt.NDArray[np.uint32]:
-    # The bits of positive floats sort like the floats: dropping the low ones makes bins that
-    # are log-spaced, the same for every shard, and merged by adding counts.
+    # The bits of positive floats sort like the floats. Dropping the low bits gives log-spaced
+    # bins that are the same for every shard and are merged by adding counts.
     return np.ascontiguousarray(norms).view(np.uint32) >> np.uint32(HISTOGRAM_SHIFT)
 
 

@@ -44,7 +44,7 @@ class GroupedJob(Command, Job):
 @click.group(cls=JobCommands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sae-harvest")
 def main() -> None:
-    """Sparse autoencoders from stored activations.
+    """Train sparse autoencoders on stored activations.
 
     \b
     train-sae run --store runs/demo/store --out runs/demo/wide --n-latents 8192 --tokens 2000000
@@ -59,7 +59,7 @@ def main() -> None:
     "Execution",
     "--workers",
     type=CountRange(min=1),
-    help="Processes that train together, started by Ray; each has a GPU, or its share of the "
+    help="Processes that train together, started by Ray; each gets a GPU, or a share of the "
     "cores.  [default: this process alone]",
 )
 @grouped(
@@ -87,7 +87,7 @@ def run(
     stopped_code: int,
     **given: Any,
 ) -> None:
-    """Train a sparse autoencoder or a transcoder, or continue to.
+    """Train a sparse autoencoder or a transcoder, or continue its training.
 
     \b
     train-sae run --store runs/demo/store --out runs/demo/wide --n-latents 8192 --tokens 2000000
@@ -114,9 +114,9 @@ def run(
 @stopped_code_option
 @click.pass_context
 def sweep(context: click.Context, file: Path, stopped_code: int, **given: Any) -> None:
-    """Train many SAEs on one stream of batches, or continue to.
+    """Train many SAEs on one stream of batches, or continue a sweep.
 
-    FILE is YAML: settings of `train-sae run`, and under `grid` lists of those to combine.
+    FILE is YAML: settings of `train-sae run`, and under `grid` lists of values to combine.
 
     \b
     train-sae sweep sweep.yaml --store runs/demo/store --out runs/demo/sweep
@@ -225,7 +225,7 @@ ROWS = {
 
 
 def summary(evaluations: dict[str, Any]) -> Table:
-    """Evaluations as a table; one has its name above it."""
+    """Return the evaluations as a table. A single one has its name as the title."""
     single = len(evaluations) == 1
     title = next(iter(evaluations)) if single else None
     columns: list[Any] = ["held-out rows", "rows", "FVU", "L0", "never fired"]

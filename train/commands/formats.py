@@ -51,7 +51,7 @@ def export_command(sae: Path, name: str, out: Path) -> None:
     metavar="PATH",
     type=PathOption(),
     required=True,
-    help="Path that the package has written: a .pt file for openai, else a folder.",
+    help="Path of the SAE: a .pt file for openai, a folder for the others.",
 )
 @click.option(
     "--out",
@@ -72,7 +72,7 @@ def import_command(
     target_site: str | None,
     model: str | None,
 ) -> None:
-    """Save an SAE that another package has written as one of ours.
+    """Save an SAE of another package in our own format.
 
     \b
     train-sae import --format sparsify --from runs/demo/sparsify --out runs/imported
@@ -84,6 +84,6 @@ def import_command(
 
 
 def add_format_commands(group: click.Group) -> None:
-    """Adds both commands to `train-sae`."""
+    """Add both commands to `train-sae`."""
     group.add_command(export_command)
     group.add_command(import_command)

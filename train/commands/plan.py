@@ -1,4 +1,4 @@
-"""`train-sae plan`: what a run would take, before it is begun."""
+"""`train-sae plan`: the cost of a run before it begins."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.options import DEFAULTS, RunSettings
 
 GPUS = ("a100", "h100", "h200", "b200")
-ASKED = ("n_latents", "k", "tokens", "batch_rows")  # what a plan wants to know of a run
+ASKED = ("n_latents", "k", "tokens", "batch_rows")  # settings of a run that a plan needs
 
 
 @click.command(cls=Command)
@@ -44,7 +44,7 @@ ASKED = ("n_latents", "k", "tokens", "batch_rows")  # what a plan wants to know 
     type=click.Choice(["data", "latents"]),
     default="latents",
     show_default=True,
-    help="What devices share out: the rows of a batch, or the latents.",
+    help="What devices divide: the rows of a batch, or the latents.",
 )
 @grouped(
     "Execution",
@@ -95,7 +95,7 @@ def plan(
     stored_bytes = 2
     if store is not None:
         d_in, stored_bytes = _of_store(store, site)
-    if given["d_out"]:  # any site makes a transcoder, which is all that counts here
+    if given["d_out"]:  # any site makes a transcoder; its name does not matter here
         config = config.model_copy(update={"target_site": "mlp_out.0"})
     assert d_in is not None
     found = make_plan(
@@ -113,7 +113,7 @@ def plan(
 
 
 def _of_store(place: str, site: str | None) -> tuple[int, int]:
-    """Width of a site's activations, and the bytes of one number."""
+    """Return the width of a site's activations, and the bytes of one number."""
     from sae_harvest.store.reader import ActivationStore
 
     store = ActivationStore.open(place)
@@ -122,7 +122,7 @@ def _of_store(place: str, site: str | None) -> tuple[int, int]:
 
 
 def _rates(gpu: str | None, device: str, link: float | None) -> Any:
-    """Published or measured rates."""
+    """Return the published rates of a GPU, or measured ones."""
     from dataclasses import replace
 
     from sae_harvest.train.planning.estimate import published_rates
@@ -140,7 +140,7 @@ def _rates(gpu: str | None, device: str, link: float | None) -> Any:
 
 
 def _tables(plan: Any) -> list[Table]:
-    """Memory of a device; a step by its parts; the whole run."""
+    """Return three tables: memory of a device, parts of a step, the whole run."""
     rates, each = plan.rates, " of each device" if plan.devices > 1 else ""
     how = "estimated from its data sheet" if rates.estimate else "measured just now"
     memory = Table("memory" + each, "GB", box=None)
@@ -179,7 +179,7 @@ def _tables(plan: Any) -> list[Table]:
 
 
 def _duration(seconds: float) -> str:
-    """`3 h 12 min`, `5 min 20 s` or `12.3 s`."""
+    """Return a duration such as `3 h 12 min`, `5 min 20 s` or `12.3 s`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

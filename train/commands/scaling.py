@@ -1,4 +1,4 @@
-"""`train-sae scaling`: laws of a sweep, as a table, a file of fits and plots."""
+"""`train-sae scaling`: scaling laws of a sweep as a table, a file of fits, and plots."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def scaling(sweep: Path, out: Path, plots: bool, seed: int) -> None:
 
 
 def _table(content: dict[str, Any]) -> Table:
-    """The laws with their parameters and intervals."""
+    """Return the laws with their parameters and intervals."""
     level = content["laws"][0]["level"]
     table = Table("law", "k", "parameter", "value", f"{level:.0%} interval", "R²", box=None)
     for law in content["laws"]:

@@ -1,1 +1,1 @@
-"""Training by several processes, under Ray or not."""
+"""Training by several processes, with or without Ray."""

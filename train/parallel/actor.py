@@ -1,7 +1,7 @@
-"""The Ray actor that is one process of a run on several.
+"""The Ray actor that is one process of a distributed run.
 
-Importing this module imports nothing else of ours, and not torch: CUDA reads which GPUs there are
-once, and a worker is told that first.
+This module imports neither torch nor our other modules. CUDA reads the list of GPUs only once, so
+the actor sets it before it imports torch.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 
 class Place(NamedTuple):
-    """The place of a worker."""
+    """The machine, port and GPU of a worker."""
 
     node: str
     """Ray's name of its machine."""
     address: str
-    """Of that machine."""
+    """IP address of the machine."""
     port: int
-    """A port there that the worker listens on."""
+    """Port on which the worker listens."""
     gpu: str | None
-    """The GPU that is its own, as CUDA_VISIBLE_DEVICES calls it."""
+    """The worker's GPU, as named in CUDA_VISIBLE_DEVICES; None without one."""
 
 
 class TrainActor:
-    """A worker, once it is clear where all of them are."""
+    """One worker process."""
 
     def place(self) -> Place:
         context = ray.get_runtime_context()
@@ -43,12 +43,12 @@ class TrainActor:
     def train(
         self, assignment: dict[str, Any], rank: int, first: Place, devices: str | None
     ) -> Failure | None:
-        """Trains together with the others.
+        """Train together with the other workers. Return the failure, None if training ended well.
 
         Args:
             assignment: fields of an `Assignment`.
-            rank: of this worker.
-            first: the place of the worker of rank 0, where the others find each other.
+            rank: rank of this worker.
+            first: place of the worker of rank 0, where the workers connect to each other.
             devices: value of CUDA_VISIBLE_DEVICES, the worker's own GPU first; None without GPUs.
         """
         if devices is not None:

@@ -1,10 +1,10 @@
-"""Safetensors files that several processes write and read together, each its own part.
+"""Safetensors files that several processes write and read together, each process its part.
 
 A latent is a row, so the latents [first, last) of a tensor are a range of the file's bytes. The
-first process writes the header and gives the file its size; then each process writes its rows in
-their place, and what is not divided by latents (biases of the model's width) the first one. The
-bytes are those that one process alone writes, so any number of processes reads what any other
-number wrote, and none ever holds the whole.
+first process writes the header and gives the file its size; then each process writes its
+rows in their place. The first process writes the tensors that are not divided by latents (biases of
+the model's width). The bytes are the same as from a single process, so any number of processes can
+read the file, and no process ever holds the whole.
 """
 
 from __future__ import annotations
@@ -27,20 +27,23 @@ from sae_harvest.common.safetensors_stream import Header, make_header
 from sae_harvest.train.parallel.process_group import ProcessGroup
 from sae_harvest.train.run.files import reading_tensors
 
-BLOCK_BYTES = 64 << 20  # written at a time, by way of the processor's memory
-HASH_BYTES = 1 << 30  # of a file that one process hashes at a time; part of the format
+BLOCK_BYTES = 64 << 20  # bytes written at a time, through CPU memory
+HASH_BYTES = 1 << 30  # bytes of a file that one process hashes at a time; part of the format
 READ_BYTES = 8 << 20
-UNDIVIDED = ("b_dec", "b_in")  # of the model's width; every process has all of them
+UNDIVIDED = ("b_dec", "b_in")  # tensors of the model's width; every process has all of them
 DTYPES = {torch.int64: "I64", torch.float32: "F32"}  # in the order safetensors gives them
 
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a tensor in a file: its whole shape, and the offset of its first byte."""
+    """The place of a tensor in a file."""
 
     dtype: torch.dtype
+    """Dtype of the tensor."""
     shape: tuple[int, ...]
+    """Shape of the whole tensor."""
     offset: int
+    """Offset of its first byte in the file."""
 
     @property
     def row_bytes(self) -> int:
@@ -48,21 +51,23 @@ class Place:
 
 
 def is_divided(name: str) -> bool:
-    """Whether a tensor, W_enc or first.W_enc say, has a row for each latent."""
+    """Whether a tensor such as W_enc or first.W_enc has a row for each latent."""
     return name.rpartition(".")[2] not in UNDIVIDED
 
 
 def write_slices(
     path: Path, tensors: dict[str, Tensor], n_latents: int, group: ProcessGroup
 ) -> None:
-    """Writes a file under a temporary name, syncs it, renames it. All processes call it.
+    """Write a file under a temporary name, sync it, rename it. All processes call it.
 
     Args:
-        tensors: this process's rows of those that are divided, the others whole.
-        n_latents: of the whole.
+        path: final path of the file.
+        tensors: this process's rows of divided tensors, other tensors whole.
+        n_latents: number of latents of all processes.
+        group: the processes.
 
     Raises:
-        RunError, OSError: it could not be written, here or by another process.
+        RunError, OSError: this or another process could not write its part.
     """
     temporary = temporary_name(path)
     header, places = _layout(tensors, n_latents)
@@ -78,7 +83,7 @@ def write_slices(
     def write() -> None:
         ours = [name for name in tensors if is_first or (is_divided(name) and last - first > 0)]
         if not is_first and group.latent_parts == 1:
-            return  # all latents are with each process: one writes them
+            return  # each process has all latents: the first one writes them
         with temporary.open("rb+") as file:
             for name in ours:
                 row = first if is_divided(name) else 0
@@ -96,7 +101,7 @@ def write_slices(
 def read_slices(
     path: Path, what: str, remedy: str, device: str, n_latents: int, group: ProcessGroup
 ) -> dict[str, Tensor]:
-    """This process's rows of a file's divided tensors, and the others whole.
+    """Return this process's rows of a file's divided tensors, and the other tensors whole.
 
     Raises:
         RunError: the file is missing or damaged; names it.
@@ -122,9 +127,9 @@ def read_slices(
 
 
 def hash_files(paths: Sequence[Path], group: ProcessGroup) -> dict[str, str]:
-    """xxh3-128 of files by name, in hex; the processes divide the work and all get the result.
+    """Return name → xxh3-128 of files, in hex. The processes divide the work; all get the result.
 
-    Of a file larger than HASH_BYTES it is the hash of the hashes of its pieces of so many bytes.
+    For a file larger than HASH_BYTES it is the hash of the hashes of its pieces of HASH_BYTES.
     """
     pieces = [(path, start) for path in paths for start in range(0, _size(path), HASH_BYTES)]
     digests = torch.zeros(len(pieces), 2, dtype=torch.int64)
@@ -160,7 +165,7 @@ def _digest(path: Path, start: int) -> bytes:
 
 
 def _layout(tensors: dict[str, Tensor], n_latents: int) -> tuple[Header, dict[str, Place]]:
-    """The file's header, and the place of each tensor; as safetensors lays them out."""
+    """Return the file's header and the place of each tensor, in safetensors' layout."""
     kinds = list(DTYPES)
     whole = {}
     for name in sorted(tensors, key=lambda name: (kinds.index(tensors[name].dtype), name)):
@@ -177,7 +182,7 @@ def _layout(tensors: dict[str, Tensor], n_latents: int) -> tuple[Header, dict[st
 
 
 def _write_rows(descriptor: int, place: Place, tensor: Tensor, row: int) -> None:
-    """Writes a tensor's rows where the file has the row of that number and those after it."""
+    """Write a tensor's rows at the file's rows from number `row` on."""
     offset = place.offset + row * place.row_bytes
     for block in _blocks(tensor, place.row_bytes):
         data = block.cast("B")

@@ -6,8 +6,8 @@
                      reconstructions are summed, and the k largest of a row are found over all
                      parts
 
-`docs/distributed.md` has what each of them sends in a step. Sums run in an order that depends on
-the number of processes alone, so that the same number of them gives the same bits each time.
+`docs/distributed.md` lists what each of them sends in a step. The order of sums depends only on
+the number of processes, so the same number gives the same bits each time.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from sae_harvest.train.sae.kernels import Gradients
 T = TypeVar("T")
 Parallel = Literal["data", "latents"]
 
-# A process waits so long for the others: for batches that come late, and for the first process
-# while it makes a folder or checks a checkpoint. One that has died is noticed at once.
+# How long a process waits for the others: for late batches, and for the first process while it
+# makes a folder or checks a checkpoint. A dead process is noticed at once.
 TIMEOUT = timedelta(minutes=10)
-SIGHT_SECONDS = 20.0  # for a new file to be seen by another machine
+SIGHT_SECONDS = 20.0  # time until another machine must see a new file
 SENTENCE_BYTES = 4096
 BLOCK = 4096  # latents at a time
-BLOCK_KEYS = 1 << 26  # half a gigabyte of them
-NOTHING = torch.iinfo(torch.int64).min  # key of no pair
+BLOCK_KEYS = 1 << 26  # half a gigabyte of keys
+NOTHING = torch.iinfo(torch.int64).min  # key that stands for no pair
 LOW_BITS = (1 << 32) - 1
 
 
 class PeerFailed(SaeHarvestError):
-    """Another process could not do its part; the sentence is its own."""
+    """Another process failed; the message is that of the other process."""
 
 
 class PeerLost(SaeHarvestError):
@@ -56,15 +56,15 @@ class PeerLost(SaeHarvestError):
 
 @contextmanager
 def reaching_peers() -> Iterator[None]:
-    """Faults of communication as `PeerLost`, which trying again may mend.
+    """Raise faults of communication as `PeerLost`, for which a retry may help.
 
-    What this process's memory or GPU did is no such fault.
+    Faults of this process's memory or GPU stay as they are.
     """
     try:
         yield
-    except RuntimeError as error:  # gloo raises nothing more special
+    except RuntimeError as error:  # gloo raises no more specific class
         if lacks_memory(error) or is_of_gpu(error):
-            raise  # that is our own fault, and trying again would not help
+            raise  # a fault of this process: a retry would not help
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PeerLost(
             "Another process of this run has ended or no longer answers; the same command "
@@ -73,12 +73,12 @@ def reaching_peers() -> Iterator[None]:
 
 
 def passing(why: str) -> OSError:
-    """A cause by which `train.run.exit_codes` knows that trying again may help."""
+    """Return a cause that tells `train.run.exit_codes` that a retry may help."""
     return ConnectionResetError(errno.ECONNRESET, why)
 
 
 def _to_numbers(error: Exception | None) -> Tensor:
-    """An error's sentence as int64 [SENTENCE_BYTES]: whether it may pass, then UTF-8."""
+    """Return an error as int64 [SENTENCE_BYTES]: whether a retry may help, then UTF-8."""
     numbers = torch.zeros(SENTENCE_BYTES, dtype=torch.int64)
     if error is not None:
         text = str(error).encode()[: SENTENCE_BYTES - 1]
@@ -97,7 +97,7 @@ class _Processes(ProcessGroup):
 
     def __init__(self, device: torch.device) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self._device = device  # of what is exchanged: nccl takes nothing from a processor
+        self._device = device  # device of exchanged tensors: nccl accepts no CPU tensors
 
     def collect(self, tensor: Tensor) -> Tensor:
         return self._sum(tensor.to(self._device)).to(tensor.device)
@@ -114,7 +114,7 @@ class _Processes(ProcessGroup):
         failed = self.collect(failed)
         if not failed.any():
             return result[0]
-        first = int(failed.argmax())  # whose sentence all processes end with
+        first = int(failed.argmax())  # all processes raise the message of this rank
         text = _to_numbers(failure if self.rank == first else None)
         sentence, passes = _from_numbers(self.collect(text))
         if failure is not None:
@@ -131,7 +131,7 @@ class _Processes(ProcessGroup):
         token = folder / f".shared-{number:016x}.tmp"
         if self.rank == 0:
             token.touch()
-        self.anywhere(False)  # it is there by now
+        self.anywhere(False)  # the file exists by now
         missing = not appears(token)
         try:
             if self.anywhere(missing):
@@ -145,14 +145,14 @@ class _Processes(ProcessGroup):
 
 
 def appears(file: Path) -> bool:
-    """Whether a file exists, waiting a little: network drives show new files late."""
+    """Whether a file exists. Waits up to SIGHT_SECONDS: network drives show new files late."""
     limit = time.monotonic() + SIGHT_SECONDS
     while not file.exists():
         if time.monotonic() > limit:
             return False
         time.sleep(SIGHT_SECONDS / 100)
         if file.parent.is_dir():
-            any(file.parent.iterdir())  # has the folder read anew
+            any(file.parent.iterdir())  # makes the system read the folder again
     return True
 
 
@@ -169,14 +169,14 @@ class DataParallel(_Processes):
     def reduce_gradients(self, into: Gradients) -> None:
         for gradient in (into.enc, into.dec, into.bias):
             self._sum(gradient)
-        # in blocks: there is no room for the squares of all of them
+        # in blocks: there is no room for all squares
         blocks = (tensor.split(BLOCK) for tensor in (into.enc, into.dec, into.squares))
         for enc, dec, squares in zip(*blocks, strict=True):
             torch.add(enc.square().sum(1), dec.square().sum(1), out=squares)
 
 
 class ShardedLatents(_Processes):
-    """Each process has every row and a part of the latents, the parts as equal as can be."""
+    """Each process has every row and a nearly equal part of the latents."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -192,7 +192,7 @@ class ShardedLatents(_Processes):
 
     def keep_top(self, indices: Tensor, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Keep the k largest values of each row over all processes; ties: the lower latent."""
-        rows = max(self.world, BLOCK_KEYS // k)  # at a time, or keys would take much memory
+        rows = max(self.world, BLOCK_KEYS // k)  # rows at a time, to bound the memory of keys
         out = [
             self._cut_off(self._keys(*pairs), k)
             for pairs in zip(indices.split(rows), values.split(rows), strict=True)
@@ -201,11 +201,11 @@ class ShardedLatents(_Processes):
         return indices.masked_fill(beyond, -1), values.masked_fill(beyond, 0)
 
     def _cut_off(self, own: Tensor, k: int) -> Tensor:
-        """Mask of the pairs outside the k largest of their row over all processes, bool [rows, w].
+        """Return the mask of pairs outside the k largest of all processes, bool [rows, w].
 
-        Each process finds the k-th largest for its share of the rows. It is sent the keys of those
-        rows by all others, and tells them where to cut: so a process receives about one number
-        per row and latent kept, however many processes there are.
+        Each process finds the k-th largest key for its share of the rows: the others send it their
+        keys of these rows, and it sends them the limits. So a process receives about one number per
+        row and kept latent, for any number of processes.
 
         Args:
             own: keys, int64 [rows, w].
@@ -239,31 +239,31 @@ class ShardedLatents(_Processes):
         return whole[0], whole[1].view(torch.float32)
 
     def _keys(self, indices: Tensor, values: Tensor) -> Tensor:
-        """Whole numbers that are ordered as the pairs are: int64, of the shape of `indices`.
+        """Return keys, int64 of the shape of `indices`, that sort like the pairs.
 
-        The upper half is the value, the lower one falls with the latent.
+        The upper half is the value. The lower half falls with the number of the latent.
         """
-        bits = (values + 0.0).view(torch.int32).long()  # a negative zero is none
-        # negative floats are ordered against their bits
+        bits = (values + 0.0).view(torch.int32).long()  # turns -0.0 into 0.0
+        # the bits of negative floats sort in reverse
         ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-        ordered.masked_fill_(values.isnan(), 0x7FFFFFFF)  # kept, to be seen in the loss
+        ordered.masked_fill_(values.isnan(), 0x7FFFFFFF)  # NaN is kept, so that the loss shows it
         place = (self.rank << self._part_shift) + indices.long()
         keys = (ordered << 32) + (LOW_BITS - place)
         return keys.masked_fill_(indices < 0, NOTHING)
 
 
 def part_of(n_latents: int, part: int, parts: int) -> tuple[int, int]:
-    """The latents [first, last) of a part."""
+    """Return the latents [first, last) of a part."""
     return n_latents * part // parts, n_latents * (part + 1) // parts
 
 
 def group_of(
     parallel: Parallel, n_latents: int, batch_rows: int, device: torch.device
 ) -> ProcessGroup:
-    """The group of this process, once torch.distributed is initialised.
+    """Return the group of this process, once torch.distributed is initialised.
 
     Raises:
-        InputError: there are more processes than what is divided has parts.
+        InputError: the rows or latents cannot be divided among the processes.
     """
     world = dist.get_world_size()
     if parallel == "data":

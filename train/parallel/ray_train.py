@@ -1,12 +1,11 @@
 """One run on many processes, which are Ray actors on this machine or on a cluster.
 
-The command that the user typed starts the workers, shows how far they are, and reports the one
-sentence that matters when they end. It is in touch with them through the run's folder, which all
-machines have to share:
+The user's command starts the workers, shows their progress, and reports the one error that matters
+at the end. It communicates with them through the run's folder, which all machines must share:
 
-    OUT/.driver-<number>.tmp   made before the workers start; each of them has to see it
+    OUT/.driver-<number>.tmp   made before the workers start; each worker has to see it
     OUT/.stop-<number>.tmp     made when the command is asked to stop
-    OUT/metrics.jsonl          how far the run is
+    OUT/metrics.jsonl          progress of the run
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ from sae_harvest.train.run.records import Evaluation
 from sae_harvest.train.run.trainer import OnPhase, RunResult, silent
 
 POLL_SECONDS = 0.2
-START_SECONDS = 600.0  # for room on the cluster, and again for the workers to come up there
-ECHO_SECONDS = 10.0  # to hear of the worker that failed, after those that only missed it
+START_SECONDS = 600.0  # limit for room on the cluster, and again for the start of the workers
+ECHO_SECONDS = 10.0  # wait for the failed worker's message after the echoes of others
 WITHOUT = "leave out --workers to train in one process"
 
 
@@ -59,19 +58,19 @@ def train_on_workers(
     address: str | None = None,
     report: OnPhase = silent,
 ) -> RunResult:
-    """`train.run.trainer.train` by several workers, each with a GPU or its share of the cores.
+    """Train with several workers, each with a GPU or a share of the cores; see `trainer.train`.
 
-    The run is the same one with any number of workers and either way of division: another
-    number may continue it.
+    The run is the same with any number of workers and either way of division, so another number of
+    workers can continue it.
 
     Args:
         device: cuda, cpu, or auto: cuda if every worker can have a GPU.
-        workers: how many.
-        parallel: what is divided among them.
-        address: of a Ray cluster's head, or auto; None starts a Ray of our own on this machine.
+        workers: number of workers.
+        parallel: what the workers divide, latents or data.
+        address: address of a Ray cluster's head, or auto; None starts Ray on this machine.
 
     Raises:
-        SaeHarvestError: as `train`; or a worker is gone, which may pass.
+        SaeHarvestError: an error of `train`, or a worker is gone (a retry may help).
     """
     out = Path(out).absolute()
     with explained(out):
@@ -98,14 +97,14 @@ def train_on_workers(
 
 
 def _watched(assignment: Assignment, steps: int, report: OnPhase) -> RunResult:
-    """Starts the workers and waits for their end, or for a signal to stop them."""
+    """Start the workers and wait for their end, or for a signal to stop them."""
 
     def show() -> None:
         _show(assignment, steps, report)
 
     actors = _actors(assignment, show)
     places = _answers([actor.place.remote() for actor in actors], show, START_SECONDS)
-    # ranks of one machine follow each other, so that sums cross between machines least often
+    # ranks of one machine follow each other, so that few sums cross between machines
     order = sorted(range(len(actors)), key=lambda n: places[n].node)
     actors, places = [actors[n] for n in order], [places[n] for n in order]
     with Interruption() as interruption:
@@ -125,7 +124,7 @@ def _watched(assignment: Assignment, steps: int, report: OnPhase) -> RunResult:
 
 
 def _actors(assignment: Assignment, show: Callable[[], None]) -> list[Any]:
-    """Actors that Ray has room for all at once: two runs never wait for each other's half."""
+    """Start the actors once Ray has room for all: two runs never wait for each other."""
     gpu = assignment.device == "cuda"
     resources = {"CPU": assignment.threads} | ({"GPU": 1} if gpu else {})
     room = placement_group([resources] * assignment.workers, strategy="PACK")
@@ -134,7 +133,7 @@ def _actors(assignment: Assignment, show: Callable[[], None]) -> list[Any]:
         show()
         if time.monotonic() > limit:
             raise _late(assignment.workers)
-    # A second thread, or else the method would run in the main one and take signals for itself.
+    # With two threads methods do not run in the main thread, where they would take signals.
     return [
         cluster.start_actor(
             TrainActor, assignment.threads, gpu, 2, PlacementGroupSchedulingStrategy(room, place)
@@ -146,7 +145,7 @@ def _actors(assignment: Assignment, show: Callable[[], None]) -> list[Any]:
 def _answers(
     asked: Sequence[Any], watch: Callable[[], None], seconds: float = math.inf
 ) -> list[Any]:
-    """Answers of the workers, by rank; `watch` is called all the while.
+    """Return the answers of the workers by rank. `watch` is called while waiting.
 
     Raises:
         SaeHarvestError: a worker failed or is gone, or there is no answer in time.
@@ -182,10 +181,10 @@ def _late(workers: int) -> RunError:
 
 
 def visible_devices(places: Sequence[Place]) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES of each worker: its own GPU, then those of others on its machine.
+    """Return CUDA_VISIBLE_DEVICES of each worker: its own GPU, then those of others on its machine.
 
-    NCCL copies straight between GPUs that a process sees. With its own first, the device `cuda`
-    is the right one in every thread. None for a worker without a GPU.
+    NCCL copies directly between GPUs that a process sees. The own GPU comes first, so that `cuda`
+    means this GPU in every thread. None for a worker without a GPU.
     """
     found: list[str | None] = []
     for own in places:
@@ -195,7 +194,7 @@ def visible_devices(places: Sequence[Place]) -> list[str | None]:
 
 
 def _result(out: Path, steps: int, number: int | None) -> RunResult:
-    """The result of a run, read from its folder; `number`: the signal that stopped it."""
+    """Return the result of a run from its folder; `number` is the signal that stopped it."""
     done = max(saved_steps(out), default=0)
     metrics = _metrics(out)
     if done < steps:
@@ -210,7 +209,7 @@ def _is_echo(failure: Failure | BaseException) -> bool:
 
 
 def _reported(failures: dict[int, Failure | BaseException]) -> BaseException:
-    """The error that says why the run ended, of all that is known of its workers, by rank."""
+    """Return the error that best says why the run ended; failures are given by rank."""
     sentences = [found for found in failures.values() if isinstance(found, Failure)]
     for found in sentences:
         if not found.is_echo:
@@ -229,7 +228,7 @@ def _sentence(failure: Failure) -> SaeHarvestError:
 
 
 def _gone(rank: int, error: BaseException) -> BaseException:
-    """The error for a worker that ended without a sentence of its own."""
+    """Return the error for a worker that ended without a message of its own."""
     if module := cluster.missing_module(error):
         return RunError(
             f"Worker {rank} found no {module} on its machine; install the same version of "
@@ -246,7 +245,7 @@ def _gone(rank: int, error: BaseException) -> BaseException:
 
 
 def _show(assignment: Assignment, steps: int, report: OnPhase) -> None:
-    """Reports how far the run is, by its metrics."""
+    """Report the progress of the run from its metrics."""
     last = _metrics(Path(assignment.out))
     if not last:
         report("preparing", 0, steps, "")
@@ -256,7 +255,7 @@ def _show(assignment: Assignment, steps: int, report: OnPhase) -> None:
 
 
 def _metrics(out: Path) -> dict[str, Any]:
-    """The newest metrics of the run; empty if there are none, or for a moment no way to them."""
+    """Return the newest metrics; empty if there are none or the file cannot be read now."""
     with contextlib.suppress(OSError):
         return last_metrics(out / METRICS_FILE)
     return {}

@@ -1,4 +1,4 @@
-"""The work of one process of a run on several."""
+"""The work of one process of a distributed run."""
 
 from __future__ import annotations
 
@@ -32,16 +32,23 @@ class Assignment:
     """The task of the workers; see `train.run.trainer.train`."""
 
     config: dict[str, Any]
+    """Fields of `TrainConfig`."""
     store: str
+    """Place of the store."""
     out: str
+    """Folder of the run."""
     site: str | None
+    """Site to train on; None for the store's only site."""
     device: str
+    """cpu or cuda."""
     parallel: Parallel
+    """What the workers divide."""
     workers: int
+    """Number of workers."""
     threads: int
-    """Of each worker."""
+    """Number of threads of each worker."""
     number: str
-    """Of the command."""
+    """Random number of the command, in the names of its temporary files."""
 
     @property
     def seen(self) -> Path:
@@ -54,26 +61,27 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Failure:
-    """The answer of a worker that could not do its part."""
+    """The answer of a worker that failed."""
 
     sentence: str
+    """The message for the user."""
     passes: bool
-    """Trying again may help."""
+    """Whether a retry may help."""
     is_echo: bool
-    """The sentence only says that another worker failed."""
+    """Whether the message only says that another worker failed."""
 
 
 def work(
     assignment: Assignment, rank: int, address: str, port: int, listening: int | None
 ) -> Failure | None:
-    """Trains as the worker of this rank, in a process of its own.
+    """Train as the worker of this rank, in its own process. Return the failure, or None.
 
     Args:
-        assignment: the same for all workers.
-        rank: from 0.
-        address: where the workers find each other: that of rank 0.
-        port: of rank 0.
-        listening: rank 0's socket that listens there, as a file descriptor.
+        assignment: the task, the same for all workers.
+        rank: rank of this worker, from 0.
+        address: address of rank 0, to which all workers connect.
+        port: port of rank 0.
+        listening: file descriptor of the socket on which rank 0 listens.
     """
     use_threads(assignment.threads)
     config = TrainConfig.model_validate(assignment.config)
@@ -104,9 +112,9 @@ def work(
 def _join(
     assignment: Assignment, rank: int, address: str, port: int, listening: int | None
 ) -> None:
-    """Initialises torch.distributed."""
-    if "TORCH_NCCL_BLOCKING_WAIT" not in os.environ:  # a user's choice, and the two exclude another
-        # NCCL gives up on a peer that does not answer in time, and ends this process
+    """Initialise torch.distributed."""
+    if "TORCH_NCCL_BLOCKING_WAIT" not in os.environ:  # a user's choice; the two exclude each other
+        # NCCL ends this process if a peer does not answer in time
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     with reaching_peers():
         store = dist.TCPStore(

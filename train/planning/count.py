@@ -1,7 +1,7 @@
-"""Counts of what a training run needs: memory, floating-point operations, bytes moved.
+"""Counts of memory, floating-point operations and bytes moved of a training run.
 
-Everything here follows from the configuration and the widths of the activations; nothing is
-measured. `train.planning.estimate` turns the counts into seconds with the rates of a machine.
+The counts follow from the configuration and the widths of the activations; nothing is measured.
+`train.planning.estimate` turns the counts into seconds with the rates of a machine.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ FLOAT, INDEX, COUNTER = 4, 4, 8  # bytes of a weight, of a latent's number, of `
 LOW = 2  # bytes of a low-precision weight, bfloat16; int8 takes half
 PAIR = 2 * INDEX + 5 * FLOAT  # number and place, value, slope, gain, penalty, pre-activation
 SCRATCH = 24 << 20  # pre-activations that the processor's kernels keep in cache
-ACTIVE = 64  # latents per row that are counted on where no k is given
-START = 3  # times as many latents are active in the beginning, where thresholds are trained
-WIDEST = 4  # a batch's fullest row has about this many times the mean, where rows differ
+ACTIVE = 64  # assumed active latents per row if no k is given
+START = 3  # factor of active latents at the start, if thresholds are trained
+WIDEST = 4  # active latents of a batch's fullest row over the mean, if rows differ
 UNLIMITED = 1 << 62
 ADAM_FLOPS = 14  # per parameter, the running average of weights included
 ADAM_MOVES = 9  # floats: weight, both moments and average there and back, the gradient there
 BATCH_PASSES = 8  # over a batch: centring, error, its scale, sums of squares, b_dec's gradient
-# latent vectors beside b_enc: the SAE's, trained ones, others (what low precision may be off by)
+# latent vectors besides b_enc: those of the SAE, trained ones, others (bounds of low precision)
 VECTORS = {
     "topk": (0, 0, 0),
     "batchtopk": (1, 0, 1),
@@ -40,26 +40,30 @@ VECTORS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that decide the costs of a step on one device.
-
-    n_latents: latents the device holds; rows: rows it sees per step; active: mean of those
-    latents per row; width: the most per row in memory, padding included; chosen: candidates per
-    row before exact values decide; d_in, d_out: widths of the activations; k_aux: latents of AuxK
-    per row; errors: reconstructions of a step (more with Multi-TopK or Matryoshka);
-    vectors: as in VECTORS; transcoder: whether it reads another site than it predicts.
-    """
+    """The sizes that decide the costs of a step on one device."""
 
     n_latents: int
+    """Latents that the device holds."""
     rows: int
+    """Rows that the device sees per step."""
     active: int
+    """Mean number of the device's latents that are active per row."""
     width: int
+    """Most pairs per row in memory, padding included."""
     chosen: int
+    """Candidates per row before exact values decide."""
     d_in: int
+    """Width of the activations read."""
     d_out: int
+    """Width of the activations predicted."""
     k_aux: int
+    """Latents of AuxK per row."""
     errors: int = 1
+    """Reconstructions per step; more with Multi-TopK or Matryoshka."""
     vectors: tuple[int, int, int] = (0, 0, 0)
+    """Latent vectors besides b_enc, as in VECTORS."""
     transcoder: bool = False
+    """Whether it predicts another site than it reads."""
 
     @property
     def trained(self) -> int:
@@ -80,12 +84,12 @@ def shape_of(
     devices: int = 1,
     parallel: Literal["data", "latents"] = "data",
 ) -> Shape:
-    """The shape of one device's share of a run.
+    """Return the shape of one device's share of a run.
 
     Args:
         config: the run.
-        d_in, d_out: widths; d_out None means a dictionary that reconstructs its input.
-        devices: how many share the step.
+        d_in, d_out: widths; d_out is None for an SAE that reconstructs its input.
+        devices: number of devices that share the step.
         parallel: data (each has all latents and a part of the rows) or latents (the reverse).
     """
     n, width_out = config.n_latents, d_in if d_out is None else d_out
@@ -113,10 +117,10 @@ def shape_of(
 
 
 def memory(shape: Shape, low_bytes: float = LOW) -> dict[str, int]:
-    """Bytes of one learner on one device, by what they are for.
+    """Return the bytes of one learner on one device, by use.
 
-    `batch` holds the rows a step reads, `workspace` what is kept from step to step, `passing`
-    the most that a step adds to it and gives back; what AuxK passes is counted as if latents
+    `batch` holds the rows of a step, `workspace` the buffers that are kept between steps, `passing`
+    the most memory that a step takes and frees again. The share of AuxK is counted as if latents
     were dead.
     """
     n, rows, d_in, d_out = shape.n_latents, shape.rows, shape.d_in, shape.d_out
@@ -139,29 +143,31 @@ def memory(shape: Shape, low_bytes: float = LOW) -> dict[str, int]:
 
 
 def memory_bytes(config: TrainConfig, d_in: int, d_out: int | None = None) -> int:
-    """All bytes of one learner on one device, the batch it reads included."""
+    """Return all bytes of one learner on one device, the batch it reads included."""
     return sum(memory(shape_of(config, d_in, d_out)).values())
 
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations and bytes moved to or from memory, of one step on one device."""
+    """The work of one step, or of a part of it, on one device."""
 
     flops: float
+    """Floating-point operations."""
     bytes: float
+    """Bytes moved to or from memory."""
 
 
 def step_work(shape: Shape, dead_share: float = 0.0, low_bytes: float = LOW) -> dict[str, Work]:
-    """Operations and bytes moved by each part of a step, on one device.
+    """Return the operations and bytes moved by each part of a step, on one device.
 
     A multiplication and an addition are two operations; comparisons count as none. Scores of the
-    encoder's product stay in cache. Bytes of sparse parts are the rows gathered, one of `d_in` or
-    `d_out` numbers per pair and operand.
+    encoder's product stay in cache. Bytes of sparse parts are the gathered rows: `d_in` or `d_out`
+    numbers per pair and operand.
 
     Args:
         shape: the step.
         dead_share: share of the latents that AuxK works on.
-        low_bytes: of a low-precision weight.
+        low_bytes: bytes of a low-precision weight.
     """
     n, rows, d_in, d_out = shape.n_latents, shape.rows, shape.d_in, shape.d_out
     pairs, decoded = rows * shape.active, rows * shape.active * shape.errors
@@ -190,14 +196,14 @@ def step_work(shape: Shape, dead_share: float = 0.0, low_bytes: float = LOW) -> 
 
 
 def step_flops(config: TrainConfig, d_in: int, d_out: int | None = None) -> float:
-    """Floating-point operations of one step without dead latents."""
+    """Return the floating-point operations of one step without dead latents."""
     return sum(part.flops for part in step_work(shape_of(config, d_in, d_out)).values())
 
 
 def available_bytes(device: torch.device | str) -> int:
-    """Bytes that a process may still take: of a GPU's memory, or of this machine's.
+    """Return the bytes that a process can still allocate on a GPU or on this machine.
 
-    On a processor it is the least of what the kernel and the control group allow.
+    On a CPU it is the smaller limit of the kernel and the control group.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -206,7 +212,7 @@ def available_bytes(device: torch.device | str) -> int:
 
 
 def _machine_bytes() -> int:
-    """Free memory and what caches would give back."""
+    """Return the bytes of free memory, including caches that can be freed."""
     table = Path("/proc/meminfo")
     if table.exists():
         for line in table.read_text().splitlines():
@@ -216,9 +222,9 @@ def _machine_bytes() -> int:
 
 
 def _group_bytes(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes left under the container's memory limit; a huge number where there is no limit.
+    """Return the bytes left under the container's memory limit; UNLIMITED without a limit.
 
-    Versions 2 and 1 of control groups; pages of files that can be dropped count as free.
+    Reads control groups of versions 2 and 1. File pages that can be dropped count as free.
     """
     for folder, limit_file, used_file, dropped in (
         (root, "memory.max", "memory.current", "inactive_file "),

@@ -1,13 +1,13 @@
 """Estimate of a training run before it starts: memory, operations, bytes and seconds.
 
-The parts of a step run one after the other, and each is bound by what it does most of:
+The parts of a step run one after the other. Each is bound by one rate:
 
     encoder product    operations / product rate + scores / selection rate
     other parts        bytes moved / the rate of that part
     several devices    bytes exchanged / link rate
 
-Reading the store overlaps with that and is reported as the rate it needs. Rates come from this
-machine (`rates`), or from a table of published peaks times an efficiency, an estimate.
+Reading the store overlaps with that and is reported as the rate that it needs. Rates are measured
+on this machine, or estimated from published peaks times an efficiency.
 """
 
 from __future__ import annotations
@@ -20,30 +20,32 @@ from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.planning.count import COUNTER, FLOAT, LOW, Shape, memory, shape_of, step_work
 
 MOVING = ("exact values", "decode", "gradients", "Adam", "batch")  # parts bound by memory
-WINDOWS = 2  # of the loader: one is used while the next is read
+WINDOWS = 2  # windows of the loader: one is used while the next is read
 Parallel = Literal["data", "latents"]
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second.
-
-    name: of the device. product: operations of the encoder's low-precision product. selection:
-    scores looked through, infinite where that is part of the product. moved: bytes moved by each
-    other part. link: bytes a device sends to others. step: seconds that a step takes whatever its
-    size. low_bytes: of a low-precision weight. memory: bytes that a run may take.
-    estimate: published, not measured.
-    """
+    """The speed and the memory of a device."""
 
     name: str
+    """Name of the device."""
     product: float
+    """Operations per second of the encoder's low-precision product."""
     selection: float
+    """Scores searched per second; infinite if the search is part of the product."""
     moved: dict[str, float]
+    """Bytes moved per second by each other part."""
     link: float
+    """Bytes per second that a device sends to others."""
     step: float
+    """Fixed seconds of a step of any size."""
     low_bytes: float
+    """Bytes of a low-precision weight."""
     memory: int
+    """Bytes that a run may use."""
     estimate: bool
+    """True if the rates are published, not measured."""
 
 
 # dense bfloat16 FLOP/s, memory bytes/s, memory bytes, NVLink bytes/s a direction; NVIDIA's data
@@ -54,13 +56,13 @@ PUBLISHED = {
     "h200": (989e12, 4.8e12, 141e9, 450e9),
     "b200": (2250e12, 8.0e12, 180e9, 900e9),
 }
-PRODUCT_EFFICIENCY = 0.5  # of the peak; a product that also keeps the largest scores
+PRODUCT_EFFICIENCY = 0.5  # of the peak, for a product that also keeps the largest scores
 MEMORY_EFFICIENCY = 0.6  # of the bandwidth
-LAUNCHES = 1.5e-3  # seconds a step, of kernels too small to hide their launch
+LAUNCHES = 1.5e-3  # seconds per step for kernels too small to hide their launch
 
 
 def published_rates(name: str) -> Rates:
-    """Rates of a GPU by name: its published peaks times an efficiency. An estimate."""
+    """Return the estimated rates of a GPU by name: published peaks times an efficiency."""
     product, bandwidth, size, link = PUBLISHED[name]
     return Rates(
         name=name,
@@ -77,25 +79,32 @@ def published_rates(name: str) -> Rates:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one device of a run takes, and how long the whole run.
-
-    memory: bytes by use; flops, moved: of one step by part; seconds: of one step by part;
-    exchanged: bytes a device sends a step; steps; tokens: rows of all devices; read: bytes from
-    the store, of all devices.
-    """
+    """The costs of one device, and of the whole run."""
 
     shape: Shape
+    """Sizes of a step on one device."""
     rates: Rates
+    """Rates of each device."""
     devices: int
+    """Number of devices."""
     parallel: Parallel
+    """What the devices divide."""
     memory: dict[str, int]
+    """Bytes of one device by use."""
     flops: dict[str, float]
+    """Floating-point operations of one step by part."""
     moved: dict[str, float]
+    """Bytes moved in one step by part."""
     seconds: dict[str, float]
+    """Seconds of one step by part."""
     exchanged: float
+    """Bytes that a device sends per step."""
     steps: int
+    """Steps of the run."""
     tokens: int
+    """Rows of the run, over all devices."""
     read: float
+    """Bytes read from the store, over all devices."""
 
     @property
     def step_seconds(self) -> float:
@@ -111,7 +120,7 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether a device has the memory."""
+        """Whether a device has enough memory."""
         return self.memory_total <= self.rates.memory
 
 
@@ -126,15 +135,15 @@ def plan(
     dead_share: float = 0.0,
     stored_bytes: int = 2,
 ) -> Estimate:
-    """The plan of a run.
+    """Return the estimate of a run.
 
     Args:
         config: the run.
-        rates: of each device.
-        d_in, d_out: widths of the activations; d_out None: not a transcoder.
-        devices, parallel: how the step is shared: rows (data) or latents.
+        rates: rates of each device.
+        d_in, d_out: widths of the activations; d_out is None without a transcoder.
+        devices, parallel: number of devices, and what they divide: rows (data) or latents.
         dead_share: share of latents that AuxK works on in a typical step.
-        stored_bytes: of a stored activation, 2 for float16.
+        stored_bytes: bytes of a stored number, 2 for float16.
     """
     shape = shape_of(config, d_in, d_out, devices, parallel)
     work = step_work(shape, dead_share, rates.low_bytes)
@@ -163,7 +172,7 @@ def plan(
 
 
 def step_seconds(shape: Shape, rates: Rates, dead_share: float = 0.0) -> dict[str, float]:
-    """Seconds of each part of one step on one device, without exchanges."""
+    """Return the seconds of each part of one step on one device, without exchanges."""
     work = step_work(shape, dead_share, rates.low_bytes)
     scores = shape.rows * shape.n_latents
     found = {
@@ -184,10 +193,10 @@ def step_seconds(shape: Shape, rates: Rates, dead_share: float = 0.0) -> dict[st
 def _exchanged(
     shape: Shape, config: TrainConfig, devices: int, parallel: Parallel, dead_share: float
 ) -> float:
-    """Bytes a device sends a step; a sum over devices passes each byte almost twice.
+    """Return the bytes a device sends per step; a sum over devices sends each byte almost twice.
 
-    As counted in docs/distributed.md. Activation functions with a threshold choose by counts,
-    which are left out.
+    As counted in docs/distributed.md. Activation functions with a threshold exchange
+    counts, which are left out.
     """
     twice = 2.0 * (devices - 1) / devices
     rows, d_out = config.batch_rows, shape.d_out
@@ -202,5 +211,5 @@ def _exchanged(
     if k_aux := min(shape.k_aux, round(dead_share * config.n_latents)):
         chosen.append(k_aux)
         summed += 1
-    keys = FLOAT * rows * sum(k + 1 for k in chosen)  # and where a row is cut
+    keys = FLOAT * rows * sum(k + 1 for k in chosen)  # and the limit of each row
     return twice * (keys + FLOAT * (rows * d_out * summed + shape.d_in))

@@ -17,15 +17,15 @@ from sae_harvest.train.planning.estimate import Rates
 from sae_harvest.train.sae.kernels import AdamNumbers, Gradients, Kernels, Pairs, kernels_for
 
 ROWS, N_LATENTS, K, WIDTH = 2048, 8192, 32, 512
-NARROW, WIDE = 256, 1024  # widths, between which a product and its selection are told apart
+NARROW, WIDE = 256, 1024  # two widths, to separate the product from the selection
 ROUNDS = 3
-EMPTY_STEP = 1e-3  # seconds of a step that are not arithmetic: checks, metrics, launches
+EMPTY_STEP = 1e-3  # seconds of a step without arithmetic: checks, metrics, launches
 NUMBERS = AdamNumbers(scale=1, rate=1e-4, beta1=0.9, beta2=0.999, root=1, eps=1e-9, keep=0.999)
-LINK = 1.25e9  # bytes a second, of a 10 gigabit network: not measured
+LINK = 1.25e9  # bytes per second of a 10 gigabit network; not measured
 
 
 def measure_rates(device: torch.device) -> Rates:
-    """Rates of a device, by its own kernels; the best of a few rounds: neighbours only slow."""
+    """Measure the rates of a device with its kernels. The best of a few rounds counts."""
     kernels = kernels_for(device)
     narrow, wide = (_choose_seconds(kernels, device, width) for width in (NARROW, WIDE))
     # seconds = 2 * scores * width / product + scores / selection, at two widths
@@ -47,7 +47,7 @@ def measure_rates(device: torch.device) -> Rates:
 
 
 def _choose_seconds(kernels: Kernels, device: torch.device, width: int) -> float:
-    """Seconds of choosing latents at a width."""
+    """Return the seconds that choosing latents takes at a width."""
     centred, weight = _random(ROWS, width, device), _random(N_LATENTS, width, device)
     low, bias = kernels.low_precision(weight), torch.zeros(N_LATENTS, device=device)
     count = low.candidates(K)
@@ -55,8 +55,10 @@ def _choose_seconds(kernels: Kernels, device: torch.device, width: int) -> float
 
 
 def _moving(kernels: Kernels, device: torch.device) -> tuple[dict[str, float], float]:
-    """Bytes a second of the parts that memory bounds, as `costs` counts them; the bytes of a
-    low-precision weight."""
+    """Return the bytes per second of memory-bound parts, and the bytes of a low-precision weight.
+
+    Bytes are counted as in `train.planning.count`.
+    """
     config = TrainConfig(n_latents=N_LATENTS, k=K, tokens=ROWS, batch_rows=ROWS, auxk_alpha=0)
     shape = shape_of(config, WIDTH)
     centred, error = _random(ROWS, WIDTH, device), _random(ROWS, WIDTH, device)

@@ -1,7 +1,7 @@
-"""Checkpoints: whole or absent, checked when read, the newest two kept.
+"""Checkpoints: whole or absent, checked when read; the newest two are kept.
 
-They are the same files however many processes train together, each of which writes and reads its
-part of them (`train.parallel.checkpoint_shards`).
+The files are the same for any number of processes. Each process writes and reads its part of them
+(`train.parallel.checkpoint_shards`).
 """
 
 from __future__ import annotations
@@ -32,15 +32,18 @@ HASHED = (CONFIG_FILE, TENSORS_FILE, OPTIMIZER_FILE)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint read back: the last weights, tensors of the optimiser, numbers of the run."""
+    """One checkpoint that was read."""
 
     sae: SAE
+    """The last weights."""
     tensors: dict[str, Tensor]
+    """Tensors of the optimizer."""
     state: dict[str, Any]
+    """Numbers of the run."""
 
 
 def saved_steps(out: Path) -> list[int]:
-    """Steps of the finished checkpoints of a run, oldest first."""
+    """Return the steps of the finished checkpoints of a run, oldest first."""
     found = (path.name for path in (out / FOLDER).glob("*"))
     return sorted(int(name) for name in found if NAME.fullmatch(name))
 
@@ -50,14 +53,14 @@ def _folder(out: Path, step: int) -> Path:
 
 
 def discard_after(out: Path, step: int) -> None:
-    """Removes newer checkpoints: their steps are to be done again."""
+    """Remove newer checkpoints: their steps will be done again."""
     for newer in saved_steps(out):
         if newer > step:
             _remove(_folder(out, newer))
 
 
 def _remove(folder: Path) -> None:
-    """Removes a checkpoint, which is none any more from the first moment."""
+    """Remove a checkpoint. The first rename already makes it invalid."""
     aside = folder.with_name(f"{TEMPORARY}{folder.name}")
     if aside.exists():
         shutil.rmtree(aside)
@@ -74,12 +77,12 @@ def save_checkpoint(
     n_latents: int | None = None,
     group: ProcessGroup | None = None,
 ) -> Path:
-    """Writes `OUT/checkpoints/<step>` under a temporary name, renames it, drops older ones.
+    """Write `OUT/checkpoints/<step>` under a temporary name, rename it, remove older ones.
 
     Args:
-        sae, tensors: this process's part of what is divided by latents.
-        n_latents: of the whole; none: of `sae`.
-        group: the processes that train together, all of which call this; none: this one alone.
+        sae, tensors: this process's part of the tensors that are divided by latents.
+        n_latents: number of latents of all processes; None for that of `sae`.
+        group: the processes that train together; all call this. None for this process alone.
     """
     group = group or ProcessGroup()
     n_latents = sae.config.n_latents if n_latents is None else n_latents
@@ -90,7 +93,7 @@ def save_checkpoint(
     def begin() -> None:
         if group.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            for left_over in folder.glob(f"{TEMPORARY}*"):  # of a run that was killed while writing
+            for left_over in folder.glob(f"{TEMPORARY}*"):  # left by a run that was killed
                 shutil.rmtree(left_over)
             temporary.mkdir()
 
@@ -113,10 +116,10 @@ def save_checkpoint(
 def load_checkpoint(
     out: Path, step: int, device: str, group: ProcessGroup | None = None
 ) -> Checkpoint:
-    """The checkpoint of a run at a step; of what is divided by latents, this process's part.
+    """Return the checkpoint of a run at a step, with this process's part of divided tensors.
 
     Raises:
-        RunError: it is damaged; names the file.
+        RunError: the checkpoint is damaged; names the file.
     """
     group = group or ProcessGroup()
     folder = _folder(out, step)

@@ -1,10 +1,10 @@
 """Exit codes of the training commands, for schedulers. `docs/jobs.md` lists them all.
 
 0    finished; or stopped by SIGTERM, and the same command continues
-1    an error that trying again does not mend
-2    options or a file of settings that cannot be
+1    an error; a retry does not help
+2    wrong options or a wrong file of settings
 3    `train-sae status`: not finished
-75   trouble outside, a full disk say: trying again may help
+75   an outside cause such as a full disk; a retry may help
 130  stopped by Ctrl-C; the same command continues
 """
 
@@ -42,7 +42,7 @@ PASSING = frozenset(
 
 def may_pass(error: BaseException) -> bool:
     """Whether the error has a temporary cause outside the program, so that a retry may succeed."""
-    from obstore.exceptions import BaseError  # here, since --help needs neither
+    from obstore.exceptions import BaseError  # imported here, since --help needs neither
     from safetensors import SafetensorError
 
     from sae_harvest.store.bucket import passes
@@ -53,7 +53,7 @@ def may_pass(error: BaseException) -> bool:
             return True
         if isinstance(cause, OSError) and cause.errno in PASSING:
             return True
-        if isinstance(cause, SafetensorError):  # tells the number in its text only
+        if isinstance(cause, SafetensorError):  # it has the number only in its text
             number = re.search(r"os error (\d+)", str(cause))
             return number is not None and int(number[1]) in PASSING
         cause = cause.__cause__
@@ -61,16 +61,16 @@ def may_pass(error: BaseException) -> bool:
 
 
 class JobCommands(Commands):
-    """`Commands` with an exit code of its own for what may pass."""
+    """`Commands` with a separate exit code for errors for which a retry may help."""
 
     def exit_code(self, error: SaeHarvestError) -> int:
         return EXIT_TRY_AGAIN if may_pass(error) else super().exit_code(error)
 
 
 class Job(click.Command):
-    """A command that continues where it was: to be terminated is no failure of it.
+    """A command that can be continued, so SIGTERM is not a failure.
 
-    It has `stopped_code_option`.
+    It needs `stopped_code_option`.
     """
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -93,6 +93,6 @@ stopped_code_option = click.option(
 
 
 def stopped(what: str, number: int | None, code: int) -> None:
-    """Ends the command: with `code` for a scheduler that asked, with 130 for Ctrl-C."""
+    """Exit the command: with 130 after Ctrl-C, otherwise with `code`."""
     click.echo(f"{what}; the same command continues.", err=True)
     sys.exit(EXIT_INTERRUPTED if number == signal.SIGINT else code)

@@ -1,4 +1,4 @@
-"""Faults of disk, memory and GPU, told apart."""
+"""Faults of disk, memory and GPU, distinguished."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from sae_harvest.common.errors import RunError
 from sae_harvest.common.parsing import first_line
 
-# in the text of a RuntimeError that has no class of its own
+# texts in a RuntimeError that has no specific class
 NO_MEMORY = (
     "DefaultCPUAllocator",
     "Cannot allocate memory",
@@ -24,7 +24,7 @@ OF_GPU = ("CUDA error", "Cuda failure", "unhandled cuda error", "CUBLAS_STATUS",
 
 @contextmanager
 def explained(out: Path) -> Iterator[None]:
-    """Faults of disk and memory as sentences; any other is a bug and stays what it is."""
+    """Raise faults of disk and memory as RunError. Other errors are bugs and stay as they are."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -50,5 +50,5 @@ def lacks_memory(error: BaseException) -> bool:
 
 
 def is_of_gpu(error: BaseException) -> bool:
-    """True if the GPU, its driver or code that ran on it failed: an illegal address, say."""
+    """True if the GPU, its driver or a kernel failed, for example by an illegal address."""
     return isinstance(error, RuntimeError) and any(part in str(error) for part in OF_GPU)

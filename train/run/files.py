@@ -25,29 +25,29 @@ MAX_RECORD_BYTES = 64 << 20  # sweep.json of 10,000 members has a quarter
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON. Raises RunError if it cannot be written."""
+    """Write indented JSON. Raises RunError if it cannot be written."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes a safetensors file. Raises RunError if it cannot be written."""
+    """Write a safetensors file. Raises RunError if it cannot be written."""
     content = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         try:
             save_file(content, temporary)
-        except SafetensorError as error:  # of the disk: "I/O error: … (os error 28)"
+        except SafetensorError as error:  # a fault of the disk: "I/O error: … (os error 28)"
             raise os_error(error) from error
 
 
 def os_error(error: SafetensorError) -> OSError:
-    """The error of the system that safetensors reports in its text."""
+    """Return the system's error that safetensors reports in its text."""
     number = re.search(r"os error (\d+)", str(error))
     code = int(number[1]) if number else errno.EIO
     return OSError(code, os.strerror(code) if number else first_line(error))
 
 
 def read_json(path: Path, what: str, remedy: str) -> Any:
-    """The file's JSON; `RunError` naming the file if it is missing or not JSON."""
+    """Return the file's JSON. Raise `RunError`, naming the file, if it is missing or not JSON."""
     try:
         with path.open("rb") as file:
             return parse_json(file.read(MAX_RECORD_BYTES + 1), MAX_RECORD_BYTES)
@@ -58,7 +58,7 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
 
 
 def read_record(path: Path, kind: type[BaseModel], what: str, remedy: str) -> dict[str, Any]:
-    """The file's JSON object, unchanged; `RunError` as well if it is no record of the kind."""
+    """Return the file's JSON object. Raise `RunError` if it is not a record of the kind."""
     values = read_json(path, what, remedy)
     try:
         kind.model_validate(values)
@@ -69,7 +69,7 @@ def read_record(path: Path, kind: type[BaseModel], what: str, remedy: str) -> di
 
 
 def read_tensors(path: Path, what: str, remedy: str, device: str = "cpu") -> dict[str, Tensor]:
-    """The file's tensors; `RunError` naming the file if it is missing or damaged."""
+    """Return the file's tensors. Raise `RunError`, naming the file, if it is missing or damaged."""
     with reading_tensors(path, what, remedy):
         return load_file(path, device=device)
 
@@ -88,7 +88,7 @@ def reading_tensors(path: Path, what: str, remedy: str) -> Iterator[None]:
 
 
 def require_finite(tensors: Mapping[str, Tensor], path: Path, remedy: str) -> None:
-    """`RunError` if one of the float32 tensors of a file has infinity or NaN."""
+    """Raise `RunError` if one of the float32 tensors of a file has infinity or NaN."""
     for name, tensor in tensors.items():
         # infinity and NaN are the largest and the smallest, and NaN is both
         if tensor.numel() and not all(map(isfinite, map(float, tensor.aminmax()))):

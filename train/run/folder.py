@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, that one process writes it, and the store as the run knew it.
+"""A run's folder: its description, its lock, and the store as it was when the run began.
 
 OUT/run.json            configuration and the store it reads; written first
 OUT/metrics.jsonl       one line per step
@@ -32,12 +32,12 @@ FORMAT = 2
 
 
 def open_store(place: str | Path, out: Path, name: str = RUN_FILE) -> ActivationStore:
-    """The store, as it was when the run in `out` began if there is one and it has grown since.
+    """Open the store as it was when the run in `out` began, or as it is now without a run.
 
     Args:
-        place: of a sealed store.
-        out: the run's folder, which need not be there yet.
-        name: of the record that knows the store.
+        place: place of a sealed store.
+        out: the run's folder, which may not exist yet.
+        name: name of the record with the store's digest.
     """
     store, record = ActivationStore.open(place), out / name
     if record.exists():
@@ -49,15 +49,15 @@ def open_store(place: str | Path, out: Path, name: str = RUN_FILE) -> Activation
 
 
 def config_of(path: Path, content: Any, remedy: str) -> TrainConfig:
-    """The configuration in a record of a run, of any version that ours can read.
+    """Return the configuration in the record of a run, of any version that can be read.
 
     Raises:
-        RunError: it has none, or one that cannot be; names the file.
+        RunError: the configuration is missing or invalid; names the file.
     """
     try:
         given = content["config"]
         activation = given.get("activation", "topk")
-        # what an activation does not read was at its default, of the version that trained it
+        # unused fields had the default of the version that trained the run
         unread = [name for name, readers in READERS.items() if activation not in readers]
         return TrainConfig.model_validate(
             {name: value for name, value in given.items() if name not in unread}
@@ -66,17 +66,17 @@ def config_of(path: Path, content: Any, remedy: str) -> TrainConfig:
         reason = first_line(error)
     except (KeyError, TypeError, AttributeError):
         reason = "it has no config"
-    raise RunError(f"{path} is not of a training run ({reason}); {remedy}.")
+    raise RunError(f"{path} does not belong to a training run ({reason}); {remedy}.")
 
 
 def _begun(record: Any) -> str | None:
-    """Digest of the store in a record of whatever content; `claim` says what is wrong there."""
+    """Return the store's digest in a record of any content; `claim` reports what is wrong."""
     digest = record.get("store_digest") if isinstance(record, dict) else None
     return digest if isinstance(digest, str) else None
 
 
 def describe_run(config: TrainConfig, store: ActivationStore, site: str) -> dict[str, Any]:
-    """The content of run.json: what decides the result, apart from the device."""
+    """Return the content of run.json: everything that decides the result, except the device."""
     return {
         "format": FORMAT,
         "site": site,
@@ -88,16 +88,16 @@ def describe_run(config: TrainConfig, store: ActivationStore, site: str) -> dict
 
 @contextlib.contextmanager
 def claim(out: Path, description: dict[str, Any], name: str = RUN_FILE) -> Iterator[None]:
-    """Makes `out` the folder of what is described, or checks that it is; alone, while entered.
+    """Hold `out` for the described run: create it, or check that it belongs to this run.
 
     Args:
         out: the folder, made if it is missing.
-        description: what the record has to say, among other things.
-        name: of the record's file.
+        description: fields that the record must contain.
+        name: name of the record's file.
 
     Raises:
-        RunError: another run's folder, naming the fields that differ; no run's folder; or another
-            process writes there now.
+        RunError: the folder belongs to another run (names the differing fields) or to no run, or
+            another process writes there.
     """
     record = out / name
     with claimed(out, name):
@@ -109,7 +109,7 @@ def claim(out: Path, description: dict[str, Any], name: str = RUN_FILE) -> Itera
 
 
 def finished_evaluation(out: Path, digest: str | None = None) -> dict[str, Any] | None:
-    """The evaluation in a folder, if it is of the dictionary there, and that the one asked for."""
+    """Return the evaluation in a folder, if it belongs to the SAE there and to `digest`."""
     path = out / EVALUATION_FILE
     if not (path.exists() and (out / CONFIG_FILE).exists()):
         return None
@@ -119,7 +119,7 @@ def finished_evaluation(out: Path, digest: str | None = None) -> dict[str, Any] 
 
 
 def failure_of(out: Path) -> str | None:
-    """The sentence of a run that has failed; None of any other."""
+    """Return the message of a failed run; None for other runs."""
     path = out / FAILED_FILE
     if not path.exists():
         return None
@@ -128,7 +128,7 @@ def failure_of(out: Path) -> str | None:
 
 
 def _compare(out: Path, found: Any, description: dict[str, Any]) -> None:
-    """`RunError` unless a record says what is described."""
+    """Raise `RunError` unless a record matches the description."""
     there = found.get("format") if isinstance(found, dict) else None
     if there != description["format"]:
         raise RunError(
@@ -151,7 +151,7 @@ def _compare(out: Path, found: Any, description: dict[str, Any]) -> None:
 
 
 def _flat(run: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, keys joined by dots, without the leading `config.`."""
+    """Flatten nested dictionaries: keys are joined by dots, without the leading `config.`."""
     if not isinstance(run, dict):
         return {prefix.removesuffix(".").removeprefix("config."): run}
     items: dict[str, Any] = {}

@@ -13,9 +13,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interruption:
     """While entered, the first SIGINT or SIGTERM only sets `signal`, so that the loop can save.
 
-    After that another SIGTERM changes nothing: schedulers send it to a job's every process, and
-    some of them twice. Another SIGINT acts as usual. Outside the main thread, where Python allows
-    no handlers, signals keep their meaning.
+    A second SIGTERM is ignored: schedulers send it to every process of a job, some of them twice. A
+    second SIGINT acts as usual. Outside the main thread Python allows no handlers, so signals act
+    as usual there.
     """
 
     def __init__(self) -> None:

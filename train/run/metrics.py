@@ -1,7 +1,7 @@
 """metrics.jsonl: one line per step, cut back to the checkpoint when a run continues.
 
-Its lines are on the disk before a checkpoint of their steps is, so that after a power cut as well
-the file reaches the checkpoint that a run continues from.
+Its lines are on the disk before the checkpoint of their steps. So the file reaches the checkpoint
+that a run continues from, even after a power cut.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def _step(line: bytes, path: Path) -> int:
         return Line.model_validate(parse_json(line)).step
     except ValueError:
         raise RunError(
-            f"{path} has a line that is not of a training run: {line.strip()[:60]!r}; move the "
+            f"{path} has a line that no training run writes: {line.strip()[:60]!r}; move the "
             "file away to continue without the metrics so far."
         ) from None
 
 
 def _kept(path: Path, last_step: int) -> list[bytes]:
-    """The lines up to `last_step`, which must be there without a gap from the first of them on."""
+    """Return the lines up to `last_step`. Raise `RunError` if lines are missing between them."""
     kept: list[bytes] = []
     step = 0
     for line in path.read_bytes().splitlines(keepends=True):
@@ -55,15 +55,15 @@ def _kept(path: Path, last_step: int) -> list[bytes]:
 
 
 class MetricsFile:
-    """Appends lines; each is a JSON object with a `step`. A context manager."""
+    """A context manager that appends lines; each is a JSON object with a `step`."""
 
     def __init__(self, path: Path, last_step: int) -> None:
-        """Keeps the lines up to `last_step`; later ones belong to steps that are done again.
+        """Keep the lines up to `last_step`; steps after it are done again.
 
-        A file that is not there is begun after `last_step`: its first line then says so.
+        If the file is missing, a new one begins after `last_step`.
 
         Raises:
-            RunError: the lines do not reach `last_step`, or some are missing, or are not ours.
+            RunError: the lines do not reach `last_step`, some are missing, or some are foreign.
         """
         self._path = path
         self._file: IO[str] | None = None
@@ -71,8 +71,8 @@ class MetricsFile:
             write_bytes(path, _kept(path, last_step))
 
     def write(self, values: dict[str, Any]) -> None:
-        """One line, handed to the operating system at once."""
-        if self._file is None:  # only now: a file without lines would be one that was cut
+        """Write one line and flush it to the operating system."""
+        if self._file is None:  # opened late: a file without lines would look truncated
             self._file = self._path.open("a", encoding="utf-8")
             sync_folder(self._path.parent)
         self._file.write(json.dumps(values) + "\n")
@@ -97,13 +97,13 @@ class MetricsFile:
 
 
 def last_metrics(path: Path) -> dict[str, Any]:
-    """The last whole line of a metrics file, of a run that may be going on; empty without one."""
+    """Return the last whole line of a metrics file, which a run may be writing; or {}."""
     if not path.exists():
         return {}
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - TAIL_BYTES))
-        lines = file.read().split(b"\n")[:-1]  # what follows the last end of a line is unfinished
+        lines = file.read().split(b"\n")[:-1]  # the text after the last line end is unfinished
     for line in reversed(lines):
         try:
             found: dict[str, Any] = parse_json(line)

@@ -1,4 +1,4 @@
-"""Runs and sweeps with their progress shown in the terminal or the log, and what went wrong."""
+"""Runs and sweeps, with progress in the terminal or the log, and warnings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def train_with_progress(
     device: str,
     cluster: dict[str, Any] | None = None,
 ) -> Any:
-    """See `train.run.trainer.train`; with `cluster`, `train.parallel.ray_train`."""
+    """Train with progress; see `train.run.trainer.train` or, with `cluster`, `ray_train`."""
     with Progress() as progress:
         if cluster is None:
             from sae_harvest.train.run.trainer import train
@@ -34,7 +34,7 @@ def train_with_progress(
 
 
 def sweep_with_progress(found: Any, out: Path) -> Any:
-    """See `train.sweeps.sweep.sweep`."""
+    """Run a sweep with progress; see `train.sweeps.sweep.sweep`."""
     from sae_harvest.train.sweeps.sweep import sweep as train_all
 
     places = found.places
@@ -53,7 +53,7 @@ def sweep_with_progress(found: Any, out: Path) -> Any:
 
 
 def warn(evaluations: dict[str, Any]) -> None:
-    """Say on standard error what evaluations show to have gone wrong."""
+    """Print the problems that evaluations show on standard error."""
     from sae_harvest.train.evaluate import remarks
 
     for name, evaluation in evaluations.items():

@@ -1,7 +1,7 @@
-"""The records in a run's folder as they are read back: values of the types that were written.
+"""The records in a run's folder, with the types that are checked when they are read.
 
-A folder may be damaged, or come from somebody who means harm. Each class is the part of a record
-that is used; `train.run.files.read_record` checks a file against it.
+A folder may be damaged or malicious. Each class describes the fields of a record that are used;
+`train.run.files.read_record` checks a file against it.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from sae_harvest.common.parsing import safe_name
 
-Name = Annotated[str, AfterValidator(safe_name)]  # of a folder inside the record's own
+Name = Annotated[str, AfterValidator(safe_name)]  # name of a folder beside the record
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Record(BaseModel):
-    """Types as in JSON, nothing converted; what a class does not name is let through."""
+    """Base of records: JSON types without conversion; unknown fields are allowed."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
 
 class Figures(Record):
-    """Figures of one choice of held-out rows; None where there are no rows."""
+    """Figures of one choice of held-out rows; None if there are no rows."""
 
     rows: int = Field(ge=0)
     fvu: Finite | None
@@ -32,7 +32,7 @@ class Figures(Record):
 
 
 class Evaluation(Record):
-    """evaluation.json."""
+    """The content of evaluation.json."""
 
     without_outliers: Figures
     with_outliers: Figures
@@ -40,13 +40,13 @@ class Evaluation(Record):
 
 
 class Failure(Record):
-    """failed.json."""
+    """The content of failed.json."""
 
     sentence: str
 
 
 class Run(Record):
-    """run.json."""
+    """The content of run.json."""
 
     format: int
     site: str
@@ -55,14 +55,15 @@ class Run(Record):
 
 
 class Sweep(Record):
-    """sweep.json; passes: names of the members that are trained together."""
+    """The content of sweep.json."""
 
     members: dict[Name, dict[str, Any]] = Field(min_length=1)
     passes: list[list[str]] | None = None
+    """Names of the members that are trained together, pass by pass."""
 
 
 class Line(Record):
-    """A line of metrics.jsonl, of which `train-sae status` shows some."""
+    """A line of metrics.jsonl: the values that `train-sae status` shows."""
 
     step: int = Field(ge=0, lt=2**63)
     tokens: int = Field(0, ge=0, lt=2**63)
@@ -79,9 +80,10 @@ class Loader(Record):
 
 
 class State(Record):
-    """state.json of a checkpoint. xxh3: hashes of its other files, in hex."""
+    """The content of a checkpoint's state.json."""
 
     step: int = Field(ge=1, lt=2**63)
     total_variance: Finite = Field(gt=0)
     loader: Loader
     xxh3: dict[str, str]
+    """File name → xxh3-128 of the checkpoint's other files, in hex."""

@@ -26,13 +26,13 @@ ALONE = ProcessGroup()
 
 
 class BatchStream:
-    """The batches that members are trained on, and what is the same for all of them.
+    """The stream of batches that all members are trained on.
 
     Args:
         config: batch_rows, target_site, order_seed and rule decide the stream.
-        store, site: what is read.
-        device: where batches are wanted.
-        group: of processes that share the work; each gets its part of the rows.
+        store, site: the rows to read.
+        device: device of the batches.
+        group: processes that share the work; each gets its part of the rows.
     """
 
     def __init__(
@@ -65,9 +65,9 @@ class BatchStream:
         )
 
     def sample(self) -> tuple[Tensor, Tensor | None]:
-        """Rows that weights are begun from, float32 [rows, d_in], and their targets if any.
+        """Return the rows that initialise weights, float32 [rows, d_in], and their targets if any.
 
-        The first of the order, whole batches of it: every process of the group has the same.
+        They are the first rows of the order, the same in every process.
         """
         if self._sample is None:
             self.seek(None)
@@ -80,7 +80,7 @@ class BatchStream:
         return self._sample
 
     def seek(self, state: dict[str, Any] | None) -> None:
-        """To where a checkpoint was saved, or to the beginning."""
+        """Move to the position of a checkpoint, or to the beginning."""
         self.loader.load_state(self._beginning if state is None else state)
 
     def close(self) -> None:
@@ -88,7 +88,7 @@ class BatchStream:
 
 
 def first_rows(loader: ShuffledLoader) -> tuple[Tensor, Tensor | None]:
-    """The first SAMPLE_ROWS rows of the loader's order, or an epoch, on the processor."""
+    """Return the first SAMPLE_ROWS rows of the loader's order, or an epoch, on the CPU."""
     batches: list[Batch] = []
     rows = 0
     while rows < SAMPLE_ROWS and len(batches) < loader.batches_per_epoch:
@@ -100,9 +100,10 @@ def first_rows(loader: ShuffledLoader) -> tuple[Tensor, Tensor | None]:
 
 
 class TrainingRun:
-    """One dictionary in training, and the folder it is written to.
+    """One dictionary in training, and its folder.
 
-    With several processes, the first one writes, and each its part of checkpoints and result.
+    With several processes, the first one writes the records, and each process writes its part of
+    checkpoints and of the result.
     """
 
     def __init__(self, config: TrainConfig, out: Path, stream: BatchStream) -> None:
@@ -126,14 +127,14 @@ class TrainingRun:
 
     @property
     def is_live(self) -> bool:
-        """Whether steps remain to be done."""
+        """Whether steps remain and training has not failed."""
         return self.failure is None and self.step < self.config.steps
 
     def begin(self, step: int) -> dict[str, Any] | None:
-        """Starts from scratch at step 0, else from the checkpoint of that step.
+        """Start at step 0 with new weights, or at a later step from its checkpoint.
 
         Returns:
-            The loader's state there, None at the beginning.
+            The loader's state at that step; None at step 0.
         """
         stream = self._stream
         self._saved = step
@@ -158,7 +159,7 @@ class TrainingRun:
 
     @contextmanager
     def logging(self) -> Iterator[None]:
-        """While entered, `record` appends to the metrics file."""
+        """Open the metrics file for `record` while the block runs."""
         path = self.out / METRICS_FILE
         self._log = self._stream.group.together(
             lambda: MetricsFile(path, self.step) if self._writes else None
@@ -171,7 +172,7 @@ class TrainingRun:
             self._log.sync()
 
     def advance(self, batch: Batch) -> None:
-        """One step. Training that diverges is kept as `failure`."""
+        """Do one step. A divergence is kept as `failure`."""
         try:
             self.metrics = self.learner.advance(batch.x, batch.target)
         except Diverged as error:
@@ -181,12 +182,12 @@ class TrainingRun:
                 write_json(self.out / FAILED_FILE, failed)
 
     def record(self, rate: float) -> None:
-        """The last step's metrics, as a line of the metrics file."""
+        """Write the last step's metrics as a line of the metrics file."""
         if self._log is not None and self.failure is None:
             self._log.write({**self.metrics, "tokens_per_second": round(rate)})
 
     def save(self) -> None:
-        """A checkpoint, unless this step has one."""
+        """Save a checkpoint, unless this step has one."""
         if self.failure is not None or self._saved == self.step:
             return
         learner, stream = self.learner, self._stream
@@ -204,7 +205,7 @@ class TrainingRun:
         self._saved = self.step
 
     def result(self) -> Dictionary:
-        """The dictionary for use, written to the folder unless it is there."""
+        """Return the finished dictionary, after writing it to the folder unless it exists there."""
         sae, group = self.learner.result(), self._stream.group
         if group.latent_parts > 1:
             save_part(self.out, sae, self.config.n_latents, group)
@@ -215,5 +216,5 @@ class TrainingRun:
         return sae
 
     def release(self) -> None:
-        """Gives the learner's memory back."""
+        """Free the learner's memory."""
         self._learner = None

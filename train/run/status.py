@@ -27,24 +27,28 @@ REMEDY = "run it again with another --out"
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run.
-
-    step: of the last line of metrics; saved: step of the newest checkpoint, None without;
-    metrics: the last ones; evaluation: of a finished run; failure: the sentence of a failed one.
-    """
+    """The progress of one run."""
 
     name: str
+    """Name of the run."""
     step: int
+    """Step of the last line of metrics; 0 without one."""
     steps: int
+    """Steps of the whole run."""
     saved: int | None
+    """Step of the newest checkpoint; None without one."""
     metrics: dict[str, Any]
+    """The last line of metrics."""
     evaluation: dict[str, Any] | None
+    """Evaluation of a finished run."""
     failure: str | None
+    """Message of a failed run."""
     running: bool
+    """Whether a process holds the folder."""
 
     @property
     def state(self) -> str:
-        """finished, failed, running or unfinished."""
+        """The state: finished, failed, running or unfinished."""
         if self.evaluation is not None:
             return "finished"
         if self.failure is not None:
@@ -53,10 +57,11 @@ class RunStatus:
 
 
 def read_status(out: Path) -> list[RunStatus]:
-    """The run in a folder, or the members of the sweep there.
+    """Return the run in a folder, or the members of the sweep there.
 
     Raises:
-        InputError: there is neither. RunError: a file there is damaged.
+        InputError: there is neither.
+        RunError: a file is damaged.
     """
     if (out / SWEEP_FILE).exists():
         path = out / SWEEP_FILE

@@ -1,8 +1,8 @@
 """The training loop: batches in, checkpoints and metrics out, and at the end a dictionary.
 
-A pass reads one stream of batches and trains any number of members on it, each in a folder of its
-own (`train.run.folder` lists what is in there). A run is a pass with one member; a sweep has more.
-The same call, made again, continues from the newest checkpoint and ends with the same bits.
+A pass reads one stream of batches and trains any number of members on it, each in its own folder
+(`train.run.folder` lists the files). A run is a pass with one member; a sweep has more. Repeating
+the same call continues from the newest checkpoint and ends with the same bits.
 """
 
 from __future__ import annotations
@@ -40,21 +40,22 @@ OnPhase = Callable[[str, int, int, str], None]
 
 @dataclass(frozen=True)
 class RunResult:
-    """The result of a run.
-
-    steps: done; finished: whether that is all of them; metrics: the last ones; evaluation: if
-    finished; signal: that stopped it, SIGTERM say.
-    """
+    """The result of a run."""
 
     steps: int
+    """Steps done."""
     finished: bool
+    """Whether all steps are done."""
     metrics: dict[str, Any]
+    """Metrics of the last step."""
     evaluation: dict[str, Any] | None
+    """Evaluation of a finished run."""
     signal: int | None = None
+    """Number of the signal that stopped the run, such as SIGTERM."""
 
 
 def silent(phase: str, done: int, total: int, rate: str) -> None:
-    """The report of a run that nobody watches."""
+    """Report nothing."""
 
 
 def run_pass(
@@ -63,13 +64,13 @@ def run_pass(
     report: OnPhase,
     asked: Callable[[], bool] = lambda: False,
 ) -> int | None:
-    """Trains members that have begun at one step, until all are done or failed.
+    """Train members that begin at the same step, until all are done or failed.
 
     Args:
-        asked: whether to stop before the next step, beside signals that ask for it.
+        asked: returns whether to stop before the next step; signals stop it as well.
 
     Returns:
-        The signal that stopped it; None when it came to its end.
+        The number of the signal that stopped the pass; None if it came to its end.
     """
     steps = max(member.config.steps for member in members)
     with ExitStack() as stack:
@@ -104,18 +105,18 @@ def train(
     group: ProcessGroup = ALONE,
     asked: Callable[[], bool] = lambda: False,
 ) -> RunResult:
-    """Trains a dictionary, or continues to.
+    """Train a dictionary, or continue its training.
 
     Args:
         config: the run.
-        place: of a sealed activation store. A run that is continued reads the store as it was
-            when the run began, if it has grown since.
+        place: place of a sealed store. A continued run reads the store as it was when the run
+            began, even if it has grown since.
         out: the run's folder.
-        site: which activations; None for the store's only site.
+        site: site to train on; None for the store's only site.
         device: cpu, cuda or auto.
         report: called with phase, done, total and a rate such as "5,120 tokens/s".
-        group: of processes that train this dictionary together; each calls this.
-        asked: whether to stop before the next step; asked before each, beside signals.
+        group: processes that train this dictionary together; each calls this.
+        asked: returns whether to stop before the next step; signals stop it as well.
 
     Raises:
         SaeHarvestError: store, site, device or folder cannot be used; training diverged.
@@ -158,11 +159,11 @@ def evaluate_into(
     config: TrainConfig,
     report: OnPhase,
 ) -> list[dict[str, Any]]:
-    """Writes the evaluations of dictionaries on held-out rows into their folders.
+    """Evaluate dictionaries on held-out rows and write the results into their folders.
 
     Args:
         members: folders and dictionaries; they read the same rows.
-        config: says which rows, and how many.
+        config: decides the rows and their number.
     """
     results = evaluate_all(
         [sae for _, sae in members],

@@ -5,9 +5,9 @@
     unit_norm   x' = sqrt(d) x / |x|
     layer_norm  x' = (x - mean) / (deviation + 1e-5)       mean and deviation of the row's numbers
 
-All but the first give a row about the norm sqrt(d). `layer_norm` is that of OpenAI's
-sparse_autoencoder: the deviation is unbiased (divided by d - 1), the small number is added to it
-and not to the variance.
+All but the first give a row about the norm sqrt(d). `layer_norm` follows OpenAI's
+sparse_autoencoder: the deviation is unbiased (divided by d - 1), and 1e-5 is added to the
+deviation, not to the variance.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor
 from sae_harvest.train.config import SAEConfig
 
 LAYER_NORM_EPS = 1e-5
-MIN_NORM = 1e-12  # a row of zeros stays one
+MIN_NORM = 1e-12  # keeps a row of zeros unchanged
 
 
 def normalise(x: Tensor, config: SAEConfig, out: Tensor | None = None) -> Tensor:
-    """x' of float32 rows [batch, d_in], into `out` if given (which must not be x)."""
+    """Return x' of float32 rows [batch, d_in], written to `out` if given (not x itself)."""
     return normalise_rows(x, config.normalization, config.input_scale, out)
 
 
 def normalise_rows(
     x: Tensor, normalization: str, scale: float, out: Tensor | None = None
 ) -> Tensor:
-    """`normalise` before there is a configuration."""
+    """Return x' of rows without an `SAEConfig`; see `normalise`."""
     if normalization == "unit_norm":
         return torch.div(x, _length(x), out=out)
     if normalization == "layer_norm":
@@ -39,33 +39,34 @@ def normalise_rows(
 
 
 def normalise_target(target: Tensor, config: SAEConfig) -> Tensor:
-    """The target of a transcoder in the units of its output: float32 [batch, d_out]."""
+    """Return the target of a transcoder in the units of its output: float32 [batch, d_out]."""
     return target.float() / config.output_scale
 
 
 def restore(reconstruction: Tensor, x: Tensor | None, config: SAEConfig) -> Tensor:
-    """The reconstruction [batch, d_out] in the units of the model; changed in place.
+    """Return the reconstruction [batch, d_out] in the units of the model; changed in place.
 
-    x: the rows as `normalise` got them; needed where a row is normalised by its own numbers.
+    Args:
+        x: the rows that `normalise` received; needed if a row is normalised by its own numbers.
     """
     if config.normalization == "unit_norm":
         assert x is not None
         return reconstruction.mul_(_length(x))
     if config.normalization == "layer_norm":
         assert x is not None
-        # without the small number: so did the authors of the format, in which such SAEs are shared
+        # without 1e-5, as in sparse_autoencoder, the format in which such SAEs are shared
         deviation, mean = torch.std_mean(x, dim=1, keepdim=True)
         return reconstruction.mul_(deviation).add_(mean)
     return reconstruction.mul_(config.output_scale if config.is_transcoder else config.input_scale)
 
 
 def _length(x: Tensor) -> Tensor:
-    """|x| / sqrt(d), [batch, 1]."""
+    """Return |x| / sqrt(d), [batch, 1]."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return norm.clamp_(min=MIN_NORM).div_(x.shape[1] ** 0.5)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean, and deviation with the small number added, [batch, 1] each."""
+    """Return the mean, and the deviation plus LAYER_NORM_EPS, [batch, 1] each."""
     deviation, mean = torch.std_mean(x, dim=1, keepdim=True)
     return mean, deviation.add_(LAYER_NORM_EPS)

@@ -1,4 +1,4 @@
-"""A trained dictionary: encode rows to a few latents, decode them back, load and save.
+"""A trained SAE: encode rows to a few latents, decode them, load and save.
 
 x' = normalise(x);  c = x' - b_dec           a transcoder: c = x' - b_in
 pi = W_enc c + b_enc                         pre-activations, one per latent
@@ -45,11 +45,11 @@ class SAE:
         config: shape, activation function, normalisation.
         W_enc: float32 [n_latents, d_in]; W_dec: float32 [n_latents, d_out]; a latent is a row.
         b_enc: float32 [n_latents]. b_dec: float32 [d_out].
-        extra: what else `shapes` names: b_in [d_in] of a transcoder; threshold [n_latents], not
-            negative, of batchtopk and jumprelu; r_mag and b_mag [n_latents] of gated.
+        extra: further tensors: b_in [d_in] of a transcoder; threshold [n_latents], not negative,
+            of batchtopk and jumprelu; r_mag and b_mag [n_latents] of gated.
 
     Raises:
-        RunError: the tensors are not those of the configuration.
+        RunError: the tensors do not match the configuration.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class SAE:
 
     @staticmethod
     def shapes(config: SAEConfig) -> dict[str, tuple[int, ...]]:
-        """Shape of each tensor, by name."""
+        """Return the shape of each tensor, by name."""
         n, d_out = config.n_latents, config.width_out
         shapes: dict[str, tuple[int, ...]] = {
             "W_enc": (n, config.d_in),
@@ -106,7 +106,7 @@ class SAE:
         return self.W_enc.device
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name; the tensors themselves, not copies."""
+        """Return the tensors by name; the tensors themselves, not copies."""
         return {
             "W_enc": self.W_enc,
             "W_dec": self.W_dec,
@@ -135,11 +135,11 @@ class SAE:
         return self._low
 
     def weights_changed(self) -> None:
-        """To be called when W_enc was changed in place: the low-precision copy is made anew."""
+        """Mark the low-precision copy as outdated. Call this after changing W_enc in place."""
         self._stale = True
 
     def centre(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """c, float32 [batch, d_in] on the SAE's device, into `out` if given.
+        """Return c, float32 [batch, d_in] on the SAE's device, written to `out` if given.
 
         Raises:
             InputError: x is not [batch, d_in].
@@ -148,7 +148,7 @@ class SAE:
         return normalise(self.check_rows(x), self.config, out).sub_(offset)
 
     def check_rows(self, x: Tensor) -> Tensor:
-        """The rows as float32 on the SAE's device; `InputError` if they are not [batch, d_in]."""
+        """Return rows as float32 on the SAE's device. Raise `InputError` unless [batch, d_in]."""
         if x.dim() != 2 or x.shape[1] != self.config.d_in:
             raise InputError(
                 f"The SAE was trained on {self.config.site} with {self.config.d_in} dimensions, "
@@ -157,23 +157,23 @@ class SAE:
         return x.to(self.device, torch.float32)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The active latents of each row.
+        """Return the active latents of each row.
 
-        A low-precision product finds candidates; exact float32 dot products of those decide, and
-        are the values.
+        A low-precision product finds candidates. Exact float32 dot products of the candidates
+        decide and give the values.
 
         Args:
             x: [batch, d_in], floating point.
 
         Returns:
-            indices: int32 [batch, w]; values: float32 [batch, w], >= 0 and decreasing. A value of
-            0 means that there is nothing at this place or after it. With topk w is k; otherwise it
-            is the largest number of active latents of a row of this batch, at least 1.
+            indices: int32 [batch, w]; values: float32 [batch, w], >= 0 and decreasing. At a
+            value of 0 and after it, a row has no more latents. With topk, w is k; otherwise it is
+            the largest number of active latents of a row of this batch, at least 1.
         """
         return self.encode_centred(self.centre(x))
 
     def encode_centred(self, centred: Tensor) -> tuple[Tensor, Tensor]:
-        """`encode` of rows that `centre` has prepared."""
+        """Encode rows that `centre` has prepared; see `encode`."""
         config, kernels = self.config, self.kernels
         if config.activation == "topk":
             assert config.k is not None
@@ -188,7 +188,7 @@ class SAE:
         return _packed(chosen, self.activate(chosen, pi))
 
     def activate(self, indices: Tensor, pi: Tensor) -> Tensor:
-        """v of pre-activations, float32 [batch, w] of latents [batch, w]; 0 where there is none.
+        """Return v of pre-activations of latents, float32 [batch, w]; 0 where a latent is inactive.
 
         Not for topk, where v depends on the rest of the row.
         """
@@ -202,18 +202,18 @@ class SAE:
         return pi.masked_fill(pi <= self.of_latents("threshold", indices), 0.0)
 
     def of_latents(self, name: str, indices: Tensor) -> Tensor:
-        """One number per pair, [batch, w], of a tensor [n_latents]; latent 0's for index -1."""
+        """Return entries of a tensor [n_latents] at indices [batch, w]; entry 0 for index -1."""
         return self.extra[name][indices.clamp(min=0)]
 
     def decode(self, indices: Tensor, values: Tensor, x: Tensor | None = None) -> Tensor:
-        """Reconstructions, float32 [batch, d_out], from indices and values [batch, any w].
+        """Return reconstructions, float32 [batch, d_out], of indices and values [batch, any w].
 
         Args:
-            x: the rows that were encoded, [batch, d_in]; needed where each row is normalised by
-                its own norm or moments.
+            x: the rows that were encoded, [batch, d_in]; needed if each row is normalised by its
+                own norm or moments.
 
         Raises:
-            InputError: x is needed and missing, or of another shape.
+            InputError: x is needed and missing, or has another shape.
         """
         if self.config.normalization in ROW_NORMALIZATIONS:
             if x is None:
@@ -227,7 +227,7 @@ class SAE:
         return restore(out, x, self.config)
 
     def encode_dense(self, x: Tensor) -> Tensor:
-        """The activation of every latent on each row, 0 where it does not fire.
+        """Return the activation of every latent on each row, 0 where it does not fire.
 
         >>> import torch
         >>> sae = SAE.load("runs/demo/sae")
@@ -245,10 +245,10 @@ class SAE:
         """
         indices, values = self.encode(x)
         dense = torch.zeros(len(indices), self.config.n_latents, device=self.device)
-        return dense.scatter_add_(1, indices.long(), values)  # places without a latent hold 0
+        return dense.scatter_add_(1, indices.long(), values)  # places without a latent add 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction of each row; of a transcoder, the prediction.
+        """Return the reconstruction of each row; for a transcoder, the prediction.
 
         Args:
             x: floating point, [..., d_in]: rows, or contexts of rows.
@@ -267,7 +267,7 @@ class SAE:
     __call__ = forward
 
     def to(self, device: str | torch.device) -> SAE:
-        """The same SAE with its tensors on a device; this one stays as it is.
+        """Return a copy of the SAE with its tensors on a device; this SAE stays unchanged.
 
         >>> SAE.load("runs/demo/sae").to("cpu").device
         device(type='cpu')
@@ -275,7 +275,7 @@ class SAE:
         return SAE(self.config, **{name: t.to(device) for name, t in self.tensors().items()})
 
     def save(self, path: str | Path) -> None:
-        """Writes `sae.safetensors`, then `config.json`, into the folder (made if missing)."""
+        """Write `sae.safetensors`, then `config.json`, into the folder (made if missing)."""
         folder = Path(path)
         new_folder(folder)
         write_tensors(folder / TENSORS_FILE, self.tensors())
@@ -283,10 +283,11 @@ class SAE:
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> SAE:
-        """The SAE saved in a folder.
+        """Return the SAE saved in a folder.
 
         Raises:
-            InputError: the folder holds no SAE. RunError: its files are damaged.
+            InputError: the folder holds no SAE.
+            RunError: its files are damaged.
         """
         folder = Path(path)
         config = cls.read_config(folder)
@@ -302,10 +303,11 @@ class SAE:
 
     @staticmethod
     def read_config(folder: Path) -> SAEConfig:
-        """The configuration of the SAE saved in a folder.
+        """Return the configuration of the SAE saved in a folder.
 
         Raises:
-            InputError: the folder holds no SAE. RunError: the file is damaged.
+            InputError: the folder holds no SAE.
+            RunError: the file is damaged.
         """
         try:
             there = (folder / CONFIG_FILE).is_file()
@@ -326,7 +328,7 @@ class SAE:
 
 
 def _packed(indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Positive pairs first in each row, by decreasing value; as narrow as the widest row."""
+    """Sort each row's pairs by decreasing value, and cut at the widest row's positive pairs."""
     width = max(1, int((values > 0).sum(1).max())) if values.numel() else 1
     if values.shape[1] == 0:
         return indices.new_zeros(len(indices), 1), values.new_zeros(len(values), 1)

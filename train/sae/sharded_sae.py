@@ -1,4 +1,4 @@
-"""A dictionary whose latents are divided among processes: saved, loaded, and used whole."""
+"""An SAE with latents divided among processes: saving, loading, and use as a whole."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ READ_BYTES = 64 << 20
 
 
 def whole_config(sae: SAE, n_latents: int) -> SAEConfig:
-    """The configuration of all latents, of a part's."""
+    """Return the configuration of the whole SAE, from one part."""
     return sae.config.model_copy(update={"n_latents": n_latents})
 
 
 def save_part(folder: Path, sae: SAE, n_latents: int, group: ProcessGroup) -> None:
-    """`SAE.save` by all processes of the group, each its part; the bytes are those of one."""
+    """Save the SAE; each process writes its part. The bytes are those of `SAE.save`."""
     group.together(lambda: new_folder(folder))
     write_slices(folder / TENSORS_FILE, sae.tensors(), n_latents, group)
     config = whole_config(sae, n_latents)
@@ -40,10 +40,10 @@ def save_part(folder: Path, sae: SAE, n_latents: int, group: ProcessGroup) -> No
 
 
 def load_part(folder: Path, device: str, group: ProcessGroup) -> tuple[SAE, int]:
-    """This process's part of the SAE in a folder, and the number of all its latents.
+    """Return this process's part of the SAE in a folder, and the number of all its latents.
 
     Raises:
-        InputError, RunError: as `SAE.load`.
+        InputError, RunError: see `SAE.load`.
     """
     config = SAE.read_config(folder)
     tensors = read_slices(folder / TENSORS_FILE, "The SAE", REMEDY, device, config.n_latents, group)
@@ -55,10 +55,10 @@ def load_part(folder: Path, device: str, group: ProcessGroup) -> tuple[SAE, int]
 
 
 def digest_of(folder: Path) -> str:
-    """`SAE.digest` of the SAE in a folder, which is read piece by piece.
+    """Return the `SAE.digest` of the SAE in a folder, read piece by piece.
 
     Raises:
-        InputError, RunError: as `SAE.load`.
+        InputError, RunError: see `SAE.load`.
     """
     config = SAE.read_config(folder)
     state = xxhash.xxh3_128(config.model_dump_json().encode())
@@ -81,14 +81,13 @@ def digest_of(folder: Path) -> str:
 
 
 class ShardedSAE:
-    """An SAE of which each process holds a part of the latents, to be used as a whole one.
+    """An SAE with latents divided among processes, used like a whole `SAE`.
 
-    All processes call its methods with the same rows and get the same answers: the latents of
-    the whole, and reconstructions from them.
+    All processes call its methods with the same rows and get the same results, for all latents.
     """
 
     def __init__(self, part: SAE, n_latents: int, group: ProcessGroup, digest: str = "") -> None:
-        """digest: of the whole, in the process that writes it down."""
+        """`digest` is that of the whole SAE, needed only in the process that records it."""
         self.config, self.digest = whole_config(part, n_latents), digest
         k = part.config.k and min(part.config.k, part.config.n_latents)
         self._part = SAE(part.config.model_copy(update={"k": k}), **part.tensors())
@@ -96,11 +95,11 @@ class ShardedSAE:
         self._first, self._last = group.latents(n_latents)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Same as `SAE.encode`: indices int32 [batch, w], values float32 [batch, w], decreasing."""
+        """Return indices int32 [batch, w] and values float32 [batch, w], as `SAE.encode` does."""
         indices, values = self._part.encode(x)  # [batch, own w]
         indices = indices + self._first
         indices, values = self._group.gather_pairs(indices, values)  # [batch, all w]
-        # by parts, so that of equal values the lower latent is first
+        # parts are in order, so the lower of two latents with equal values is first
         values, order = values.sort(dim=1, descending=True, stable=True)
         width = max(1, int((values > 0).sum(1).max()))
         if self.config.activation == "topk" and self.config.k is not None:
@@ -109,7 +108,7 @@ class ShardedSAE:
         return indices.gather(1, order), values[:, :width].contiguous()
 
     def decode(self, indices: Tensor, values: Tensor, x: Tensor | None = None) -> Tensor:
-        """Same as `SAE.decode`: reconstructions, float32 [batch, d_out]."""
+        """Return reconstructions, float32 [batch, d_out], as `SAE.decode` does."""
         part = self._part
         here = (indices >= self._first) & (indices < self._last)
         local = (indices - self._first).masked_fill(~here, -1).int().contiguous()  # [batch, w]

@@ -1,7 +1,7 @@
 """Loss against compute: the lower envelope of the training curves of several sizes.
 
-All sizes see the same number of rows, so small ones stop early: what counts at a compute C is the
-least loss that any run has reached by then, and only where a run sets it.
+All sizes see the same number of rows, so small ones end at less compute. The envelope at a compute
+C is the least loss that any run has reached by then. It has a point only where a run lowers it.
 """
 
 from __future__ import annotations
@@ -16,26 +16,28 @@ from sae_harvest.train.scaling.laws import Array
 from sae_harvest.train.scaling.points import RunPoint
 
 PER_OCTAVE = 2  # points of the envelope per doubling of compute
-WINDOW = 0.5  # octaves of compute that one point of a curve is smoothed over
+WINDOW = 0.5  # octaves of compute over which a point of a curve is smoothed
 MIN_STEPS = 3  # in that window
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """flops: compute [points]; fvu: of the best size there; best: its n_latents, int [points].
-
-    inner: bool [points], whether the best is neither the smallest nor the largest size. Where it
-    is one of those, a size that was not trained might have been better, so laws leave it out.
-    """
+    """The least loss that runs reach at each compute."""
 
     flops: Array
+    """Compute in FLOPs, [points]."""
     fvu: Array
+    """FVU of the best size at each point, [points]."""
     best: Array
+    """n_latents of the best size, int [points]."""
     inner: Array
+    """Whether the best size is neither the smallest nor the largest, bool [points].
+
+    Laws leave other points out, since a size that was not trained might be better there."""
 
 
 def envelope(points: Sequence[RunPoint]) -> Envelope:
-    """The envelope of runs at one k; curves of several seeds of a size are averaged (ln FVU)."""
+    """Return the envelope of runs at one k. Seeds of the same size are averaged (ln FVU)."""
     steps = np.arange(
         np.floor(np.log2(min(curve_flops(point)[0] for point in points)) * PER_OCTAVE),
         np.log2(max(point.flops for point in points)) * PER_OCTAVE,
@@ -45,7 +47,7 @@ def envelope(points: Sequence[RunPoint]) -> Envelope:
     for point in points:
         by_size[point.n_latents].append(smooth(curve_flops(point), point.curve_fvu, grid))
     sizes = np.array(sorted(by_size))
-    # a size counts where all of its seeds do: [sizes, grid]
+    # a size counts where all of its seeds have values: [sizes, grid]
     logs = np.stack([np.mean(by_size[int(n)], axis=0) for n in sizes])
     logs = np.where(np.isnan(logs), np.inf, logs)
     best = logs.argmin(0)  # [grid]
@@ -57,15 +59,15 @@ def envelope(points: Sequence[RunPoint]) -> Envelope:
 
 
 def curve_flops(point: RunPoint) -> Array:
-    """Compute behind each value of a run's curve: a batch is measured before its own step."""
+    """Return the compute of each value of a run's curve; a batch is measured before its step."""
     seen = point.curve_tokens - np.diff(point.curve_tokens, prepend=0.0)
     return np.asarray(np.maximum(seen, 1.0) * point.flops_per_token)
 
 
 def smooth(flops: Array, fvu: Array, grid: Array) -> Array:
-    """ln FVU of a curve at each compute of a grid, NaN where the curve has too few steps.
+    """Return ln FVU of a curve at each compute of a grid; NaN where it has too few steps.
 
-    A line through the steps within half a window, in logarithms.
+    Fits a line through the logarithms of the steps in the window.
     """
     found = np.full(len(grid), np.nan)
     logs, values = np.log2(flops), np.log(np.maximum(fvu, 1e-12))

@@ -1,6 +1,6 @@
-"""Scaling laws of a sweep: what fits the runs, and the files that say so.
+"""Scaling laws of a sweep: the fits, and the files with their results.
 
-OUT/scaling.parquet   every point, with what each law predicts there
+OUT/scaling.parquet   every point, with the prediction of each law
 OUT/fits.json         parameters with intervals, R^2
 OUT/*.png             plots (`train.scaling.plots`)
 """
@@ -27,7 +27,7 @@ from sae_harvest.train.scaling.least_squares import DRAWS, Fit, fit
 from sae_harvest.train.scaling.points import RunPoint
 
 MIN_SIZES = 4  # three parameters and one to spare
-MIN_K, MIN_PAIRS = 3, 8  # of L(n, k), six parameters
+MIN_K, MIN_PAIRS = 3, 8  # for L(n, k), which has six parameters
 MIN_INNER = 6  # points of an envelope
 TABLE_FILE, FITS_FILE = "scaling.parquet", "fits.json"
 LATENTS, JOINT, COMPUTE = "L(n)", "L(n,k)", "L(C)"
@@ -35,38 +35,44 @@ LATENTS, JOINT, COMPUTE = "L(n)", "L(n,k)", "L(C)"
 
 @dataclass(frozen=True)
 class Size:
-    """All runs of one n_latents and k: their geometric mean FVU."""
+    """All runs with one n_latents and k."""
 
     n_latents: int
+    """Number of latents."""
     k: int
+    """Active latents per row."""
     fvu: float
+    """Geometric mean FVU of the runs."""
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """Everything that was fitted.
-
-    points: the runs that count; sizes: what the laws of latents were fitted to; by_k: L(n) for
-    each k with enough sizes; joint: L(n, k); envelopes, compute: L(C) for each such k; left_out:
-    why a law is missing; doubts: what a reader of the laws should know.
-    """
+    """All fits of a sweep."""
 
     points: list[RunPoint]
+    """The runs that were used."""
     sizes: list[Size]
+    """The sizes to which the laws of latents were fitted."""
     by_k: dict[int, Fit]
+    """k → L(n), for each k with enough sizes."""
     joint: Fit | None
+    """L(n, k)."""
     envelopes: dict[int, Envelope]
+    """k → envelope of the training curves."""
     compute: dict[int, Fit]
+    """k → L(C), for each k with enough points."""
     left_out: dict[str, str]
+    """Missing law → the reason."""
     doubts: list[str]
+    """Reasons to doubt a law."""
 
 
 def analyse(points: Sequence[RunPoint], draws: int = DRAWS, seed: int = 0) -> Scaling:
-    """Fits every law that the runs allow.
+    """Fit every law that the runs allow.
 
-    Runs of one n_latents and k that differ in seed are averaged (ln FVU): they share what a law
-    leaves out, and as separate points would make its intervals too narrow. Of several learning
-    rates the best one counts.
+    Runs of one n_latents and k with several seeds are averaged (ln FVU): their deviations from a
+    law are correlated, so separate points would make its intervals too narrow. Only the best
+    learning rate of each n_latents and k counts.
 
     Raises:
         InputError: too few sizes for any law.
@@ -122,13 +128,13 @@ def _doubts(k: int, group: Sequence[Size]) -> list[str]:
         return []
     return [
         f"at k {k} the loss is least at {best.n_latents} latents, not at {group[-1].n_latents}: "
-        "the larger sizes have not seen enough rows, so these laws are of the training, not of "
+        "the larger sizes have not seen enough rows, so these laws describe the training and not "
         "the size; train on more tokens"
     ]
 
 
 def best_rates(points: Sequence[RunPoint]) -> list[RunPoint]:
-    """The runs of the learning rate that is best for their n_latents and k."""
+    """Return the runs with the best learning rate for their n_latents and k."""
     losses: dict[tuple[int, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for point in points:
         losses[point.n_latents, point.k][point.lr].append(np.log(point.fvu))
@@ -147,7 +153,7 @@ def _losses(sizes: Sequence[Size]) -> Any:
 
 
 def fits(scaling: Scaling) -> dict[str, Any]:
-    """The content of fits.json: each law's parameters, intervals and R^2."""
+    """Return the content of fits.json: each law's parameters, intervals and R^2."""
     found: dict[str, Any] = {
         "loss": "held-out FVU without outliers; L(C): FVU of training batches before their step",
         "intervals": "parametric bootstrap, scale of the deviations drawn as in Student's t",
@@ -167,9 +173,9 @@ def fits(scaling: Scaling) -> dict[str, Any]:
 
 
 def table(scaling: Scaling) -> pa.Table:
-    """Every point: a row per run (kind run), then the envelopes' (kind envelope).
+    """Return every point: a row per run (kind run), then the envelopes' (kind envelope).
 
-    predicted_n, predicted_nk, predicted_c: FVU by the laws, null where there is none.
+    predicted_n, predicted_nk and predicted_c are the FVU of the laws, null without a law.
     """
     rows: list[dict[str, Any]] = []
     for point in scaling.points:
@@ -231,7 +237,7 @@ SCHEMA = pa.schema(
 
 
 def write(scaling: Scaling, out: Path) -> None:
-    """Writes the table and the fits into the folder, made if missing."""
+    """Write the table and the fits into the folder, made if missing."""
     new_folder(out)
     with replacing(out / TABLE_FILE) as temporary, exact_file(temporary, "wb") as sink:
         pq.write_table(table(scaling), sink)

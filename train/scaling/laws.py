@@ -5,8 +5,8 @@
                            + exp(zeta + eta ln k)
 
 Both from Gao et al. 2024 ("Scaling and evaluating sparse autoencoders"), section 3.1; e and
-exp(zeta + eta ln k) are the loss that no number of latents removes. Laws are fitted in centred
-coordinates, which are nearly independent, and reported in the ones above.
+exp(zeta + eta ln k) are the irreducible loss. Laws are fitted in centred
+coordinates, which are nearly independent, and reported in the parameters above.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
-FRACTIONS = (1e-4, 0.2, 0.4, 0.6, 0.8, 0.95)  # of the least loss, that e is first taken to be
-MIN_FRACTION = 1e-6  # e below this share of the least loss is as good as none
-MIN_B, MAX_B = 1e-4, 5.0  # exponents beyond these say nothing: no fall, or a cliff
+FRACTIONS = (1e-4, 0.2, 0.4, 0.6, 0.8, 0.95)  # first guesses of e, as shares of the least loss
+MIN_FRACTION = 1e-6  # e below this share of the least loss counts as 0
+MIN_B, MAX_B = 1e-4, 5.0  # exponents outside mean no slope, or a cliff
 
 
 class Law(Protocol):
-    """A law with p coordinates. Many sets of coordinates are evaluated at once: [sets, p]."""
+    """A law with p coordinates. Sets of coordinates are evaluated together: [sets, p]."""
 
     least: Array  # [p], lower bounds of the coordinates
     most: Array  # [p], upper bounds
 
     def log_loss(self, theta: Array) -> tuple[Array, Array]:
-        """Log loss [sets, points] at the law's own points, its derivative [sets, points, p]."""
+        """Return the log loss [sets, points] at the law's points, and its derivative [.., p]."""
 
     def starts(self, log_loss: Array) -> Array:
-        """Coordinates to begin from, [sets, p], for log losses [points]."""
+        """Return initial coordinates [sets, p] for log losses [points]."""
 
     def parameters(self, theta: Array) -> dict[str, Array]:
-        """The parameters by their names above, [sets] each."""
+        """Return the parameters by their names above, [sets] each."""
 
     def at(self, points: Any) -> Law:
-        """The same law, centred as it is, at other points."""
+        """Return the same law with the same centre at other points."""
 
 
 class PowerLaw:
     """L(x) = e + a x^-b with e >= 0 and b > 0.
 
-    Coordinates: ln e, ln (a c^-b), ln b, c being the geometric mean of the points it was made
-    with. Points are [points], positive.
+    Coordinates: ln e, ln (a c^-b) and ln b, where c is the geometric mean of the first points.
+    Points are positive, [points].
     """
 
     def __init__(self, x: Array, centre: float | None = None, least: float = -np.inf) -> None:
@@ -117,7 +117,7 @@ class JointLaw:
         trend = np.linalg.lstsq(design, log_loss, rcond=None)[0][1]  # loss against k alone
         for fraction in FRACTIONS:
             for eta in (0.0, trend):
-                # the floor of that slope that touches the loss nowhere
+                # the highest floor of that slope below every loss
                 zeta = np.log(fraction) + float((log_loss - eta * design[:, 1]).min())
                 rest = np.log(loss - np.exp(zeta + eta * design[:, 1]))
                 first = np.linalg.lstsq(self._falling, rest, rcond=None)[0]

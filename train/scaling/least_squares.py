@@ -1,9 +1,10 @@
 """Robust least squares in log space, for many data sets at once, and intervals by bootstrap.
 
-A fit minimises Huber's loss of the differences of logarithms, whose scale is estimated with it
-(Huber 1981, proposal 2), by the Levenberg-Marquardt iteration. Intervals come from a parametric
-bootstrap: data are drawn around the fitted law and fitted again. The scale of each draw is drawn
-too, s * sqrt(df / chi-square(df)), so that few points give the wide intervals of Student's t.
+A fit minimises Huber's loss of the differences of logarithms by the Levenberg-Marquardt iteration.
+The scale of the differences is estimated together with it (Huber 1981, proposal 2). Intervals come
+from a parametric bootstrap: data are drawn around the fitted law and fitted again. The scale of
+each draw is drawn too, s * sqrt(df / chi-square(df)), so few points give wide intervals, as
+Student's t does.
 """
 
 from __future__ import annotations
@@ -15,44 +16,45 @@ import numpy as np
 
 from sae_harvest.train.scaling.laws import Array, Law
 
-HUBER = 1.345  # in scales; 95 % as efficient as squares where noise is Gaussian
+HUBER = 1.345  # in units of the scale; 95 % as efficient as squares for Gaussian noise
 HUBER_SQUARE = 0.71016  # E[min(|z|, HUBER)^2] of a standard Gaussian z
 SCALE_ROUNDS = 20
 ITERATIONS = 400
-TOLERANCE = 1e-15  # share of a cost that a step must gain to count
-PERFECT = 1e-9  # differences of logarithms that rounding explains
+TOLERANCE = 1e-15  # least share of the cost that a step must gain
+PERFECT = 1e-9  # differences of logarithms within rounding
 LEVEL = 0.95
 DRAWS = 1000
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A law fitted to points.
-
-    law: at the points fitted; theta: coordinates [p]; draws: of the bootstrap [draws, p];
-    r2: share of the variance of the log loss that is explained; scale: of what is not, in units
-    of ln loss; points: how many.
-    """
+    """A law fitted to points."""
 
     law: Law
+    """The law at the fitted points."""
     theta: Array
+    """Fitted coordinates, [p]."""
     draws: Array
+    """Coordinates of the bootstrap, [draws, p]."""
     r2: float
+    """Explained share of the variance of the log loss."""
     scale: float
+    """Scale of the residuals, in units of ln loss."""
     points: int
+    """Number of points."""
 
     def predict(self, points: Any) -> Array:
-        """Losses at points, [points]."""
+        """Return the predicted losses at points, [points]."""
         return np.exp(self.law.at(points).log_loss(self.theta[None])[0][0])
 
     def band(self, points: Any) -> tuple[Array, Array]:
-        """Lower and upper end of the law's interval at each point, [points] each."""
+        """Return the lower and upper end of the law's interval at each point, [points] each."""
         losses = self.law.at(points).log_loss(self.draws)[0]  # [draws, points]
         low, high = np.quantile(losses, _ends(), axis=0)
         return np.exp(low), np.exp(high)
 
     def to_json(self) -> dict[str, Any]:
-        """Parameters with their intervals, and how good the fit is."""
+        """Return the parameters with their intervals, and the quality of the fit."""
         draws = self.law.parameters(self.draws)
         return {
             "parameters": {
@@ -71,13 +73,13 @@ class Fit:
 
 
 def fit(law: Law, loss: Array, draws: int = DRAWS, seed: int = 0) -> Fit:
-    """Fits a law to losses at its points.
+    """Fit a law to losses at its points.
 
     Args:
-        law: at the points; there must be more of them than it has coordinates.
-        loss: positive, [points].
-        draws: of the bootstrap.
-        seed: of the draws.
+        law: the law at the points; it needs more points than coordinates.
+        loss: losses, positive, [points].
+        draws: number of draws of the bootstrap.
+        seed: seed of the draws.
     """
     target = np.log(loss)  # [points]
     theta, freedom = _best(law, target)
@@ -104,7 +106,7 @@ def _ends() -> tuple[float, float]:
 
 
 def _best(law: Law, target: Array) -> tuple[Array, int]:
-    """Plain least squares from every start; the best, and the degrees of freedom left."""
+    """Return the best least-squares fit over all starts, and its degrees of freedom."""
     starts = law.starts(target)
     copies = np.repeat(target[None], len(starts), 0)
     found = _solve(law, starts, copies, np.full(len(starts), np.inf))
@@ -113,7 +115,7 @@ def _best(law: Law, target: Array) -> tuple[Array, int]:
 
 
 def _scale(law: Law, theta: Array, target: Array, limit: float, freedom: int) -> float:
-    """Scale of the residuals; those beyond the limit count as the limit."""
+    """Return the scale of the residuals; larger residuals count as the limit."""
     rest = np.square(law.log_loss(theta[None])[0][0] - target)
     if np.isinf(limit):
         return float(np.sqrt(rest.sum() / freedom))
@@ -121,14 +123,14 @@ def _scale(law: Law, theta: Array, target: Array, limit: float, freedom: int) ->
 
 
 def _cost(rest: Array, limit: Array) -> Array:
-    """Huber's loss of residuals [sets, points], summed, [sets]."""
+    """Return Huber's loss of residuals [sets, points], summed over points, [sets]."""
     size, limit = np.abs(rest), limit[:, None]
     inside = np.minimum(size, limit)
     return np.asarray((inside * (size - 0.5 * inside)).sum(1))
 
 
 def _solve(law: Law, theta: Array, target: Array, limit: Array) -> Array:
-    """Levenberg-Marquardt on each set: coordinates [sets, p], targets [sets, points]."""
+    """Fit coordinates [sets, p] to targets [sets, points] by Levenberg-Marquardt."""
     theta = np.clip(theta, law.least, law.most)
     damping = np.full(len(theta), 1e-3)
     values, slopes = law.log_loss(theta)

@@ -1,7 +1,7 @@
 """Plots of scaling laws: points, fitted curves with their bands, on logarithmic axes.
 
-Colours come from viridis, which every kind of colour vision can order; points of different k
-differ in shape as well. matplotlib is imported here only.
+Colours come from viridis, which is ordered for every kind of colour vision. Points of different k
+also differ in shape. Only this module imports matplotlib.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STEPS = 200  # points of a drawn curve
 
 
 def plot(scaling: Scaling, out: Path) -> list[Path]:
-    """Draws every law there is; the files written, as PNG."""
+    """Draw every fitted law as PNG and return the files."""
     written = [_save(out / LATENTS_PLOT, _latents, scaling)]
     if scaling.joint is not None:
         written.append(_save(out / JOINT_PLOT, _joint, scaling))
@@ -59,13 +59,13 @@ def _save(path: Path, draw: Any, scaling: Scaling) -> Path:
 
 
 def _colours(values: Sequence[int]) -> dict[int, Any]:
-    """A colour per value, from dark to light in their order."""
+    """Return a colour per value, from dark to light in their order."""
     shades = mpl.colormaps["viridis"](np.linspace(0.0, 0.85, max(2, len(values))))
     return dict(zip(sorted(values), shades, strict=False))
 
 
 def _latents(figure: Figure, scaling: Scaling) -> None:
-    """L(n) at each k."""
+    """Draw L(n) at each k."""
     axes = figure.subplots()
     colours = _colours(list(scaling.by_k))
     for (k, law), marker in zip(scaling.by_k.items(), MARKERS * len(scaling.by_k), strict=False):
@@ -81,7 +81,7 @@ def _latents(figure: Figure, scaling: Scaling) -> None:
 
 
 def _joint(figure: Figure, scaling: Scaling) -> None:
-    """L(n, k): one curve per k, all of one law."""
+    """Draw L(n, k): one curve per k, all from one law."""
     law = scaling.joint
     assert law is not None
     axes = figure.subplots()
@@ -103,7 +103,7 @@ def _joint(figure: Figure, scaling: Scaling) -> None:
 
 
 def _compute(figure: Figure, scaling: Scaling) -> None:
-    """L(C) and the training curves above it, at the k with the most sizes."""
+    """Draw L(C) and the training curves above it, at the k with the most points."""
     k = max(scaling.compute, key=lambda k: int(scaling.envelopes[k].inner.sum()))
     law, found = scaling.compute[k], scaling.envelopes[k]
     axes = figure.subplots()
@@ -134,7 +134,7 @@ def _compute(figure: Figure, scaling: Scaling) -> None:
 
 
 def _law(axes: Axes, law: Fit, first: float, last: float, colour: Any, label: str) -> None:
-    """A power law with its band and its irreducible loss."""
+    """Draw a power law with its band."""
     line = np.geomspace(first, last, STEPS)
     low, high = law.band(line)
     axes.fill_between(line, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
@@ -155,7 +155,7 @@ def _power_text(law: Fit, name: str) -> str:
 
 
 def _dress(axes: Axes, label: str, sizes: Sequence[int] | None, base: int) -> None:
-    """Logarithmic axes whose ticks are plain numbers."""
+    """Set logarithmic axes with plain numbers at the ticks."""
     axes.set_xscale("log", base=base)
     axes.set_yscale("log")
     axes.set_xlabel(label)

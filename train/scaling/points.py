@@ -1,4 +1,4 @@
-"""Reading a sweep: one point per finished run, and the curve each run took.
+"""Reading a sweep: one point per finished run, with its training curve.
 
 A sweep is a folder of run folders, each with run.json, evaluation.json and metrics.jsonl.
 """
@@ -28,31 +28,37 @@ from sae_harvest.train.sae.sae import SAE
 from sae_harvest.train.scaling.laws import Array
 
 REMEDY = "train it again or move it away"
-# what may differ between the runs of one law
+# settings that may differ between the runs of one law
 FREE = {"n_latents", "k", "seed", "order_seed", "lr", "checkpoint_every", "matryoshka"}
 NAMED = 5  # folders named in an error
 
 
 @dataclass(frozen=True)
 class RunPoint:
-    """One finished run.
-
-    name: of its folder; fvu: held-out, outliers left out; l0: active latents per row there;
-    flops: of the whole training, AuxK left out; tokens: rows trained on; curve_tokens, curve_fvu:
-    [steps], rows seen and the FVU of each training batch before its step.
-    """
+    """One finished run."""
 
     name: str
+    """Name of its folder."""
     n_latents: int
+    """Number of latents."""
     k: int
+    """Active latents per row."""
     seed: int
+    """Seed of the run."""
     lr: float
+    """Learning rate."""
     tokens: int
+    """Rows trained on."""
     flops: float
+    """Operations of the whole training, without AuxK."""
     fvu: float
+    """Held-out FVU without outlier rows."""
     l0: float
+    """Active latents per held-out row."""
     curve_tokens: Array
+    """Rows seen after each step, [steps]."""
     curve_fvu: Array
+    """FVU of each training batch before its step, [steps]."""
 
     @property
     def flops_per_token(self) -> float:
@@ -60,10 +66,11 @@ class RunPoint:
 
 
 def read_sweep(folder: Path) -> list[RunPoint]:
-    """The runs of a sweep, by n_latents, k and seed.
+    """Return the runs of a sweep, by n_latents, k and seed.
 
     Raises:
-        InputError: no runs, failed or unfinished ones, or runs that no one law describes.
+        InputError: there are no runs, failed or unfinished runs, or runs that one law cannot
+            describe.
         RunError: a run's files are damaged.
     """
     places = sorted(path.parent for path in folder.glob(f"*/{RUN_FILE}"))
@@ -96,7 +103,7 @@ def _some(names: list[str]) -> str:
 
 
 def _check_alike(runs: dict[Path, Any], configs: dict[Path, TrainConfig]) -> None:
-    """Same store, site and settings, apart from what a law is a law of."""
+    """Raise `InputError` unless all runs have the same store, site and settings (except FREE)."""
     fields = {
         "site": [run.get("site") for run in runs.values()],
         "store": [run.get("store_digest") for run in runs.values()],
@@ -118,7 +125,7 @@ def _check_alike(runs: dict[Path, Any], configs: dict[Path, TrainConfig]) -> Non
     without = [place.name for place, config in configs.items() if config.k is None]
     if without:
         raise InputError(
-            f"Scaling laws are at a fixed number of active latents, and {_some(without)} has no k "
+            f"Scaling laws need a fixed number of active latents, and {_some(without)} has no k "
             f"(activation {next(iter(configs.values())).activation}); sweep topk, batchtopk, "
             "jumprelu or relu_kl."
         )
@@ -148,7 +155,7 @@ def _point(place: Path, config: TrainConfig) -> RunPoint:
 
 
 def _curve(place: Path) -> tuple[Array, Array]:
-    """Rows seen and FVU of each step."""
+    """Return the rows seen and FVU of each step."""
     path = place / METRICS_FILE
     try:
         with path.open(encoding="utf-8") as lines:

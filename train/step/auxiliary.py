@@ -1,11 +1,11 @@
-"""AuxK (Gao et al. 2024): dead latents reconstruct what the living ones left over.
+"""AuxK (Gao et al. 2024): dead latents reconstruct the error of the other latents.
 
     auxk = auxk_alpha * sum |e_hat - e|^2 / sum |e - mean e|^2,   e = x' - x_hat', a constant
 
-e_hat decodes the k_aux largest pre-activations among dead latents. One choice is made explicit:
-they are not cut by ReLU, nor by a threshold or a gate. A latent that is dead because its
-pre-activations are low would get no gradient through any of those, which is the very case the loss
-is for; without them, every chosen dead latent's encoder row gets one.
+e_hat decodes the k_aux largest pre-activations among dead latents. They are not cut by ReLU, a
+threshold or a gate. A latent that is dead because its pre-activations are low would get no gradient
+through any of these, and the loss is meant for such latents. Without the cut, the encoder row of
+every chosen dead latent gets a gradient.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from sae_harvest.train.step.step_context import StepContext
 
 
 def add_auxiliary(batch: StepContext, slope: Tensor, dead: Tensor) -> float:
-    """Adds the gradients of AuxK to those in the workspace; the loss.
+    """Add the gradients of AuxK to those in the workspace and return the loss.
 
     Args:
         slope: float32 [batch, d_out], the error times `StepContext.error_slope`; overwritten.
-        dead: bool [n_latents].
+        dead: the dead latents, bool [n_latents].
     """
     sae, group, config = batch.sae, batch.group, batch.config
     n_dead = int(group.sum_latents(dead.sum()))
@@ -30,7 +30,7 @@ def add_auxiliary(batch: StepContext, slope: Tensor, dead: Tensor) -> float:
         return 0.0
     residual = slope.mul_(-1 / batch.error_slope)  # e, [batch, d_out]
     spread = batch.spread(residual, batch.squares(residual))
-    if spread == 0:  # one row, or rows that are all off alike
+    if spread == 0:  # one row, or rows that all have the same error
         return 0.0
     k = min(config.auxiliary_k(sae.config.width_out), n_dead)
     indices, values = group.keep_top(*_largest(batch, dead.nonzero().squeeze(1), k), k)
@@ -53,13 +53,13 @@ def add_auxiliary(batch: StepContext, slope: Tensor, dead: Tensor) -> float:
 
 
 def _largest(batch: StepContext, latents: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest pi of each row among `latents` (int64 [n]), or all of them if they are fewer.
+    """Return the k largest pi of each row among `latents` (int64 [n]), or all if they are fewer.
 
     Returns:
         indices int32 [batch, w], values float32 [batch, w], in decreasing order; w >= 1.
     """
     sae, centred = batch.sae, batch.centred
-    if len(latents) == 0:  # the dead ones are with other processes
+    if len(latents) == 0:  # other processes hold the dead latents
         none = torch.full((len(centred), 1), -1, dtype=torch.int32, device=centred.device)
         return none, torch.zeros_like(none, dtype=torch.float32)
     k = min(k, len(latents))

@@ -19,41 +19,50 @@ from sae_harvest.train.sae.sae import SAE
 
 SAMPLE_ROWS = 32_768
 WEISZFELD_STEPS = 50
-WEISZFELD_TOLERANCE = 1e-5  # of the distance moved, relative to the median distance
-BLOCK_LATENTS = 65_536  # drawn from one seed, so that a part of the latents needs no others
-PROBE_ROWS, PROBE_LATENTS = 2048, 4096  # that a quantile of pre-activations is taken over
+WEISZFELD_TOLERANCE = 1e-5  # distance moved over the median distance, below which it stops
+BLOCK_LATENTS = 65_536  # latents drawn from one seed, so that a part can be drawn alone
+PROBE_ROWS, PROBE_LATENTS = 2048, 4096  # sample for a quantile of pre-activations
 ACTIVE_FACTOR = 3.0  # active latents at the start, in units of the k aimed at
 ACTIVE = 100.0  # active latents at the start where no k is given
 MAX_ACTIVE = 1 / 8  # share of the latents that are active at the start, at most
-# All of it in the threshold makes reconstructions far too large at first; none of it, and the
-# thresholds, of which each step changes a small share, grow too slowly to hold the number down.
+# Share of the initial floor that goes into JumpReLU's threshold. With all of it, reconstructions
+# are far too large at first. With none, thresholds grow too slowly to limit the active latents,
+# since each step changes them by a small share.
 JUMP = 0.5
 MIN_THRESHOLD = 1e-3  # its logarithm is trained
-RIDGE = 1e-3  # of the inputs' mean variance, added to it in the linear map
+RIDGE = 1e-3  # ridge of the linear map, in units of the inputs' mean variance
 
 
 @dataclass(frozen=True)
 class Start:
-    """Statistics of the sample that decide the initial weights.
-
-    total_variance: of the normalised target, summed over dimensions. b_dec: float32 [d_out],
-    its geometric median. probe: float32 [rows, d_in], rows as the encoder sees them.
-    Of a transcoder: b_in, float32 [d_in]; linear, float32 [d_out, d_in], the least-squares map.
-    """
+    """Statistics of the sample that decide the initial weights."""
 
     input_scale: float
+    """Divisor of the inputs."""
     total_variance: float
+    """Variance of the normalised target, summed over dimensions."""
     b_dec: Tensor
+    """Geometric median of the normalised target, float32 [d_out]."""
     probe: Tensor | None = None
+    """Rows as the encoder sees them, float32 [rows, d_in]."""
     output_scale: float = 1.0
+    """Divisor of a transcoder's target."""
     b_in: Tensor | None = None
+    """Geometric median of a transcoder's normalised inputs, float32 [d_in]."""
     linear: Tensor | None = None
+    """Least-squares map from a transcoder's inputs to its target, float32 [d_out, d_in]."""
 
 
 def geometric_median(rows: Tensor) -> Tensor:
-    """The point with the least sum of distances to the rows, by Weiszfeld's iteration.
+    """Return the point with the least sum of distances to the rows, by Weiszfeld's iteration.
 
-    Outlying rows pull it far less than they pull the mean. rows: [n, d]; float64 [d].
+    Outliers move it far less than the mean.
+
+    Args:
+        rows: [n, d].
+
+    Returns:
+        float64 [d].
     """
     rows = rows.double()
     point = rows.mean(0)
@@ -75,7 +84,9 @@ def prepare(rows: Tensor, normalization: str, target: Tensor | None = None) -> S
     """Compute the statistics of a sample that a run needs.
 
     Args:
-        rows: [n, d_in]. normalization: as in `TrainConfig`. target: of a transcoder, [n, d_out].
+        rows: rows of the sample, [n, d_in].
+        normalization: as in `TrainConfig`.
+        target: the same rows of a transcoder's target, [n, d_out].
 
     Raises:
         InputError: all rows are equal.
@@ -108,19 +119,19 @@ def initial_sae(
     model: dict[str, Any],
     group: ProcessGroup | None = None,
 ) -> SAE:
-    """Random unit decoder rows, encoder rows along them, b_dec the median.
+    """Return an SAE with random unit decoder rows, parallel encoder rows, and b_dec the median.
 
-    The same for a transcoder means decoder rows that are what the least-squares map A from input
-    to target makes of the encoder's: a row w adds (w c) A w, which is |A w| (w c) times the unit
-    row A w / |A w|, so that its encoder row begins as |A w| w.
+    A transcoder's decoder rows are the images of its encoder rows under the least-squares map A
+    from input to target: a row w adds (w c) A w, which is |A w| (w c) times the unit row
+    A w / |A w|. So its encoder row begins as |A w| w.
 
-    Where values decide what is active, b_enc begins so low that the sample has ACTIVE latents per
-    row, or ACTIVE_FACTOR times the k aimed at. A gate's magnitude begins as its pre-activation;
-    JumpReLU's threshold has the share JUMP of that way. Otherwise b_enc is 0.
+    If values decide which latents are active, b_enc begins so low that the sample has ACTIVE
+    latents per row, or ACTIVE_FACTOR times k. A gate's magnitude begins as its pre-activation.
+    JumpReLU's threshold takes the share JUMP of this floor. Otherwise b_enc is 0.
 
     Args:
-        model: what the store's plan says of the model: its `name` and `weights` are kept.
-        group: the SAE has its part of the latents; none: all of them.
+        model: the model in the store's plan; its `name` and `weights` are kept.
+        group: the SAE holds this process's part of the latents; None for all of them.
     """
     d_in = len(start.b_dec) if start.b_in is None else len(start.b_in)
     first, last = (group or ProcessGroup()).latents(config.n_latents)
@@ -166,9 +177,9 @@ def initial_sae(
 
 
 def random_rows(seed: int, first: int, last: int, n_latents: int, width: int) -> Tensor:
-    """Unit rows of the latents [first, last) of n_latents, float32 [last - first, width].
+    """Return random unit rows of the latents [first, last), float32 [last - first, width].
 
-    Drawn on the processor, block by block, so that every device and every division of the latents
+    They are drawn on the CPU block by block, so every device and every division of the latents
     starts from the same weights.
     """
     rows = torch.empty(last - first, width)
@@ -184,7 +195,7 @@ def random_rows(seed: int, first: int, last: int, n_latents: int, width: int) ->
 
 
 def _weights(config: TrainConfig, start: Start, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """W_enc and W_dec of the latents [first, last), [last - first, d_in] and [.., d_out]."""
+    """Return W_enc and W_dec of the latents [first, last), [last - first, d_in] and [.., d_out]."""
     width = len(start.b_dec) if start.b_in is None else len(start.b_in)
     rows = random_rows(config.seed, first, last, config.n_latents, width)
     if start.linear is None:
@@ -194,11 +205,12 @@ def _weights(config: TrainConfig, start: Start, first: int, last: int) -> tuple[
 
 
 def encoder_length(config: TrainConfig, d_in: int) -> float:
-    """Length of initial encoder rows for which k random latents do not overshoot together.
+    """Return the length of initial encoder rows for which k random latents do not overshoot.
 
-    The k largest of n random unit rows agree with c to z_i |c| / sqrt(d), z_i the largest of n
-    normal numbers, and so with each other: sum_i (w_i c) w_i is too long by a factor of about
-    1 + k E[z^2] / d. E[z^2] above the quantile q that k / n exceed is 1 + q pdf(q) n / k.
+    The k largest of n random unit rows have products z_i |c| / sqrt(d) with c, where z_i are the
+    largest of n normal numbers, so they also overlap: sum_i (w_i c) w_i is too long by a factor of
+    about 1 + k E[z^2] / d. Above the quantile q that a share k / n exceeds, E[z^2] is
+    1 + q pdf(q) n / k.
     Measured on SmolLM2's layer 12, d 576, n 4,608, k 32: 0.704 by least squares, 0.696 by this.
     """
     if config.k is None or config.activation not in ("topk", "batchtopk"):
@@ -212,7 +224,7 @@ def encoder_length(config: TrainConfig, d_in: int) -> float:
 
 
 def sparse_floor(config: TrainConfig, start: Start) -> float:
-    """Threshold that W_enc c exceeds as often as latents should be active at the start."""
+    """Return the floor that W_enc c exceeds as often as latents should be active initially."""
     assert start.probe is not None
     active = ACTIVE if config.k is None else ACTIVE_FACTOR * config.k
     density = min(MAX_ACTIVE, active / config.n_latents)
@@ -223,7 +235,7 @@ def sparse_floor(config: TrainConfig, start: Start) -> float:
 
 
 def _scale(rows: Tensor, normalization: str) -> tuple[float, float]:
-    """The scale that rows [n, d] are divided by, and their total variance after the division."""
+    """Return the divisor of rows [n, d], and their total variance after the division."""
     total = float(rows.double().var(0, correction=0).sum())
     if total == 0:
         raise InputError(
@@ -235,7 +247,7 @@ def _scale(rows: Tensor, normalization: str) -> tuple[float, float]:
 
 
 def _linear_map(rows: Tensor, target: Tensor) -> Tensor:
-    """A of the least |target - A rows|^2 around their means, float32 [d_out, d_in]."""
+    """Return the map A with the least |target - A rows|^2 around means, float32 [d_out, d_in]."""
     rows = rows.double() - rows.double().mean(0)
     target = target.double() - target.double().mean(0)
     square = rows.T @ rows  # [d_in, d_in]

@@ -1,4 +1,4 @@
-"""One dictionary in training: batches in, metrics out. Files, folders and signals are elsewhere."""
+"""One dictionary in training: batches in, metrics out. It knows no files, folders or signals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sae_harvest.train.step.loss_and_gradients import StepResult, train_step
 from sae_harvest.train.step.optimizer import Optimizer
 from sae_harvest.train.step.step_context import Workspace
 
-THRESHOLD_DECAY = 0.999  # share of BatchTopK's threshold kept each step, less in the beginning
+THRESHOLD_DECAY = 0.999  # share of BatchTopK's threshold kept each step; less at the start
 
 
 class Diverged(RunError):
@@ -25,9 +25,9 @@ class Diverged(RunError):
 
 
 class Learner:
-    """An SAE, its optimiser, and since when each latent has been silent.
+    """An SAE, its optimizer, and the time since each latent last fired.
 
-    With a group that divides the latents, everything here is this process's part of them.
+    If a group divides the latents, the learner holds this process's part of them.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Learner:
         total_variance: float,
         group: ProcessGroup | None = None,
     ) -> None:
-        """Before the first step; `begin` and `restore` are the ways in."""
+        """Use `begin` or `restore` instead."""
         self.config, self.sae = config, sae
         self._group = group or ProcessGroup()
         self._total_variance = total_variance
@@ -57,14 +57,15 @@ class Learner:
         model: dict[str, Any],
         group: ProcessGroup | None = None,
     ) -> Learner:
-        """A run's first state.
+        """Return the first state of a run.
 
         Args:
-            site: where the rows come from.
-            sample: rows to set scale, offset and sparsity by, [n, d_in]; the same in every process.
-            target_sample: the same rows of a transcoder's target site, [n, d_out].
+            site: site of the rows.
+            sample: rows that decide scale, offset and sparsity, [n, d_in]; the same in every
+                process.
+            target_sample: the same rows at a transcoder's target site, [n, d_out].
             model: name and weights as in the store's plan.
-            group: the processes that train together; none: this one alone.
+            group: the processes that train together; None for this process alone.
         """
         start = prepare(sample, config.normalization, target_sample)
         sae = initial_sae(config, site, start, device, model, group)
@@ -80,19 +81,19 @@ class Learner:
         device: torch.device,
         group: ProcessGroup | None = None,
     ) -> Learner:
-        """The state that `sae`, `tensors()` and `numbers()` were taken from.
+        """Return the state from which `sae`, `tensors()` and `numbers()` were taken.
 
         Args:
-            sae: on the device; it is trained on, not copied.
+            sae: the SAE, on the device; training changes it in place.
 
         Raises:
-            RunError: they are not of such a run.
+            RunError: they do not fit the configuration.
         """
         first, last = (group or ProcessGroup()).latents(config.n_latents)
         if (sae.config.activation, sae.config.n_latents) != (config.sae_activation, last - first):
             raise RunError(
-                f"The checkpoint is of a {sae.config.activation} SAE with {sae.config.n_latents} "
-                f"latents, this run is of {config.sae_activation} with {last - first}; choose "
+                f"The checkpoint has a {sae.config.activation} SAE with {sae.config.n_latents} "
+                f"latents, this run trains {config.sae_activation} with {last - first}; choose "
                 "another --out."
             )
         learner = cls(config, sae, numbers["total_variance"], group)
@@ -114,26 +115,27 @@ class Learner:
 
     @property
     def tokens(self) -> int:
-        """Rows trained on, of all processes."""
+        """Rows trained on, over all processes."""
         return self.step * self.config.batch_rows
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that a checkpoint needs beside the SAE's own; not copies."""
+        """Return the tensors that a checkpoint needs besides the SAE's own; not copies."""
         return {**self._optimizer.tensors(), "last_fired": self._last_fired}
 
     def numbers(self) -> dict[str, Any]:
-        """The state that a checkpoint needs beside tensors, as JSON."""
+        """Return the numbers that a checkpoint needs besides tensors, as JSON values."""
         return {"step": self.step, "total_variance": self._total_variance}
 
     def result(self) -> SAE:
-        """The dictionary of averaged weights."""
+        """Return the SAE with averaged weights."""
         return self._optimizer.averaged(self.sae)
 
     def advance(self, x: Tensor, target: Tensor | None = None) -> dict[str, Any]:
-        """One step.
+        """Do one step and return its metrics.
 
         Args:
-            x: this process's rows, float32 [rows, d_in]. target: of a transcoder, [rows, d_out].
+            x: this process's rows, float32 [rows, d_in].
+            target: the same rows at a transcoder's target site, [rows, d_out].
 
         Returns:
             step, tokens, loss, fvu, auxk, further losses by name, dead_share,
@@ -181,7 +183,7 @@ class Learner:
         }
 
     def _follow_threshold(self, result: StepResult) -> None:
-        """BatchTopK's threshold: a running mean of the least value that a batch kept."""
+        """Update BatchTopK's threshold, a running mean of the least value that a batch kept."""
         if result.least_kept is not None:
             done = self.step - 1
             keep = min(THRESHOLD_DECAY, (1 + done) / (10 + done))

@@ -1,4 +1,4 @@
-"""Losses and gradients of one batch, latents never dense."""
+"""Losses and gradients of one batch, with sparse latents throughout."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ __all__ = ["StepResult", "Workspace", "train_step"]
 
 @dataclass(frozen=True)
 class StepResult:
-    """Losses and counts of one batch, over all processes; the gradients are in the workspace.
-
-    loss: squared error per row over the data's total variance (nested: its mean over sizes);
-    penalties: further losses by name, weights included; auxk: the AuxK loss, its weight included;
-    fvu: squared error over the batch's own variance; l0: active latents per row;
-    fired: bool [n_latents]; grad_norm: norm of the whole gradient before clipping;
-    least_kept: of batchtopk, the least value it kept, 0 if it cut none off.
-    """
+    """Losses and counts of one batch, over all processes; the gradients are in the workspace."""
 
     loss: float
+    """Squared error per row over the data's total variance (nested: the mean over sizes)."""
     penalties: dict[str, float]
+    """Further losses by name, weights included."""
     auxk: float
+    """The AuxK loss, its weight included."""
     fvu: float
+    """Squared error over the batch's own variance."""
     l0: float
+    """Active latents per row."""
     fired: Tensor
+    """This process's latents that fired, bool [n_latents]."""
     grad_norm: float
+    """Norm of the whole gradient before clipping."""
     least_kept: float | None
+    """The least value that batchtopk kept, 0 if it cut none off; None for other objectives."""
 
     @property
     def total(self) -> float:
@@ -54,18 +55,18 @@ def train_step(
     target: Tensor | None = None,
     group: ProcessGroup | None = None,
 ) -> StepResult:
-    """Gradients of all losses at one batch.
+    """Compute the gradients of all losses at one batch, and return losses and counts.
 
     Args:
-        sae: weights, left alone.
+        sae: the SAE; it is not changed.
         x: float32 [batch, d_in], this process's rows.
         config: the losses and their weights.
         total_variance: variance of the normalised target, summed over dimensions.
-        dead: bool [n_latents].
-        workspace: its gradients are overwritten.
-        step: steps done before, for penalties that grow.
-        target: float32 [batch, d_out], of a transcoder.
-        group: the processes that share this step; none: this one alone.
+        dead: the dead latents, bool [n_latents].
+        workspace: receives the gradients.
+        step: number of earlier steps, for penalties that grow.
+        target: rows of a transcoder's target site, float32 [batch, d_out].
+        group: the processes that share this step; None for this process alone.
     """
     group = group or ProcessGroup()
     batch = _prepare(sae, x, config, total_variance, workspace, step, target, group)
@@ -75,7 +76,7 @@ def train_step(
     spread = batch.spread(batch.target, batch.squares(batch.target))
     into.b_dec = reconstruction.decoder_slope
     if not sae.config.is_transcoder:
-        # the encoder takes b_dec off its input; AuxK, added later, doesn't reach it
+        # the encoder subtracts b_dec from its input; AuxK, added later, has no gradient for it
         into.b_dec = into.b_dec - group.sum_latents(result.pulls @ sae.W_enc)
     group.sum_rows(into.b_dec)
     counts = group.sum_rows(reconstruction.counts)

@@ -12,13 +12,13 @@ from sae_harvest.train.step.step_context import Workspace
 
 
 class Optimizer:
-    """Adam on what an SAE is trained in, and the exponential average of that.
+    """Adam on the trained tensors of an SAE, and their exponential average.
 
-    Thresholds of JumpReLU are trained through their logarithm. A transcoder's b_in stays as it
-    began, and BatchTopK's threshold is a running mean of its own (`train.step.learner`).
+    Thresholds of JumpReLU are trained through their logarithm. A transcoder's b_in is constant, and
+    BatchTopK's threshold is a running mean (`train.step.learner`).
 
-    Gradients come with the decoder's part along its rows already taken out (`train_step`), so a
-    step is: clip, Adam, renormalise decoder rows, average.
+    The decoder's gradients have no part along its rows (`train_step` removes it). So a step is:
+    clip, Adam, normalise decoder rows, average.
     """
 
     def __init__(self, sae: SAE, config: TrainConfig) -> None:
@@ -48,12 +48,12 @@ class Optimizer:
         return found
 
     def step(self, sae: SAE, workspace: Workspace, grad_norm: float) -> None:
-        """Changes the SAE's weights in place.
+        """Change the SAE's weights in place.
 
         Args:
             sae: the weights.
-            workspace: gradients as `train_step` left them.
-            grad_norm: their norm together.
+            workspace: the gradients from `train_step`.
+            grad_norm: norm of the whole gradient.
         """
         config = self._config
         before = self.step_number
@@ -92,11 +92,11 @@ class Optimizer:
         sae.weights_changed()
 
     def averaged(self, sae: SAE) -> SAE:
-        """An SAE of the averaged weights, for use.
+        """Return an SAE with the averaged weights.
 
-        An average of unit rows is a little shorter than one: each latent's length moves from the
-        decoder to the encoder, and to whatever pre-activations are compared with, which leaves
-        its share of the reconstruction as it was. BatchTopK's threshold is for unit rows.
+        The average of unit rows is a little shorter than 1. Each row's length is moved from the
+        decoder to the encoder and to thresholds, which keeps the latent's part of the
+        reconstruction. BatchTopK's threshold is already for unit rows.
         """
         average = self.average
         length = torch.linalg.vector_norm(average["W_dec"], dim=1)  # [n_latents]
@@ -115,5 +115,5 @@ class Optimizer:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """A view [rows, d] of a matrix or a vector."""
+    """Return a view [rows, d] of a matrix or a vector."""
     return tensor.view(1, -1) if tensor.dim() == 1 else tensor

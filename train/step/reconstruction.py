@@ -1,9 +1,9 @@
 """The reconstruction loss of a batch's pairs, and its gradients.
 
 plain        sum |x_hat' - x'|^2 / (rows * total_variance)
-nested       the mean of it over reconstructions from the first m latents, for several m
+nested       the mean of that over reconstructions from the first m latents, for several m
              (Matryoshka; Bussmann et al. 2025, "Learning multi-level features")
-widened      of k latents, plus a weight times the same of 4k (Multi-TopK; Gao et al. 2024)
+widened      plain with k latents, plus a weight times plain with 4k (Multi-TopK; Gao et al. 2024)
 """
 
 from __future__ import annotations
@@ -20,28 +20,27 @@ from sae_harvest.train.step.step_context import StepContext
 
 @dataclass
 class Reconstruction:
-    """Losses, and what the rest of a step needs; gradients are in the batch's workspace.
-
-    loss: as above; squared: squared error of all pairs together, over all processes' rows.
-    slope: float32 [batch, d_out], the error of all pairs times `StepContext.error_slope`.
-    decoder_slope: float32 [d_out], d loss / d x_hat' summed over this process's rows.
-    counts: int64 [n_latents], pairs with a value in this process's rows.
-    terms: further losses by name, weights included.
-    """
+    """Losses and slopes for the rest of a step; gradients are in the batch's workspace."""
 
     loss: float
+    """The reconstruction loss: plain, nested or the narrow part of widened."""
     squared: float
+    """Squared error of all pairs, over all processes' rows."""
     slope: Tensor
+    """Error of all pairs times `StepContext.error_slope`, float32 [batch, d_out]."""
     decoder_slope: Tensor
+    """d loss / d x_hat' summed over this process's rows, float32 [d_out]."""
     counts: Tensor
+    """Pairs with a value in this process's rows, by latent, int64 [n_latents]."""
     terms: dict[str, float] = field(default_factory=dict)
+    """Further losses by name, weights included."""
 
 
 def error_of(batch: StepContext, indices: Tensor, values: Tensor, name: str) -> Tensor:
-    """x_hat' - x' of pairs [batch, w], float32 [batch, d_out], in the buffer of that name."""
+    """Return x_hat' - x' of pairs [batch, w], float32 [batch, d_out], in the named buffer."""
     error = batch.workspace.buffer(name, batch.target)
     if batch.group.latent_part == 0:
-        torch.neg(batch.target, out=error)  # b_dec cancels: it is taken off the target
+        torch.neg(batch.target, out=error)  # b_dec cancels: the target has it subtracted
     else:
         error.zero_()
     batch.sae.kernels.decode(indices, values, batch.sae.W_dec, error)
@@ -51,12 +50,12 @@ def error_of(batch: StepContext, indices: Tensor, values: Tensor, name: str) -> 
 def reconstruct(
     batch: StepContext, pairs: Pairs, add: bool = False, slopes: Tensor | None = None
 ) -> Reconstruction:
-    """The loss that the configuration asks for: plain, or nested.
+    """Return the loss of the configuration, plain or nested, and add its gradients.
 
     Args:
         pairs: with the slopes of penalties as `extra`.
         add: whether gradients are added to those in the workspace.
-        slopes: float32 [batch, w], is set to d loss / d v.
+        slopes: receives d loss / d v, float32 [batch, w].
     """
     if batch.config.matryoshka:
         return _nested(batch, pairs, add, slopes)
@@ -69,8 +68,12 @@ def reconstruct(
 
 
 def _nested(batch: StepContext, pairs: Pairs, add: bool, slopes: Tensor | None) -> Reconstruction:
-    """A latent is in every reconstruction whose size exceeds its number, so its error is their
-    sum: errors are made from the smallest to the largest, and summed from the largest back."""
+    """Return the nested loss.
+
+    A latent is part of every reconstruction of a size above its number, so its gradient comes from
+    the sum of their errors. Errors are computed from the smallest size to the largest, and summed
+    from the largest back.
+    """
     sizes = batch.config.matryoshka
     first, last = batch.group.latents(batch.config.n_latents)
     edges = [min(max(size, first), last) - first for size in (0, *sizes)]  # in local numbers
@@ -102,12 +105,12 @@ def _nested(batch: StepContext, pairs: Pairs, add: bool, slopes: Tensor | None) 
 
 
 def widened(batch: StepContext, narrow: Pairs, wide: Pairs, weight: float) -> Reconstruction:
-    """Multi-TopK.
+    """Return the loss of Multi-TopK.
 
     Args:
-        narrow: the k largest of each row. wide: the 4k largest; the first of them stand where
-            they stand in `narrow`, or nowhere there.
-        weight: of the loss of `wide`.
+        narrow: the k largest pairs of each row.
+        wide: the 4k largest pairs; a pair in both has the same place in both.
+        weight: weight of the loss of `wide`.
     """
     error = error_of(batch, narrow.indices, narrow.values, "error")
     squared = batch.squares(error)

@@ -1,4 +1,4 @@
-"""One batch on its way through a training step, and the buffers that it uses."""
+"""The values of one batch during a training step, and its buffers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from sae_harvest.train.parallel.process_group import ProcessGroup
 from sae_harvest.train.sae.kernels import Gradients
 from sae_harvest.train.sae.sae import SAE
 
-ROUNDING = 1e-5  # share of a sum of squares that float32 rounding may leave of its spread
-DENSE_PAIRS = 512  # active latents per row that are few, however many latents there are
-DENSE_SHARE = 1 / 8  # of the latents: more active ones per row are no longer few
+ROUNDING = 1e-5  # share of a sum of squares below which its spread is float32 rounding
+DENSE_PAIRS = 512  # active latents per row that are always few enough
+DENSE_SHARE = 1 / 8  # largest share of active latents per row, if that is more
 
 
 class Workspace:
-    """Gradients and batch-sized buffers, kept from step to step: fresh pages cost a third more.
+    """Gradients and batch-sized buffers, kept between steps: fresh pages cost a third more time.
 
-    gradients: of W_enc, W_dec, b_enc and b_dec. extra: float32 [n_latents] by name, of what else
-    is trained; `threshold` stands for the logarithm of thresholds.
+    Attributes:
+        gradients: gradients of W_enc, W_dec, b_enc and b_dec.
+        extra: name → gradient of other trained tensors, float32 [n_latents]; `threshold` is that
+            of the logarithm of thresholds.
     """
 
     def __init__(self, sae: SAE, batch_rows: int) -> None:
@@ -32,7 +34,7 @@ class Workspace:
         self._buffers: dict[str, Tensor] = {}
 
     def buffer(self, name: str, like: Tensor) -> Tensor:
-        """A float32 tensor of the shape of `like`, [batch, d], of any content."""
+        """Return a float32 tensor of the shape of `like`, [batch, d], with any content."""
         if name not in self._buffers:
             rows = max(self._rows, len(like))
             self._buffers[name] = like.new_empty(rows, like.shape[1], dtype=torch.float32)
@@ -41,23 +43,26 @@ class Workspace:
 
 @dataclass(frozen=True)
 class StepContext:
-    """Values that the parts of a step share.
-
-    centred: float32 [batch, d_in], what the encoder sees. target: float32 [batch, d_out], the
-    normalised target less b_dec; of an SAE the same tensor as `centred`.
-    n_rows: rows of all processes. total_variance: of the normalised target, summed over
-    dimensions. penalty_share: how much of l1, kl or l0 counts in this step.
-    """
+    """Values that the parts of a step share."""
 
     sae: SAE
+    """The SAE, or this process's part of it."""
     config: TrainConfig
+    """The configuration of the run."""
     group: ProcessGroup
+    """The processes that share the step."""
     workspace: Workspace
+    """Gradients and buffers."""
     centred: Tensor
+    """Input of the encoder, float32 [batch, d_in]."""
     target: Tensor
+    """Normalised target minus b_dec, float32 [batch, d_out]; for an SAE the same as `centred`."""
     n_rows: int
+    """Rows of all processes."""
     total_variance: float
+    """Variance of the normalised target, summed over dimensions."""
     penalty_share: float
+    """Factor of l1, kl or l0 in this step."""
 
     @property
     def error_slope(self) -> float:
@@ -81,23 +86,23 @@ class StepContext:
         return float(self.group.sum_latents(self.group.sum_rows(total)))
 
     def latent_sums(self, indices: Tensor, terms: Tensor) -> Tensor:
-        """Sums of per-pair terms [batch, w] by latent over all processes' rows, [n_latents]."""
+        """Sum of per-pair terms [batch, w] by latent over all processes' rows, [n_latents]."""
         sums = self.sae.kernels.latent_sums(indices, terms, len(self.sae.W_enc))
         return self.group.sum_rows(sums)
 
     def above(self, floor: Tensor) -> tuple[Tensor, Tensor]:
-        """The pairs whose pre-activation exceeds their latent's floor, float32 [n_latents].
+        """Return the pairs with a pre-activation above their latent's floor, float32 [n_latents].
 
         Returns:
             indices: int32 [batch, w], -1 for none; pi: float32 [batch, w], -inf for none.
 
         Raises:
-            RunError: they are so many that nothing here is sparse any more.
+            RunError: too many pairs to compute with.
         """
         sae = self.sae
         indices = sae.kernels.choose_above(self.centred, sae.low, sae.b_enc, floor)  # [batch, w]
         pi = sae.kernels.preactivations(self.centred, sae.W_enc, sae.b_enc, indices)
-        below = pi <= floor[indices.clamp(min=0)]  # NaN is kept, to be seen in the loss
+        below = pi <= floor[indices.clamp(min=0)]  # NaN is kept, so that the loss shows it
         active = self.total(~below) / self.n_rows
         if active > max(DENSE_PAIRS, DENSE_SHARE * self.config.n_latents):
             raise RunError(

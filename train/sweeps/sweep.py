@@ -1,11 +1,11 @@
 """Many dictionaries trained on one stream of batches.
 
     OUT/sweep.json          the members, and which of them are trained together
-    OUT/<member>/           as of `train-sae run` with the same settings; the same bits
+    OUT/<member>/           the folder of a run, with the same bits as from `train-sae run`
 
-A member that diverges is recorded in its folder as failed, and the others go on. Batches are read
-once for all members of a pass. Members that do not fit into memory
-together are trained in several passes; that is foreseen from what each takes, not tried out.
+A member that diverges is recorded in its folder as failed, and the others continue. Batches are
+read once for all members of a pass. Members that do not fit into memory together are trained in
+several passes. This is decided from an estimate of each member's memory.
 """
 
 from __future__ import annotations
@@ -41,25 +41,29 @@ from sae_harvest.train.run.trainer import OnPhase, evaluate_into, run_pass, sile
 from sae_harvest.train.sae.sharded_sae import Dictionary
 
 SWEEP_FILE, PASSES = "sweep.json", "passes"
-USABLE = 0.9  # of the memory that is free: what else runs on the machine needs some, too
+USABLE = 0.9  # share of the free memory; other programs need some, too
 
 Announce = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class MemberResult:
-    """evaluation: of a finished member; failure: the sentence of a failed one."""
+    """The result of one member; both fields are None if it has not ended."""
 
     evaluation: dict[str, Any] | None
+    """Evaluation of a finished member."""
     failure: str | None
+    """Message of a failed member."""
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """members: by name, in the file's order; signal: that stopped the sweep."""
+    """The result of a sweep."""
 
     members: dict[str, MemberResult]
+    """Results by name, in the order of the file."""
     signal: int | None
+    """Number of the signal that stopped the sweep."""
 
     @property
     def finished(self) -> bool:
@@ -80,19 +84,21 @@ def sweep(
     report: OnPhase = silent,
     announce: Announce = lambda text: None,
 ) -> SweepResult:
-    """Trains members on one stream, or continues to.
+    """Train members on one stream, or continue their training.
 
     Args:
-        members: configurations by name, of one stream of batches (`train.sweeps.sweepfile`).
-        place: of a sealed activation store.
+        members: configurations by name, with the same stream of batches
+            (`train.sweeps.sweepfile`).
+        place: place of a sealed activation store.
         out: the sweep's folder.
-        site: which activations; None for the store's only site.
+        site: site to train on; None for the store's only site.
         device: cpu, cuda or auto.
         report: called with phase, done, total and a rate.
         announce: called with a sentence, before each pass.
 
     Raises:
-        SaeHarvestError: store, site, device or folder cannot be used; a member fits no memory.
+        SaeHarvestError: store, site, device or folder cannot be used; a member does not fit into
+            memory.
     """
     out = Path(out)
     chosen = torch.device(choose_device(device))
@@ -114,7 +120,7 @@ def sweep(
 def describe_sweep(
     members: Mapping[str, TrainConfig], store: ActivationStore, site: str
 ) -> dict[str, Any]:
-    """The inputs that decide the results of a sweep, as kept in sweep.json."""
+    """Return the inputs that decide the results of a sweep, as kept in sweep.json."""
     return {
         "format": FORMAT,
         "site": site,
@@ -126,14 +132,14 @@ def describe_sweep(
 def passes(
     groups: Sequence[Sequence[str]], needs: Mapping[str, int], available: int
 ) -> list[list[str]]:
-    """Groups of members that fit into memory together, out of groups that need not.
+    """Split groups of members into groups that fit into memory together.
 
     First-fit by decreasing need, which takes at most a quarter more passes than there must be.
 
     Args:
         groups: members that may be trained together.
         needs: bytes of each member.
-        available: bytes there are.
+        available: bytes of usable memory.
 
     Raises:
         RunError: one member alone does not fit.
@@ -162,12 +168,12 @@ def passes(
 
 
 def common_step(saved: Sequence[Sequence[int]]) -> int:
-    """The newest step that all members have a checkpoint of; 0, the beginning, they all have."""
+    """Return the newest step of which all members have a checkpoint; at least 0."""
     return max(set[int].intersection(*({0, *steps} for steps in saved)), default=0)
 
 
 def read_result(folder: Path) -> MemberResult:
-    """The result of the run in a folder, or None if it has not ended."""
+    """Return the result of the run in a folder, or None if it has not ended."""
     failure = failure_of(folder)
     if failure is not None:
         return MemberResult(None, failure)
@@ -181,7 +187,7 @@ def _train(
     report: OnPhase,
     announce: Announce,
 ) -> int | None:
-    """Pass after pass, then the evaluations; the signal that stopped it."""
+    """Run pass after pass, then the evaluations. Return the signal that stopped the sweep."""
     record = read_record(out / SWEEP_FILE, SweepRecord, "The sweep", "choose another --out")
     results = {name: read_result(out / name) for name in members}
     left = [name for name, result in results.items() if result == MemberResult(None, None)]
@@ -213,7 +219,7 @@ def _train(
 def _pass(
     configs: Mapping[str, TrainConfig], out: Path, stream: BatchStream, report: OnPhase
 ) -> int | None:
-    """Members that fit into memory together: trained, written, evaluated."""
+    """Train, write and evaluate members that fit into memory together. Return the signal."""
     training = [TrainingRun(config, out / name, stream) for name, config in configs.items()]
     saved = {member.out: saved_steps(member.out) for member in training}
     done = [m for m in training if m.config.steps in saved[m.out]]

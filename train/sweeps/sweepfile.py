@@ -1,4 +1,4 @@
-"""The file of a sweep: what all members share, and the values that tell them apart.
+"""The file of a sweep: the settings that all members share, and the values that distinguish them.
 
     store: runs/demo/store        any key of `train-sae run --config`
     out: runs/demo/sweep
@@ -9,8 +9,8 @@
     runs:                         and each of these; a name is optional
       - {activation: jumprelu, k: 32, n_latents: 8192, name: jump}
 
-All members are trained on one stream of batches, so that what decides the stream is the same for
-all. `order_seed` is, unless given, the `seed` above: seeds in the grid change weights alone.
+All members are trained on one stream of batches, so the settings that decide the stream are the
+same for all. `order_seed` is by default the `seed` above: seeds in the grid change only weights.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.options import Places, RunSettings
 
 GRID, RUNS, NAME = "grid", "runs", "name"
-# the stream of batches, and when all are saved and what all are judged on
+# settings of the stream of batches, of checkpoints and of evaluation
 SHARED = ("batch_rows", "target_site", "order_seed", "rule", "checkpoint_every", "eval_rows")
 ONLY = "run"  # name of the member of a sweep that has one
 MAX_NAME_BYTES = 120  # bytes; file systems end at 255
@@ -48,17 +48,17 @@ class Sweep:
 
 
 def read_sweep_file(path: Path, options: Mapping[str, Any]) -> Sweep:
-    """The sweep of a YAML file; as `parse_sweep`."""
+    """Return the sweep of a YAML file; see `parse_sweep`."""
     return parse_sweep(read_yaml(path), shown(path), options)
 
 
 def parse_sweep(found: Mapping[str, Any], where: str, options: Mapping[str, Any]) -> Sweep:
-    """The sweep that a file's content describes.
+    """Return the sweep that a file's content describes.
 
     Args:
         found: the content.
-        where: what to call it in errors.
-        options: store, out, site and device that were typed; they win over the file.
+        where: name of the file in errors.
+        options: typed options (store, out, site, device); they take precedence over the file.
 
     Raises:
         click.UsageError: it is not a sweep; names the file, the member and the key.
@@ -82,7 +82,7 @@ def parse_sweep(found: Mapping[str, Any], where: str, options: Mapping[str, Any]
 
 
 def _variants(found: Mapping[str, Any], file: str) -> Iterator[tuple[str | None, dict[str, Any]]]:
-    """The name, if it has one, and the values of each member that tell it apart."""
+    """Yield each member's name, if it has one, and the values that distinguish it."""
     grid, runs = found.get(GRID), found.get(RUNS)
     if grid is not None:
         if not isinstance(grid, dict) or not all(
@@ -119,7 +119,7 @@ def _is_name(name: object) -> bool:
 
 
 def _check_keys(values: Mapping[Any, Any], where: str, file: str) -> None:
-    """Keys of a grid or a run are settings of one member."""
+    """Raise `click.UsageError` unless the keys of a grid or a run are settings of one member."""
     for key in values:
         if key in Places.model_fields or key in SHARED:
             raise click.UsageError(
@@ -131,7 +131,7 @@ def _check_keys(values: Mapping[Any, Any], where: str, file: str) -> None:
 
 
 def _names(variants: list[tuple[str | None, dict[str, Any]]], file: str) -> list[str]:
-    """Names of folders: given ones, else the values that tell a member apart."""
+    """Return the names of folders: given names, else the values that distinguish a member."""
     names = [name or _spelled(values) for name, values in variants]
     for name, count in Counter(names).items():
         if count > 1:
@@ -148,7 +148,7 @@ def _names(variants: list[tuple[str | None, dict[str, Any]]], file: str) -> list
 
 
 def _spelled(values: Mapping[str, Any]) -> str:
-    """`k=32,n_latents=4096`, in the file's order."""
+    """Return a name such as `k=32,n_latents=4096`, in the order of the file."""
 
     def text(value: Any) -> str:
         if isinstance(value, list):
@@ -161,19 +161,19 @@ def _spelled(values: Mapping[str, Any]) -> str:
 def _one_order(
     members: dict[str, TrainConfig], shared: Mapping[str, Any]
 ) -> dict[str, TrainConfig]:
-    """The members with one order of rows, that of the sweep's seed, unless the file gives one."""
+    """Return the members with the same order of rows: the file's, or that of the sweep's seed."""
     if shared.get("order_seed") is not None:
         return members
     seed = shared.get("seed", TrainConfig.model_fields["seed"].default)
     return {
-        # the one whose seed it is stays as `train-sae run` would have it
+        # a member with this seed stays as `train-sae run` would have it
         name: config if config.seed == seed else config.model_copy(update={"order_seed": seed})
         for name, config in members.items()
     }
 
 
 def _check(members: dict[str, TrainConfig], file: str) -> None:
-    """Different names, different configurations."""
+    """Raise `click.UsageError` if two members have the same configuration."""
     seen: dict[str, str] = {}
     for name, config in members.items():
         other = seen.setdefault(config.model_dump_json(), name)

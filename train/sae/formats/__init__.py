@@ -5,8 +5,8 @@
     sparsify             a folder of EleutherAI's sparsify (eai-sparsify)
     dictionary_learning  a folder of dictionary_learning, ae.pt and config.json
 
-What a format cannot hold is folded into the weights where that is exact, and refused otherwise.
-Latents keep their values: what was said about a latent holds for the exported file.
+Fields that a format lacks are folded into the weights if that is exact, and refused otherwise.
+Latents keep their activations, so results about a latent hold for the exported file.
 `docs/formats.md` has the table.
 """
 
@@ -34,24 +34,24 @@ class Format(Protocol):
     """The functions that each module of this package offers."""
 
     def read(self, path: Path, given: Origin) -> SAE:
-        """The SAE at the path. Raises InputError if it is none, or one that SAE cannot be."""
+        """Return the SAE at the path. Raise `InputError` if there is none that we support."""
 
     def write(self, sae: SAE, path: Path) -> None:
-        """Writes the file or folder. Raises InputError if the format cannot hold the SAE."""
+        """Write the file or folder. Raises InputError if the format cannot hold the SAE."""
 
 
 def format_named(name: str) -> Format:
-    """The module of a format. Raises InputError, naming the formats there are."""
+    """Return the module of a format. Raise `InputError`, naming the formats, for another name."""
     if name not in FORMATS:
         raise InputError(f"There is no format {name!r}; choose one of {', '.join(FORMATS)}.")
     return cast(Format, import_module(f"sae_harvest.train.sae.formats.{name}"))
 
 
 def detect_format(path: Path) -> str | None:
-    """Name of the format of a file or folder, by the files that are there; None for ours.
+    """Return the format's name of a file or folder, from its file names; None for ours.
 
     Raises:
-        InputError: it is none of them.
+        InputError: the format is unknown.
     """
     names = {item.name for item in path.iterdir()} if path.is_dir() else set()
     if "config.json" in names and "sae.safetensors" in names:
@@ -75,7 +75,7 @@ def load_sae(
     site: str | None = None,
     target_site: str | None = None,
 ) -> SAE:
-    """Load an SAE of ours or of another package, whichever the path holds.
+    """Load an SAE of sae-harvest or of another package.
 
     >>> load_sae("runs/demo/sae").config.activation
     'topk'
@@ -83,12 +83,12 @@ def load_sae(
     Args:
         path: folder of sae-harvest, SAELens 6, sparsify or dictionary_learning, or a `.pt` file of
             OpenAI's sparse_autoencoder.
-        device: where its tensors are wanted, "cpu" or "cuda".
-        site: which activations it reads, such as "resid_post.12", if its files do not say.
-        target_site: which activations a transcoder predicts, if its files do not say.
+        device: device of its tensors, "cpu" or "cuda".
+        site: site that it reads, such as "resid_post.12", if its files do not say.
+        target_site: site that a transcoder predicts, if its files do not say.
 
     Raises:
-        InputError: the path holds no SAE, or one that ours cannot be, or the site is not known.
+        InputError: the path holds no SAE, the SAE is not supported, or the site is not known.
         RunError: a file is damaged.
     """
     from sae_harvest.train.sae.formats.reading import Origin
@@ -102,7 +102,7 @@ def load_sae(
 
 
 def export_sae(folder: Path, name: str, out: Path) -> SAE:
-    """Writes the SAE of a folder in another package's format, where nothing is yet.
+    """Write the SAE of a folder in another package's format. `out` must not exist.
 
     Raises:
         InputError: the folder holds no SAE, the format cannot hold it, or `out` exists.
@@ -118,11 +118,11 @@ def export_sae(folder: Path, name: str, out: Path) -> SAE:
 
 
 def import_sae(name: str, path: Path, out: Path, given: Origin) -> SAE:
-    """Saves the SAE that another package has written as ours, where nothing is yet.
+    """Save an SAE of another package in our own format. `out` must not exist.
 
     Raises:
-        InputError: the path holds no SAE of the format, or one that ours cannot be, or `out`
-            exists. RunError: a file is missing or damaged.
+        InputError: the path holds no SAE of the format, the SAE is not supported, or `out` exists.
+        RunError: a file is missing or damaged.
     """
     peer = format_named(name)
     _must_be_free(out)
@@ -134,7 +134,7 @@ def import_sae(name: str, path: Path, out: Path, given: Origin) -> SAE:
 
 @contextmanager
 def _whole(out: Path) -> Iterator[Path]:
-    """A file or folder to write, which is called `out` once all of it is there."""
+    """Yield a temporary file or folder that gets the name `out` when the block ends."""
     new_folder(out.parent)
     with writing(out), making(out) as temporary:
         yield temporary

@@ -1,7 +1,7 @@
-"""dictionary_learning 0.1: a folder with ae.pt and config.json, which names the class in it.
+"""dictionary_learning 0.1: a folder with ae.pt and config.json, which names the class.
 
     AutoEncoder            relu       bias [d]
-    AutoEncoderNew         relu       decoder.bias [d], not taken off the rows; read only
+    AutoEncoderNew         relu       decoder.bias [d], not subtracted from the rows; read only
     GatedAutoEncoder       gated      decoder_bias [d]  r_mag [n]  gate_bias [n]  mag_bias [n]
     AutoEncoderTopK        topk       b_dec [d]  k  threshold, -1 for none
     BatchTopKSAE           batchtopk  b_dec [d]  k  threshold
@@ -11,8 +11,8 @@
     MatryoshkaBatchTopKSAE batchtopk  the same, but b_dec taken off, k, threshold, group_sizes;
                                       read only
 
-Rows come as the model gives them: that package folds the factor it normalises with when it saves,
-and so do we; a normalisation by row is refused. It has no transcoders.
+Rows are in the units of the model: that package folds its normalisation factor when it saves, and
+so do we. A normalisation of each row is refused. The format has no transcoders.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ CLASSES = {
 
 
 def write(sae: SAE, path: Path) -> None:
-    """Writes the folder; see `train.sae.formats.Format`."""
+    """Write the folder; see `train.sae.formats.Format`."""
     config = sae.config
     if config.is_transcoder:
         raise refusal(PACKAGE, "has no transcoders", "export it as saelens or sparsify")
@@ -84,7 +84,7 @@ def write(sae: SAE, path: Path) -> None:
 
 
 def _state(sae: SAE, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the class's state_dict, under its names."""
+    """Return the tensors of the class's state_dict, under its names."""
     activation, b_dec = sae.config.activation, tensors["b_dec"]
     if activation == "jumprelu":
         tensors = absorb(tensors, b_dec)  # rows come uncentred
@@ -115,7 +115,7 @@ def _state(sae: SAE, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read(path: Path, given: Origin) -> SAE:
-    """The SAE in the folder; see `train.sae.formats.Format`."""
+    """Return the SAE in the folder; see `train.sae.formats.Format`."""
     fields = settings(path, CONFIG_FILE, PACKAGE)
     trainer = fields.need("trainer", dict)
     name = trainer.get("dict_class")
@@ -137,7 +137,7 @@ def read(path: Path, given: Origin) -> SAE:
 
 
 def _k(tensors: Tensors, stated: Any, path: Path) -> int:
-    """The number of latents: of ae.pt, or of config.json, where older versions keep it alone."""
+    """Return k from ae.pt, or from config.json, where older versions keep it."""
     stated = stated if isinstance(stated, int) and not isinstance(stated, bool) else None
     if not tensors.has("k"):
         if stated is None:
@@ -155,7 +155,7 @@ def _k(tensors: Tensors, stated: Any, path: Path) -> int:
 
 
 def _linear(tensors: Tensors, bias: str, b_dec: str) -> dict[str, Tensor]:
-    """Weights of the classes made of two linear layers."""
+    """Return the weights of the classes made of two linear layers."""
     W_enc = tensors.take("encoder.weight", None, None)
     n, d = W_enc.shape
     return {
@@ -167,7 +167,7 @@ def _linear(tensors: Tensors, bias: str, b_dec: str) -> dict[str, Tensor]:
 
 
 def _transposed(tensors: Tensors) -> dict[str, Tensor]:
-    """Weights of the classes with W_enc [d, n]."""
+    """Return the weights of the classes with W_enc [d, n]."""
     W_enc = tensors.take("W_enc", None, None).T.contiguous()
     n, d = W_enc.shape
     return {
@@ -197,13 +197,13 @@ def _gated(tensors: Tensors, path: Path) -> tuple[dict[str, Any], dict[str, Tens
 def _jumprelu(tensors: Tensors, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     taken = _transposed(tensors)
     taken = absorb(taken, -taken["b_dec"])
-    # below a threshold under 0 its ReLU still lets nothing through
+    # with a negative threshold its ReLU still cuts at 0
     taken["threshold"] = tensors.take("threshold", len(taken["b_enc"])).clamp(min=0)
     return {"activation": "jumprelu"}, taken
 
 
 def _topk(tensors: Tensors, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    tensors.drop("threshold")  # used only when asked for; its encode takes the k largest
+    tensors.drop("threshold")  # unused by default; its encode takes the k largest
     return {"activation": "topk"}, _linear(tensors, "encoder.bias", "b_dec")
 
 
@@ -217,7 +217,7 @@ def _batchtopk(tensors: Tensors, path: Path) -> tuple[dict[str, Any], dict[str, 
 
 
 def _matryoshka(tensors: Tensors, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    tensors.drop("group_sizes")  # of its losses; all groups are active in a loaded SAE
+    tensors.drop("group_sizes")  # used by its losses only; all groups are active in a loaded SAE
     remedy = (
         f"add the least activation that its batches keep, a mean over many, to {TENSORS_FILE} as "
         "threshold"

@@ -1,7 +1,7 @@
-"""Exact rewritings of an SAE's tensors, for formats that lack a field that ours has.
+"""Exact rewriting of an SAE's tensors, for formats that lack one of our fields.
 
-Products of a matrix and a vector are taken in float64, so that the float32 results are off by
-their own rounding only.
+Products of a matrix and a vector are computed in float64, so the float32 results have only their
+own rounding error.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ UNIT_TOLERANCE = 1e-4  # float32 rounding of a norm over a few thousand dimensio
 
 
 def in_model_units(sae: SAE) -> dict[str, Tensor]:
-    """Tensors of an equal SAE without input_scale and output_scale, nor b_in of a transcoder.
+    """Return the tensors of an equal SAE without input_scale, output_scale and b_in.
 
-    With s the input's scale and s_out the output's (s again where the SAE reconstructs its input):
+    Here s is input_scale, and s_out is output_scale (or s if the SAE reconstructs its input):
 
         W_enc / s,  W_dec * s_out,  b_dec * s_out;  a transcoder: b_enc - W_enc b_in
 
-    so that it reads and writes rows as the model gives them, with the same latents. It centres on
-    b_dec; a transcoder on nothing. A normalisation by row is left for the format to do.
+    The result reads and writes rows in the units of the model, with the same latents. It centres on
+    b_dec; a transcoder does not centre. A normalisation of each row is left to the format.
     """
     config = sae.config
     tensors = dict(sae.tensors())
@@ -37,7 +37,7 @@ def in_model_units(sae: SAE) -> dict[str, Tensor]:
 
 
 def absorb(tensors: dict[str, Tensor], offset: Tensor) -> dict[str, Tensor]:
-    """Tensors whose encoder reads c + offset and gives what it gave for c.
+    """Return tensors with an encoder that gives for c + offset what it gave for c.
 
         W_enc c + b_enc = W_enc (c + offset) + (b_enc - W_enc offset)
 
@@ -52,9 +52,9 @@ def absorb(tensors: dict[str, Tensor], offset: Tensor) -> dict[str, Tensor]:
 
 
 def rescaled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors with unit decoder rows; latents grow by the norms that the rows had.
+    """Return tensors with unit decoder rows; latents are multiplied by the rows' former norms.
 
-    A row of zeros stays one: its latent is never seen in a reconstruction.
+    A row of zeros stays: its latent adds nothing to a reconstruction.
     """
     norms = tensors["W_dec"].norm(dim=1)  # [n_latents]
     divisor = torch.where(norms > 0, norms, torch.ones_like(norms))

@@ -2,11 +2,11 @@
 
     pre_bias [d]  encoder.weight [n, d]  latent_bias [n]  decoder.weight [d, n]
     activation, activation_state_dict {k, postact_fn}
-    stats_last_nonzero, latents_activation_frequency, latents_mean_square [n]: of training
+    stats_last_nonzero, latents_activation_frequency, latents_mean_square [n]: from training
 
-Its loader normalises each row by LayerNorm if the activation is TopK, and else not at all, so that
-a format holds two kinds of SAE: topk with layer_norm, and relu without. It refuses any other key,
-which leaves no place to say where the SAE comes from.
+Its loader normalises each row by LayerNorm if the activation is TopK, and otherwise not at all. So
+the format holds two kinds of SAE: topk with layer_norm, and relu without. It refuses other keys, so
+the file cannot record where the SAE comes from.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mea
 
 
 def write(sae: SAE, path: Path) -> None:
-    """Writes the file; see `train.sae.formats.Format`."""
+    """Write the file; see `train.sae.formats.Format`."""
     _check(sae)
     config, tensors, n = sae.config, in_model_units(sae), sae.config.n_latents
     topk = {"k": config.k, "postact_fn": "ReLU"}
@@ -46,7 +46,7 @@ def write(sae: SAE, path: Path) -> None:
             "latent_bias": tensors["b_enc"].cpu(),
             "encoder.weight": tensors["W_enc"].cpu(),
             "decoder.weight": tensors["W_dec"].T.contiguous().cpu(),  # [d_in, n_latents]
-            # what a model of that package begins with, before it has seen a row
+            # initial values of that package, before any row
             "stats_last_nonzero": torch.zeros(n, dtype=torch.int64),
             "latents_activation_frequency": torch.ones(n),
             "latents_mean_square": torch.zeros(n),
@@ -81,7 +81,7 @@ def _check(sae: SAE) -> None:
 
 
 def read(path: Path, given: Origin) -> SAE:
-    """The SAE in the file; see `train.sae.formats.Format`."""
+    """Return the SAE in the file; see `train.sae.formats.Format`."""
     found = read_pt(path)
     activation = _activation(path, found)
     # that package's state_dict() repeats the activation's own entries
@@ -124,5 +124,5 @@ def _activation(path: Path, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shown(name: Any) -> str:
-    """The value that stands where a name should, in a few characters of one line."""
+    """Return a short text for a value that should be a name."""
     return f"{name!a:.40}".strip("'") if isinstance(name, str) else type(name).__name__

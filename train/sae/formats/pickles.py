@@ -1,4 +1,4 @@
-"""PyTorch's .pt files: written as dictionaries of tensors, read without running what they hold.
+"""PyTorch's .pt files: written as dictionaries of tensors, read without running code in them.
 
 A .pt file is a pickle, a program that builds objects and may call anything. PyTorch's restricted
 unpickler (weights_only) knows tensors and plain values only and refuses the rest.
@@ -21,18 +21,18 @@ from sae_harvest.common.parsing import first_line
 
 
 def write_pt(path: Path, value: dict[str, Any]) -> None:
-    """Writes the file. Raises RunError if it cannot be written."""
+    """Write the file. Raises RunError if it cannot be written."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         try:
             torch.save(value, file)
-        except RuntimeError as error:  # its writer complains of the end of a file that is cut
+        except RuntimeError as error:  # torch's writer reports a cut file instead of the cause
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from error
             raise
 
 
 def read_pt(path: Path) -> dict[str, Any]:
-    """The dictionary in the file, its tensors on the CPU.
+    """Return the dictionary in the file, its tensors on the CPU.
 
     Raises:
         InputError: there is no file, or it holds more than tensors and plain values.
@@ -42,11 +42,11 @@ def read_pt(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not a file; give a .pt file.")
     _check_size(path)
     try:
-        with warnings.catch_warnings(action="ignore"):  # about bytes that it then refuses
+        with warnings.catch_warnings(action="ignore"):  # warnings about bytes that it then refuses
             value = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError:
         raise _refusal(path) from None
-    except Exception as error:  # what damaged bytes make of an unpickler is anything
+    except Exception as error:  # damaged bytes can raise any exception
         raise RunError(f"{path} is damaged ({first_line(error)}); copy it again.") from None
     if not isinstance(value, dict):
         raise InputError(
@@ -57,16 +57,16 @@ def read_pt(path: Path) -> dict[str, Any]:
 
 
 def _check_size(path: Path) -> None:
-    """`RunError` if reading takes much more memory than the file has bytes.
+    """Raise `RunError` if the file has compressed entries.
 
-    A .pt file is a zip archive whose entries torch.save leaves as they are. Compressed ones would
+    A .pt file is a zip archive; torch.save does not compress its entries. Compressed entries would
     be read as well, and may expand a thousandfold.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             compressed = any(entry.compress_type for entry in archive.infolist())
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
-        return  # no archive, or a damaged one: torch.load says so
+        return  # not an archive, or a damaged one: torch.load reports it
     if compressed:
         raise RunError(
             f"{path} has compressed entries, which torch.save does not write; save it "
@@ -77,7 +77,7 @@ def _check_size(path: Path) -> None:
 def _refusal(path: Path) -> SaeHarvestError:
     try:
         names = sorted(get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # not a file of torch.save, so that nothing in it has a name
+    except Exception:  # not a file of torch.save
         names = []
     if not names:
         return RunError(f"{path} is damaged, or not a .pt file; copy it again.")

@@ -25,18 +25,18 @@ REMEDY = "copy or export the SAE again"
 
 @dataclass(frozen=True)
 class Origin:
-    """The model, site and rows that the SAE was trained on, as far as known; as in `SAEConfig`.
-
-    target_site: what a transcoder predicts.
-    """
+    """The origin of an SAE, as far as known."""
 
     site: str | None = None
+    """Site that the SAE reads."""
     target_site: str | None = None
+    """Site that a transcoder predicts."""
     model: str | None = None
+    """Name of the model that it was trained on."""
 
 
 def note(sae: SAE) -> dict[str, Any]:
-    """The exported SAE's digest and what it was trained on, for a format with room for it."""
+    """Return the SAE's digest and origin, for formats that can hold further fields."""
     config = sae.config.model_dump(mode="json")
     return {"digest": sae.digest} | {name: config[name] for name in NOTED}
 
@@ -44,10 +44,11 @@ def note(sae: SAE) -> dict[str, Any]:
 def origin_fields(
     path: Path, given: Origin, found: Mapping[str, Any], transcoder: bool
 ) -> dict[str, Any]:
-    """Fields of `SAEConfig` about the origin: what was given, else what the file says.
+    """Return the origin fields of `SAEConfig`: given values, else those of the file.
 
     Args:
-        found: what the file says, by `SAEConfig`'s names.
+        given: values given by the user.
+        found: values in the file, under the names of `SAEConfig`.
 
     Raises:
         InputError: the site is neither given nor known.
@@ -76,7 +77,7 @@ def origin_fields(
 
 
 class Fields:
-    """A JSON object of a file, whose values are asked for by name and type."""
+    """A JSON object of a file, read by name and type."""
 
     def __init__(self, path: Path, title: str) -> None:
         self.path = path
@@ -86,10 +87,10 @@ class Fields:
         self.values: dict[str, Any] = values
 
     def get(self, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """The value, or the default where it is missing or null.
+        """Return the value, or the default if it is missing or null.
 
         Raises:
-            RunError: it is of another type, or not finite.
+            RunError: the value has another type, or is not finite.
         """
         value = self.values.get(name)
         if value is None:
@@ -103,7 +104,7 @@ class Fields:
         return value
 
     def need(self, name: str, kind: type | tuple[type, ...]) -> Any:
-        """The value; `RunError` if it is missing, null, or of another type."""
+        """Return the value. Raise `RunError` if it is missing, null, or of another type."""
         value = self.get(name, kind)
         if value is None:
             raise RunError(f"{self.path} lacks {name}; {REMEDY}.")
@@ -111,7 +112,7 @@ class Fields:
 
 
 def settings(folder: Path, name: str, package: str) -> Fields:
-    """The JSON object beside the weights. Raises InputError if the folder has none."""
+    """Return the JSON object beside the weights. Raises InputError if the folder has none."""
     if not (folder / name).is_file():
         raise refusal(str(folder), f"holds no SAE of {package} (no {name})", "give such a folder")
     return Fields(folder / name, f"The SAE of {package}")
@@ -125,10 +126,10 @@ class Tensors:
         self._path = path
 
     def take(self, name: str, *shape: int | None) -> Tensor:
-        """The tensor as float32, contiguous, of the given shape; None stands for any size.
+        """Return the tensor as float32, contiguous, of the given shape; None stands for any size.
 
         Raises:
-            RunError: it is missing, of another shape, or has numbers that are not finite.
+            RunError: it is missing, has another shape, or has numbers that are not finite.
         """
         tensor = self._left.pop(name, None)
         if not isinstance(tensor, Tensor) or not _is_plain(tensor):
@@ -148,7 +149,7 @@ class Tensors:
         return tensor
 
     def count(self, name: str) -> int:
-        """A whole number kept as a tensor of one element; `RunError` if it is anything else."""
+        """Return an integer tensor of one element as int. Raise `RunError` for anything else."""
         tensor = self._left.pop(name, None)
         if (
             not isinstance(tensor, Tensor)
@@ -160,16 +161,16 @@ class Tensors:
         return int(tensor)
 
     def has(self, name: str) -> bool:
-        """True if something of that name is left."""
+        """True if a tensor of that name is left."""
         return name in self._left
 
     def drop(self, *names: str) -> None:
-        """Leaves out tensors that say nothing about what the SAE computes."""
+        """Drop tensors that do not affect the SAE's computation."""
         for name in names:
             self._left.pop(name, None)
 
     def finish(self) -> None:
-        """Raises InputError if something is left: the SAE would not compute what it should."""
+        """Raise InputError if a tensor is left: the SAE would compute something else."""
         if self._left:
             names = sorted(str(name) for name in self._left)
             shown = ", ".join(f"{name!a:.60}".strip("'") for name in names[:5])
@@ -180,9 +181,9 @@ class Tensors:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """True if all numbers of a tensor are in memory, each once: a file may describe other tensors.
+    """True if a tensor stores each of its numbers once.
 
-    A view can repeat a few stored numbers as often as it likes, and would be copied at that size.
+    A file may describe a view that repeats a few stored numbers many times; a copy would be huge.
     """
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         return False
@@ -190,7 +191,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def build(path: Path, fields: Mapping[str, Any], tensors: dict[str, Tensor]) -> SAE:
-    """The SAE; sizes are those of the tensors. Raises InputError if the fields contradict."""
+    """Return the SAE, sized by its tensors. Raise InputError if the fields are inconsistent."""
     n_latents, d_in = tensors["W_enc"].shape
     try:
         config = SAEConfig.model_validate({"d_in": d_in, "n_latents": n_latents, **fields})
@@ -202,5 +203,5 @@ def build(path: Path, fields: Mapping[str, Any], tensors: dict[str, Tensor]) -> 
 
 
 def refusal(subject: str, what: str, remedy: str) -> InputError:
-    """The error that says that a format cannot hold, or we cannot read, what is described."""
+    """Return the error for an SAE that a format cannot hold or that we cannot read."""
     return InputError(f"{subject} {what}; {remedy}.")

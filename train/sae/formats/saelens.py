@@ -11,9 +11,9 @@
     relu transcoder          transcoder
     jumprelu, batchtopk tr.  jumprelu_transcoder
 
-layer_norm has its name there, unit_norm is constant_norm_rescale, a scale is folded. Checkpoints
-of training can be read as well: batchtopk and matryoshka_batchtopk keep one threshold, and
-expected_average_only_in leaves the scale in activation_scaler.json.
+layer_norm has the same name there, unit_norm is constant_norm_rescale, a scale is folded. Training
+checkpoints can be read as well: batchtopk and matryoshka_batchtopk have one threshold, and
+expected_average_only_in has its scale in activation_scaler.json.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from sae_harvest.train.sae.sae import SAE
 PACKAGE = "SAELens"
 CONFIG_FILE, TENSORS_FILE = "cfg.json", "sae_weights.safetensors"
 SCALER_FILE = "activation_scaler.json"
-LAYOUT_VERSION = "6.54.12"  # whose layout is written; without a version 6 it would be converted
+LAYOUT_VERSION = "6.54.12"  # version of the written layout; older versions would be converted
 
 ARCHITECTURES = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
 ACTIVATIONS = {theirs: ours for ours, theirs in ARCHITECTURES.items()} | {
@@ -70,20 +70,20 @@ HOOKS = {
 
 
 def hook_name(site: str) -> str:
-    """TransformerLens's name of a site, blocks.12.hook_resid_post; unknown sites keep theirs."""
+    """Return TransformerLens's name of a site (blocks.12.hook_resid_post), or the site itself."""
     kind, _, layer = site.rpartition(".")
     return f"blocks.{layer}.{HOOKS[kind]}" if kind in HOOKS and layer.isdecimal() else site
 
 
 def site_of(hook: Any) -> str | None:
-    """The site of TransformerLens's name; None if it is none of ours."""
+    """Return the site of TransformerLens's name; None if we have no such site."""
     match = re.fullmatch(r"blocks\.([0-9]+)\.(.+)", str(hook))
     kinds = {name: kind for kind, name in HOOKS.items()}
     return f"{kinds[match[2]]}.{match[1]}" if match and match[2] in kinds else None
 
 
 def write(sae: SAE, path: Path) -> None:
-    """Writes the folder; see `train.sae.formats.Format`."""
+    """Write the folder; see `train.sae.formats.Format`."""
     config = sae.config
     activation = "jumprelu" if config.activation == "batchtopk" else config.activation
     architecture = ARCHITECTURES[activation]
@@ -137,7 +137,7 @@ def _metadata(sae: SAE) -> dict[str, Any]:
 
 
 def read(path: Path, given: Origin) -> SAE:
-    """The SAE in the folder; see `train.sae.formats.Format`."""
+    """Return the SAE in the folder; see `train.sae.formats.Format`."""
     fields = settings(path, CONFIG_FILE, PACKAGE)
     metadata = fields.get("metadata", dict, {})
     version = str(metadata.get("sae_lens_version") or fields.values.get("sae_lens_version") or "")
@@ -157,14 +157,14 @@ def read(path: Path, given: Origin) -> SAE:
     if fields.get("reshape_activations", str, "none") != "none":
         raise refusal(
             str(path),
-            "reads the values of attention heads, which is none of our sites",
+            "reads the values of attention heads, which is not one of our sites",
             "import an SAE of another hook",
         )
     transcoder = architecture.endswith("transcoder")
     shape = {"activation": ACTIVATIONS[architecture]} | _normalization(path, fields, transcoder)
     if shape["activation"] == "topk":
         shape["k"] = fields.need("k", int)
-    if shape["activation"] == "batchtopk":  # a mean, which need not be whole
+    if shape["activation"] == "batchtopk":  # a mean, perhaps not an integer
         shape["k"] = max(1, round(fields.need("k", (int, float))))
     taken = _tensors(path, fields, shape["activation"], transcoder)
     if transcoder:
@@ -196,7 +196,7 @@ def _normalization(path: Path, fields: Fields, transcoder: bool) -> dict[str, An
 
 
 def _tensors(path: Path, fields: Fields, activation: str, transcoder: bool) -> dict[str, Tensor]:
-    """Tensors by our names, for rows centred on b_dec; a transcoder's on nothing."""
+    """Return the tensors by our names, for rows centred on b_dec (not for transcoders)."""
     file = path / TENSORS_FILE
     tensors = Tensors(read_tensors(file, f"The SAE of {PACKAGE}", REMEDY), file)
     W_enc = tensors.take("W_enc", fields.need("d_in", int), fields.need("d_sae", int))
@@ -211,7 +211,7 @@ def _tensors(path: Path, fields: Fields, activation: str, transcoder: bool) -> d
     if activation == "gated":
         taken |= {name: tensors.take(name, n) for name in ("r_mag", "b_mag")}
     if activation == "jumprelu":
-        # below a threshold under 0 its ReLU still lets nothing through
+        # with a negative threshold its ReLU still cuts at 0
         taken["threshold"] = tensors.take("threshold", n).clamp(min=0)
     if activation == "batchtopk":
         taken["threshold"] = tensors.take("topk_threshold").clamp(min=0).repeat(n)

@@ -3,7 +3,7 @@
     encoder.weight [n, d]  encoder.bias [n]  W_dec [n, d]  b_dec [d]
 
 TopK SAEs, and TopK transcoders between sites of one width; a transcoder does not centre its rows.
-It normalises nothing, so that a scale is folded and a normalisation by row refused.
+It does not normalise, so a scale is folded, and a normalisation of each row is refused.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CONFIG_FILE, TENSORS_FILE = "cfg.json", "sae.safetensors"
 
 
 def write(sae: SAE, path: Path) -> None:
-    """Writes the folder; see `train.sae.formats.Format`."""
+    """Write the folder; see `train.sae.formats.Format`."""
     _check(sae)
     config, tensors = sae.config, in_model_units(sae)
     new_folder(path)
@@ -53,7 +53,7 @@ def write(sae: SAE, path: Path) -> None:
         {
             "activation": "topk",
             "expansion_factor": max(1, config.n_latents // config.d_in),  # num_latents decides
-            # true would have sparsify's trainer scale the rows to norm 1 and alter the SAE
+            # with true, sparsify's trainer would scale the rows to norm 1 and alter the SAE
             "normalize_decoder": unit_rows(tensors["W_dec"]),
             "num_latents": config.n_latents,
             "k": config.k,
@@ -61,7 +61,7 @@ def write(sae: SAE, path: Path) -> None:
             "skip_connection": False,
             "transcode": config.is_transcoder,
             "d_in": config.d_in,
-            NOTE: note(sae),  # its loader passes over fields it does not know
+            NOTE: note(sae),  # its loader ignores unknown fields
         },
     )
 
@@ -90,7 +90,7 @@ def _check(sae: SAE) -> None:
 
 
 def read(path: Path, given: Origin) -> SAE:
-    """The SAE in the folder; see `train.sae.formats.Format`."""
+    """Return the SAE in the folder; see `train.sae.formats.Format`."""
     fields = settings(path, CONFIG_FILE, PACKAGE)
     activation = fields.get("activation", str, "topk")
     if activation != "topk":

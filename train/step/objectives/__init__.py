@@ -1,12 +1,13 @@
 """Training objectives: one module per activation function and its penalty.
 
-Each has one function that takes a batch, chooses its pairs, and leaves the gradients of
+Each module has one function. It takes a batch, chooses its pairs, and writes the gradients of
 
     reconstruction loss + penalty
 
-in the batch's workspace. Penalties are made free of scale: a value v counts in units of the square
-root of the total variance, as the squared error counts in units of the total variance. AuxK, which
-is the same for all, is `train.step.auxiliary`.
+into the batch's workspace. Penalties do not depend on the scale of the data: activations count in
+units of the square root of the total variance, and the squared error in units of the total
+variance.
+AuxK is the same for all objectives: see `train.step.auxiliary`.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
 """BatchTopK (Bussmann et al. 2024): the batch * k largest ReLU(pi) of the whole batch.
 
-A hard row may have more latents and an easy one fewer. For use without a batch, a latent is active
-where pi exceeds a threshold: the mean over batches of the least value that was kept, here a running
-mean (`train.step.learner`).
+A hard row may have more latents than an easy one. Without a batch, a latent is active if pi exceeds
+a threshold: the mean over batches of the least kept value, here a running mean
+(`train.step.learner`).
 
-The choice is exact. A sixteenth of the rows gives an estimate of the least kept value; all pairs
-above a little less than that are found; if the estimate was too high, it is lowered and they are
-found again. Pairs that equal the least kept value are all kept, so that rows which are equal get
-equal latents.
+The choice is exact. A sixteenth of the rows gives an estimate of the least kept value. All pairs
+above a little less than the estimate are found. If the estimate was too high, it is lowered and the
+search repeated. All pairs equal to the least kept value are kept, so equal rows get equal latents.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from sae_harvest.train.step.objectives.outcome import Outcome, outcome
 from sae_harvest.train.step.reconstruction import reconstruct
 from sae_harvest.train.step.step_context import StepContext
 
-EVERY = 16  # one row in so many is looked at for the estimate
+EVERY = 16  # the estimate uses one of this many rows
 MAX_OVER_K = 4  # largest values of such a row, in units of k
-MARGIN = 0.9  # the estimate is lowered to this share: it errs by some per cent
-LOWERED = 0.5  # and to this share of that, each time it was too high
+MARGIN = 0.9  # the estimate, which errs by some per cent, is lowered to this share
+LOWERED = 0.5  # further factor each time the estimate was too high
 TRIES = 3  # after which all positive pre-activations are found
 
 
 def batchtopk(batch: StepContext) -> Outcome:
-    """Gradients of the reconstruction loss in the batch's workspace."""
+    """Compute the reconstruction loss; its gradients are in the batch's workspace."""
     assert batch.config.k is not None
     indices, values, least = largest_of_batch(batch, batch.config.k)
     result = outcome(batch, reconstruct(batch, Pairs(indices, values)))
@@ -37,7 +36,7 @@ def batchtopk(batch: StepContext) -> Outcome:
 
 
 def largest_of_batch(batch: StepContext, k: int) -> tuple[Tensor, Tensor, float]:
-    """The n_rows * k largest ReLU(pi), over all processes.
+    """Return the n_rows * k largest ReLU(pi), over all processes.
 
     Returns:
         indices: int32 [batch, w], -1 for none; values: float32 [batch, w];
@@ -50,7 +49,7 @@ def largest_of_batch(batch: StepContext, k: int) -> tuple[Tensor, Tensor, float]
             floor = 0.0
         indices, pi = batch.above(torch.full_like(sae.b_enc, floor))  # [batch, w]
         least = group.reach(pi, count)
-        if least >= floor:  # so none of them was left out
+        if least >= floor:  # no pair was missed
             break
         floor *= LOWERED
     cut = pi < least  # [batch, w]
@@ -58,7 +57,7 @@ def largest_of_batch(batch: StepContext, k: int) -> tuple[Tensor, Tensor, float]
 
 
 def _estimate(batch: StepContext, k: int) -> float:
-    """About the (n_rows * k)-th largest value of the batch, from a part of the rows."""
+    """Estimate the batch's (n_rows * k)-th largest value from a part of the rows."""
     sae = batch.sae
     rows = batch.centred[::EVERY].contiguous()  # [batch / EVERY, d_in]
     count = min(len(sae.W_enc), MAX_OVER_K * k)

@@ -4,9 +4,9 @@
     penalty = l1 * mean over rows of sum_i ReLU(pi_i) / sqrt(total_variance)
     auxiliary = |decode(ReLU(pi)) - x'|^2, in the units of the reconstruction loss
 
-The gate [pi > 0] has no slope, so the reconstruction trains magnitudes only; L1 and the auxiliary
-reconstruction, through a decoder held fixed, train the gate. W_enc is trained by both, b_enc only
-as the gate's bias: the magnitude doesn't depend on it.
+The gate [pi > 0] has no slope, so the reconstruction trains only magnitudes. L1 and the auxiliary
+reconstruction, through a fixed decoder, train the gate. Both train W_enc. b_enc is trained only as
+the gate's bias, since the magnitude does not depend on it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sae_harvest.train.step.step_context import StepContext
 
 
 def gated(batch: StepContext) -> Outcome:
-    """Gradients of all three losses in the batch's workspace."""
+    """Compute all three losses; their gradients are in the batch's workspace."""
     sae, into = batch.sae, batch.workspace.gradients
     indices, pi = batch.above(torch.zeros_like(sae.b_enc))  # [batch, w]
     gate, slope = pi.clamp(min=0), l1_slope(batch)

@@ -3,14 +3,14 @@
     v = pi where pi > theta, else 0
     penalty = l0 * (L0 / k - 1)^2,   L0 = mean over rows of the number of active latents
 
-The paper penalises L0 itself; the square around a target is dictionary_learning's variant. Steps
-have no slope, so theta gets the paper's straight-through gradients, from a rectangle of width
-eps = `bandwidth`, K(u) = [|u| < 1/2]:
+The paper penalises L0 itself; the square around a target comes from dictionary_learning. Step
+functions have no slope, so theta gets the paper's straight-through gradients, from a rectangle of
+width eps = `bandwidth`, K(u) = [|u| < 1/2]:
 
     d v / d theta        := -(theta / eps) K((pi - theta) / eps)
     d [pi > theta] / d theta := -(1 / eps) K((pi - theta) / eps)
 
-and pi gets none of them. Positive by construction, theta is trained through its logarithm.
+These do not apply to pi. theta is trained through its logarithm, which keeps it positive.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sae_harvest.train.step.step_context import StepContext
 
 
 def jumprelu(batch: StepContext) -> Outcome:
-    """Gradients of reconstruction loss and L0 in the batch's workspace."""
+    """Compute reconstruction loss and L0 penalty; their gradients are in the workspace."""
     config, sae, width = batch.config, batch.sae, batch.config.bandwidth
     assert config.k is not None
     indices, pi = batch.above(sae.extra["threshold"] - width / 2)  # [batch, w]

@@ -3,14 +3,15 @@
     penalty = kl / k * sum_i KL(rho || rho_i),   rho = k / n_latents
     KL(rho || q) = rho log(rho / q) + (1 - rho) log((1 - rho) / (1 - q))
 
-In the notes rho_i is the mean activation of a sigmoid unit. ReLU has no such bound, so ours is the
-mean of a hard sigmoid of pi, which is 1 where the latent is clearly active and whose slope lives in
-a window of width `bandwidth` around 0, so that only pairs near the threshold have a gradient:
+In the notes rho_i is the mean activation of a sigmoid unit. ReLU is not bounded, so here rho_i is
+the mean of a hard sigmoid of pi. It is 1 if the latent is clearly active. Its slope is nonzero only
+in a window of width `bandwidth` around 0, so only pairs near the threshold have a gradient:
 
     h(pi) = clamp(pi / bandwidth + 1/2, 0, 1),   rho_i = (1 + sum over rows of h(pi_i)) / (rows + 2)
 
-One row more with and one without keep a dead latent's KL finite. Also ours is the division by k:
-all densities off by some factor cost the same for every k.
+One extra row with the latent and one without it keep a dead latent's KL finite. The division by k
+is
+also ours: if all densities are wrong by some factor, the cost is the same for every k.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sae_harvest.train.step.step_context import StepContext
 
 
 def relu_kl(batch: StepContext) -> Outcome:
-    """Gradients of reconstruction loss and KL in the batch's workspace."""
+    """Compute reconstruction loss and KL penalty; their gradients are in the workspace."""
     config, width = batch.config, batch.config.bandwidth
     assert config.k is not None
     indices, pi = batch.above(torch.full_like(batch.sae.b_enc, -width / 2))  # [batch, w]

@@ -1,7 +1,7 @@
 """TopK (Gao et al. 2024): the k largest ReLU(pi) of each row, and no penalty.
 
-With Multi-TopK, the loss at 4k latents is added with a weight, so that a dictionary stays good
-when it is used with another k.
+With Multi-TopK, the loss at 4k latents is added with a weight, so that the SAE stays good with
+another k.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sae_harvest.train.step.step_context import StepContext
 
 
 def topk(batch: StepContext) -> Outcome:
-    """Gradients of the reconstruction loss, Multi-TopK included, in the batch's workspace."""
+    """Compute the reconstruction loss, with Multi-TopK; its gradients are in the workspace."""
     config, group = batch.config, batch.group
     assert config.k is not None
     if config.multi_topk == 0:
@@ -26,7 +26,7 @@ def topk(batch: StepContext) -> Outcome:
     own = min(config.k, indices.shape[1])
     narrow = group.keep_top(
         indices[:, :own].contiguous(), values[:, :own].contiguous(), config.k
-    )  # before the wider choice, which may change what it is given
+    )  # before the wider choice, which may change its arguments
     wide = group.keep_top(indices, values, config.wide_k)
     return outcome(
         batch, widened(batch, Pairs.active(*narrow), Pairs.active(*wide), config.multi_topk)
@@ -34,7 +34,7 @@ def topk(batch: StepContext) -> Outcome:
 
 
 def largest(batch: StepContext, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest ReLU(pi) of each row among this process's latents, in decreasing order.
+    """Return the k largest ReLU(pi) of each row among this process's latents, in decreasing order.
 
     Returns:
         indices int32 [batch, k], values float32 [batch, k], or all latents if they are fewer.
