@@ -10,8 +10,7 @@ in a window of width `bandwidth` around 0, so only pairs near the threshold have
     h(pi) = clamp(pi / bandwidth + 1/2, 0, 1),   rho_i = (1 + sum over rows of h(pi_i)) / (rows + 2)
 
 One extra row with the latent and one without it keep a dead latent's KL finite. The division by k
-is
-also ours: if all densities are wrong by some factor, the cost is the same for every k.
+is also ours: if all densities are wrong by some factor, the cost is the same for every k.
 """
 
 from __future__ import annotations
