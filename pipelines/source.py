@@ -91,8 +91,8 @@ def sae_of(
         if sae.digest == run["sae_digest"]:
             return sae
         refusal = RunError(
-            f"{place} does not hold the SAE that {features} was made with, but another one; put "
-            "the first one back, say where it is with --sae, or build the tables again."
+            f"{place} holds another SAE than the one that {features} was made with; put the right "
+            "SAE back, say where it is with --sae, or build the tables again."
         )
     assert refusal is not None  # there is a place
     raise refusal

@@ -74,7 +74,7 @@ def downstream_loss(
         device: device of model and SAE: cpu, cuda or auto.
 
     Raises:
-        InputError: the SAE is a transcoder, no context is wholly held out, or no such device exists.
+        InputError: the SAE is a transcoder, no context is held out whole, or the device is missing.
         SaeHarvestError: store, SAE or model cannot be read, or do not fit together.
     """
     device = choose_device(device)
