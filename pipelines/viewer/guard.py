@@ -114,7 +114,7 @@ class Guard:
         query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         if scope["path"] == "/" and (given := query.pop("token", None)):
             if not _same(given[0], token):
-                return _refused(403, "The token is not that of this server.")
+                return _refused(403, "The token is wrong; open the address that was printed.")
             rest = urlencode(query, doseq=True)
             moved = RedirectResponse(f"/?{rest}" if rest else "/", 303)
             moved.set_cookie(self._cookie, token, httponly=True, samesite="strict")
