@@ -1,4 +1,4 @@
-"""The `sae-pipeline` command: the whole path in one go."""
+"""The `sae-pipeline` command: harvest, training and tables in one command."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def main() -> None:
 def demo(out: Path, workers: int, tokens: int) -> None:
     """SmolLM2-135M over packaged news, 4,608 latents; minutes on two cores.
 
-    Run again, it does only what is missing.
+    A second run does only the work that is missing.
 
     \b
     sae-pipeline demo --out runs/demo
@@ -93,8 +93,8 @@ def run(
 ) -> None:
     """Harvest layers of a model and train a sweep of SAEs on each site.
 
-    RECIPE is a YAML file, or the name of one that comes with the package: gpt2-small
-    or scaling-smollm2.
+    RECIPE is a YAML file, or the name of a packaged recipe: gpt2-small or
+    scaling-smollm2.
 
     \b
     sae-pipeline run gpt2-small --out runs/gpt2-small

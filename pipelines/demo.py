@@ -50,13 +50,13 @@ N_SHOWN_CONTEXTS = 4
 def run_demo(root: Path, workers: int, console: Console, tokens: int | None = None) -> None:
     """Harvest, train, build tables, measure; then print figures and five latents.
 
-    Everything lies in `root`/{store,sae,features}; what is there already is not done again.
+    The outputs are in `root`/{store,sae,features}. Finished steps are not repeated.
 
     Args:
         root: folder of the outputs.
-        workers: Ray workers that harvest; 0 for none.
-        console: where figures and latents are printed.
-        tokens: tokens to harvest, each trained on `EPOCHS` times; None for the default number.
+        workers: number of Ray workers that harvest; 0 harvests without Ray.
+        console: the console that shows figures and latents.
+        tokens: tokens to harvest; training reads each `EPOCHS` times. None takes the default.
     """
     harvest, train = HARVEST, TRAIN
     if tokens is not None:
@@ -92,7 +92,7 @@ def run_demo(root: Path, workers: int, console: Console, tokens: int | None = No
 
 
 class Figures:
-    """Measured figures that are in none of the outputs, kept with what they were measured on."""
+    """Measured figures that no output holds, each with the digest of the measured object."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -107,12 +107,12 @@ class Figures:
             ) from None
 
     def set(self, name: str, of: str, **values: Any) -> None:
-        """Keep values measured on the thing whose digest is `of`."""
+        """Save values that were measured on the store or SAE with the digest `of`."""
         self._all[name] = {"of": of, **values}
         write_json(self._path, self._all)
 
     def get(self, name: str, of: str) -> dict[str, Any] | None:
-        """The values, if they were measured on that very thing."""
+        """Return the values if they were measured on the digest `of`, else None."""
         found = self._all.get(name)
         return found if found is not None and found.get("of") == of else None
 
@@ -124,7 +124,7 @@ def figures_table(
     figures: Figures,
     store_digest: str,
 ) -> Table:
-    """The figures that the demo measured, each with the rows it was measured on."""
+    """Return the figures that the demo measured, each with the rows it was measured on."""
     store = ActivationStore.open(store_path)
     site, plan = SITE, store.plan
     ordinary, every = evaluation["without_outliers"], evaluation["with_outliers"]
@@ -171,11 +171,11 @@ def figures_table(
 
 
 def interesting_latents(features: Path) -> list[int]:
-    """Latents worth a first look, strongest first.
+    """Return latents worth a first look, the highest median activation first.
 
-    Neither rare nor common; top contexts from at least five sites, so that no site's boilerplate
-    is shown; firing mostly on words, and on several of them: a latent of one token is found by
-    that token anyway.
+    Such a latent is neither rare nor common. Its top contexts come from at least five web sites, so
+    that it does not show the boilerplate of one. It fires mostly on words, and on several
+    different words: a search finds a latent of a single token anyway.
     """
     found = connect(features).execute(
         """
@@ -200,7 +200,7 @@ def interesting_latents(features: Path) -> list[int]:
 
 
 def brief(features: Path, latent: int) -> Group:
-    """A latent in a few lines: what it fires on, what it speaks for, its best contexts."""
+    """Return a latent in a few lines: its density, its most frequent tokens, its top contexts."""
     connection = connect(features)
     [(density, tokens, maximum)] = connection.execute(
         "SELECT density, top_tokens[:6], max FROM latents WHERE latent = ?", [latent]
@@ -226,7 +226,7 @@ def brief(features: Path, latent: int) -> Group:
 
 
 def next_commands(store: Path, sae: Path, features: Path) -> Group:
-    """The commands to type next."""
+    """Return the commands to type next."""
     sql = "SELECT latent, density, top_tokens FROM latents ORDER BY density DESC LIMIT 10"
     latent = [*interesting_latents(features), 0][0]
     tables = shown(features)

@@ -1,9 +1,8 @@
-"""A model and its SAE, loaded once, for text as it is typed.
+"""A model and its SAE, loaded once, that read typed text.
 
-A text becomes tokens as a document of the store does. Before it stands one token that is none of
-the text's: the BOS token where the store's contexts begin with one, else the end-of-text token of
-a document before. Without it the first word would be the attention sink, whose activations mean
-nothing.
+A text is tokenized like a document of the store. One token is put before it: the BOS token if the
+store's contexts begin with one, else the end-of-text token. Without it the first word would be the
+attention sink, and its activations would mean nothing.
 """
 
 from __future__ import annotations
@@ -42,35 +41,40 @@ class LiveText:
     >>> found = sh.open_features("runs/demo/features").activations("the cat sees")
     >>> "".join(found.token_texts), found.indices.dtype, found.values.dtype
     ('the cat sees', dtype('int32'), dtype('float32'))
-
-    token_ids: the text's tokens; the one before them is not among them.
-    token_texts: theirs; joined, they are the text.
-    indices: int32 [tokens, w], latents. values: float32 [tokens, w], their activations in the
-        units of the tables, falling; 0: nothing there.
     """
 
     token_ids: list[int]
+    """Ids of the text's tokens, without the token that is put before the text."""
+
     token_texts: list[str]
+    """Texts of the tokens; joined, they are the text."""
+
     indices: npt.NDArray[np.int32]
+    """Latents, int32 [tokens, w]."""
+
     values: npt.NDArray[np.float32]
+    """Their activations, float32 [tokens, w], in the units of the tables, in falling order.
+
+    0 means that the latent at this place of `indices` does not fire.
+    """
 
 
 class LiveModel:
-    """The model that feature tables are of, with their SAE. Calls wait for one another.
+    """The model and the SAE that feature tables were made with. One call runs at a time.
 
-    The model computes in the type it was harvested in (`compute_dtype` of the store's plan), so
-    that activations are those of the tables.
+    The model computes in the dtype of the harvest (`compute_dtype` of the store's plan), so that
+    its activations equal those of the tables.
 
     Attributes:
-        lock: held by whoever runs the model.
-        n_latents: latents are numbered from 0 to one less.
-        prefix: the token before every text.
+        lock: held while the model runs.
+        n_latents: number of latents of the SAE.
+        prefix: id of the token that is put before every text.
     """
 
     def __init__(
         self, store: ActivationStore, sae: SAE, model: PreTrainedModel, tokenizer: Any
     ) -> None:
-        """Arguments as `open` gives them; `InputError` if the model does not have the site."""
+        """Take the arguments from `open`; raise `InputError` if the model lacks the site."""
         self.sae, self.model = sae, model
         self.site = Site.parse(sae.config.site)
         self.context_length = store.context_length
@@ -84,7 +88,7 @@ class LiveModel:
         self._encoder = DocumentEncoder(tokenizer)
         self._tap = SiteTap(model, [self.site])
         medians = sae.config.rule.max_norm_medians
-        # medians of shards differ by little: by 0.3 % among those of 65,536 rows of SmolLM2
+        # the medians of shards are close: within 0.3 % for shards of 65,536 rows of SmolLM2
         self._largest_norm = math.inf
         if medians is not None:
             self._largest_norm = medians * store.norm_median(sae.config.site, 0)
@@ -93,15 +97,16 @@ class LiveModel:
     def open(
         cls, features: Path, device: str = "cpu", moved: Locations = NOTHING_MOVED
     ) -> LiveModel:
-        """Load what the tables in a folder were made from.
+        """Load the store, SAE and model that the tables in a folder were made from.
 
         Args:
-            moved: where to look for store, SAE and model instead.
+            moved: new places of store, SAE and model, if they have moved.
 
         Raises:
-            RunError: no finished tables are there, or their store or SAE is gone or is another.
-            InputError: the model is gone, or has other weights or another tokenizer.
-            SaeHarvestError: anything of these cannot be read.
+            RunError: the folder holds no finished tables, or their store or SAE is missing or has
+                another digest.
+            InputError: the model is missing, or has other weights or another tokenizer.
+            SaeHarvestError: one of them cannot be read.
         """
         run = require_run(features)
         device = choose_device(device)
@@ -111,16 +116,16 @@ class LiveModel:
         tokenizer = load_tokenizer(resolved)
         if tokenizer_fingerprint(tokenizer) != store.plan["tokenizer"].get("xxh3"):
             raise InputError(
-                f"The tokenizer of {resolved.name} is another than the one that {store.place} was "
+                f"The tokenizer of {resolved.name} is not the tokenizer that {store.place} was "
                 "harvested with; put the old one back."
             )
         dtype: torch.dtype = getattr(torch, store.plan["compute_dtype"])
         return cls(store, sae, load_model(resolved, dtype, device), tokenizer)
 
     def activations(self, text: str) -> LiveText:
-        """The latents that fire on each token of a text.
+        """Return the latents that fire on each token of a text.
 
-        On rows that the SAE's rule leaves out (massive activations) none does, as in the tables.
+        No latent fires on rows that the SAE's rule leaves out (outlier rows), as in the tables.
 
         Raises:
             InputError: the text has no tokens, or more than fit in a context of the store.
@@ -146,12 +151,12 @@ class LiveModel:
         )
 
     def tokens(self, text: str) -> list[int]:
-        """Token ids of a text as of a document in the store, without the token before it.
+        """Return a text's token ids, made as for documents of the store, without the prefix token.
 
-        Control tokens spelled out in it are text like any other.
+        The spelling of a control token in the text is read as ordinary text.
 
         Raises:
-            InputError: it has none, or is not text.
+            InputError: the text has no tokens, or holds a lone surrogate.
         """
         try:
             text.encode()
@@ -173,9 +178,9 @@ class LiveModel:
         return ids
 
     def context(self, ids: list[int]) -> Tensor:
-        """The model's input for these tokens: int64 [1, 1 + tokens]."""
+        """Return the model's input, the prefix token and these tokens: int64 [1, 1 + tokens]."""
         return torch.tensor([[self.prefix, *ids]], device=self.model.device)
 
     def reads(self, x: Tensor) -> Tensor:
-        """Mask of the rows [rows, d_in] that the SAE's rule selects by their norm: bool [rows]."""
+        """Return the mask, bool [rows], of rows [rows, d_in] whose norm the SAE's rule selects."""
         return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) <= self._largest_norm

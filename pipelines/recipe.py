@@ -1,11 +1,11 @@
 """A recipe: harvest several sites of several layers of a model and train a sweep on each.
 
-    OUT/recipe.json               what was asked, so that another recipe is refused
+    OUT/recipe.json               the recipe; a different one is refused in the same folder
     OUT/layer.8/store             one layer's activations; removed when its SAEs are finished
-    OUT/resid_post.8/<member>/    as of `train-sae run`; OUT/resid_post.8 is a sweep's folder
+    OUT/resid_post.8/<member>/    a run's folder as of `train-sae run`, within the sweep's folder
     OUT/suite.parquet             one row per finished SAE: site, settings, figures, folder
 
-Layers are worked on one after the other, so that only one layer's activations need room.
+Layers are done one after the other, so that the disk holds one layer's activations at a time.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     harvest: dict[str, Any] = Field(
-        description="fields of HarvestConfig, all but sites: model, corpus, tokens, …"
+        description="fields of HarvestConfig except sites: model, corpus, tokens, …"
     )
     layers: Literal["all"] | tuple[Annotated[Count, Field(ge=0, lt=10_000)], ...] = Field(
         description="all, or a list of layer numbers, from 0"
@@ -61,61 +61,61 @@ class Recipe(BaseModel):
         min_length=1, description="kinds of site, harvested together in one pass per layer"
     )
     train: dict[str, Any] = Field(
-        description="a sweep's file without its places, trained on each site"
+        description="content of a sweep file without its paths; the sweep is trained on each site"
     )
     keep_stores: bool = Field(
-        False, description="whether a layer's store stays when its SAEs are finished"
+        False, description="whether to keep a layer's store when its SAEs are finished"
     )
 
     @field_validator("harvest")
     @classmethod
     def _without_sites(cls, harvest: dict[str, Any]) -> dict[str, Any]:
         if "sites" in harvest:
-            raise ValueError("sites belong beside layers, not into harvest")
+            raise ValueError("sites belongs beside layers, not in harvest")
         return harvest
 
     @field_validator("sites")
     @classmethod
     def _known(cls, sites: tuple[str, ...]) -> tuple[str, ...]:
         if unknown := [site for site in sites if site not in SITE_KINDS]:
-            raise ValueError(f"no site {', '.join(unknown)}; there are {', '.join(SITE_KINDS)}")
+            raise ValueError(f"unknown site {', '.join(unknown)}; use {', '.join(SITE_KINDS)}")
         return sites
 
     def harvest_config(self, layer: int) -> HarvestConfig:
-        """The harvest of one layer."""
+        """Return the settings of one layer's harvest."""
         sites = tuple(f"{kind}.{layer}" for kind in self.sites)
         return HarvestConfig.model_validate({**self.harvest, "sites": sites})
 
 
 def packaged_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Return the names of the recipes that come with the package."""
     folder = files("pipelines") / "recipes"
     return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir())
 
 
 def read_recipe(name: str, changes: Mapping[str, Any]) -> Recipe:
-    """A recipe of the package by its name, or of a file, with some of its values changed.
+    """Read a packaged recipe or a YAML file, and change some of its values.
 
     Args:
-        name: `gpt2-small`, or the path of a YAML file.
-        changes: values by their path, `harvest.model` or `train.grid.n_latents`.
+        name: name of a packaged recipe (`gpt2-small`), or the path of a YAML file.
+        changes: new values by their key, such as `harvest.model` or `train.grid.n_latents`.
 
     Raises:
-        InputError: there is no such recipe, or it is none; names the key.
+        InputError: the recipe is missing or not valid; the message names the key.
     """
     path = Path(name)
     if not path.is_file():
         path = Path(str(files("pipelines") / "recipes" / f"{name}.yaml"))
     if not path.is_file():
         raise InputError(
-            f"There is no recipe {name}: got neither a file nor one of "
+            f"There is no recipe {name}: it is neither a file nor one of "
             f"{', '.join(packaged_recipes())}."
         )
     content = read_yaml(path)
     for key, value in changes.items():
         keys = key.split(".", MAX_DEPTH)
         if len(keys) > MAX_DEPTH:
-            raise InputError(f"{key:.40}… has more than {MAX_DEPTH} parts; no recipe is so deep.")
+            raise InputError(f"{key:.40}… has more than {MAX_DEPTH} parts; name a key of a recipe.")
         _set(content, keys, value)
     above = ""
     try:
@@ -131,14 +131,14 @@ def read_recipe(name: str, changes: Mapping[str, Any]) -> Recipe:
 def run_recipe(
     recipe: Recipe, out: Path, execution: Execution, announce: Announce = lambda text: None
 ) -> int | None:
-    """Harvests and trains everything that is not finished yet, and writes the suite's table.
+    """Harvest and train all sites that are not finished yet, and write the suite's table.
 
     Returns:
-        The signal that stopped it between two steps of training; None if all is finished.
+        The signal that stopped it between two training steps; None if all sites are finished.
 
     Raises:
-        SaeHarvestError: of any step; the same call continues.
-        RunError: `out` holds another recipe, another process works on it, or a member of a sweep
+        SaeHarvestError: a step failed; the same call continues.
+        RunError: `out` holds another recipe, another process works in it, or a member of a sweep
             failed.
     """
     with claimed(out, RECIPE_FILE):
@@ -172,7 +172,7 @@ def _run(recipe: Recipe, out: Path, execution: Execution, announce: Announce) ->
 
 
 def _train(sweep: Sweep) -> SweepResult:
-    """Trains all members; `RunError` if one failed."""
+    """Train all members of a sweep; raise `RunError` if one failed."""
     folder = Path(sweep.places.out)
     result: SweepResult = sweep_with_progress(sweep, folder)
     if result.failed:
@@ -184,7 +184,7 @@ def _train(sweep: Sweep) -> SweepResult:
 
 
 def _layers(recipe: Recipe) -> tuple[int, ...]:
-    """The layers' numbers; those of the model for `all`."""
+    """Return the layers' numbers; for `all`, every layer of the model."""
     if recipe.layers != "all":
         return recipe.layers
     config = recipe.harvest_config(0)
@@ -193,7 +193,7 @@ def _layers(recipe: Recipe) -> tuple[int, ...]:
 
 
 def _sweep(recipe: Recipe, out: Path, site: str, device: str) -> Sweep:
-    """The SAE that is trained on a site, and its folder."""
+    """Return the sweep that is trained on a site, with its folders."""
     layer = site.rpartition(".")[2]
     places = {
         "store": str(out / f"layer.{layer}" / STORE),
@@ -205,12 +205,12 @@ def _sweep(recipe: Recipe, out: Path, site: str, device: str) -> Sweep:
 
 
 def _evaluations(sweep: Sweep) -> dict[str, dict[str, Any] | None]:
-    """The evaluation of each member; None of one that is not finished."""
+    """Return the evaluation of each member; None for a member that is not finished."""
     return {name: finished_evaluation(Path(sweep.places.out) / name) for name in sweep.members}
 
 
 def _begin(out: Path, recipe: Recipe) -> None:
-    """Writes recipe.json; `RunError` if another recipe's is there."""
+    """Write recipe.json; raise `RunError` if the folder holds another recipe."""
     path, wanted = out / RECIPE_FILE, recipe.model_dump(mode="json")
     if not path.exists():
         write_json(path, wanted)
@@ -226,7 +226,7 @@ def _begin(out: Path, recipe: Recipe) -> None:
 def _rows(
     sweep: Sweep, evaluations: Mapping[str, dict[str, Any] | None]
 ) -> Iterator[dict[str, Any]]:
-    """One row per finished SAE; figures are of held-out rows without outliers."""
+    """Yield one row per finished SAE; its figures are from held-out rows without outliers."""
     site = sweep.places.site
     for name, config in sweep.members.items():
         evaluation = evaluations[name]
@@ -247,7 +247,7 @@ def _rows(
 
 
 def _set(content: dict[str, Any], path: list[str], value: Any) -> None:
-    """Sets a value of nested mappings; `InputError` if its path leads through something else."""
+    """Set a value in nested mappings; raise `InputError` if a part of its path is no mapping."""
     for depth, key in enumerate(path[:-1]):
         content = content.setdefault(key, {})
         if not isinstance(content, dict):
@@ -256,7 +256,7 @@ def _set(content: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def suite_table(out: Path) -> Table:
-    """The content of `suite.parquet`, for the terminal."""
+    """Return the content of `suite.parquet` as a table for the terminal."""
     table = Table("site", "latents", "k", "FVU", "L0", "never fired", box=None)
     for row in pq.read_table(exact_file(out / SUITE_FILE)).to_pylist():
         table.add_row(

@@ -1,7 +1,7 @@
-"""The model, store and SAE behind tables, found again where they are now.
+"""The model, store and SAE that tables were made from, searched for at their present places.
 
-Tables name the places of their store and SAE twice: as they were, and from the tables' own folder.
-Either may have moved; a digest decides whether what is found is what the tables were made of.
+Tables name the places of their store and SAE twice: as originally given, and relative to the
+tables' own folder. Either may have moved; a digest decides whether the right store or SAE is found.
 """
 
 from __future__ import annotations
@@ -21,24 +21,29 @@ from sae_harvest.train.sae.sae import SAE
 
 @dataclass(frozen=True)
 class Locations:
-    """Places that were given for what is not where the tables say; several for several tables."""
+    """New places of SAEs, stores and models that have moved; one for each folder of tables."""
 
     saes: Sequence[Path] = ()
+    """Folders of SAEs."""
+
     stores: Sequence[str] = ()
+    """Folders or bucket addresses of stores."""
+
     models: Sequence[str] = ()
+    """Folders or Hub names of models."""
 
 
 NOTHING_MOVED = Locations()
 
 
 def model_of(store: ActivationStore, given: Sequence[str] = ()) -> ResolvedModel:
-    """The store's model.
+    """Find the model that a store was harvested from.
 
     Args:
-        given: where it may be instead of where it was.
+        given: places to search instead of the name in the store's plan.
 
     Raises:
-        InputError: it is not there, or its weights are not the ones that were harvested.
+        InputError: the model is missing, or its weights differ from the harvested ones.
     """
     planned = store.plan["model"]
     found = {}
@@ -50,7 +55,7 @@ def model_of(store: ActivationStore, given: Sequence[str] = ()) -> ResolvedModel
         found[name] = weights
     name, weights = next(iter(found.items()))
     raise InputError(
-        f"The model {name} has other weights ({weights}) than those that "
+        f"The model {name} has other weights ({weights}) than the weights that "
         f"{store.place} was harvested from ({planned['weights']}); put the old ones back."
     )
 
@@ -58,18 +63,20 @@ def model_of(store: ActivationStore, given: Sequence[str] = ()) -> ResolvedModel
 def sae_of(
     features: Path, run: dict[str, Any], given: Sequence[Path] = (), device: str = "cpu"
 ) -> SAE:
-    """The SAE that tables were made with.
+    """Load the SAE that tables were made with.
 
     Args:
-        run: run.json of the tables. given: where it may be instead of where it was.
+        run: content of the tables' run.json.
+        given: places to search instead of those in `run`.
 
     Raises:
-        InputError: the tables are of no SAE. RunError: none of the places holds it.
+        InputError: the tables were made without an SAE.
+        RunError: no place holds the SAE.
     """
     if what := WITHOUT_SAE.get(run["sae"]):
         raise InputError(
-            f"{features} holds tables of {what}; live text and steering are for an SAE's latents, "
-            "and only SAEs are compared."
+            f"{features} holds tables of {what}; live text, steering and comparison need tables "
+            "of an SAE."
         )
     refusal = None
     for place in map(Path, given or _places(features, run, "sae")):
@@ -84,21 +91,22 @@ def sae_of(
         if sae.digest == run["sae_digest"]:
             return sae
         refusal = RunError(
-            f"{place} holds another SAE than the one that {features} was made with; put that one "
-            "back, say where it is with --sae, or build the tables again."
+            f"{place} holds another SAE than the one that {features} was made with; put the right "
+            "SAE back, say where it is with --sae, or build the tables again."
         )
     assert refusal is not None  # there is a place
     raise refusal
 
 
 def store_of(features: Path, run: dict[str, Any], given: Sequence[str] = ()) -> ActivationStore:
-    """The store that tables were made from, as it was then if it has grown since.
+    """Open the store that tables were made from, at the seal that they were made from.
 
     Args:
-        run: run.json of the tables. given: where it may be instead of where it was.
+        run: content of the tables' run.json.
+        given: places to search instead of those in `run`.
 
     Raises:
-        RunError: none of the places holds it.
+        RunError: no place holds the store.
     """
     refusal = None
     for place in given or _places(features, run, "store"):
@@ -115,7 +123,7 @@ def store_of(features: Path, run: dict[str, Any], given: Sequence[str] = ()) -> 
 
 
 def relative_places(features: Path, store: str, sae: str) -> dict[str, str]:
-    """Paths of a store and an SAE from the folder of the tables; of buckets there is none."""
+    """Return the paths of store and SAE relative to the tables' folder; buckets are left out."""
     found = {"store": store, "sae": sae}
     return {
         name: os.path.relpath(Path(place).resolve(), features.resolve())
@@ -125,7 +133,7 @@ def relative_places(features: Path, store: str, sae: str) -> dict[str, str]:
 
 
 def _places(features: Path, run: dict[str, Any], name: str) -> list[str]:
-    """Possible places of a part: relative to the tables, then its original place."""
+    """Return the places to search for a store or SAE: relative to the tables, then the original."""
     relative = run["relative"].get(name)
     near = [] if relative is None else [os.path.normpath(features.resolve() / relative)]
     return list(dict.fromkeys([*near, run[name]]))

@@ -1,13 +1,13 @@
-"""Steering: what a model writes while some latents are held at values of our choice.
+"""Steering: the text that a model writes while some latents are clamped.
 
-At the SAE's site, on every row that its rule reads, of the prompt and of what is generated alike,
+At the SAE's site, on every row that its rule reads, in the prompt and in the generated text,
 
     x <- x + restore(sum over i of (c_i - z_i) W_dec[i])
 
-where z_i is the activation that the latent has there, 0 where it does not fire, and c_i the value
-it is held at ("clamping", Templeton et al. 2024, "Scaling Monosemanticity"). It is the SAE's output
-with z_i replaced by c_i, plus what the SAE does not explain of x: the error stays. A transcoder
-reads one site, and what its latents would have written changes at the other.
+where z_i is the activation of latent i on that row, 0 where it does not fire, and c_i the value
+that it is held at ("clamping", Templeton et al. 2024, "Scaling Monosemanticity"). The result is the
+SAE's output with z_i replaced by c_i, plus the SAE's error on x, which is kept. A transcoder reads
+z_i at its own site, and the vector is added at the site that it predicts.
 """
 
 from __future__ import annotations
@@ -37,29 +37,33 @@ from sae_harvest.pipelines.live import LiveModel
 from sae_harvest.train.sae.normalization import restore
 from sae_harvest.train.sae.sae import SAE
 
-MAX_SEED = 2**63  # what a torch generator takes, and more than anyone needs
+MAX_SEED = 2**63  # exclusive; the limit of a torch generator
 
 
 @dataclass(frozen=True, slots=True)
 class Clamp:
-    """A latent and the value it is held at, in the units of the tables; 0 takes it away."""
+    """A latent and the value that it is held at."""
 
     latent: int
+    """Number of the latent, from 0."""
+
     value: float
+    """Activation in the units of the tables; 0 takes the latent away."""
 
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """The text that a model wrote, without the prompt; `token_texts`, joined, are `text`.
+    """The text that a model wrote.
 
     >>> Generated(" Paris.", [" Paris", "."]).text
     ' Paris.'
-
-    It ends with the model's own end token if the model came to one.
     """
 
     text: str
+    """The text without the prompt, with the model's end token if it wrote one."""
+
     token_texts: list[str]
+    """Texts of the tokens; joined, they are `text`."""
 
 
 def generate(
@@ -71,22 +75,22 @@ def generate(
     seed: int = 0,
     on_token: Callable[[str], bool] | None = None,
 ) -> Generated:
-    """Continue a prompt with some latents clamped; without clamps, it is the plain model.
+    """Continue a prompt with some latents clamped; without clamps, the model is unchanged.
 
-    The prompt is read as a document of the store is, but may be longer than its contexts: prompt
-    and continuation together have the model's own limit.
+    The prompt is tokenized like a document of the store. It may be longer than a context: prompt
+    and continuation together must fit in the longest input of the model.
 
     Args:
-        n_tokens: at most; the model may end earlier.
+        n_tokens: largest number of tokens to write; the model may end earlier.
         temperature: 0 takes the likeliest token each time, as transformers' greedy `generate`
             does; above 0, tokens are drawn from softmax(logits / temperature).
-        seed: of what is drawn.
+        seed: seed of the draws.
         on_token: called after each token with the text so far; generation ends if it returns False.
 
     Raises:
-        InputError: a latent that the SAE lacks or that is given twice, a number that is none or
-            out of range, a prompt without tokens or too long, a site that the model does not
-            offer, or clamps so strong that the model breaks down.
+        InputError: a clamp names a latent that does not exist or is given twice, a number is not
+            finite or out of range, the prompt has no tokens or is too long, a transcoder reads its
+            site after the site that it changes, or the clamps make the logits infinite or NaN.
     """
     _check_clamps(clamps, live.n_latents)
     if n_tokens < 1:
@@ -110,7 +114,7 @@ def generate(
             do_sample=False,
             num_beams=1,
             use_cache=True,
-            pad_token_id=live.prefix,  # of a batch's shorter texts: none here
+            pad_token_id=live.prefix,  # required, but unused: the batch has one text
             logits_processor=processors,
             stopping_criteria=StoppingCriteriaList([_Told(live, context.shape[1], on_token)]),
         )
@@ -119,20 +123,20 @@ def generate(
 
 
 def _texts(live: LiveModel, ids: Tensor, begin: int) -> list[str]:
-    """Texts of the tokens from `begin` on of ids [1, tokens]."""
+    """Return the texts of the tokens of ids [1, tokens] from place `begin` to the end."""
     new = ids[0, begin:].cpu().numpy().astype(np.int32)
-    return live.texts.window(new[new < len(live.texts)])  # beyond: rows of padding, without text
+    return live.texts.window(new[new < len(live.texts)])  # higher ids are padding, without text
 
 
 @contextmanager
 def clamped(live: LiveModel, clamps: Sequence[Clamp]) -> Iterator[None]:
-    """While open, the latents are clamped in whatever the model does. The caller holds the lock."""
+    """Clamp the latents in every forward pass while it is open. The caller holds the lock."""
     if not clamps:
         yield
         return
     config = live.sae.config
     target = live.site if config.target_site is None else Site.parse(config.target_site)
-    read: list[Tensor] = []  # by a transcoder, in this forward pass
+    read: list[Tensor] = []  # a transcoder's input in this forward pass
 
     def keep(x: Tensor) -> Tensor:
         read[:] = [x]
@@ -141,8 +145,8 @@ def clamped(live: LiveModel, clamps: Sequence[Clamp]) -> Iterator[None]:
     def shift(x: Tensor) -> Tensor:
         if target != live.site and not read:
             raise InputError(
-                f"The transcoder changes {config.target_site} by what it reads at "
-                f"{config.site}, which the model computes later; steer with another one."
+                f"The transcoder reads {config.site}, which the model computes after "
+                f"{config.target_site}, the site to change; steer with another one."
             )
         rows = (x if target == live.site else read.pop()).flatten(0, 1)
         change = clamping(live.sae, rows, clamps).masked_fill_(~live.reads(rows)[:, None], 0.0)
@@ -154,10 +158,10 @@ def clamped(live: LiveModel, clamps: Sequence[Clamp]) -> Iterator[None]:
 
 
 def clamping(sae: SAE, x: Tensor, clamps: Sequence[Clamp]) -> Tensor:
-    """The vectors that clamping adds to rows.
+    """Compute the vectors that clamping adds to rows.
 
     Args:
-        x: [rows, d_in], as the model computes them at the site that the SAE reads.
+        x: rows of the model at the site that the SAE reads, [rows, d_in].
 
     Returns:
         float32 [rows, width_out], in the units of the model.
@@ -169,24 +173,24 @@ def clamping(sae: SAE, x: Tensor, clamps: Sequence[Clamp]) -> Tensor:
     there = indices[:, :, None] == latents  # [rows, w, clamps]
     now = (values[:, :, None] * there).sum(dim=1)  # [rows, clamps]
     moved = (wanted - now) @ sae.W_dec[latents]  # [rows, width_out]
-    # restore is linear but for what it adds to every reconstruction
+    # restore is linear except for a constant that it adds to every reconstruction
     return restore(moved, x, sae.config) - restore(torch.zeros_like(moved), x, sae.config)
 
 
 class _Finite(LogitsProcessor):
-    """Refuses clamps that leave no logits to choose by."""
+    """Check of the logits; raises `InputError` if the clamps made them infinite or NaN."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not bool(scores.amax(dim=1).isfinite().all()):
             raise InputError(
-                "With latents clamped so far the model's logits are not finite; "
-                "use values nearer to those that the latents have in the tables."
+                "With these clamps the model's logits are not finite; "
+                "use values closer to the activations that the latents have in the tables."
             )
         return scores
 
 
 class _Told(StoppingCriteria):
-    """Tells the text so far after each token, and ends where nobody wants more."""
+    """Call of `on_token` after each token; generation ends when it returns False."""
 
     def __init__(self, live: LiveModel, begin: int, on_token: Callable[[str], bool] | None) -> None:
         self._live, self._begin, self._on_token = live, begin, on_token
@@ -195,12 +199,12 @@ class _Told(StoppingCriteria):
         go_on = True
         if self._on_token is not None:
             text = "".join(_texts(self._live, input_ids, self._begin))
-            go_on = self._on_token(text.rstrip(INCOMPLETE))  # half a character is not told yet
+            go_on = self._on_token(text.rstrip(INCOMPLETE))  # without half a character at the end
         return torch.full((len(input_ids),), not go_on, device=input_ids.device)
 
 
 class _Drawn(LogitsProcessor):
-    """Leaves one token to choose: drawn by a generator of its own, not the process's."""
+    """Draw of the next token with its own random generator; all other logits become -inf."""
 
     def __init__(self, temperature: float, seed: int) -> None:
         self._temperature = temperature
@@ -235,6 +239,7 @@ def _check_length(model: PreTrainedModel, n_context: int, n_tokens: int) -> None
     longest = getattr(text, "max_position_embeddings", None)
     if longest and n_context + n_tokens > longest:
         raise InputError(
-            f"The model sees at most {longest:,} tokens; the prompt has {n_context:,} with the one "
-            f"before it, and {n_tokens:,} more were asked for; shorten the prompt or ask for fewer."
+            f"The model sees at most {longest:,} tokens; the prompt has {n_context:,} with the "
+            f"token before it, and {n_tokens:,} more are asked for; shorten the prompt, or ask for "
+            "fewer tokens."
         )

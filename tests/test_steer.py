@@ -198,7 +198,7 @@ def test_a_transcoder_changes_the_site_it_predicts(store, tmp_path, read, write)
 
 def test_a_transcoder_that_predicts_what_comes_before_is_refused(store, tmp_path):
     live = live_of(store, tmp_path, transcoder(store, f"mlp_out.{LAYER}", f"resid_pre.{LAYER}"))
-    with pytest.raises(InputError, match=r"reads at mlp_out\.1, which the model computes later"):
+    with pytest.raises(InputError, match=r"reads mlp_out\.1, which the model computes after"):
         generate(live, PROMPT, CLAMPS, 3)
     assert generate(live, PROMPT, [], 3).token_texts
 

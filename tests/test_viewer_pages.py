@@ -164,7 +164,7 @@ def contrast(ink, ground):
 
 def test_a_dead_latent_and_one_that_does_not_exist_are_said(page, base):
     go(page, base, f"latent/{N - 1}")
-    assert "fired on none of the rows" in page.locator("main").inner_text()
+    assert "fired on no row" in page.locator("main").inner_text()
     if base.startswith("file"):
         go(page, base, f"latent/{N}")
         assert f"There is no latent {N}" in page.locator("[role=alert]").inner_text()
@@ -214,7 +214,7 @@ def test_search_by_token_text_and_number(page, base):
     assert texts(page, "table.latents tbody a.latent") != []
     assert {"court"} == {t.strip("·\n ") for t in texts(page, "tbody td:nth-child(2) .token")}
     assert page.locator(".hit").first.locator(".t.peak").inner_text() == "court"
-    assert "fires right on it" in page.locator(".hit").first.inner_text()
+    assert "fires on the text" in page.locator(".hit").first.inner_text()
     page.get_by_role("button", name="rows").click()
     page.wait_for_selector("th[aria-sort=descending] >> text=rows")
     rows = [int(t.replace(",", "")) for t in texts(page, "tbody td:nth-child(5)")]
@@ -233,7 +233,7 @@ def test_search_by_token_text_and_number(page, base):
     page.get_by_role("link", name="Open latent 17").click()
     page.wait_for_selector("h1:has-text('Latent 17')")
     go(page, base, "search?q=zzzz")
-    assert "in no context" in page.locator(".results").inner_text()
+    assert "No context" in page.locator(".results").inner_text()
 
 
 def test_keys_walk_the_list_and_latents(page, base):

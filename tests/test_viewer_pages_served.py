@@ -26,7 +26,7 @@ def test_an_export_says_what_needs_the_server(page, site):
         go(page, site, path)
         assert f"{what} needs the model and a server" in page.locator("main").inner_text()
     go(page, site, "latent/3")
-    assert "Notes are kept by the server" in page.locator(".notes").inner_text()
+    assert "Notes need the server" in page.locator(".notes").inner_text()
 
 
 def test_live_text_and_steering_in_the_browser(page, living):

@@ -119,7 +119,7 @@ def test_what_cannot_be_answered_gets_one_sentence(client, path, body, sentence)
         ({"n_tokens": 0}, f"1 to {MAX_TOKENS} tokens"),
         ({"n_tokens": MAX_TOKENS + 1}, f"1 to {MAX_TOKENS} tokens"),
         ({"n_tokens": True}, "lacks n_tokens"),
-        ({"temperature": -1}, "between 0 and 5"),
+        ({"temperature": -1}, "from 0 to 5"),
         ({"clamps": [{"latent": N, "value": 1}]}, f"There is no latent {N}"),
         ({"clamps": [{"latent": 1, "value": "x"}]}, "lacks value"),
         ({"clamps": [{"latent": i, "value": 1} for i in range(9)]}, "at most 8 latents"),

@@ -58,7 +58,7 @@ def test_statistics_that_cannot_be_are_said(tmp_path):
     table = pq.read_table(path)
     at = table.schema.get_field_index("q90")
     pq.write_table(table.set_column(at, "q90", table["q25"]), path)
-    with pytest.raises(RunError, match=r"latents\.parquet is damaged \(latent 3: its density or"):
+    with pytest.raises(RunError, match=r"latents\.parquet is damaged \(latent 3 has an impossible"):
         Unusual(Tables(features), [3])
 
 

@@ -1,7 +1,7 @@
 """Downstream loss: the model's cross-entropy when an SAE's output replaces its activations.
 
-Gao et al. (2024), section 4.1. The difference to the model's own cross-entropy, in nats per token,
-is what the reconstruction loses of what the model needs.
+Gao et al. (2024), section 4.1. The increase over the model's own cross-entropy, in nats per token,
+measures how much the model needs what the reconstruction loses.
 """
 
 from __future__ import annotations
@@ -31,21 +31,26 @@ BATCH_TOKENS = 1024  # logits are [tokens, vocabulary], in float32
 
 @dataclass(frozen=True, slots=True)
 class Downstream:
-    """Cross-entropies in nats per predicted token, over `tokens` of them in `contexts`.
-
-    `replaced` is the share of rows whose activations were replaced: the rule of the SAE leaves
-    outlier rows as they are.
-    """
+    """Cross-entropies of the model, without and with the SAE in place of its activations."""
 
     contexts: int
+    """Number of contexts."""
+
     tokens: int
+    """Number of predicted tokens in these contexts."""
+
     replaced: float
+    """Share of rows that were replaced; the SAE's rule leaves outlier rows unchanged."""
+
     ce_model: float
+    """Cross-entropy of the model, in nats per predicted token."""
+
     ce_sae: float
+    """Cross-entropy with replaced activations, in nats per predicted token."""
 
     @property
     def delta_ce(self) -> float:
-        """Nats per token lost by the replacement."""
+        """Increase of the cross-entropy by the replacement, in nats per predicted token."""
         return self.ce_sae - self.ce_model
 
     def to_json(self) -> dict[str, Any]:
@@ -59,18 +64,18 @@ def downstream_loss(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     device: str = "cpu",
 ) -> Downstream:
-    """Measure on contexts cut from held-out documents only.
+    """Measure the loss on contexts that hold only held-out documents.
 
     Args:
-        place: the store's folder or address.
-        sae_path: folder of an SAE of any site of the store.
-        n_contexts: number of contexts, at most.
-        on_progress: called with the contexts done and their total.
-        device: where model and SAE compute: cpu, cuda or auto.
+        place: folder or bucket address of the store.
+        sae_path: folder of an SAE that was trained on any site of the store.
+        n_contexts: largest number of contexts.
+        on_progress: called with the number of contexts done and their total.
+        device: device of model and SAE: cpu, cuda or auto.
 
     Raises:
-        InputError: it is a transcoder, no context is wholly held out, or there is no such device.
-        SaeHarvestError: the store, the SAE or the model cannot be read, or do not fit.
+        InputError: the SAE is a transcoder, no context is held out whole, or the device is missing.
+        SaeHarvestError: store, SAE or model cannot be read, or do not fit together.
     """
     device = choose_device(device)
     store, sae = ActivationStore.open(place), SAE.load(sae_path, device)
@@ -109,7 +114,7 @@ def downstream_loss(
 
 
 def heldout_contexts(store: ActivationStore, sae: SAE, site: str, n: int) -> npt.NDArray[np.int64]:
-    """The first n contexts all of whose documents are held out from training [<= n]."""
+    """Return the first n contexts that hold only held-out documents: int64 [<= n]."""
     rule = sae.config.rule.model_copy(update={"split": "heldout", "max_norm_medians": None})
     found: list[int] = []
     for shard in range(store.n_shards):
@@ -129,7 +134,7 @@ def heldout_contexts(store: ActivationStore, sae: SAE, site: str, n: int) -> npt
 def replaced_rows(
     store: ActivationStore, sae: SAE, site: str, contexts: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
-    """Which rows of some contexts the rule's norms select, bool [contexts, context_length]."""
+    """Return the rows that the SAE's rule selects by norm: bool [contexts, context_length]."""
     rule = sae.config.rule.model_copy(update={"split": "all"})
     per_shard = store.shard_rows // store.context_length
     found = np.empty((len(contexts), store.context_length), np.bool_)
@@ -141,7 +146,7 @@ def replaced_rows(
 
 
 def cross_entropy(model: nn.Module, tokens: Tensor) -> float:
-    """Sum over a batch [batch, context_length] of the nats of every token but the first."""
+    """Sum the cross-entropy, in nats, of all tokens but the first of [batch, context_length]."""
     with torch.inference_mode():
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
         targets = tokens[:, 1:]

@@ -24,7 +24,7 @@ sae_option = click.option(
     "saes",
     type=PathOption(),
     multiple=True,
-    help="Folder of the SAE, if it has moved; repeat for that of --compare.",
+    help="Folder of the SAE, if it has moved; repeat for the SAE of --compare.",
 )
 
 
@@ -37,7 +37,7 @@ sae_option = click.option(
     "stores",
     type=PlaceOption(),
     multiple=True,
-    help="Place of the store, if it has moved; repeat for that of --compare.",
+    help="Folder or address of the store, if it has moved; repeat for the store of --compare.",
 )
 @click.option(
     "--model",
@@ -50,7 +50,7 @@ sae_option = click.option(
     "--host",
     default="127.0.0.1",
     show_default=True,
-    help="Address to listen on. Any but this machine's own asks for a token.",
+    help="Address to listen on. Every address but 127.0.0.1, localhost and ::1 asks for a token.",
 )
 @click.option(
     "--port",
@@ -73,7 +73,7 @@ def serve(
     device: str,
     allow_sql: bool,
 ) -> None:
-    """Pages of every latent in the browser: search, contexts, live text, steering, notes.
+    """Show every latent in the browser: search, contexts, live text, steering, notes.
 
     \b
     sae-features serve --features runs/demo/features
@@ -100,7 +100,7 @@ def serve(
 @sae_option
 @click.option("--out", type=PathOption(), required=True, help="Folder to write.")
 def site(features: Path, compare: Path | None, saes: tuple[Path, ...], out: Path) -> None:
-    """The pages as files that open without a server, from a disk or a web server.
+    """Write the pages as files that open from a disk or any web server.
 
     Live text, steering, notes and SQL need `serve`; the pages say so.
 

@@ -25,30 +25,30 @@ class Comparison:
     """
 
     def __init__(self, ours: Tables, theirs: Tables, saes: Sequence[Path] = ()) -> None:
-        """See the class; saes: where to look for the two instead of where they were."""
+        """Compare the SAEs of two folders of tables; `saes`: their folders, if they have moved."""
         self.ours, self.theirs = ours, theirs
         mine, other = (sae_of(one.features, one.run, saes).W_dec for one in (ours, theirs))
         if mine.shape[1] != other.shape[1]:
             raise InputError(
-                f"{ours.features} is of an SAE with {mine.shape[1]} dimensions and "
-                f"{theirs.features} of one with {other.shape[1]}; compare SAEs of one site."
+                f"{ours.features} has an SAE with {mine.shape[1]} dimensions and "
+                f"{theirs.features} one with {other.shape[1]}; compare SAEs of one site."
             )
         nearest, cosine = nearest_rows(mine, other)
         self.cosine = np.array(
             plain(cosine.tolist())
-        )  # as shown, so that filters mean what is seen
+        )  # rounded as shown, so that a filter agrees with the page
         self._pairs = [
             {"latent": a, "other": b, "cosine": c}
             for a, (b, c) in enumerate(zip(nearest.tolist(), self.cosine.tolist(), strict=True))
         ]
 
     def of(self, latent: int) -> dict[str, Any]:
-        """The other SAE's latent nearest to one of ours, with what is known of it."""
+        """Return the other SAE's latent nearest to one of ours, with its label."""
         pair = self._pairs[latent]
         return pair | {"label": self.theirs.labels([pair["other"]]).get(pair["other"])}
 
     def overview(self) -> dict[str, Any]:
-        """The similarity of the two dictionaries as a whole."""
+        """Return the similarity of the two SAEs as a whole."""
         edges = np.linspace(min(0.0, float(self.cosine.min())), 1, 41)
         counts, _ = np.histogram(np.clip(self.cosine, edges[0], 1), edges)
         return {
@@ -62,7 +62,7 @@ class Comparison:
         }
 
     def columns(self) -> dict[str, list[Any]]:
-        """latent, other and cosine of every pair."""
+        """Return `latent`, `other` and `cosine` of every pair, as columns."""
         return {key: [p[key] for p in self._pairs] for key in ("latent", "other", "cosine")}
 
     def rows(
@@ -73,7 +73,7 @@ class Comparison:
         offset: int,
         limit: int,
     ) -> dict[str, Any]:
-        """A page of the pairs, sorted by cosine; total: how many there are between low and high."""
+        """Return a page of the pairs, sorted by cosine; `total` counts the pairs in the range."""
         order = np.argsort(-self.cosine if descending else self.cosine, kind="stable")
         kept = np.ones(len(order), bool)
         if low is not None:
@@ -94,23 +94,23 @@ class Comparison:
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Sentences on what two tables are of, where it is not the same: what may be compared then."""
+    """Return a sentence for each difference of model, site and store that limits comparison."""
     found = []
     if ours.get("model") != theirs.get("model"):
         found.append(
             f"The models are {ours.get('model')} and {theirs.get('model')}: unless these are two "
-            "names of one, directions in them have nothing to do with each other."
+            "names of one model, their directions have nothing to do with each other."
         )
     if ours.get("site") != theirs.get("site"):
         found.append(
-            f"The sites are {ours.get('site')} and {theirs.get('site')}: a latent of one may have "
-            "no counterpart at the other."
+            f"The sites are {ours.get('site')} and {theirs.get('site')}: a latent of one site may "
+            "have no counterpart at the other."
         )
     if ours.get("store_digest") != theirs.get("store_digest"):
         found.append(
-            f"The tables are of two stores, {ours.get('store')} and {theirs.get('store')}: "
+            f"The tables come from two stores, {ours.get('store')} and {theirs.get('store')}: "
             "densities, tokens and maxima can only be compared if both stores hold the same texts; "
-            "cosines need no texts."
+            "cosines can be compared anyway."
         )
     return found
 
@@ -118,7 +118,7 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 def nearest_rows(
     rows: torch.Tensor, others: torch.Tensor
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Index of, and cosine with, the nearest of `others` [m, d] for each of `rows` [n, d]."""
+    """Find the nearest of `others` [m, d] for each of `rows` [n, d]: index and cosine, both [n]."""
     others = torch.nn.functional.normalize(others, dim=1)
     index = torch.empty(len(rows), dtype=torch.int64)
     cosine = torch.empty(len(rows))

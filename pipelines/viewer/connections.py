@@ -1,13 +1,13 @@
-"""Connections of people who have not shown that they may come in: few, and with a deadline.
+"""Limits and deadlines for connections that have sent no admitted request.
 
-The server answers so many connections at a time. One that sends nothing, or its headers a byte a
-minute, or that asks without the token, must not take the place of somebody who may ask. So the
-headers of a request have a deadline, and of the connections that no request of which the guard has
-let in, the oldest is closed when there are too many: a new one is always heard.
+The server holds a limited number of connections. A connection that sends nothing, that sends its
+headers very slowly, or that lacks the token must not block an admitted user. So the headers of a
+request have a deadline. If there are too many connections without an admitted request, the oldest
+of them is closed, so that a new connection is always accepted.
 
-uvicorn documents that its `http` setting may be a class, but neither the class that ours derives
-from nor the methods and attributes that it uses. Read in uvicorn 0.54; once one of them is gone,
-`tests/test_private_apis.py` fails.
+uvicorn documents that its `http` setting may be a class. It documents neither the base class of
+ours nor the methods and attributes that ours uses. They were read in uvicorn 0.54;
+`tests/test_private_apis.py` fails when one of them is gone.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-ADMIT = "sae_harvest.admit"  # extension of the ASGI scope: called for a request that is let in
-HEADER_SECONDS = 10.0  # from the connection, or the answer before, to the end of the headers
-STRANGERS = 32  # connections not let in, at a time
-CONNECTIONS = 64  # let in, at a time; uvicorn answers more with 503
+ADMIT = "sae_harvest.admit"  # extension of the ASGI scope: called for an admitted request
+HEADER_SECONDS = 10.0  # from the connection, or the previous answer, to the end of the headers
+STRANGERS = 32  # largest number of connections without an admitted request
+CONNECTIONS = 64  # largest number of admitted connections; uvicorn answers more with 503
 
 _number = itertools.count()
 
 
 class Connection(H11Protocol):
-    """uvicorn's protocol with a deadline and with places for those who are let in."""
+    """uvicorn's protocol with a deadline for headers and a limit for connections not admitted."""
 
     header_seconds = HEADER_SECONDS
     most_strangers = STRANGERS
@@ -37,7 +37,7 @@ class Connection(H11Protocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.admitted = False
-        self.number = next(_number)  # of connections, in order
+        self.number = next(_number)  # connections are numbered in the order of their start
         self._deadline: asyncio.TimerHandle | None = None
         self.app = self._telling(self.app)
 
@@ -59,11 +59,11 @@ class Connection(H11Protocol):
             self._stop_waiting()
 
     def on_response_complete(self) -> None:
-        self._wait_for_headers()  # first: a request that waits in the pipe begins at once
+        self._wait_for_headers()  # before super: a pipelined request begins at once
         super().on_response_complete()
 
     def abort(self) -> None:
-        """Close it now, whatever is under way."""
+        """Close the connection at once, even during an answer."""
         self.connections.discard(self)
         self.transport.abort()
 
@@ -77,7 +77,7 @@ class Connection(H11Protocol):
             self._deadline = None
 
     def _telling(self, app: ASGIApp) -> Callable[..., Any]:
-        """The application, with the means to let this connection in."""
+        """Wrap the application so that a request can admit this connection."""
 
         def admit() -> None:
             self.admitted = True

@@ -1,8 +1,8 @@
-"""Checks of each request before any route is reached: host, token, origin, size.
+"""Checks of each request before it reaches a route: host, token, origin, size.
 
-On loopback any name but this machine's is refused, so that a page elsewhere cannot reach the server
-by pointing its own name here (DNS rebinding). Anywhere else a token is asked for. What changes
-something must come from our own pages, as JSON, within a deadline.
+On loopback only the names of this machine are accepted, so that a foreign page cannot reach the
+server by resolving its own domain to this machine (DNS rebinding). On any other address a token is
+required. A request that changes something must come from our own pages, as JSON, within a deadline.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sae_harvest.pipelines.viewer.connections import ADMIT
 
 MAX_BODY_BYTES = 64 * 1024
-BODY_SECONDS = 10.0  # for a body to arrive
+BODY_SECONDS = 10.0  # time limit for a whole body
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 HEADERS = {
     "content-security-policy": (
@@ -36,13 +36,13 @@ HEADERS = {
 
 
 class Guard:
-    """ASGI middleware.
+    """ASGI middleware that refuses requests that fail a check.
 
     Args:
-        token: asked for if not None; given once as `/?token=`, then kept in a cookie. Elsewhere in
-            an address, `token` has no meaning here.
-        cookie: the cookie's name, one per port, since cookies do not tell ports apart.
-        body_seconds: for the whole body of a request to arrive.
+        token: required token; None requires none. A browser sends it once as `/?token=` and then
+            as a cookie. `token` in other addresses is ignored.
+        cookie: name of the cookie; one per port, as browsers share cookies between ports.
+        body_seconds: time limit for the whole body of a request.
     """
 
     def __init__(
@@ -110,11 +110,11 @@ class Guard:
     def _without_token(
         self, scope: Scope, headers: Headers, token: str
     ) -> JSONResponse | RedirectResponse | None:
-        """None if the request has the token; a token in the address moves to a cookie."""
+        """Return None if the request has the token; move a token in the address to a cookie."""
         query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         if scope["path"] == "/" and (given := query.pop("token", None)):
             if not _same(given[0], token):
-                return _refused(403, "The token is not the one this server was started with.")
+                return _refused(403, "The token is wrong; open the address that was printed.")
             rest = urlencode(query, doseq=True)
             moved = RedirectResponse(f"/?{rest}" if rest else "/", 303)
             moved.set_cookie(self._cookie, token, httponly=True, samesite="strict")
@@ -131,12 +131,12 @@ class Guard:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server bound to the host."""
+    """Whether a server bound to the host can only be reached from this machine."""
     return host in LOOPBACK
 
 
 def _name(host: str) -> str:
-    """The name in a Host header, without port and brackets."""
+    """Return the name in a Host header, without port and brackets."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
@@ -144,7 +144,7 @@ def _name(host: str) -> str:
 
 
 def _netloc(address: str) -> str | None:
-    """Name and port of an address; None if it is none."""
+    """Return name and port of an address; None if it is not an address."""
     try:
         return urlsplit(address).netloc
     except ValueError:
@@ -160,10 +160,10 @@ def _refused(status: int, sentence: str) -> JSONResponse:
 
 
 async def _bounded_body(receive: Receive) -> bytes | None:
-    """The whole body, None if it is longer than `MAX_BODY_BYTES`.
+    """Return the whole body; None if it is longer than `MAX_BODY_BYTES`.
 
     Raises:
-        ClientDisconnect: the other side left before the end of it.
+        ClientDisconnect: the client disconnected before the end of the body.
     """
     body = b""
     while True:
@@ -178,7 +178,7 @@ async def _bounded_body(receive: Receive) -> bytes | None:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """`receive` that hands over the body already read."""
+    """Return a `receive` that first gives the body that was already read."""
     waiting = [body]
 
     async def replay() -> Message:

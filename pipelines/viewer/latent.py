@@ -1,4 +1,4 @@
-"""A latent's page: one place of each table is read."""
+"""A latent's page; it reads the rows of one latent from each table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sae_harvest.pipelines.features.tables.checks import (
 from sae_harvest.pipelines.features.tables.folder import DECILES
 from sae_harvest.pipelines.viewer.tables import Tables, plain
 
-MERGED_BINS = 4  # of 16 an octave: what a small drawing can show
+MERGED_BINS = 4  # bins per bar; tables have 16 bins an octave, too many for a small plot
 STRATA = (
     "top", *(f"decile_{d}" for d in range(DECILES, 0, -1)), "random", "hard_negative", "inactive",
 )  # fmt: skip
@@ -31,10 +31,11 @@ CONTEXTS = f"SELECT {CONTEXT} FROM contexts WHERE latent = ?"
 
 
 def latent_page(tables: Tables, latent: int) -> dict[str, Any]:
-    """Everything a latent's page shows.
+    """Return all data of a latent's page.
 
     Raises:
-        InputError: no such latent. RunError: its tables do not fit together.
+        InputError: there is no such latent.
+        RunError: the tables contradict each other.
     """
     tables.check(latent)
     statistics = tables.ask(STATISTICS, latent)
@@ -63,7 +64,7 @@ def assemble(
     labels: dict[int, dict[str, Any]],
     explanation: str | None,
 ) -> dict[str, Any]:
-    """The page of a latent from rows of the tables; `RunError` if they do not fit together."""
+    """Assemble a latent's page from rows of the tables; `RunError` if they contradict."""
     latent = statistics["latent"]
     check_latent(tables.features, statistics)
     bins = [tuple(row.values()) for row in histogram]
@@ -90,9 +91,10 @@ def assemble(
 
 
 def compact(context: dict[str, Any]) -> dict[str, Any]:
-    """A context with the lengths of its tokens, and the activations that are not 0.
+    """Replace a context's token ends and activations by `lengths` and `heat`.
 
-    lengths: characters (code points) of each token; heat: [place, activation] pairs.
+    `lengths` holds the code points of each token; `heat` holds [place, activation] pairs where the
+    activation is not 0.
     """
     ends, activations = context.pop("token_ends"), context.pop("activations")
     return context | {
@@ -102,7 +104,7 @@ def compact(context: dict[str, Any]) -> dict[str, Any]:
 
 
 def merged(histogram: Iterable[dict[str, Any]]) -> list[list[float]]:
-    """[low, high, count] of every `MERGED_BINS` bins that hold something, in order."""
+    """Merge every `MERGED_BINS` bins: [low, high, count] of each that is not empty, in order."""
     bins: dict[int, list[float]] = {}
     for row in histogram:
         low, high, count = row["low"], row["high"], row["count"]

@@ -14,29 +14,38 @@ PAGE = 50
 
 @dataclass(frozen=True)
 class Listing:
-    """The part of the list that is asked for.
-
-    Args:
-        between: smallest and largest value of a column of `SUMMARY`, either may be None.
-        fires_on: a latent is listed if one of its most frequent tokens contains this.
-        latents: only these.
-    """
+    """The part of the list that a request asks for."""
 
     sort: str = "latent"
+    """Column of `SUMMARY` to sort by."""
+
     descending: bool = False
+    """Whether the largest value comes first."""
+
     between: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    """Smallest and largest value, both included, by column of `SUMMARY`; None is no limit."""
+
     fires_on: str = ""
+    """Text that one of a latent's most frequent tokens must contain, in any case."""
+
     dead: bool = False
+    """Whether dead latents are listed too."""
+
     latents: Sequence[int] | None = None
+    """The latents to choose from; None chooses from all."""
+
     offset: int = 0
+    """Number of latents before the page."""
+
     limit: int = PAGE
+    """Largest number of latents on the page."""
 
 
 def list_latents(tables: Tables, listing: Listing) -> dict[str, Any]:
-    """total: how many there are; rows: those of this page.
+    """Return `rows`, the latents of one page, and `total`, the number of latents that match.
 
     Raises:
-        InputError: no such column.
+        InputError: a column does not exist.
     """
     for name in [listing.sort, *listing.between]:
         if name not in SUMMARY:
@@ -60,7 +69,7 @@ def list_latents(tables: Tables, listing: Listing) -> dict[str, Any]:
         values.append(list(listing.latents))
     where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
     (total,) = tables.ask(f"SELECT count(*) AS n FROM summary {where}", *values)
-    # names of columns are those of SUMMARY, checked above
+    # column names are safe in SQL: the loop above checked them against SUMMARY
     order = f"isnan({listing.sort}::DOUBLE), {listing.sort} {'DESC' if listing.descending else ''}"
     rows = tables.ask(
         f"SELECT {', '.join(SUMMARY)}, dead, tokens FROM summary {where} "

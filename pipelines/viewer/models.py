@@ -1,4 +1,4 @@
-"""Live text and steering for the pages: bounded, and one at a time."""
+"""Live text and steering for the pages: limited in size, one request at a time."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from sae_harvest.pipelines.viewer.tables import Tables, plain
 from sae_harvest.pipelines.viewer.unusual import Unusual
 
 MAX_TEXT_CHARS = 5_000  # characters of a text or prompt
-MAX_TOKENS = 200  # generated
+MAX_TOKENS = 200  # generated tokens
 MAX_CLAMPS = 8
-PER_TOKEN = 64  # latents listed for a token
+PER_TOKEN = 64  # latents listed per token
 
 
 class BusyError(SaeHarvestError):
-    """The model is at work for somebody else."""
+    """The model, or the SQL worker, is busy with another request."""
 
 
 class Models:
-    """The model behind the tables, loaded when first needed.
+    """The model that the tables were made with, loaded at the first request.
 
     Args:
-        open_model: loads it; raises `SaeHarvestError` with the reason if it cannot.
+        open_model: loads the model; raises `SaeHarvestError` with the reason if it cannot.
     """
 
     def __init__(self, tables: Tables, open_model: Callable[[], LiveModel]) -> None:
@@ -38,12 +38,14 @@ class Models:
         self._turn = threading.Lock()
 
     def activations(self, text: str) -> dict[str, Any]:
-        """The latents of each token of a text, the most unusual first, and what is known of them.
+        """Return the latents that fire on each token of a text, the most unusual first.
 
-        latents: [latent, activation, unusualness] of a token.
+        Each token has `latents`, a list of [latent, activation, unusualness]; `labels` describes
+        the latents.
 
         Raises:
-            InputError: an empty or too long text. BusyError: somebody else's turn.
+            InputError: the text is empty or too long.
+            BusyError: the model is busy with another request.
         """
         with self._taken() as model:
             live = model.activations(check_text(text, "text"))
@@ -75,17 +77,18 @@ class Models:
         seed: int,
         on_token: Callable[[str], bool] | None = None,
     ) -> dict[str, Any]:
-        """The text that the model writes after the prompt, with latents clamped, within bounds.
+        """Continue a prompt with latents clamped, within the limits of this module.
 
         Raises:
-            InputError: out of bounds. BusyError: somebody else's turn.
+            InputError: an argument exceeds a limit.
+            BusyError: the model is busy with another request.
         """
         if not 1 <= n_tokens <= MAX_TOKENS:
             raise InputError(f"Ask for 1 to {MAX_TOKENS} tokens, not {n_tokens}.")
         if len(clamps) > MAX_CLAMPS:
             raise InputError(f"Clamp at most {MAX_CLAMPS} latents, not {len(clamps)}.")
         if not 0 <= temperature <= 5:
-            raise InputError(f"The temperature is between 0 and 5, not {temperature:g}.")
+            raise InputError(f"The temperature must be from 0 to 5, not {temperature:g}.")
         for clamp in clamps:
             self._tables.check(clamp.latent)
         with self._taken() as model:
@@ -107,7 +110,7 @@ class Models:
 
 
 def check_text(text: str, what: str) -> str:
-    """The text; `InputError` if it is empty or too long."""
+    """Return the text; raise `InputError` if it is empty or too long."""
     if not text.strip():
         raise InputError(f"Type a {what}.")
     if len(text) > MAX_TEXT_CHARS:

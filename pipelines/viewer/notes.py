@@ -1,4 +1,4 @@
-"""Notes and tags, the one thing the viewer writes: an SQLite file, a transaction a change."""
+"""Notes and tags in an SQLite file, the only file that the viewer writes."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ MADE = "SELECT count(*) = 2 FROM sqlite_master WHERE name IN ('notes', 'tags')"
 class Notes:
     """Notes on the latents of one SAE.
 
-    They are kept by the SAE's digest, so that tables built with another one into the same folder
-    do not inherit them.
+    Each note is saved with the SAE's digest, so that tables of another SAE in the same folder do
+    not show it.
 
     Args:
-        path: the SQLite file, made when something is first saved.
+        path: the SQLite file; the first save creates it.
     """
 
     def __init__(self, path: Path, sae_digest: str) -> None:
@@ -39,7 +39,7 @@ class Notes:
 
     @classmethod
     def beside(cls, features: Path, sae_digest: str) -> Notes:
-        """In the folder of the tables, or next to it if that cannot be written."""
+        """Open the notes in the tables' folder, or beside the folder if it is not writable."""
         inside = features / NOTES_FILE
         outside = features.parent / f"{features.name}.{NOTES_FILE}"
         writable = os.access(features, os.W_OK) and (
@@ -48,7 +48,7 @@ class Notes:
         return cls(inside if writable else outside, sae_digest)
 
     def get(self, latent: int) -> dict[str, Any]:
-        """note and tags of a latent; empty ones if there are none."""
+        """Return note and tags of a latent; both are empty if nothing was saved."""
         if not self.path.exists():
             return {"note": "", "tags": []}
         with self._open() as connection:
@@ -65,10 +65,11 @@ class Notes:
         return {"note": note, "tags": [self._checked(latent, tag)[1] for (tag,) in tags]}
 
     def put(self, latent: int, note: str, tags: list[str]) -> dict[str, Any]:
-        """Save both in one transaction; returns what is saved.
+        """Save note and tags in one transaction, and return them as saved.
 
         Raises:
-            InputError: too long. RunError: the file cannot be written.
+            InputError: the note is too long, or the tags are too long or too many.
+            RunError: the file cannot be written.
         """
         tags = sorted({tag.strip() for tag in tags} - {""})
         if len(note) > MAX_NOTE_CHARS:
@@ -98,7 +99,7 @@ class Notes:
         return self.get(latent)
 
     def noted(self) -> dict[int, dict[str, Any]]:
-        """Every latent that has a note or a tag, by number."""
+        """Return note and tags of every latent that has any, by the latent's number."""
         found: dict[int, dict[str, Any]] = {}
         if not self.path.exists():
             return found
@@ -119,27 +120,27 @@ class Notes:
         return dict(sorted(found.items()))
 
     def _checked(self, latent: object, text: object) -> tuple[int, str]:
-        """A row of the file, which any program may have written."""
+        """Return a row of the file after a check, as any program may have written it."""
         if not isinstance(latent, int) or not 0 <= latent < 2**31 or not isinstance(text, str):
             raise RunError(
-                f"{self.path} holds a note or tag that is not text, or of no latent "
-                f"(at latent {str(latent)[:20]}); delete that row, or move the file away."
+                f"{self.path} holds a note or tag that is not text, or whose latent is not a "
+                f"number (at latent {str(latent)[:20]}); delete that row, or move the file away."
             )
         return latent, text
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        """Writers wait for each other; what was committed survives the process."""
+        """Connect to the file; writers wait for each other for up to 10 s."""
         try:
             with closing(sqlite3.connect(self.path, timeout=10)) as connection:
                 yield connection
         except sqlite3.Error as error:
             raise RunError(
-                f"Notes cannot be kept in {self.path} ({error}); "
+                f"Notes cannot be saved in {self.path} ({error}); "
                 "make it writable, or move it away if it is damaged."
             ) from error
 
 
 def _is_made(connection: sqlite3.Connection) -> bool:
-    """Whether a note was ever saved: a server killed at its first save leaves an empty file."""
+    """Whether the tables exist: a server that is killed at its first save leaves an empty file."""
     return bool(connection.execute(MADE).fetchone()[0])

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from sae_harvest.pipelines.viewer.tables import SUMMARY, Tables, plain
 
 BINS = 40
-POINTS = 12_000  # of the scatter plot; more are thinned out evenly
+POINTS = 12_000  # largest number of points in the scatter plot; more are thinned out evenly
 LOGARITHMIC = ("density", "max", "n_tokens")
 PLOTTED = (
     "density",
@@ -23,7 +23,7 @@ PLOTTED = (
 
 
 def overview(tables: Tables) -> dict[str, Any]:
-    """The content of the start page, without the list."""
+    """Return the content of the start page, without the list."""
     columns = ", ".join(f"{name}::DOUBLE AS {name}" for name in SUMMARY)
     live = tables.ask(f"SELECT {columns} FROM summary WHERE NOT dead ORDER BY latent")
     values = {
@@ -46,13 +46,13 @@ def overview(tables: Tables) -> dict[str, Any]:
 
 
 def _histogram(values: npt.NDArray[np.float64], logarithmic: bool) -> dict[str, Any]:
-    """counts [BINS] between edges [BINS + 1]; the last bin holds its upper edge."""
+    """Count values: counts [BINS], edges [BINS + 1]; the last bin includes its upper edge."""
     values = values[np.isfinite(values)]
     if logarithmic:
         values = values[values > 0]
     if not len(values):
         return {"edges": [], "counts": [], "log": logarithmic}
-    # the outermost thousandths share the first and last bin: one latent must not squeeze the rest
+    # the outermost 0.1 % go to the first and last bin, so that one value does not squeeze the rest
     low, high = np.quantile(values, [0.001, 0.999])
     if low == high:
         low, high = low * 0.5, high * 1.5 + (high == 0)
@@ -63,7 +63,7 @@ def _histogram(values: npt.NDArray[np.float64], logarithmic: bool) -> dict[str, 
 
 
 def _scatter(values: dict[str, npt.NDArray[np.float64]]) -> dict[str, Any]:
-    """Density against maximum, latent by latent."""
+    """Return density and maximum of each latent, thinned out to `POINTS`."""
     step = max(1, -(-len(values["latent"]) // POINTS))
     return {
         "latent": values["latent"][::step].astype(int).tolist(),

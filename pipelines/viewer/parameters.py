@@ -1,6 +1,6 @@
-"""Parameters of a request, checked: a value, or `InputError` with one sentence.
+"""Checks of request parameters; each returns a value or raises `InputError` with one sentence.
 
-A query string and a body come from anybody. Nothing else in the viewer reads either.
+Query strings and bodies are untrusted. Only this module reads them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SHOWN = 20  # characters of a wrong value that a sentence repeats
 
 
 def body_of(data: bytes) -> dict[str, Any]:
-    """The JSON object of a request."""
+    """Return the JSON object of a request."""
     try:
         body = parse_json(data)
     except ValueError as error:
@@ -34,7 +34,7 @@ def body_of(data: bytes) -> dict[str, Any]:
 
 
 def typed(body: dict[str, Any], name: str, kind: type) -> Any:
-    """A member of the object that has this type."""
+    """Return a member of the object that must have this type."""
     value = body.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
         raise InputError(f"The request lacks {name}, or it is not of the right type.")
@@ -42,12 +42,12 @@ def typed(body: dict[str, Any], name: str, kind: type) -> Any:
 
 
 def text_of(body: dict[str, Any], name: str) -> str:
-    """A member that is text."""
+    """Return a member that must be text."""
     return checked_text(typed(body, name, str), name)
 
 
 def checked_text(text: object, name: str) -> str:
-    """The text, if it is one that can be written down in UTF-8."""
+    """Return the text if UTF-8 can encode it."""
     if not isinstance(text, str):
         raise InputError(f"The {name} is not text.")
     try:
@@ -60,7 +60,7 @@ def checked_text(text: object, name: str) -> str:
 
 
 def number_of(body: dict[str, Any], name: str) -> float:
-    """A member that is a finite number."""
+    """Return a member that must be a number."""
     value = body.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"The request lacks {name}, or it is not a number.")
@@ -71,7 +71,7 @@ def number_of(body: dict[str, Any], name: str) -> float:
 
 
 def whole_of(body: dict[str, Any], name: str, high: int = 10**MAX_DIGITS) -> int:
-    """A member that is a whole number below `high` in size."""
+    """Return a member that must be a whole number, below `high` in absolute value."""
     value: int = typed(body, name, int)
     if not -high < value < high:
         raise InputError(f"The {name} is too large a number.")
@@ -79,7 +79,7 @@ def whole_of(body: dict[str, Any], name: str, high: int = 10**MAX_DIGITS) -> int
 
 
 def tags_of(body: dict[str, Any]) -> list[str]:
-    """The tags of a note."""
+    """Return the tags of a note."""
     tags = typed(body, "tags", list)
     if not all(isinstance(tag, str) for tag in tags):
         raise InputError("Tags are text.")
@@ -87,7 +87,7 @@ def tags_of(body: dict[str, Any]) -> list[str]:
 
 
 def clamps_of(body: dict[str, Any]) -> list[Clamp]:
-    """The latents that a request holds, and the values it holds them at."""
+    """Return the clamps of a request."""
     clamps = []
     for clamp in typed(body, "clamps", list):
         if not isinstance(clamp, dict):
@@ -97,12 +97,12 @@ def clamps_of(body: dict[str, Any]) -> list[Clamp]:
 
 
 def seed_of(body: dict[str, Any]) -> int:
-    """The seed of what is drawn."""
+    """Return the seed of the draws."""
     return whole_of(body, "seed", MAX_SEED)
 
 
 def latent_of(text: str, n_latents: int) -> int:
-    """The number of a latent, as an address names it."""
+    """Return the number of a latent in an address."""
     if not (text.isascii() and text.isdecimal() and len(text) <= MAX_DIGITS):
         raise InputError(
             f"There is no latent {_short(text)}; these tables hold 0 to {n_latents - 1}."
@@ -111,7 +111,7 @@ def latent_of(text: str, n_latents: int) -> int:
 
 
 def listing_of(query: QueryParams, notes: Notes) -> Listing:
-    """The query of a list: `density=0.001..` is a range, `tag=` one of the notes'."""
+    """Return the list that a query asks for: `density=0.001..` is a range, `tag=` a tag."""
     between = {}
     for name in SUMMARY:
         if name in query:
@@ -133,7 +133,7 @@ def listing_of(query: QueryParams, notes: Notes) -> Listing:
 
 
 def whole(text: str | None, default: int, low: int, high: int = 2**31 - 1) -> int:
-    """A whole number of a query, `default` where it is left out."""
+    """Return a whole number of a query, or `default` if it is left out."""
     if text is None:
         return default
     if not (text.isascii() and text.isdecimal() and len(text) <= MAX_DIGITS) or not (
@@ -144,7 +144,7 @@ def whole(text: str | None, default: int, low: int, high: int = 2**31 - 1) -> in
 
 
 def real(text: str | None) -> float | None:
-    """A finite number of a query, None where it is left out."""
+    """Return a finite number of a query, or None if it is left out."""
     if not text:
         return None
     try:

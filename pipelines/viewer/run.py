@@ -1,4 +1,4 @@
-"""The server process: where it listens, and what it tells the person who started it."""
+"""The server process: its address, its settings and its messages in the terminal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run_server(
     Raises:
         InputError: the address cannot be listened on.
     """
-    torch.set_num_threads(model_threads())  # also of the threads that answer requests
+    torch.set_num_threads(model_threads())  # also for the threads that answer requests
     listening = listen(host, port)
     port = listening.getsockname()[1]
     token = None if is_loopback(host) else secrets.token_urlsafe(24)
@@ -39,7 +39,7 @@ def run_server(
         address += f"?token={token}"
         warn(
             f"Warning: {host} can be reached from other machines, over a connection that is not "
-            "encrypted; only who has this address with its token gets in."
+            "encrypted; only a browser with the token in this address is let in."
         )
     say(f"{viewer.shown.tables.n_latents:,} latents at {address} (Ctrl-C ends)")
     config = configuration(make_app(viewer, token, f"sae_viewer_{port}"), "warning")
@@ -47,11 +47,11 @@ def run_server(
 
 
 def model_threads() -> int:
-    """Threads that the model computes with: half of the processors, or as OMP_NUM_THREADS says.
+    """Return the number of model threads: OMP_NUM_THREADS, or else half of the processors.
 
-    Torch's own choice is all of them. Its threads wait for one another by spinning: where anything
-    else runs, the browser say, one that has no processor holds up the rest, and a text takes ten
-    times as long.
+    Torch's own default is all processors. Its threads wait for each other by spinning. If another
+    program runs, such as the browser, a thread without a processor delays all others, and a text
+    takes ten times as long.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return torch.get_num_threads()
@@ -61,14 +61,14 @@ def model_threads() -> int:
 def configuration(
     app: ASGIApp, log_level: str, connection: type[Connection] = Connection
 ) -> uvicorn.Config:
-    """Settings with which uvicorn serves the application."""
+    """Return the settings of uvicorn for the application."""
     return uvicorn.Config(
         app,
         http=connection,
         ws="none",
         lifespan="off",
         log_level=log_level,
-        access_log=False,  # would print the token, and what was searched for
+        access_log=False,  # it would print the token and the search queries
         server_header=False,
         limit_concurrency=CONNECTIONS + STRANGERS,
         timeout_graceful_shutdown=2,
@@ -76,7 +76,7 @@ def configuration(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens at the address; 0 takes a free port."""
+    """Return a socket that listens at the address; port 0 takes a free port."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         family, _, _, _, address = found[0]

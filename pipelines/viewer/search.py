@@ -1,4 +1,4 @@
-"""Search: by number, by token, by text in contexts, by explanation."""
+"""Search for latents by number, by token, by text in contexts, by explanation."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from sae_harvest.pipelines.features.tables.checks import check_context
 from sae_harvest.pipelines.viewer.latent import compact
 from sae_harvest.pipelines.viewer.tables import Tables
 
-LONGEST = 200  # characters of a question
+LONGEST = 200  # characters of a search
 FOUND = 30  # latents listed per kind of search
 
-# Specificity: the share of the latent's firings that are on the token, less a deviation where few
-# were counted, times how much stronger they are than its others. Lift: how many times more often it
-# fires on the token than on a row at large. No table counts a token's rows; the latent that fires
-# most often on it comes near to that.
+# Specificity: the share of the latent's firings that are on the token, reduced if few firings were
+# counted, times the ratio of its mean activation on the token to its mean activation. Lift: how
+# many times more often it fires on the token than on a row in general. No table counts a token's
+# rows; the count of the latent that fires most often on the token stands for them.
 SPECIFIC = """
     WITH matched AS (SELECT {key} AS key, * FROM tokens {condition}),
     rows_read AS (SELECT max(n_fire / density) AS n FROM summary WHERE density > 0),
@@ -38,7 +38,7 @@ SPECIFIC = """
         PARTITION BY key ORDER BY specificity DESC, count DESC, latent) <= {found}
     ORDER BY key, specificity DESC, count DESC, latent
 """
-# The token of the context's row, and whether what was searched for overlaps it.
+# The token of the context's row, and whether the searched text overlaps it.
 PEAK = """
     WITH found AS (
         SELECT *, position - window_start AS place, length($q) - 1 AS around,
@@ -74,10 +74,10 @@ TEXT_CONTEXTS = (
 
 
 def search(tables: Tables, question: str) -> dict[str, Any]:
-    """The results by kind; `latent` is None unless the question is a latent's number.
+    """Return the results by kind; `latent` is None unless the search is a latent's number.
 
     Raises:
-        InputError: the question is empty or too long.
+        InputError: the search is empty or too long.
     """
     question = check_question(question)
     number = question.removeprefix("#")
@@ -92,7 +92,7 @@ def search(tables: Tables, question: str) -> dict[str, Any]:
 
 
 def check_question(question: str) -> str:
-    """The question without blanks around it; `InputError` if it cannot be searched for."""
+    """Return the search without blanks around it; `InputError` if it is empty or too long."""
     question = question.strip()
     if not question:
         raise InputError("Type a token, a piece of text or a latent's number to search for.")
@@ -102,10 +102,10 @@ def check_question(question: str) -> str:
 
 
 def by_token(tables: Tables, question: str) -> dict[str, Any]:
-    """Latents that fire on a token of this text (blanks and case apart), else one beginning so.
+    """Return latents that fire on a token of this text, the most specific first.
 
-    texts: the tokens meant, of one latent; count, share, lift and mean are those of all of them.
-    The most specific latents come first.
+    Blanks and case do not matter. If no token equals the text, tokens that begin with it are taken.
+    `texts` lists the matching tokens of one latent; count, share, lift and mean cover all of them.
     """
     lowered = question.lower()
     for match in ("lower(trim(text)) = ?", "starts_with(lower(trim(text)), ?)"):
@@ -121,17 +121,17 @@ def by_token(tables: Tables, question: str) -> dict[str, Any]:
 
 
 def by_text(tables: Tables, question: str) -> list[dict[str, Any]]:
-    """Latents in whose contexts the text occurs.
+    """Return latents whose contexts contain the text.
 
-    First those that fire right on it, the most often and the strongest: by the sum of their
-    activations there, as shares of each one's maximum.
+    They are sorted by the sum of their activations on the text, then by the sum in all contexts
+    with the text. Each activation counts as a share of the latent's maximum.
     """
     lowered = question.lower()
     found = tables.ask_named(TEXT_LATENTS.format(only=""), {"q": lowered, "limit": FOUND})
     if not found:
         return []
     chosen = [row["latent"] for row in found]
-    only = f"AND latent IN ({', '.join(map(str, chosen))})"  # numbers of ours
+    only = f"AND latent IN ({', '.join(map(str, chosen))})"  # safe in SQL: whole numbers
     best = {
         row["latent"]: row
         for row in tables.ask_named(TEXT_CONTEXTS.format(only=only), {"q": lowered})
@@ -161,7 +161,7 @@ def by_text(tables: Tables, question: str) -> list[dict[str, Any]]:
 
 
 def by_explanation(tables: Tables, question: str) -> list[dict[str, Any]]:
-    """Latents whose explanation contains every word of the question."""
+    """Return latents whose explanation contains every word of the search."""
     words = question.lower().split()
     condition = " AND ".join("contains(lower(explanation), ?)" for _ in words)
     rows = tables.ask(

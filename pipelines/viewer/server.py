@@ -1,4 +1,4 @@
-"""The routes: pages are files, `/api/...` answers with JSON or with one sentence."""
+"""The routes: pages are files; `/api/...` answers with JSON, errors with one sentence."""
 
 from __future__ import annotations
 
@@ -48,11 +48,16 @@ STATIC = Path(__file__).parent / "static"
 
 @dataclass(frozen=True)
 class ServedSAE:
-    """One SAE's tables with everything the pages need of them."""
+    """One SAE's tables with their notes and their model."""
 
     tables: Tables
+    """The tables of the feature build."""
+
     notes: Notes
+    """Notes and tags of the SAE's latents."""
+
     models: Models
+    """Live text and steering with the SAE's model."""
 
     @classmethod
     def open(cls, features: Path, open_model: Callable[[], LiveModel]) -> ServedSAE:
@@ -67,15 +72,22 @@ class ServedSAE:
 
 @dataclass(frozen=True)
 class Viewer:
-    """The settings that the server was started with."""
+    """The SAEs and queries that the server offers."""
 
     shown: ServedSAE
+    """The SAE of --features."""
+
     other: ServedSAE | None = None
+    """The SAE of --compare."""
+
     comparison: Comparison | None = None
+    """Comparison of the two SAEs."""
+
     sql: FencedSQL | None = None
+    """SQL from the page; None if --allow-sql was not given."""
 
     def of(self, request: Request) -> ServedSAE:
-        """The SAE a request is about: `?sae=b` is the one compared with."""
+        """Return the SAE that a request asks for; `?sae=b` is the SAE of --compare."""
         if request.query_params.get("sae", "a") == "a":
             return self.shown
         if self.other is None:
@@ -94,10 +106,11 @@ def open_viewer(
     """Open the tables; the model is loaded when a page first needs it.
 
     Args:
-        saes: where to look for the SAEs compared, instead of where they were.
+        saes: folders of the compared SAEs, if they have moved.
 
     Raises:
-        RunError: a folder holds no tables. InputError: the SAEs cannot be compared.
+        RunError: a folder holds no tables.
+        InputError: the SAEs cannot be compared.
     """
     shown = ServedSAE.open(features, lambda: open_model(features, device))
     other = comparison = None
@@ -113,7 +126,7 @@ def make_app(
     cookie: str = "viewer",
     body_seconds: float = BODY_SECONDS,
 ) -> Starlette:
-    """The ASGI application."""
+    """Return the ASGI application."""
 
     def api(answer: Callable[[Request, dict[str, Any]], Any], method: str = "GET") -> Any:
         async def endpoint(request: Request) -> Response:
@@ -127,7 +140,7 @@ def make_app(
                 return _sentence(429, str(error))
             except InputError as error:
                 return _sentence(400, str(error))
-            except SaeHarvestError as error:  # tables, model or notes: whoever asks can mend them
+            except SaeHarvestError as error:  # tables, model or notes; the user can repair them
                 return _sentence(409, str(error))
 
         return endpoint
@@ -225,7 +238,7 @@ def make_app(
 
 
 def notes_of(shown: ServedSAE, latent: int) -> dict[str, Any]:
-    """note and tags of a latent; if their file is damaged, a page says so and shows the rest."""
+    """Return note and tags of a latent, or `problem` if their file is damaged."""
     try:
         return shown.notes.get(latent)
     except RunError as error:

@@ -1,14 +1,15 @@
-"""The viewer's pages as files: they open from a disk, a file share or any web server.
+"""The viewer's pages as files that open from a disk, a file share or any web server.
 
     OUT/index.html static/…          the same pages
     OUT/data/a/start.js              figures and plots of the start page
-    OUT/data/a/summary.js            what the list knows of each latent, column by column
+    OUT/data/a/summary.js            the columns of the list of latents
     OUT/data/a/latents/12.js         pages of `PER_FILE` latents
-    OUT/data/a/tokens/7f.js          latents by token, tokens shared out by their hash
-    OUT/data/a/words/7f.js           latents by a word of their contexts, likewise
-    OUT/data/b/…, data/compare.js    the SAE compared with
+    OUT/data/a/tokens/7f.js          latents by token; a hash of the token gives the file
+    OUT/data/a/words/7f.js           latents by word of their contexts; a hash gives the file
+    OUT/data/b/…, data/compare.js    the SAE of --compare
 
-Pages from a disk may not fetch, but they may load scripts, so data are scripts that hand over JSON.
+Pages from a disk cannot fetch data, but they can load scripts. So each data file is a script that
+passes JSON to the page.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from sae_harvest.pipelines.viewer.search import FOUND, SPECIFIC
 from sae_harvest.pipelines.viewer.tables import SUMMARY, Tables
 
 STATIC = Path(__file__).parent / "static"
-PER_FILE = 4  # latents whose pages share a file
-READ_AT_ONCE = 512  # latents
-SHARES = 256  # files that tokens, and words, are shared out to
+PER_FILE = 4  # latents per file
+READ_AT_ONCE = 512  # latents per query
+SHARES = 256  # number of files for tokens, and for words
 MODE, CHARSET = 'data-mode="server"', '<meta charset="utf-8">'
-# What the server says in a header; from a disk, 'self' names nothing.
+# The server sends this policy as a header; for pages from a disk 'self' matches nothing.
 POLICY = (
     '<meta http-equiv="Content-Security-Policy" '
     "content=\"default-src 'self' file:; base-uri 'none'; object-src 'none'\">"
 )
 
 BY_TOKEN = SPECIFIC.format(key="lower(trim(text))", condition="", found=FOUND)
-# Letters and digits count as words; the peak's word is that around the token of the row.
+# A word is a run of letters and digits; the peak's words are those around the row's token.
 BY_WORD = """
     WITH firing AS (
         SELECT latent, activation / max AS strength, lower(text) AS text,
@@ -66,15 +67,18 @@ BY_WORD = """
 """
 
 
-OnProgress = Callable[[str, int, int], None]  # phase, latents done, latents to do
+OnProgress = Callable[[str, int, int], None]  # phase, latents done, total of latents
 
 
 @dataclass(frozen=True)
 class Size:
-    """The files that were written."""
+    """Size of the files that were written."""
 
     n_files: int
+    """Number of files."""
+
     n_bytes: int
+    """Sum of their sizes in bytes."""
 
 
 def write_site(
@@ -87,11 +91,11 @@ def write_site(
     """Export the pages of one SAE, or of two, into a new folder.
 
     Args:
-        on_progress: called with the phase, latents done and latents to do.
-        saes: where to look for the SAEs compared, instead of where they were.
+        on_progress: called with the phase, latents done and the total of latents.
+        saes: folders of the compared SAEs, if they have moved.
 
     Raises:
-        RunError: a folder holds no tables, or `out` holds something.
+        RunError: a folder holds no tables, or `out` is not empty.
     """
     with new_folder(out) as folder:
         tables = Tables(features, seconds=3600)
@@ -125,7 +129,7 @@ def _write_tables(
     start = overview(tables) | {
         "compare": about,
         "sql": False,
-        "explanations": False,  # pages show them, but nothing here searches them
+        "explanations": False,  # the files cannot search explanations; a latent's page shows them
         "per_file": PER_FILE,
         "shares": SHARES,
     }
@@ -148,7 +152,7 @@ def _write_tables(
 def _pages(
     tables: Tables, comparison: Comparison | None
 ) -> Iterator[tuple[int, dict[int, dict[str, Any]]]]:
-    """Number of a file and the pages in it, by latent."""
+    """Yield the number of each file and its pages by latent."""
     for first in range(0, tables.n_latents, READ_AT_ONCE):
         last = min(first + READ_AT_ONCE, tables.n_latents) - 1
         statistics = tables.ask("SELECT * FROM latents WHERE latent BETWEEN ? AND ?", first, last)
@@ -187,10 +191,10 @@ def _pages(
 
 
 def _words(tables: Tables, on_progress: OnProgress) -> dict[str, list[list[float]]]:
-    """[latent, strength where it is the peak, strength] of the `FOUND` best latents of each word.
+    """Return [latent, strength at the peak, strength] of the `FOUND` best latents of each word.
 
-    A strength is the sum of the latent's activations in contexts with the word, as shares of its
-    maximum.
+    The strength is the sum of the latent's activations in contexts with the word, each as a share
+    of the latent's maximum. The strength at the peak counts only contexts whose row is on the word.
     """
     words: dict[str, list[list[float]]] = defaultdict(list)
     for first in range(0, tables.n_latents, READ_AT_ONCE):
@@ -215,7 +219,7 @@ def _write_shares(data: Path, name: str, entries: dict[str, Any]) -> None:
 
 
 def share_of(key: str) -> int:
-    """File of a token or word: FNV-1a of its UTF-8, as site.js computes it too."""
+    """Return the file number of a token or word: FNV-1a of its UTF-8, the same as in site.js."""
     state = 0x811C9DC5
     for byte in key.encode():
         state = ((state ^ byte) * 0x01000193) & 0xFFFFFFFF
@@ -223,7 +227,7 @@ def share_of(key: str) -> int:
 
 
 def _write(data: Path, name: str, value: Any) -> None:
-    """A script that hands over JSON; ASCII only, so that no server's charset matters."""
+    """Write a script that passes JSON to the page; it is ASCII, so that any charset reads it."""
     path = data / f"{name}.js"
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)

@@ -1,7 +1,7 @@
-"""SELECT typed into a page: one statement, these tables, so much memory, time and result.
+"""SELECT from a page, over these tables only, with limits of memory, time and result.
 
-Each query has a process of its own (`sqlworker.py`), which starts in half a second and which
-the system ends at the deadline. One query runs at a time: together they have the memory of one.
+Each query has its own process (`sqlworker.py`), which starts in half a second and which the system
+kills at the deadline. One query runs at a time, so the memory limit holds for the whole server.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from sae_harvest.pipelines.viewer.models import BusyError
 
 SQL_ROWS, SQL_SECONDS, SQL_MEMORY = 200, 10.0, 10**9
 MAX_SQL_CHARS = 10_000
-START_SECONDS = 10.0  # for the process to begin, on a busy machine
+START_SECONDS = 10.0  # allowance for the start of the process on a busy machine
 
 
 class FencedSQL:
-    """SELECTs over the tables of a folder, and over nothing else.
+    """SELECTs over the tables of one folder and nothing else.
 
-    Files, network, extensions and variables of this process are out of reach, nothing is written to
-    disk, and none of that can be undone by a query.
+    A query cannot reach other files, the network, extensions or variables of this process. It
+    cannot write to disk, and it cannot lift these limits.
 
     Args:
-        seconds: of a query. memory: bytes of a query.
+        seconds: time limit of a query.
+        memory: memory limit of a query, in bytes.
     """
 
     def __init__(
@@ -43,10 +44,10 @@ class FencedSQL:
         self._turn = threading.Lock()
 
     def select(self, sql: str) -> dict[str, Any]:
-        """columns, at most `SQL_ROWS` rows, and whether there were more.
+        """Return `columns`, at most `SQL_ROWS` `rows`, and `more`, whether there were more rows.
 
         Raises:
-            InputError: not one SELECT, not understood, not allowed, too slow or too large.
+            InputError: the query is not one SELECT, not valid, not allowed, too slow or too large.
             BusyError: another query is running.
         """
         if len(sql) > MAX_SQL_CHARS:
@@ -62,7 +63,7 @@ class FencedSQL:
         return answer
 
     def _ask(self, sql: str) -> dict[str, Any]:
-        """The answer of a process of its own."""
+        """Run the query in its own process and return the answer."""
         request = {
             "sql": sql,
             "features": str(self._features),
@@ -82,7 +83,7 @@ class FencedSQL:
             return {"fault": "time", "text": ""}
         if process.returncode == -sqlworker.DEADLINE:
             return {"fault": "time", "text": ""}
-        if process.returncode < 0:  # ended by the system, or by itself where memory was refused
+        if process.returncode < 0:  # killed by the system, or aborted when it got no memory
             return {"fault": sqlworker.MEMORY, "text": ""}
         if process.returncode:
             raise RuntimeError(process.stderr.decode(errors="replace"))
@@ -93,10 +94,10 @@ class FencedSQL:
         return {
             "time": f"The query took longer than {self._seconds:g} s and was stopped; add a WHERE.",
             sqlworker.MEMORY: f"The query needs more than {self._memory / 1e9:g} GB of memory; "
-            "ask for less at a time.",
+            "select fewer rows or columns.",
             sqlworker.RESULT: f"The result has {text} bytes, more than "
             f"{sqlworker.MAX_ANSWER_BYTES:,}; select fewer columns.",
             sqlworker.SAID: text,
             sqlworker.VALUE: f"The result cannot be shown ({text}); cast it to VARCHAR.",
-            sqlworker.DUCKDB: f"DuckDB does not answer this ({first_line(Exception(text))}).",
+            sqlworker.DUCKDB: f"DuckDB refuses the query ({first_line(Exception(text))}).",
         }[fault]

@@ -1,10 +1,9 @@
-"""One SELECT over the tables, answered in a process of its own.
+"""A process that answers one SELECT over the tables.
 
-It runs as `python -m pipelines.viewer.sqlworker`, reads a request from standard input and writes
-its answer to standard output, both one JSON object. DuckDB's own limits cover most of what it
-allocates, but not all, and some of its functions cannot be interrupted. So the system limits the
-process: its memory by RLIMIT_AS, its time by an alarm that kills it, what it writes to files by
-RLIMIT_FSIZE.
+It runs as `python -m sae_harvest.pipelines.viewer.sqlworker`, reads a request from standard input
+and writes its answer to standard output, each one JSON object. DuckDB's own limits cover most of
+its memory but not all, and some of its functions cannot be interrupted. So the system limits the
+process: its memory by RLIMIT_AS, its time by an alarm that kills it, its files by RLIMIT_FSIZE.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from sae_harvest.pipelines.viewer.tables import plain
 
 MAX_CELL_CHARS = 2_000  # characters of a value shown
 MAX_ANSWER_BYTES = 4_000_000  # bytes of JSON
-DEADLINE = signal.SIGALRM  # ends a process whose time is up
+DEADLINE = signal.SIGALRM  # kills the process at its time limit
 MEMORY, RESULT, VALUE, DUCKDB, SAID = "memory", "result", "value", "duckdb", "said"
 
 
@@ -42,11 +41,11 @@ def main() -> None:
         text = _fault(RESULT, f"{len(text):,}")
     sys.stdout.buffer.write(text)
     sys.stdout.buffer.flush()
-    os._exit(0)  # nothing to put in order, and freeing a gigabyte takes time
+    os._exit(0)  # skips the cleanup: freeing a gigabyte takes time
 
 
 def answered(request: dict[str, Any]) -> dict[str, Any]:
-    """columns, rows and more of a SELECT; or fault, one of the words above, and text."""
+    """Return `columns`, `rows` and `more`, or `fault` (one of the words above) and `text`."""
     try:
         memory = f"{request['memory'] * 8 // 10}B"
         connection = connect_fenced(
@@ -59,13 +58,13 @@ def answered(request: dict[str, Any]) -> dict[str, Any]:
         return {"fault": DUCKDB, "text": str(error)[:5000]}
     except SaeHarvestError as error:
         return {"fault": SAID, "text": str(error)}
-    except (ValueError, RuntimeError) as error:  # of values that Python has no words for
+    except (ValueError, RuntimeError) as error:  # a value that has no Python type
         return {"fault": VALUE, "text": str(error)[:300]}
 
 
 def confine(memory: int, seconds: float) -> None:
-    """Limit this process to so many bytes more than it has, and so much time from now."""
-    signal.signal(DEADLINE, signal.SIG_DFL)  # ends the process, whatever it is doing
+    """Limit this process to `memory` more bytes than now, and to `seconds` from now."""
+    signal.signal(DEADLINE, signal.SIG_DFL)  # the default action kills the process at once
     signal.setitimer(signal.ITIMER_REAL, seconds)
     with open("/proc/self/statm") as file:  # noqa: PTH123
         now = int(file.read().split()[0]) * resource.getpagesize()
@@ -78,10 +77,11 @@ def confine(memory: int, seconds: float) -> None:
 
 
 def select(connection: duckdb.DuckDBPyConnection, sql: str, n_rows: int) -> dict[str, Any]:
-    """columns, at most `n_rows` rows, and whether there are more.
+    """Return `columns`, at most `n_rows` `rows`, and `more`, whether there are more rows.
 
     Raises:
-        InputError: it is not one SELECT. duckdb.Error: it cannot be answered.
+        InputError: the query is not one SELECT.
+        duckdb.Error: DuckDB cannot answer it.
     """
     result = connection.execute(only_select(connection, sql))
     columns = [column[0] for column in result.description or []]
@@ -94,7 +94,7 @@ def select(connection: duckdb.DuckDBPyConnection, sql: str, n_rows: int) -> dict
 
 
 def cell(value: object) -> Any:
-    """A value of a result: numbers as they are, everything else as text that is not too long."""
+    """Return a value of a result for JSON: numbers unchanged, other values as text, cut if long."""
     value = plain(value)
     if value is None or isinstance(value, bool | float):
         return value

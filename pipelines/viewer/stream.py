@@ -1,7 +1,7 @@
-"""The output of a thread, sent as lines of JSON while it is written.
+"""An answer that is sent as lines of JSON while a thread writes it.
 
-The first line decides the status of the answer, as everything after it comes too late for that. If
-whoever asked leaves, before the first line or later, the thread is told to stop.
+The status of the answer is decided when the first line is ready, as it is sent first. If the client
+disconnects, before the first line or later, the thread is stopped.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from starlette.responses import Response, StreamingResponse
 
 from sae_harvest.common.errors import SaeHarvestError
 
-Tell = Callable[[str], bool]  # the text so far; False: nobody wants more
+Tell = Callable[[str], bool]  # takes the text so far; returns False if the client has left
 
 
 class AnswerStream:
     """The lines of one answer.
 
     Args:
-        write: runs in a thread; calls what it is given with the text so far, and returns the last
-            line.
+        write: function that runs in a thread. It calls its argument with the text so far, as often
+            as it likes, and returns the last line.
     """
 
     def __init__(self, write: Callable[[Tell], dict[str, Any]]) -> None:
@@ -36,19 +36,19 @@ class AnswerStream:
         self._left = threading.Event()
 
     async def response(self, request: Request) -> Response:
-        """The answer, once its first line is there.
+        """Return the answer as soon as its first line is ready.
 
         Raises:
-            SaeHarvestError: there is no first line.
+            SaeHarvestError: the thread failed before the first line.
         """
-        self._task = asyncio.create_task(self._run())  # kept: asyncio itself does not
+        self._task = asyncio.create_task(self._run())  # asyncio holds only a weak reference
         first = asyncio.create_task(self._lines.get())
         left = asyncio.create_task(_left(request))
         try:
             await asyncio.wait({first, left}, return_when=asyncio.FIRST_COMPLETED)
             if not first.done():
                 self._left.set()
-                return Response(status_code=499)  # nobody reads it
+                return Response(status_code=499)  # the client has left
             line = first.result()
         finally:
             for task in (first, left):
@@ -68,7 +68,7 @@ class AnswerStream:
 
         try:
             await self._lines.put(await run_in_threadpool(self._write, tell))
-        except Exception as error:  # raised again by whoever waits for the line
+        except Exception as error:  # raised again where the line is read
             await self._lines.put(error)
         await self._lines.put(None)
 
@@ -86,6 +86,6 @@ class AnswerStream:
 
 
 async def _left(request: Request) -> None:
-    """Returns when whoever asked has left."""
+    """Return when the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""The tables of a feature build as the viewer reads them: opened once, never written."""
+"""The tables of a feature build, opened once for reading."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from sae_harvest.pipelines.features.tables.checks import require_tables
 from sae_harvest.pipelines.features.tables.folder import EXPLANATIONS
 
 QUERY_SECONDS = 20.0
-KEPT_DOCUMENTS = 1_000_000  # above this they are looked up in the file
-LABEL_TOKENS = 6  # of a latent's most frequent tokens, in lists
+KEPT_DOCUMENTS = 1_000_000  # if there are more, titles are looked up in the file
+LABEL_TOKENS = 6  # a latent's most frequent tokens that lists show
 SUMMARY = {
-    "latent": "where it is in the SAE",
+    "latent": "number of the latent in the SAE",
     "density": "share of rows on which it fires",
     "context_density": "share of contexts in which it fires",
-    "n_fire": "rows on which it fires",
+    "n_fire": "number of rows on which it fires",
     "max": "its highest activation",
-    "mean": "its mean activation where it fires",
-    "kurtosis": "of its activations; 3 for a normal distribution",
-    "bimodality": "of its activations; 0.56 if uniform, 1 for two values",
-    "n_tokens": "distinct tokens it fires on",
-    "token_entropy_bits": "of the tokens it fires on; 0: always the same one",
-    "encoder_decoder_cosine": "between its encoder and decoder rows",
+    "mean": "its mean activation on the rows on which it fires",
+    "kurtosis": "kurtosis of its activations; 3 for a normal distribution",
+    "bimodality": "bimodality of its activations; 0.56 if uniform, 1 for two values",
+    "n_tokens": "number of different tokens it fires on",
+    "token_entropy_bits": "entropy in bits of the tokens it fires on; 0 for a single token",
+    "encoder_decoder_cosine": "cosine between its encoder row and its decoder row",
 }
 
 
 class Tables:
     """Tables of one folder.
 
-    A summary of each latent (what lists need) and the documents' titles are held in memory, so that
-    a page reads one place of each other table.
+    The columns that lists show and the titles of documents are held in memory, so that a latent's
+    page reads only that latent's rows of the other tables.
 
     Raises:
-        RunError: the folder holds no tables, or damaged ones.
+        RunError: the folder holds no tables, or damaged tables.
     """
 
     def __init__(self, features: Path, seconds: float = QUERY_SECONDS) -> None:
@@ -70,22 +70,23 @@ class Tables:
         )
         self.n_latents: int = counts["n"]
         self.n_live: int = counts["live"]
-        self.n_rows: int = counts["rows"] or 0  # read for the tables; 0 if no latent fired
+        self.n_rows: int = counts["rows"] or 0  # rows read by the build; 0 if no latent fired
 
     @property
     def name(self) -> str:
-        """A short name for people: the end of the tables' path."""
+        """Short name for display: the last two parts of the tables' path."""
         return "/".join(self.features.parts[-2:])
 
     def ask(self, sql: str, *values: object) -> list[dict[str, Any]]:
-        """`ask_named` with values for each `?`."""
+        """Run a query with a value for each `?`; see `ask_named`."""
         return self.ask_named(sql, list(values))
 
     def ask_named(self, sql: str, values: list[object] | dict[str, object]) -> list[dict[str, Any]]:
-        """Rows as dictionaries of what JSON knows; NaN is None. Values for each `$name`.
+        """Run a query with a value for each `$name`; return rows of JSON values, None for NaN.
 
         Raises:
-            InputError: it took longer than the limit. RunError: a table is damaged.
+            InputError: the query took longer than the limit.
+            RunError: a table is damaged.
         """
         cursor = self._connection.cursor()
         try:
@@ -95,8 +96,8 @@ class Tables:
                 rows = result.fetchall()
         except duckdb.InterruptException:
             raise InputError(
-                f"The question took longer than {self.seconds:g} s and was stopped; "
-                "ask for something narrower."
+                f"The query took longer than {self.seconds:g} s and was stopped; "
+                "search for something more specific."
             ) from None
         except (duckdb.Error, UnicodeDecodeError) as error:
             raise RunError(
@@ -114,7 +115,7 @@ class Tables:
             )
 
     def labels(self, latents: list[int]) -> dict[int, dict[str, Any]]:
-        """density, max, dead and the most frequent tokens of the latents."""
+        """Return `density`, `max`, `dead` and the most frequent `tokens` by latent."""
         rows = self.ask(
             "SELECT latent, density, max, dead, tokens FROM summary "
             "WHERE latent IN (SELECT unnest(?::INTEGER[]))",
@@ -123,7 +124,7 @@ class Tables:
         return {row["latent"]: row for row in rows}
 
     def explanations(self, first: int, last: int) -> dict[int, str]:
-        """Explanations of the latents from first to last; several of one are lines."""
+        """Return the explanations of the latents `first` to `last`; several become lines."""
         if not self.has_explanations:
             return {}
         rows = self.ask(
@@ -136,7 +137,7 @@ class Tables:
         return {row["latent"]: row["text"] for row in rows}
 
     def titles(self, documents: list[int | None]) -> dict[int, dict[str, Any]]:
-        """source, title and url of documents by their number."""
+        """Return `source`, `title` and `url` by the document's number."""
         rows = self.ask(
             "SELECT document, source, title, url FROM titles "
             "WHERE document IN (SELECT unnest(?::BIGINT[]))",
@@ -147,7 +148,7 @@ class Tables:
 
 @contextmanager
 def limited(cursor: duckdb.DuckDBPyConnection, seconds: float) -> Iterator[None]:
-    """Interrupts what the cursor does after `seconds`, with `duckdb.InterruptException`."""
+    """Interrupt the cursor's query after `seconds`; it raises `duckdb.InterruptException`."""
     timer = threading.Timer(seconds, cursor.interrupt)
     timer.daemon = True
     timer.start()
@@ -158,13 +159,13 @@ def limited(cursor: duckdb.DuckDBPyConnection, seconds: float) -> Iterator[None]
 
 
 def plain(value: Any) -> Any:
-    """A value of DuckDB as JSON knows it, floats to 5 digits."""
+    """Convert a DuckDB value for JSON; floats are rounded to 5 digits."""
     if isinstance(value, float):
         if not value:
             return 0.0
         return float(f"{value:.5g}") if math.isfinite(value) else None
     if isinstance(value, list | tuple):
-        texts = len(value) > 0 and isinstance(value[0], str)  # lists of DuckDB are of one type
+        texts = len(value) > 0 and isinstance(value[0], str)  # a DuckDB list has one type
         return list(value) if texts else [plain(v) for v in value]
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}

@@ -1,9 +1,10 @@
-"""The rarity of an activation: how often a row has it, by the latent's own statistics.
+"""The rarity of an activation, from the statistics of its latent.
 
-A latent fires on a share of rows (its density), and of its firings a known share is at least as
-strong (its quantiles, between which the logarithm of that share is taken to be linear). On every
-row some of the many latents are far out by chance, so this is multiplied by their number: an
-unusualness of 1 is what about one row in ten has, 2 one in a hundred.
+The density gives the share of rows on which the latent fires. Its quantiles give the share of
+firings that are at least as strong; between quantiles the logarithm of that share is interpolated
+linearly. Among many latents some are far from their usual values on every row by chance, so the
+product is multiplied by the number of latents. About one row in 10 has a latent with an unusualness
+of 1 or more, one row in 100 a latent with 2 or more.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Unusual:
     """Unusualness of activations of some latents.
 
     Args:
-        latents: those that will be asked for.
+        latents: the latents whose statistics are read.
     """
 
     def __init__(self, tables: Tables, latents: list[int]) -> None:
@@ -39,18 +40,18 @@ class Unusual:
         self._n_rows = max(tables.n_rows, 1)
 
     def __call__(self, latent: int, value: float) -> float:
-        """log10 of the number of rows of which one has an activation as rare as this.
+        """Return the unusualness u: about one row in 10^u has an activation as rare as this.
 
         Below 0, every row has several.
         """
         density, strengths, shares = self._curves[latent]
-        if not density:  # it fired on none of the rows read
+        if not density:  # the latent fired on no row that was read
             return math.log10(self._n_rows / self._n_live)
         return -math.log10(density * self._n_live) - float(np.interp(value, strengths, shares))
 
 
 def _curve(features: Path, row: dict[str, Any]) -> tuple[float, list[float], list[float]]:
-    """density; activations, rising; log10 of the share of firings at least as strong as each."""
+    """Return density, rising activations, and log10 of the share of firings at least as strong."""
     if not row["n_fire"]:
         return 0.0, [], []
     strengths = [0.0, *(row[f"q{q}"] for q in QUANTILES), row["max"]]
@@ -58,7 +59,7 @@ def _curve(features: Path, row: dict[str, Any]) -> tuple[float, list[float], lis
     shares.append(min(-math.log10(row["n_fire"]), shares[-1]))
     if None in strengths or strengths != sorted(strengths) or not (row["density"] or 0) > 0:
         raise RunError(
-            f"{features / 'latents'}.parquet is damaged (latent {row['latent']}: its density or "
-            "quantiles are not what they can be); build the tables again."
+            f"{features / 'latents'}.parquet is damaged (latent {row['latent']} has an impossible "
+            "density or quantiles); build the tables again."
         )
     return row["density"], strengths, shares

@@ -1,4 +1,4 @@
-// The address after # says which page is shown; keys; the bar; the theme.
+// The router (the address after # names the page), the keys, the bar and the theme.
 "use strict";
 
 (function (SAE) {
@@ -10,8 +10,8 @@
   const themes = [], leavings = [];
 
   SAE.sae = "a";
-  SAE.kept = {};  // what was typed on a page, until the window is closed
-  SAE.walk = [];  // latents of the list last seen, in its order
+  SAE.kept = {};  // texts typed on a page, kept until the window is closed
+  SAE.walk = [];  // latents of the list shown last, in its order
   SAE.infos = {};
   SAE.source = document.documentElement.dataset.mode === "site" ? SAE.site : SAE.server;
 
@@ -19,7 +19,7 @@
   SAE.leaving = (last) => leavings.push(last);
   SAE.open = (path) => { location.hash = SAE.link(path).slice(1); };
 
-  /** Run `what` once nothing was asked for `wait` ms; `.now()` runs what still waits. */
+  /** Run `what` after `wait` ms without another call; `.now()` runs a waiting call at once. */
   SAE.later = function (what, wait) {
     let timer = null;
     const soon = () => {
@@ -36,7 +36,7 @@
     SAE.walkAddress = location.hash;
   };
 
-  /** The latent before or after one: in the list last seen, or by number. */
+  /** The previous or next latent: in the list shown last, or by number. */
   SAE.neighbour = function (latent, by) {
     const at = SAE.walk.indexOf(latent);
     if (at >= 0 && SAE.walk[at + by] !== undefined) return SAE.walk[at + by];
@@ -45,7 +45,7 @@
   };
 
   SAE.needsServer = (what) => h("section.card", null, h("p", null, `${what} needs the model and a ` +
-    "server. This is an export of the pages as files; on the machine with the tables, run"),
+    "server. These pages are a static export; on the machine with the tables, run"),
   h("p", null, h("code", null, "sae-features serve --features FOLDER")));
 
   async function show() {

@@ -4,15 +4,15 @@
 (function (SAE) {
   const { h, svg } = SAE;
 
-  /** A drawing between its axes: what its height is of, and low end, name and high end below. */
+  /** A drawing with its axes: the peak's label above; low end, name and high end below. */
   function framed(drawing, height, low, name, high) {
     return [h("div.peakline", null, `↑ 0 to ${height}`), h("div.plotarea", null, drawing),
       h("div.axis", null, h("span", null, low), h("span", null, name), h("span", null, high))];
   }
 
   /**
-   * A histogram of edges [n + 1] and counts [n] of what `of` says.
-   * unit stands after the numbers below; onpick(low, high) makes its bars buttons.
+   * A histogram with edges [n + 1] and counts [n]; `of` names the counted objects.
+   * `unit` is written after the numbers below; `onpick(low, high)` makes the bars buttons.
    */
   SAE.histogram = function (plot, label,
     { format = SAE.number, unit = "", of = "latents", onpick = null, tall = 72 } = {}) {
@@ -47,7 +47,7 @@
   /** A latent's activations: bins [low, high, count] on a log axis, quantiles marked. */
   SAE.activationHistogram = function (bins, marks) {
     const width = 320, tall = 96;
-    if (!bins.length) return SAE.empty("It never fired on these rows.");
+    if (!bins.length) return SAE.empty("This latent fired on no row that was read.");
     const low = Math.log2(bins[0][0]), high = Math.log2(bins[bins.length - 1][1]);
     const x = (v) => ((Math.log2(Math.max(v, 1e-12)) - low) / Math.max(high - low, 1e-9)) * width;
     const peak = Math.max(...bins.map((b) => b[2]));
@@ -72,7 +72,7 @@
         [h("br"), `${name} ${SAE.number(v)}`])], SAE.number(bins[bins.length - 1][1])));
   };
 
-  /** Shares of each part of a context of so many tokens. */
+  /** The share of firings in each part of a context of `length` tokens. */
   SAE.profile = function (shares, label, length) {
     const peak = Math.max(...shares, 1e-9);
     const drawing = svg("svg", { viewBox: `0 0 ${shares.length * 10} 28`, role: "img",

@@ -49,11 +49,11 @@
         onclick: () => { params.set("offset", Math.max(0, answer.offset + by)); load(); } }, name);
       SAE.replace(foot, h("span", null, answer.total
         ? `${SAE.whole(answer.offset + 1)}–${SAE.whole(last)} of ${SAE.whole(answer.total)}`
-        : "no pair is like that"), step(-50, "← previous"), step(50, "next →"));
+        : "no pair matches"), step(-50, "← previous"), step(50, "next →"));
       const active = params.get("low") || params.get("high");
       SAE.replace(filters, active ? h("span.filter", null,
         `cosine ${SAE.number(Number(params.get("low")))}–${SAE.number(Number(params.get("high")))}`,
-        h("button.close", { type: "button", "aria-label": "no filter by cosine", onclick: () => {
+        h("button.close", { type: "button", "aria-label": "remove the cosine filter", onclick: () => {
           for (const key of ["low", "high", "offset"]) params.delete(key);
           load();
         } }, "×")) : null);
@@ -62,8 +62,8 @@
     const about = (name, info) => h("div.figure", null, h("b", null, h("bdi", null, name)),
       h("span", null, `${SAE.whole(info.n_latents)} latents · ${info.run.model || ""} ${info.run.site}`));
     SAE.replace(main, title,
-      h("p.muted", null, "For each latent of the first, the latent of the second whose decoder " +
-        "row points most nearly the same way."),
+      h("p.muted", null, "For each latent of the first SAE, the latent of the second SAE with the " +
+        "highest cosine between their decoder rows."),
       other.differences.length ? h("div.card.warning", { role: "note" }, other.differences.map((d) =>
         h("p", null, d))) : null,
       h("section.plots.compare", null,

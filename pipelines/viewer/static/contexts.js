@@ -1,4 +1,4 @@
-// Contexts with their tokens heated by activation.
+// Contexts with their tokens coloured by activation ("heat").
 "use strict";
 
 (function (SAE) {
@@ -67,7 +67,7 @@
       const strongest = [...context.heat].sort((a, b) => b[1] - a[1]).slice(0, 8);
       SAE.replace(detail,
         h("span", null, `${SAE.stratum(context.stratum)} ${context.rank + 1}`),
-        context.reason && h("span", null, `alike by its ${context.reason}`),
+        context.reason && h("span", null, `similar by ${context.reason}`),
         context.split && h("span", null, `to ${context.split}`),
         h("span", null, `row ${SAE.whole(context.row)}`),
         h("span", null, `position ${context.position}`),

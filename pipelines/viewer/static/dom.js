@@ -1,4 +1,4 @@
-// Elements, numbers and text. Whatever comes from a corpus becomes text nodes, never markup.
+// Elements, numbers and text. All text of a corpus becomes text nodes, never markup.
 "use strict";
 window.SAE = window.SAE || {};
 window.SAE.pages = {};
@@ -90,7 +90,7 @@ window.SAE.pages = {};
   };
   const HIDDEN = /[\u0000-\u001f\u007f-\u009f\u061c\u200b\u200e\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069\ufeff]/g;
 
-  /** Text whose control characters can be seen and steer nothing. */
+  /** Text with visible signs in place of control characters, so that they have no effect. */
   SAE.visible = function (text) {
     return text.replace(HIDDEN, (c) => {
       const code = c.codePointAt(0);
@@ -125,7 +125,7 @@ window.SAE.pages = {};
 
   // ---- small parts of pages
 
-  /** Address of a page of the SAE that is being looked at. */
+  /** Address of a page of the SAE that is shown. */
   SAE.link = (path, sae = SAE.sae) => "#/" + (sae === "b" ? "b/" : "") + path;
 
   SAE.latentLink = (latent, sae) =>
@@ -168,7 +168,7 @@ window.SAE.pages = {};
     try {
       if (value === undefined) return localStorage.getItem("sae-" + key);
       localStorage.setItem("sae-" + key, value);
-    } catch { /* no storage: asked for again next time */ }
+    } catch { /* no storage: the choice is forgotten */ }
     return null;
   };
 })(window.SAE);

@@ -11,9 +11,10 @@
     ["random", "Random", ["random"]],
     ["silent", "Silent", ["hard_negative", "inactive"]],
   ];
-  const FEW = 5;  // contexts of a stratum on a phone, until asked for more
+  const FEW = 5;  // contexts of a stratum that a phone shows before a click on "more"
   const TITLES = { top: "Top activations", random: "Drawn from all firings",
-    hard_negative: "Alike, and it does not fire", inactive: "It does not fire" };
+    hard_negative: "Similar contexts in which it does not fire",
+    inactive: "Contexts in which it does not fire" };
 
   SAE.pages.latent = async function (main, [number]) {
     const page = await SAE.source.latent(Number(number));
@@ -34,7 +35,7 @@
         jump(-1, "← previous", "k"), jump(1, "next →", "j"),
         h("a.button.strong", { href: SAE.link(`steer?latent=${n}`) }, "Steer"))),
       page.explanation ? h("p.explanation", { dir: "auto" }, SAE.visible(page.explanation)) : null,
-      s.dead ? h("p", null, "It fired on none of the rows read.")
+      s.dead ? h("p", null, "This latent is dead: it fired on no row that was read.")
         : h("div.fireson", null, h("span.muted", null, "fires on"),
           s.top_tokens.map((t, i) => SAE.token(t,
             h("b", null, SAE.percent(s.top_token_counts[i] / total))))));
@@ -63,7 +64,7 @@
           columns.encoder_decoder_cosine),
         stat("encoder bias", SAE.number(s.encoder_bias))),
       s.position_profile && s.position_profile.length && !s.dead
-        ? [h("h3", null, "Where in its context"),
+        ? [h("h3", null, "Position in the context"),
           SAE.profile(s.position_profile, "share of its firings in each part of the context",
             SAE.info.run.context_length)]
         : null,
@@ -82,12 +83,12 @@
       return h("div", null, h("h3", null, name), list);
     };
     const section = h("section.card", null,
-      h("h2", { title: "next tokens that its decoder row speaks for and against" }, "Logit lens"),
-      h("div.two", null, side(s.top_logit_tokens, s.top_logits, "speaks for", "for"),
-        side(s.bottom_logit_tokens, s.bottom_logits, "against", "against")));
+      h("h2", { title: "next tokens whose logits its decoder row raises most and lowers most" }, "Logit lens"),
+      h("div.two", null, side(s.top_logit_tokens, s.top_logits, "raises", "for"),
+        side(s.bottom_logit_tokens, s.bottom_logits, "lowers", "against")));
     const more = h("button.plain", { type: "button", onclick: () => {
-      more.textContent = section.classList.toggle("whole") ? "fewer" : "all of them";
-    } }, "all of them");
+      more.textContent = section.classList.toggle("whole") ? "show fewer" : "show all";
+    } }, "show all");
     return s.top_logits.length > 10 ? SAE.add(section, more) : section;
   }
 
@@ -113,12 +114,12 @@
   function notes(page) {
     const section = h("section.card.notes", null, h("h2", null, "Notes"));
     if (!SAE.source.live) {
-      return SAE.add(section, SAE.empty("Notes are kept by the server: `sae-features serve`."));
+      return SAE.add(section, SAE.empty("Notes need the server: run `sae-features serve`."));
     }
     const state = h("span.muted", { role: "status" });
     if (page.notes.problem) return SAE.add(section, [SAE.problem(page.notes.problem)]);
     const note = h("textarea", { rows: 4, "aria-label": "note", value: page.notes.note,
-      placeholder: "What is it about?" });
+      placeholder: "What does this latent stand for?" });
     const tags = h("input", { type: "text", "aria-label": "tags, with commas between them",
       placeholder: "tags, with commas", value: page.notes.tags.join(", ") });
     let queue = Promise.resolve();
@@ -126,7 +127,7 @@
       state.textContent = "saving …";
       const wanted = tags.value.split(",").map((t) => t.trim()).filter(Boolean);
       const text = note.value;
-      // one after the other, so that the last one typed is the one that stays
+      // saved one after the other, so that the note typed last is kept
       queue = queue.then(() => SAE.source.saveNotes(page.latent, text, wanted)).then(
         () => { state.textContent = "saved"; },
         (error) => { state.textContent = error.message; });
@@ -156,7 +157,7 @@
           rows.push(row);
           return row;
         });
-        const first = narrow ? FEW : found.length;  // what follows must stay within reach
+        const first = narrow ? FEW : found.length;  // a phone must reach the next stratum soon
         const more = found.length > first ? h("button.plain", { type: "button", onclick: () =>
           more.replaceWith(...made(found.slice(first))) }, `${found.length - first} more`) : null;
         return h("div.stratum", null, h("h3", null, title(stratum, page.statistics),

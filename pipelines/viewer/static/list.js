@@ -1,4 +1,4 @@
-// The list of latents: sorting by its headings, filters above it, all of it kept in the address.
+// The list of latents, with sorting and filters, which the address holds.
 "use strict";
 
 (function (SAE) {
@@ -40,7 +40,7 @@
       const falling = params.get("sort") === key && params.get("desc") === "1";
       const first = params.get("sort") !== key;
       params.set("sort", key);
-      // numbers are wanted from the top, latents from the first
+      // a first click sorts numbers from the highest, latents from the first
       params.set("desc", (first ? key !== "latent" : !falling) ? "1" : "0");
       changed("offset", null);
     }
@@ -57,7 +57,7 @@
       });
       const inputs = [input("from", low, "lowest"), input("to", high, "highest")];
       return h("span.filter", { title: columns[name] || "" }, SAE.readable(name), inputs[0], "–",
-        inputs[1], h("button.close", { type: "button", "aria-label": `no filter by ${name}`,
+        inputs[1], h("button.close", { type: "button", "aria-label": `remove the filter by ${name}`,
           onclick: () => { changed(name, null); drawFilters(); } }, "×"));
     }
 
@@ -71,11 +71,11 @@
       RANGES.filter((n) => !params.has(n)).map((n) => h("option", { value: n }, SAE.readable(n))));
       const dead = h("label.check", null, h("input", { type: "checkbox",
         checked: params.get("dead") === "1",
-        onchange: (e) => changed("dead", e.target.checked ? "1" : null) }), "with dead ones");
+        onchange: (e) => changed("dead", e.target.checked ? "1" : null) }), "with dead latents");
       const tag = params.get("tag");
       SAE.replace(filters, token, RANGES.filter((n) => params.has(n)).map(range), more, dead,
         tag ? h("span.filter", null, `tag ${tag}`, h("button.close", { type: "button",
-          "aria-label": "no filter by tag",
+          "aria-label": "remove the filter by tag",
           onclick: () => { changed("tag", null); drawFilters(); } }, "×")) : null);
     }
 
@@ -120,7 +120,7 @@
       });
       SAE.replace(table, rows.length
         ? h("table.latents.stack", null, h("thead", null, head), h("tbody", null, rows))
-        : SAE.empty("No latent is like that; loosen a filter."));
+        : SAE.empty("No latent matches; remove or widen a filter."));
       const last = answer.offset + answer.rows.length;
       const step = (by, name) => h("button", { type: "button",
         disabled: by < 0 ? answer.offset === 0 : last >= answer.total,

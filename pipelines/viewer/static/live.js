@@ -18,8 +18,8 @@
     const run = h("button.strong", { type: "submit" }, "Show latents");
     const result = h("div.live");
     SAE.replace(main, title,
-      h("p.muted", null, "The model reads the text. A token is coloured where a latent " +
-        "does what it rarely does; or by one latent that you choose."),
+      h("p.muted", null, "The model reads the text. A token is coloured if a latent has " +
+        "an unusual activation on it, or by one latent that you choose."),
       h("form.ask", { onsubmit: (e) => { e.preventDefault(); ask(); } }, text,
         h("div.row", null, run, h("span.keys", null, h("kbd", null, "Ctrl"), h("kbd", null, "↵")),
           state)), result);
@@ -50,11 +50,11 @@
     }
   };
 
-  const COLOURED = Math.log10(2), DARKEST = 1.5;  // unusualness: of one token in 2, in 30
+  const COLOURED = Math.log10(2), DARKEST = 1.5;  // unusualness of one token in 2, and in 30
 
-  const HOW = "activation, and how few tokens have a latent as unusual as this";
+  const HOW = "activation, and how many tokens have a latent as unusual: 1 in …";
 
-  /** Of how many tokens one has such a latent. */
+  /** The text "1 in n": about one token in n has a latent as unusual. */
   const oneIn = (unusual) => unusual < COLOURED ? "common" : `1 in ${SAE.whole(10 ** unusual)}`;
 
   function draw(answer, result) {
@@ -72,7 +72,7 @@
     let chosen = null, at = null;
     const line = h("div.livetext", { dir: "auto" }), caption = h("p.muted"), side = h("div.side"), list = h("div.side");
 
-    /** Activation and scale that colour a token, and what a tip says of it. */
+    /** Activation and scale that colour a token, and the text of its tip. */
     function heatOf(token) {
       if (chosen !== null) {
         const [, value] = token.latents.find(([l]) => l === chosen) || [chosen, 0];
@@ -88,8 +88,8 @@
 
     function heats() {
       SAE.replace(caption, chosen === null
-        ? "Coloured: what one token in 2 of the corpus has, or fewer; the darkest one in 30."
-        : ["Coloured: latent ", SAE.latentLink(chosen), ", as a share of its maximum."]);
+        ? "Coloured: tokens as unusual as 1 in 2 of the corpus or rarer; darkest: 1 in 30 or rarer."
+        : ["Coloured: activation of latent ", SAE.latentLink(chosen), " as a share of its maximum."]);
       SAE.replace(line, answer.tokens.map((token, i) => {
         const [heat, scale, said] = heatOf(token);
         const [blank, span] = SAE.tokenSpan(token.text, heat, scale, i === at);
@@ -106,7 +106,7 @@
     function bars(pairs) {
       return h("ol.firing", null, pairs.map(([latent, value, unusual]) => {
         const button = h("button.plain", { type: "button", "aria-pressed": String(latent === chosen),
-          title: "heat the text by this latent", onclick: () => {
+          title: "colour the text by this latent", onclick: () => {
             chosen = chosen === latent ? null : latent;
             heats(); token_(); all();
           } }, "heat");
@@ -115,7 +115,7 @@
         SAE.latentLink(latent), SAE.tokens(label(latent).tokens, 3),
         h("span.num.muted", { title: `${SAE.percent(relative(latent, value))} of its maximum` },
           SAE.fixed(value)),
-        h("span.num", { title: "of so many tokens about one has a latent as unusual as this" },
+        h("span.num", { title: "about one token in this many has a latent as unusual" },
           oneIn(unusual)), button);
       }));
     }

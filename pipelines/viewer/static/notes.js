@@ -1,4 +1,4 @@
-// Notes of all latents; SQL, where the server allows it.
+// The notes on all latents, and SQL if the server allows it.
 "use strict";
 
 (function (SAE) {
@@ -30,7 +30,7 @@
     const title = h("h1", null, "SQL");
     if (!SAE.source.live || !SAE.info.sql) {
       SAE.replace(main, title, SAE.source.live
-        ? SAE.empty("SQL from the page is off; `sae-features serve --allow-sql` turns it on.")
+        ? SAE.empty("SQL from the page is off; start `sae-features serve --allow-sql`.")
         : SAE.needsServer("SQL"));
       return;
     }
@@ -61,7 +61,7 @@
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) run();
     });
     SAE.replace(main, title, h("p.muted", null, "One SELECT over latents, contexts, histograms, " +
-      "neighbours, tokens, documents and firings; it can change nothing."),
+      "neighbours, tokens, documents and firings. It cannot change them."),
     h("form.ask", { onsubmit: (e) => { e.preventDefault(); run(); } }, sql,
       h("div.row", null, h("button.strong", { type: "submit" }, "Run"),
         h("span.keys", null, h("kbd", null, "Ctrl"), h("kbd", null, "↵")), state)), box);

@@ -1,4 +1,4 @@
-// Search: one box, an answer for each kind of question.
+// Search: one box, with results by token, text, explanation and number.
 "use strict";
 
 (function (SAE) {
@@ -54,18 +54,18 @@
 
   const NUMBERS = [
     ["lift", "lift", (x) => `× ${SAE.fixed(x)}`,
-      "how many times more often it fires on this token than on a token at large"],
+      "how many times more often it fires on this token than on any token"],
     ["share", "of its firings", SAE.percent, "share of the latent's firings that are on this token"],
-    ["count", "rows", SAE.whole, "rows with this token on which it fires"],
+    ["count", "rows", SAE.whole, "number of rows with this token on which it fires"],
     ["mean", "mean", SAE.fixed, "its mean activation on this token"],
   ];
 
-  /** The latents of a token: as found, the most specific first, or by the heading clicked. */
+  /** The latents of a token: the most specific first, or sorted by the heading clicked. */
   function tokens({ tokens: { exact, rows } }) {
-    const title = exact || !rows.length ? "Fire on the token" : "Fire on a token that begins so";
+    const title = exact || !rows.length ? "Latents that fire on this token" : "Latents that fire on a token with this beginning";
     const section = h("section.card", null, h("h2", null, title));
     if (!rows.length) {
-      return SAE.add(section, [SAE.empty("No latent has it among the tokens it fires on most.")]);
+      return SAE.add(section, [SAE.empty("No latent has this token among the 100 tokens that it fires on most.")]);
     }
     const note = h("p.muted"), table = h("div");
     let sorted = null, falling = true;
@@ -74,8 +74,8 @@
       const order = sorted === null ? rows : [...rows].sort((a, b) =>
         (falling ? -1 : 1) * (a[sorted] - b[sorted]) || a.latent - b.latent);
       SAE.replace(note, sorted === null
-        ? "The most specific first: a large share of their firings is on it, and strong ones. "
-        : [`By ${NUMBERS.find(([key]) => key === sorted)[1]}. `, h("button.plain", { type: "button",
+        ? "The most specific first: a large share of their firings, and strong ones, are on the token. "
+        : [`Sorted by ${NUMBERS.find(([key]) => key === sorted)[1]}. `, h("button.plain", { type: "button",
           onclick: () => { sorted = null; draw(); } }, "most specific first")]);
       const head = ([key, name, , hint]) => {
         const now = key === sorted ? (falling ? "descending" : "ascending") : null;
@@ -101,16 +101,16 @@
 
   function texts({ texts: rows, words }) {
     return h("section.card", null,
-      h("h2", null, "Fire in contexts with this text"),
-      words ? h("p.muted", null, "In this export the latents that fire most on each of " +
-        "the words are looked through; the server looks through all.") : null,
+      h("h2", null, "Latents that fire in contexts with this text"),
+      words ? h("p.muted", null, "This export searches only the latents that fire most on " +
+        "each of the words; the server searches all latents.") : null,
       rows.length
         ? h("div.contexts", null, rows.map((r) => h("div.hit", null,
           h("div.row", null, SAE.latentLink(r.latent), SAE.tokens(r.tokens, 3),
             h("span.muted", null, r.n_peak
-              ? `fires right on it in ${SAE.whole(r.n_peak)} of ${SAE.whole(r.n)} contexts`
-              : `beside it, in ${SAE.whole(r.n)} context${r.n === 1 ? "" : "s"}`)),
+              ? `fires on the text in ${SAE.whole(r.n_peak)} of ${SAE.whole(r.n)} contexts`
+              : `fires beside the text in ${SAE.whole(r.n)} context${r.n === 1 ? "" : "s"}`)),
           SAE.context(r.context, r.max, { title: r.title }, { full: !r.n_peak }))))
-        : SAE.empty("It stands in no context of any latent."));
+        : SAE.empty("No context of any latent contains this text."));
   }
 })(window.SAE);

@@ -1,4 +1,4 @@
-// Where data comes from in an export: scripts under data/ that call SAE.chunk with JSON.
+// The data source of an export: scripts under data/ that call SAE.chunk with JSON.
 "use strict";
 
 (function (SAE) {
@@ -28,7 +28,7 @@
 
   const ours = (name) => chunk(`${SAE.sae}/${name}`);
 
-  /** FNV-1a of a key's UTF-8, as site.py computes it too. */
+  /** FNV-1a of a key's UTF-8, the same as in site.py. */
   function share(key) {
     let state = 0x811c9dc5;
     for (const byte of new TextEncoder().encode(key)) {
@@ -55,7 +55,7 @@
     for (const name of Object.keys(SAE.info.columns)) {
       if (!params.get(name)) continue;
       const ends = params.get(name).split("..").map((e) => (e === "" ? null : Number(e)));
-      if (ends.some((e) => Number.isNaN(e))) throw new Error(`${params.get(name)} is no range of numbers.`);
+      if (ends.some((e) => Number.isNaN(e))) throw new Error(`${params.get(name)} is not a range of numbers.`);
       const [low, high] = ends, column = columns[name];
       found = found.filter((i) => column[i] !== null &&
         (low === null || column[i] >= low) && (high === null || column[i] <= high));
@@ -85,7 +85,7 @@
     };
   }
 
-  /** Latents in whose contexts the text stands, among those that fire most on its words. */
+  /** Latents whose contexts contain the text, among those that fire most on its words. */
   async function byText(lowered, tokens) {
     const words = [...new Set(lowered.match(/[\p{L}\p{N}]+/gu) || [])];
     const lists = await Promise.all(words.map(async (word) =>
@@ -116,7 +116,7 @@
 
   const byStrength = ([a, x], [b, y]) => y[0] - x[0] || y[1] - x[1] || a - b;
 
-  /** Whether what was searched for overlaps the token of the context's row. */
+  /** Whether the searched text overlaps the token of the context's row. */
   function onPeak(context, lowered) {
     const pieces = SAE.pieces(context).map((t) => t.toLowerCase());
     const before = pieces.slice(0, context.place).join("").length;

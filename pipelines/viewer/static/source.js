@@ -1,4 +1,4 @@
-// Where data comes from: the server's /api, one promise of JSON a question.
+// The data source: the server's /api; each request returns a promise of JSON.
 "use strict";
 
 (function (SAE) {
@@ -38,7 +38,7 @@
     return data;
   }
 
-  /** Calls onText with the text so far while it is written; aborting the signal stops the model. */
+  /** Call onText with the text so far while the model writes; aborting the signal stops it. */
   async function generate(request, onText, signal) {
     const response = await send("steer", {}, { ...post(request), signal });
     if (!response.ok) return answered(response);
@@ -67,7 +67,7 @@
     search: (q) => ask("search", { q }),
     compare: (params) => ask("compare", params),
     notes: () => ask("notes"),
-    // kept alive: the page may be closing
+    // keepalive, as the page may be closing
     saveNotes: (n, note, tags) => ask(`latent/${n}/notes`, {},
       { ...post({ note, tags }), keepalive: true }),
     activations: (text) => ask("live", {}, post({ text })),

@@ -1,4 +1,4 @@
-// The start page: what these tables are of, plots, the list.
+// The start page: the origin of the tables, plots and the list of latents.
 "use strict";
 
 (function (SAE) {
@@ -22,7 +22,7 @@
           SAE.searchForm({ big: true })),
         h("div.figures", null,
           figure(SAE.whole(start.n_latents), "latents"),
-          figure(SAE.whole(start.n_dead), "dead", "fire on none of the rows read"),
+          figure(SAE.whole(start.n_dead), "dead", "fire on no row that was read"),
           figure(SAE.short(start.n_rows), "rows read"),
           figure(SAE.number(start.mean_firing), "latents a row",
             "mean number of latents that fire on a row"))),

@@ -1,4 +1,4 @@
-// Steering: what the model writes with latents clamped, beside what it writes anyway.
+// Steering: the text that the model writes with latents clamped, beside its text without clamps.
 "use strict";
 
 (function (SAE) {
@@ -26,7 +26,7 @@
     const latents = h("div.clamps"), result = h("div.steered");
     const state = h("span.muted", { role: "status" });
     const stop = h("button", { type: "button", hidden: true, onclick: () => halt() }, "Stop");
-    let working = null;  // what stops the generation under way
+    let working = null;  // stops the running generation
 
     function halt() {
       if (working) working.abort();
@@ -52,7 +52,7 @@
         SAE.source.latent(n).then((page) => SAE.replace(about, SAE.tokens(page.statistics.top_tokens, 3),
           h("span.muted", null, ` max ${SAE.number(page.statistics.max)}`)), () => {});
         return h("span.filter", null, SAE.latentLink(n), about, h("button.close", { type: "button",
-          "aria-label": `leave latent ${n} alone`, onclick: () => {
+          "aria-label": `remove latent ${n}`, onclick: () => {
             kept.latents = kept.latents.filter((l) => l !== n);
             drawLatents();
           } }, "×"));
@@ -67,13 +67,13 @@
       const times = kept.strengths.split(",").map((t) => t.trim()).filter(Boolean).map(Number);
       if (!kept.latents.length) { state.textContent = "Add a latent to clamp."; return; }
       if (!times.length || times.some((t) => !Number.isFinite(t)) || times.length > 6) {
-        state.textContent = "Strengths are up to 6 numbers with commas between them.";
+        state.textContent = "Strengths must be 1 to 6 numbers, separated by commas.";
         return;
       }
       state.textContent = "";
       const pages = await Promise.all(kept.latents.map((n) => SAE.source.latent(n)));
       if (pages.some((page) => page.statistics.dead)) {
-        state.textContent = "A dead latent has no maximum to go by; choose another one.";
+        state.textContent = "A dead latent has no maximum; choose another latent.";
         return;
       }
       const runs = [null, ...times].map((time) => ({
@@ -85,10 +85,10 @@
       SAE.replace(result, runs.map((run) => h("section.card" + (run.clamps.length ? "" : ".plainrun"),
         null, h("h2", null, run.name), h("p.muted", null, run.clamps.length
           ? run.clamps.map((c) => `latent ${c.latent} held at ${SAE.number(c.value)}`).join(", ")
-          : "the model as it is"), run.box)));
+          : "no latent clamped"), run.box)));
       const mine = working = new AbortController();
       stop.hidden = false;
-      for (const run of runs) {  // one after the other: the server does one at a time
+      for (const run of runs) {  // one after the other, as the server runs one at a time
         await write(run, kept, mine.signal);
         if (mine.signal.aborted) {
           for (const { box } of runs.slice(runs.indexOf(run))) {
@@ -131,8 +131,8 @@
     }
 
     SAE.replace(main, title, h("p.muted", null,
-      "A latent is held at a multiple of the highest activation it has in the tables, wherever " +
-      "the SAE reads; 0 takes it away."),
+      "A latent is held at a multiple of its highest activation in the tables, on every row that " +
+      "the SAE's rule reads; 0 takes the latent away."),
     h("form.ask", { onsubmit: (e) => { e.preventDefault(); go(); } },
       h("label.field.block", null, "prompt", prompt),
       h("div.field.block", null, "latents", latents),
@@ -144,7 +144,7 @@
     drawLatents();
   };
 
-  /** Text with its line breaks kept and everything else that steers made visible. */
+  /** Text with its line breaks, and with visible signs for all other control characters. */
   SAE.paragraphs = (text) => text.split("\n").flatMap((line, i) =>
     i ? [h("br"), SAE.visible(line)] : [SAE.visible(line)]);
 })(window.SAE);
