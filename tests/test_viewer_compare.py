@@ -49,7 +49,10 @@ def test_a_comparison_lists_pairs_by_their_cosine(tmp_path):
 def test_what_two_tables_do_not_share_is_said(tmp_path):
     ours, theirs = compared(tmp_path)
     (texts,) = Comparison(ours, theirs).overview()["differences"]  # stores of other digests
-    assert "only be compared if both stores hold the same texts; cosines can be compared anyway" in texts
+    assert (
+        "only be compared if both stores hold the same texts; cosines can be compared anyway"
+        in texts
+    )
     theirs.run |= {"store_digest": ours.run["store_digest"]}
     assert Comparison(ours, theirs).overview()["differences"] == []
     theirs.run |= {"site": "resid_post.9", "model": "another"}
