@@ -120,7 +120,7 @@ class SAEConfig(BaseModel):
             )
         if self.normalization != "scale" and (self.input_scale, self.output_scale) != (1.0, 1.0):
             raise ValueError(
-                f"normalization {self.normalization} has input_scale and output_scale 1, got "
+                f"normalization {self.normalization} needs input_scale and output_scale 1, got "
                 f"{self.input_scale} and {self.output_scale}"
             )
         if not self.is_transcoder and self.output_scale != 1.0:

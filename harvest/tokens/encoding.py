@@ -1,8 +1,8 @@
 """Documents to tokens: a batch of documents becomes a run of the token stream, and its pieces.
 
-A piece is the part of a document that lies in one context. Its characters come from the tokenizer's
-offsets. These are read at the borders of pieces only, because reading them for every token costs
-more than a tenth of the time of tokenizing.
+A piece is the part of a document that lies in one context. The character span of a piece comes from
+the tokenizer's offsets. The offsets are read at the borders of pieces only: reading them for every
+token costs more than a tenth of the time of tokenizing.
 """
 
 from __future__ import annotations

@@ -35,7 +35,11 @@ FORMATS = ("neuronpedia", "delphi", "openai", "circuit-tracer")
     help="Name in the export: delphi's hookpoint, Neuronpedia's source set, "
     "sae-viewer's folder, circuit-tracer's transcoder.",
 )
-@click.option("--store", type=PlaceOption(), help="Store, for delphi, if it has moved.")
+@click.option(
+    "--store",
+    type=PlaceOption(),
+    help="Place of the store, for the delphi export, if the store has moved.",
+)
 @click.option(
     "--model",
     type=NameOption(),

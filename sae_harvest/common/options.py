@@ -65,7 +65,7 @@ class PathOption(click.Path):
 
 
 class NameOption(click.ParamType):
-    """A name; made absolute if it is a path and not one of `words`."""
+    """An option that takes a path, made absolute, or one of `words`, kept as it is."""
 
     name = "text"
 

@@ -69,7 +69,7 @@ def safe_name(name: object) -> str:
         raise ValueError(f"the name {name!a:.80} has a character that names may not have")
     parts = name.split("/")
     if PurePosixPath(name).is_absolute() or any(part in ("", ".", "..") for part in parts):
-        raise ValueError(f"the name {name!r:.80} leads out of its folder")
+        raise ValueError(f"the name {name!r:.80} points to a place outside its folder")
     if any(len(part) > MAX_NAME_BYTES for part in encoded.split(b"/")):
         raise ValueError(f"the name {name!r:.80} is too long")
     return name

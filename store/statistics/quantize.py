@@ -53,8 +53,8 @@ def rows_apart(x: npt.NDArray[Any], is_outlier: npt.NDArray[np.bool_]) -> npt.ND
 def calibrate(x: npt.NDArray[Any], is_apart: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
     """Return scale and offset of each channel, float32 [2, width], for rows that are not apart.
 
-    The codes span the part of the channel's histogram with the least error: rounding inside plus
-    clipping outside. A constant channel has scale 0 and decodes exactly.
+    The codes cover the range of the channel's histogram that gives the least total error: rounding
+    error inside the range plus clipping error outside it. A constant channel has scale 0 and decodes exactly.
 
     Args:
         x: float16 or float32 [rows, width], finite.

@@ -24,7 +24,7 @@ ASKED = ("n_latents", "k", "tokens", "batch_rows")  # settings of a run that a p
     "Activations",
     "--store",
     type=PlaceOption(),
-    help="Activation store whose widths are taken, instead of --d-in.",
+    help="Activation store from which the widths are read, in place of --d-in.",
 )
 @grouped("Activations", "--site", help="Site of the store. Default: the only one.")
 @grouped("Activations", "--d-in", type=CountRange(min=1), help="Width of the activations.")

@@ -173,9 +173,10 @@ def fits(scaling: Scaling) -> dict[str, Any]:
 
 
 def table(scaling: Scaling) -> pa.Table:
-    """Return every point: a row per run (kind run), then the envelopes' (kind envelope).
+    """Return all points: one row per run (kind "run"), then those of the envelopes (kind "envelope").
 
-    predicted_n, predicted_nk and predicted_c are the FVU of the laws, null without a law.
+    The columns predicted_n, predicted_nk and predicted_c hold the FVU that L(n), L(n, k) and L(C)
+    predict. A column is null where that law was not fitted.
     """
     rows: list[dict[str, Any]] = []
     for point in scaling.points:

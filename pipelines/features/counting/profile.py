@@ -49,7 +49,7 @@ class ShortLists:
 
 @dataclass(eq=False)
 class ChosenRows:
-    """Firings of the latents [first, first + n) from which examples are made."""
+    """The firings from which examples are made, for the latents first to first + n - 1."""
 
     first: int
     """The first latent."""

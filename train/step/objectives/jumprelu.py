@@ -10,7 +10,7 @@ width eps = `bandwidth`, K(u) = [|u| < 1/2]:
     d v / d theta        := -(theta / eps) K((pi - theta) / eps)
     d [pi > theta] / d theta := -(1 / eps) K((pi - theta) / eps)
 
-These do not apply to pi. theta is trained through its logarithm, which keeps it positive.
+pi gets no gradient from these formulas. The trained parameter is log(theta), so theta is positive.
 """
 
 from __future__ import annotations
