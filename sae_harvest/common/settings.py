@@ -222,7 +222,7 @@ class CommandSettings:
         return found
 
     def read(self, model: type[T], defaults: Mapping[str, Any] | None = None) -> T:
-        """Return a pydantic model made from the given values. Raise `UsageError` for a bad value."""
+        """Return a pydantic model of the given values. Raise `UsageError` for a bad value."""
         values = {**(defaults or {}), **self.values(model)}
         try:
             # as JSON: strict about types, but a list may be given for a tuple

@@ -54,7 +54,8 @@ def calibrate(x: npt.NDArray[Any], is_apart: npt.NDArray[np.bool_]) -> npt.NDArr
     """Return scale and offset of each channel, float32 [2, width], for rows that are not apart.
 
     The codes cover the range of the channel's histogram that gives the least total error: rounding
-    error inside the range plus clipping error outside it. A constant channel has scale 0 and decodes exactly.
+    error inside the range plus clipping error outside it. A constant channel has scale 0 and
+    decodes exactly.
 
     Args:
         x: float16 or float32 [rows, width], finite.

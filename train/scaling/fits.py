@@ -173,7 +173,7 @@ def fits(scaling: Scaling) -> dict[str, Any]:
 
 
 def table(scaling: Scaling) -> pa.Table:
-    """Return all points: one row per run (kind "run"), then those of the envelopes (kind "envelope").
+    """Return all points: one row per run (kind "run"), then those of envelopes (kind "envelope").
 
     The columns predicted_n, predicted_nk and predicted_c hold the FVU that L(n), L(n, k) and L(C)
     predict. A column is null where that law was not fitted.
