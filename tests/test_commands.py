@@ -54,7 +54,7 @@ def broken_model(model_folder: Path, folder: Path, value: float) -> Path:
         ({"layer": None, "site": "attention.1"}, r"'attention\.1' is not a site"),
         ({"site": "resid_post.1"}, "named twice"),
         ({"context_length": 128}, "sees at most 64 tokens at a time, got contexts of 128"),
-        ({"tokens": 10_000_000}, "holds 28,672 tokens .* ask for --tokens 28672"),
+        ({"tokens": 10_000_000}, "holds 28,672 tokens .* use --tokens 28672"),
         ({"workers": 4096}, "--workers 4096 is more than the [0-9]+ cores"),
         ({"revision": "main"}, "so revision main does not apply"),
         ({"text_column": "body"}, "no column body"),

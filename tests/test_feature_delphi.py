@@ -167,5 +167,5 @@ def test_a_site_is_called_after_the_module_that_puts_it_out(
     if expected is not None:
         assert hookpoint(model, Site.parse(site)) == expected
         return
-    with pytest.raises(InputError, match="say with --name"):
+    with pytest.raises(InputError, match="give delphi's hookpoint with --name"):
         hookpoint(model, Site.parse(site))

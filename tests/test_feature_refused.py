@@ -72,13 +72,13 @@ def test_folders_that_are_not_what_was_asked_for_are_refused(
     (tmp_path / "foreign").mkdir()
     file = tmp_path / "foreign" / "thesis.txt"
     file.write_text("years of work")
-    assert "something else" in build_refusal(store, sae, tmp_path / "foreign")
-    assert "something else" in build_refusal(store, sae, file)
+    assert "files that are not tables" in build_refusal(store, sae, tmp_path / "foreign")
+    assert "files that are not tables" in build_refusal(store, sae, file)
     assert "Cannot write" in build_refusal(store, sae, file / "features")
     trained = save_sae(store, tmp_path / "sae")
     (trained / "run.json").write_text('{"n_latents": 48}\n')  # training writes one, too
     before = sorted(path.name for path in trained.iterdir())
-    assert "something else" in build_refusal(store, trained, trained)
+    assert "files that are not tables" in build_refusal(store, trained, trained)
     assert "no feature tables" in refusal("show", 0, "--features", trained)
     assert sorted(path.name for path in trained.iterdir()) == before
     assert file.read_text() == "years of work"
@@ -146,7 +146,7 @@ def test_damaged_ancestry_is_refused_by_name(folders: Folders, broken: Path) -> 
     for text in ("[]", "null", "3"):
         (broken / "run.json").write_text(text)
         assert "no feature tables" in refusal("show", 1, "--features", broken)
-        assert "something else" in build_refusal(store, sae, broken, *OPTIONS)
+        assert "files that are not tables" in build_refusal(store, sae, broken, *OPTIONS)
 
 
 def test_tables_of_another_format_are_refused(folders: Folders, broken: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_store_that_ends_with_its_corpus_says_so_and_stays(
         assert "0 of them now" in again.stdout
     message = refusal(invoke(*run(tokens=ALL_TOKENS + 1)))
     assert f"holds {ALL_TOKENS:,} tokens" in message
-    assert f"ask for --tokens {ALL_TOKENS}" in message
+    assert f"use --tokens {ALL_TOKENS}" in message
     assert_whole(path, digest)
     assert ActivationStore.open(path, first).n_rows == 20_480
     at_once = tmp_path / "at-once"

@@ -123,7 +123,7 @@ def test_a_shard_that_kills_its_workers_is_named_and_the_others_are_done(
 
         # The replacement has just been asked for and is not given the time to come up.
         monkeypatch.setattr(raypool, "START_SECONDS", 0.1)
-        with pytest.raises(RunError, match=r"No worker came up .* Ray has \d+ cores \(\d+ free\)"):
+        with pytest.raises(RunError, match=r"No worker started .* Ray has \d+ cores \(\d+ free\)"):
             collect_into(pool, records)
 
 

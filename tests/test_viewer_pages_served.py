@@ -132,7 +132,7 @@ def test_sql_is_asked_from_its_page(page, server):
     assert texts(page, "table.sql td") == ["0", "<b>x</b>", "1", "<b>x</b>"]
     page.get_by_label("query").fill("DROP VIEW latents")
     page.get_by_role("button", name="Run").click()
-    page.wait_for_selector("[role=alert]:has-text('A query is one SELECT')")
+    page.wait_for_selector("[role=alert]:has-text('A query must be one SELECT')")
     page.wrong[:] = [w for w in page.wrong if "400" not in w]
 
 

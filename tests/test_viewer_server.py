@@ -102,7 +102,7 @@ def test_the_api_answers_with_json(client):
         ("/api/live", {"text": " "}, "Type a text"),
         ("/api/live", {"text": "a" * (MAX_TEXT_CHARS + 1)}, "5,001 characters; at most 5,000"),
         ("/api/live", {}, "lacks text"),
-        ("/api/sql", {"sql": "DROP VIEW latents"}, "A query is one SELECT"),
+        ("/api/sql", {"sql": "DROP VIEW latents"}, "A query must be one SELECT"),
         ("/api/live", b"{", "not JSON"),
         ("/api/live", b"[]", "not a JSON object"),
     ],

@@ -86,7 +86,7 @@ def test_nothing_but_one_select_over_the_tables_is_answered(features, tmp_path, 
 
 
 def test_what_is_refused_is_said_and_the_next_query_is_answered(features, fenced):
-    with pytest.raises(InputError, match="A query is one SELECT"):
+    with pytest.raises(InputError, match="A query must be one SELECT"):
         fenced.select("DROP VIEW latents")
     assert fenced.select("SELECT count(*) FROM latents")["rows"] == [[N]]
     assert inside(features, "")["text"].startswith("The query is empty")
