@@ -271,7 +271,7 @@ def test_settings_that_do_not_go_together_are_refused(change, message):
         ({"d_out": 4}, "come together"),
         ({"target_site": "mlp_out.1"}, "come together"),
         ({"output_scale": 2.0, "normalization": "scale"}, "only for transcoders"),
-        ({"input_scale": 2.0}, "normalization none has"),
+        ({"input_scale": 2.0}, "normalization none needs"),
     ],
 )
 def test_dictionaries_that_cannot_be_are_refused(change, message):
