@@ -81,7 +81,7 @@ def run_demo(root: Path, workers: int, console: Console, tokens: int | None = No
     if figures.get("downstream", digest) is None:
         with Progress("contexts") as progress:
             count = progress.counting("measuring")
-            measured = downstream_loss(store, sae, N_DOWNSTREAM_CONTEXTS, count, "auto")
+            measured = downstream_loss(store, [sae], N_DOWNSTREAM_CONTEXTS, count, "auto")
         figures.set("downstream", digest, **measured.to_json())
     console.print()
     with reading(features):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from sae_harvest.common.errors import DamagedError
-from sae_harvest.pipelines.evaluate.downstream import heldout_contexts, replaced_rows
+from sae_harvest.pipelines.evaluate.downstream import heldout_contexts
+from sae_harvest.pipelines.evaluate.splicing import replaced_rows
 from sae_harvest.store.loading.chunks import SelectedRows
 from sae_harvest.store.objects import LocalObjects
 from sae_harvest.store.reader import ActivationStore
@@ -105,10 +106,10 @@ def test_downstream_selects_rows_of_its_contexts_only(
     store: ActivationStore, read: dict[str, set[int]]
 ) -> None:
     sae = dictionary(8)
-    contexts = heldout_contexts(store, sae, SITE, 10_000)[[0, 3, -1]]
+    contexts = heldout_contexts(store, [sae], 10_000)[[0, 3, -1]]
     for shards in read.values():
         shards.clear()
-    found = replaced_rows(store, sae, SITE, contexts)
+    found = replaced_rows(store, sae, contexts)
     assert read["norms"] == set((contexts // 8).tolist())
     assert not read["row_documents"]
     every = store.selected(SITE, RULE.model_copy(update={"split": "all"})).reshape(-1, 16)

@@ -54,8 +54,9 @@ def test_kernels_equal_the_formulas(where):
 
 
 @pytest.mark.slow
-def test_kernels_compile_for_hopper_and_keep_to_registers(tmp_path):
-    printed = run("tests.triton_for_hopper", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+def test_kernels_compile_for_hopper_and_keep_to_registers():
+    # Triton keeps what it has compiled, by a hash of the kernel's source, compiler and options.
+    printed = run("tests.triton_for_hopper", TRITON_INTERPRET="0")
     lines = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     products = [line for line in lines if line["products"]]
     assert {line["kernel"] for line in products} == {"group_maxima_kernel", "reaching_kernel"}

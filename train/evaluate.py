@@ -8,7 +8,7 @@ transcoder, x is the row of the target site. docs/evaluation.md says which rows 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +21,7 @@ from sae_harvest.store.loading.chunks import selected_at
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import OUTLIER_MEDIANS, RowRule
 from sae_harvest.store.statistics.stats import Moments
+from sae_harvest.train.config import SAEConfig
 from sae_harvest.train.sae.sharded_sae import Dictionary
 
 # Each row belongs to one class: (whether it is an outlier, whether it is a BOS).
@@ -168,51 +169,56 @@ def evaluate_all(
 ) -> list[dict[str, Any]]:
     """Evaluate several dictionaries of the same sites in one pass; see `evaluate`."""
     config = saes[0].config
-    site = store.site(config.site)
-    sites = [site] if config.target_site is None else [site, store.site(config.target_site)]
-    has_bos = store.plan["bos"] == "context"
-    medians = rule.max_norm_medians or OUTLIER_MEDIANS
-    heldout = rule.model_copy(update={"split": "heldout", "max_norm_medians": medians})
-    rows, classes = _heldout_rows(store, sites, heldout, max_rows)
+    rows, classes = heldout_rows(store, config, rule, max_rows)
     reports = [_Report(sae) for sae in saes]
-    chunk_rows = store.chunk_rows(site)
-    chunks, firsts = np.unique(rows // chunk_rows, return_index=True)
-    parts = pairwise([*firsts.tolist(), len(rows)])  # the rows of each chunk
-    for chunk, (first, last) in zip(chunks.tolist(), parts, strict=True):
-        start = chunk * chunk_rows
-        here = rows[first:last] - start
-        x = wanted = _read(store, site, start, here)  # [rows here, d_in]
-        if config.target_site is not None:
-            wanted = _read(store, sites[-1], start, here)  # [rows here, d_out]
-        pieces = (part.split(ENCODED_ROWS) for part in (x, wanted, classes[first:last]))
-        for piece in zip(*pieces, strict=True):
-            for report in reports:
-                report.update(*piece)
-        progress(last, len(rows))
+    for here, x, wanted in batches(store, config, rows):
+        for report in reports:
+            report.update(x, wanted, classes[here])
+        progress(here.stop, len(rows))
+    has_bos = store.plan["bos"] == "context"
     shared = {
-        "outlier_rule": f"norm above {medians:g} medians of its shard",
+        "outlier_rule": f"norm above {medians_of(rule):g} medians of its shard",
         "heldout_fraction": rule.heldout_fraction,
         "split": rule.split,
-        "site": site,
+        "site": config.site,
         "store_digest": store.digest,
     }
     return [{**report.report(has_bos), **shared} for report in reports]
 
 
-def _heldout_rows(
-    store: ActivationStore, sites: Sequence[str], heldout: RowRule, most: int
+def sites_of(store: ActivationStore, config: SAEConfig) -> list[str]:
+    """Return the site of an SAE and the target of a transcoder, as the store names them.
+
+    Raises:
+        InputError: the store has no such site.
+    """
+    sites = [store.site(config.site)]
+    return sites if config.target_site is None else [*sites, store.site(config.target_site)]
+
+
+def medians_of(rule: RowRule) -> float:
+    """Return the number of medians that the norm of an outlier row exceeds."""
+    return rule.max_norm_medians or OUTLIER_MEDIANS
+
+
+def heldout_rows(
+    store: ActivationStore, config: SAEConfig, rule: RowRule, most: int
 ) -> tuple[npt.NDArray[np.int64], torch.Tensor]:
     """Return the first held-out rows of the store and the class of each.
 
-    A row is an outlier if training leaves it out for its norm at any of the sites.
+    A row is an outlier if training leaves it out for its norm at any site of the SAE, or, if
+    training left out no row, if its norm is above 5 medians.
 
     Args:
-        heldout: the rule that selects held-out rows without outliers.
+        config: configuration of the SAE: its site, and the target of a transcoder.
+        rule: the rule of training; its held-out documents are read, with any split.
         most: largest number of rows.
 
     Returns:
         Row numbers in order, int64 [rows]; index of each row's class in CLASSES, int64 [rows].
     """
+    sites = sites_of(store, config)
+    heldout = rule.model_copy(update={"split": "heldout", "max_norm_medians": medians_of(rule)})
     every = heldout.model_copy(update={"max_norm_medians": None})
     has_bos = store.plan["bos"] == "context"
     rows, classes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
@@ -228,18 +234,44 @@ def _heldout_rows(
     return np.concatenate(rows), torch.from_numpy(np.concatenate(classes))
 
 
-def _read(
-    store: ActivationStore, site: str, start: int, rows: npt.NDArray[np.int64]
-) -> torch.Tensor:
-    """Return rows of the chunk that begins at row `start`, float32 [rows, d].
+def batches(
+    store: ActivationStore, config: SAEConfig, rows: npt.NDArray[np.int64]
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Yield rows and what the SAE should return for them, at most 512 at a time.
 
-    `rows` are numbered from `start`.
+    Args:
+        config: configuration of the SAE.
+        rows: numbers of rows in order, int64 [rows].
+
+    Yields:
+        the slice of `rows`; the rows, float32 [batch, d_in]; the same rows, or those of a
+        transcoder's target site, float32 [batch, d_out].
+
+    Raises:
+        DamagedError: a row is not finite, or an object of the store is damaged.
     """
-    x = store.read(site, start, min(start + store.chunk_rows(site), store.n_rows))
+    sites = sites_of(store, config)
+    chunk_rows = store.chunk_rows(sites[0])
+    chunks, firsts = np.unique(rows // chunk_rows, return_index=True)
+    parts = pairwise([*firsts.tolist(), len(rows)])  # the rows of each chunk
+    for chunk, (first, last) in zip(chunks.tolist(), parts, strict=True):
+        start = chunk * chunk_rows
+        found = [_read(store, site, start, start + chunk_rows, rows[first:last]) for site in sites]
+        for begin in range(first, last, ENCODED_ROWS):
+            here = slice(begin, min(begin + ENCODED_ROWS, last))
+            inside = slice(here.start - first, here.stop - first)
+            yield here, found[0][inside], found[-1][inside]
+
+
+def _read(
+    store: ActivationStore, site: str, start: int, stop: int, rows: npt.NDArray[np.int64]
+) -> torch.Tensor:
+    """Return rows that are in [start, stop), float32 [rows, d]."""
+    x = store.read(site, start, min(stop, store.n_rows))
     is_read = np.zeros(len(x), np.bool_)
-    is_read[rows] = True
+    is_read[rows - start] = True
     require_finite(x, store.place, site, start, is_read)
-    return torch.from_numpy(x[rows]).float()
+    return torch.from_numpy(x[rows - start]).float()
 
 
 def remarks(evaluation: Mapping[str, Any]) -> list[str]:

@@ -23,9 +23,6 @@ from sae_harvest.harvest.model.sites import Located, Site, locate_in_blocks
 
 Edit = Callable[[Tensor], Tensor]  # activations [batch, position, width] to new ones of that shape
 
-# The order in which a block computes its sites. Hooks of one module run in the order of their
-# registration, and attn_out and resid_mid are both hooks of the attention module.
-_ORDER = ("resid_pre", "attn_out", "resid_mid", "mlp_act", "mlp_out", "resid_post")
 _Visit = Callable[[Tensor], Tensor | None]  # as Edit; None leaves the activations as they are
 
 
@@ -161,7 +158,9 @@ class _AllCaptured(Exception):
 def _hooked(located: Mapping[Site, Located], visits: Mapping[Site, _Visit]) -> Iterator[None]:
     """Call each function with the activations of its site, while this is open."""
     with ExitStack() as stack:
-        for site in sorted(visits, key=lambda site: (site.layer, _ORDER.index(site.kind))):
+        # Hooks of one module run in the order of their registration, and attn_out and resid_mid
+        # are both hooks of the attention module.
+        for site in sorted(visits, key=lambda site: site.order):
             for handle in _register(site.kind, located[site], visits[site]):
                 stack.callback(handle.remove)
         yield

@@ -23,6 +23,7 @@ from sae_harvest.common.errors import InputError
 from sae_harvest.harvest.model.discovery import BlockLab, BlockParts, probe
 
 SITE_KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_act")
+_COMPUTED = ("resid_pre", "attn_out", "resid_mid", "mlp_act", "mlp_out", "resid_post")  # in order
 _INNER_KINDS = frozenset({"resid_mid", "attn_out", "mlp_out", "mlp_act"})
 
 
@@ -36,6 +37,11 @@ class Site:
     def __post_init__(self) -> None:
         if self.kind not in SITE_KINDS or self.layer < 0:
             raise InputError(_not_a_site(f"{self.kind}.{self.layer}"))
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """A key that sorts sites in the order in which a forward pass computes them."""
+        return self.layer, _COMPUTED.index(self.kind)
 
     @classmethod
     def parse(cls, text: str) -> Site:

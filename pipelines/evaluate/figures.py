@@ -1,0 +1,61 @@
+"""One row of `metrics.parquet`: a figure with its interval, its rows and what it was measured on.
+
+A metric has a row for each thing that was judged by it: the SAE, and the baselines beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+
+FORMAT = "1"
+SAE_ITSELF = "SAE"
+SCHEMA = pa.schema(
+    [
+        ("metric", pa.string()),
+        ("subject", pa.string()),
+        ("part", pa.string()),
+        ("value", pa.float64()),
+        ("low", pa.float64()),
+        ("high", pa.float64()),
+        ("count", pa.int64()),
+        ("unit", pa.string()),
+    ],
+    {b"sae_harvest_metrics": FORMAT.encode()},
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A measured value."""
+
+    metric: str
+    """Name of the metric; docs/metrics.md defines each."""
+
+    subject: str
+    """What was judged: `SAE`, or the name of a baseline."""
+
+    part: str
+    """The part of the data, such as `without outliers`, or `position 3`."""
+
+    value: float | None
+    """The value; None if it is not defined, such as an average over no rows."""
+
+    low: float | None
+    """Lower limit of the 95 % interval; None for an exact count."""
+
+    high: float | None
+    """Upper limit of the 95 % interval; None for an exact count."""
+
+    count: int
+    """How many things the value was computed from."""
+
+    unit: str
+    """What was counted: rows, tokens, tasks, latents."""
+
+
+def figures_table(figures: Iterable[Figure]) -> pa.Table:
+    """Return the figures as a table, a row for each."""
+    return pa.Table.from_pylist([asdict(figure) for figure in figures], SCHEMA)
