@@ -4,8 +4,8 @@ import click
 
 from sae_harvest.harvest.commands.cli import main as harvest
 from sae_harvest.pipelines.cli import main as sae_pipeline
+from sae_harvest.pipelines.evaluate.cli import main as train_sae
 from sae_harvest.pipelines.features.commands.cli import main as sae_features
-from sae_harvest.train.commands.cli import main as train_sae
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

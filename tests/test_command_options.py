@@ -18,10 +18,10 @@ from sae_harvest.harvest.commands.cli import main as harvest
 from sae_harvest.harvest.commands.request import HarvestSettings
 from sae_harvest.harvest.run.config import HarvestConfig
 from sae_harvest.harvest.text.corpus import CorpusSpec
+from sae_harvest.pipelines.evaluate.cli import main as train
 from sae_harvest.pipelines.features.building.config import FeatureConfig
 from sae_harvest.pipelines.features.commands.cli import BuildSettings
 from sae_harvest.pipelines.features.commands.cli import main as features
-from sae_harvest.train.commands.cli import main as train
 from sae_harvest.train.commands.plan import ASKED
 from sae_harvest.train.options import RunSettings
 

@@ -24,7 +24,7 @@ from tests.commands import PATIENCE
 from tests.forked import forked
 from tests.synthetic import make_plan, make_store
 
-STEPS = 150
+STEPS = 80
 CONFIG = TrainConfig(
     n_latents=96,
     k=4,

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from sae_harvest.common.errors import DamagedError, RunError, SaeHarvestError
 from sae_harvest.common.locks import LOCK_FILE, lock
-from sae_harvest.train.commands.cli import main
+from sae_harvest.pipelines.evaluate.cli import main
 from sae_harvest.train.options import RunSettings
 from sae_harvest.train.run import run_state as member
 from sae_harvest.train.run import trainer

@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sae_harvest.pipelines.evaluate.cli
 import sae_harvest.pipelines.features.commands.cli
-import sae_harvest.train.commands.cli
 from sae_harvest.common import ray_cluster as cluster
 from sae_harvest.common.errors import RunError, SaeHarvestError
 from sae_harvest.common.masking import masked
@@ -74,7 +74,7 @@ def test_commands_do_not_print_it(
 
 @pytest.mark.parametrize(
     "command",
-    [sae_harvest.train.commands.cli.main, sae_harvest.pipelines.features.commands.cli.main],
+    [sae_harvest.pipelines.evaluate.cli.main, sae_harvest.pipelines.features.commands.cli.main],
 )
 def test_neither_do_the_other_commands(command: Any) -> None:
     result = CliRunner().invoke(command, ["nonsense", f"s3://me:{SECRET}@bucket"])

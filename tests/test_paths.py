@@ -13,8 +13,8 @@ import ray
 
 import sae_harvest.harvest.commands.cli
 import sae_harvest.pipelines.cli
+import sae_harvest.pipelines.evaluate.cli
 import sae_harvest.pipelines.features.commands.cli
-import sae_harvest.train.commands.cli
 from sae_harvest.common import environment
 from sae_harvest.common import ray_cluster as cluster
 from sae_harvest.common.options import NameOption, PathOption, PlaceOption
@@ -22,7 +22,7 @@ from sae_harvest.common.paths import shown
 
 COMMANDS = (
     sae_harvest.harvest.commands.cli.main,
-    sae_harvest.train.commands.cli.main,
+    sae_harvest.pipelines.evaluate.cli.main,
     sae_harvest.pipelines.cli.main,
     sae_harvest.pipelines.features.commands.cli.main,
 )

@@ -21,8 +21,8 @@ from click.testing import CliRunner
 from sae_harvest.common import console
 from sae_harvest.common.console import Commands, Progress, Terminated, when_interrupted
 from sae_harvest.harvest.commands.cli import main as harvest_main
+from sae_harvest.pipelines.evaluate.cli import main as train_main
 from sae_harvest.pipelines.features.commands.cli import main as features_main
-from sae_harvest.train.commands.cli import main as train_main
 from tests.commands import options
 from tests.feature_cases import save_sae
 

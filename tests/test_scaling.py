@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from sae_harvest.common.errors import InputError, RunError
-from sae_harvest.train.commands.cli import main
+from sae_harvest.pipelines.evaluate.cli import main
 from sae_harvest.train.commands.scaling import scaling
 from sae_harvest.train.config import SAEConfig, TrainConfig
 from sae_harvest.train.planning.count import step_flops

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from sae_harvest.common.errors import RunError
-from sae_harvest.train.commands.cli import main
+from sae_harvest.pipelines.evaluate.cli import main
 from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.run import run_state as members_of_passes
 from sae_harvest.train.run.checkpoint import saved_steps

@@ -15,9 +15,9 @@ from click.testing import CliRunner
 
 from sae_harvest.common.errors import InputError, NotAStoreError, RunError
 from sae_harvest.common.locks import LOCK_FILE, lock
+from sae_harvest.pipelines.evaluate.cli import main
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule
-from sae_harvest.train.commands.cli import main
 from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.evaluate import Fvu, evaluate
 from sae_harvest.train.run.trainer import train

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 import sae_harvest.train.run.run_state as members
 from sae_harvest.common.errors import RunError
 from sae_harvest.common.units import size_text
-from sae_harvest.train.commands.cli import main
+from sae_harvest.pipelines.evaluate.cli import main
 from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.parallel.distributed import PeerLost, reaching_peers
 from sae_harvest.train.run.checkpoint import saved_steps

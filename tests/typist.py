@@ -43,13 +43,13 @@ from click.testing import CliRunner
 
 import sae_harvest.harvest.commands.cli
 import sae_harvest.pipelines.cli
+import sae_harvest.pipelines.evaluate.cli
 import sae_harvest.pipelines.features.commands.cli
-import sae_harvest.train.commands.cli
 from tests.pages import ROOT, Block, commands
 
 MAINS = {
     "harvest": sae_harvest.harvest.commands.cli.main,
-    "train-sae": sae_harvest.train.commands.cli.main,
+    "train-sae": sae_harvest.pipelines.evaluate.cli.main,
     "sae-features": sae_harvest.pipelines.features.commands.cli.main,
     "sae-pipeline": sae_harvest.pipelines.cli.main,
 }

@@ -11,10 +11,7 @@ from rich.table import Column, Table
 
 from sae_harvest.common.console import (
     EXIT_FAILURE,
-    Progress,
-    device_option,
     output,
-    store_option,
 )
 from sae_harvest.common.numbers import CountRange
 from sae_harvest.common.options import Command, PathOption, grouped
@@ -23,6 +20,7 @@ from sae_harvest.common.settings import config_file_option, options_for, setting
 from sae_harvest.train.commands.formats import add_format_commands
 from sae_harvest.train.commands.plan import plan
 from sae_harvest.train.commands.scaling import scaling
+from sae_harvest.train.commands.summary import number, summary
 from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.options import DEFAULTS, Places, RunSettings
 from sae_harvest.train.run.exit_codes import (
@@ -32,7 +30,7 @@ from sae_harvest.train.run.exit_codes import (
     stopped,
     stopped_code_option,
 )
-from sae_harvest.train.run.progress import sweep_with_progress, train_with_progress, warn
+from sae_harvest.train.run.progress import sweep_with_progress, train_with_progress
 
 folder = PathOption(file_okay=False)
 
@@ -163,7 +161,7 @@ def status(out: Path) -> None:
             f"{found.steps:,}",
             "-" if found.saved is None else f"{found.saved:,}",
             f"{last.get('tokens', 0):,}",
-            *(_number(last.get(name), form) for name, form in STATUS_METRICS.items()),
+            *(number(last.get(name), form) for name, form in STATUS_METRICS.items()),
         )
     output().print(table)
     for found in runs:
@@ -176,72 +174,6 @@ def status(out: Path) -> None:
 
 
 STATUS_METRICS = {"fvu": ".4f", "l0": ".1f", "dead_share": ".1%"}
-
-
-def _number(value: Any, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-@main.command("eval")
-@click.option("--sae", "sae_folder", type=folder, required=True, help="Folder of a trained SAE.")
-@store_option
-@click.option(
-    "--rows",
-    type=CountRange(min=1),
-    default=TrainConfig.model_fields["eval_rows"].default,
-    show_default=True,
-    help="Held-out rows to read, at most.",
-)
-@device_option
-@click.option("--out", type=PathOption(), help="JSON file to write the evaluation into as well.")
-def evaluation(sae_folder: Path, store: str, rows: int, device: str, out: Path | None) -> None:
-    """Evaluate an SAE's reconstruction of held-out rows of a store.
-
-    \b
-    train-sae eval --sae runs/demo/sae --store runs/demo/store
-    """
-    from sae_harvest.common.device import choose_device
-    from sae_harvest.store.reader import ActivationStore
-    from sae_harvest.train.evaluate import evaluate
-    from sae_harvest.train.run.files import write_json
-    from sae_harvest.train.sae.sae import SAE
-
-    sae = SAE.load(sae_folder, choose_device(device))
-    with Progress("rows") as progress:
-        opened = ActivationStore.open(store)
-        result = evaluate(sae, opened, sae.config.rule, rows, progress.counting("evaluating"))
-    if out is not None:
-        write_json(out, result)
-    warn({shown(sae_folder): result})
-    output().print(summary({shown(sae_folder): result}))
-
-
-ROWS = {
-    "without_outliers": "without outliers",
-    "with_outliers": "with outliers",
-    "without_outliers_without_bos": "without outliers, without BOS",
-    "with_outliers_without_bos": "with outliers, without BOS",
-}
-
-
-def summary(evaluations: dict[str, Any]) -> Table:
-    """Return the evaluations as a table. A single one has its name as the title."""
-    single = len(evaluations) == 1
-    title = next(iter(evaluations)) if single else None
-    columns: list[Any] = ["held-out rows", "rows", "FVU", "L0", "never fired"]
-    if not single:
-        columns.insert(0, Column("SAE", overflow="fold"))
-    table = Table(*columns, title=title, box=None)
-    for name, evaluation in evaluations.items():
-        for group in (group for group in ROWS if group in evaluation):
-            values = evaluation[group]
-            cells = [ROWS[group], f"{values['rows']:,}"]
-            cells += [
-                _number(values[key], form)
-                for key, form in (("fvu", ".4f"), ("l0", ".1f"), ("dead_share", ".1%"))
-            ]
-            table.add_row(*(cells if single else (name, *cells)))
-    return table
 
 
 add_format_commands(main)

@@ -1,0 +1,155 @@
+"""What each metric is, in a name, a unit and a sentence, for the page and for docs/metrics.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """A metric in words."""
+
+    title: str
+    """Name on the page."""
+
+    meaning: str
+    """One or two sentences: what is measured, and how to read it."""
+
+    better: Literal["lower", "higher", ""]
+    """The direction of better values; empty if neither is better."""
+
+    form: str = ".4f"
+    """Format of a value."""
+
+    unit: str = ""
+    """Unit of the value."""
+
+
+DEFINITIONS: dict[str, Definition] = {
+    "fvu": Definition(
+        "FVU",
+        "Fraction of variance unexplained: the squared error of the reconstruction over the "
+        "variance of the rows. 0 is a perfect reconstruction, 1 is as bad as saying the mean.",
+        "lower",
+    ),
+    "l0": Definition(
+        "L0", "Mean number of latents that are active on a row.", "", ".1f", "latents per row"
+    ),
+    "dead_share": Definition(
+        "Dead share",
+        "Share of latents that fire on none of the rows. It falls with more rows, so compare it "
+        "only between SAEs that were evaluated on equally many.",
+        "lower",
+        ".2%",
+    ),
+    "mse": Definition("MSE", "Mean squared distance of a row and its reconstruction.", "lower"),
+    "explained_variance_legacy": Definition(
+        "Explained variance, legacy",
+        "Mean over rows of 1 - squared error / squared distance from the mean row. Older versions "
+        "of SAELens report it. A few rows near the mean dominate it.",
+        "higher",
+    ),
+    "row_nmse": Definition(
+        "Normalised MSE by row",
+        "Mean over rows of squared error / squared norm of the row, as in OpenAI's code. A large "
+        "constant part of the rows makes it small without any merit of the SAE.",
+        "lower",
+    ),
+    "paper_nmse": Definition(
+        "Normalised MSE of the paper",
+        "FVU after each row is shifted to mean 0 and scaled to norm 1, as Gao et al. (2024) train.",
+        "lower",
+    ),
+    "cosine": Definition("Cosine", "Mean cosine of a row and its reconstruction.", "higher"),
+    "ce": Definition(
+        "Loss",
+        "Cross-entropy of the next token, with the replacement.",
+        "lower",
+        ".4f",
+        "nats per token",
+    ),
+    "delta_ce": Definition(
+        "ΔCE",
+        "Increase of the model's loss when the output of the SAE replaces the activations. 0 means "
+        "that the model predicts as well as without the SAE.",
+        "lower",
+        ".4f",
+        "nats per token",
+    ),
+    "kl": Definition(
+        "KL",
+        "How far the predicted distribution of the next token moves from the plain model's.",
+        "lower",
+        ".4f",
+        "nats per token",
+    ),
+    "recovered_zero": Definition(
+        "Loss recovered, against zeros",
+        "Share of the damage of replacing the activations by zeros that the SAE avoids. It is near "
+        "1 for poor SAEs too, since zeros destroy the model: quote ΔCE.",
+        "higher",
+        ".2%",
+    ),
+    "recovered_mean": Definition(
+        "Loss recovered, against the mean",
+        "Share of the damage of replacing the activations by their mean that the SAE avoids.",
+        "higher",
+        ".2%",
+    ),
+    "compute_share": Definition(
+        "Compute-equivalent",
+        "Share of the pretraining compute of a model that is as much worse as the spliced model. "
+        "It depends on the table of compute and loss.",
+        "higher",
+        ".1%",
+    ),
+    "encoder_norm_q50": Definition("Encoder norm, median", "Norm of a latent's encoder row.", ""),
+    "decoder_norm_q50": Definition("Decoder norm, median", "Norm of a latent's decoder row.", ""),
+    "encoder_bias_q50": Definition("Encoder bias, median", "Bias of a latent.", ""),
+    "encoder_decoder_cosine_q50": Definition(
+        "Encoder-decoder cosine, median", "Cosine of a latent's encoder row and decoder row.", ""
+    ),
+    "decoder_nearest_q50": Definition(
+        "Nearest latent, median",
+        "Cosine of a latent's decoder row and the most similar other one. Random directions have a "
+        "low value; a high one shows families of similar latents.",
+        "",
+    ),
+    "copy_share": Definition(
+        "Copies",
+        "Share of latents whose decoder row has a cosine above 0.9 with another's.",
+        "lower",
+        ".2%",
+    ),
+}
+
+# sections of the page: title → metrics in order
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "Reconstruction": (
+        "fvu",
+        "l0",
+        "dead_share",
+        "mse",
+        "explained_variance_legacy",
+        "row_nmse",
+        "paper_nmse",
+        "cosine",
+    ),
+    "Downstream loss": (
+        "delta_ce",
+        "kl",
+        "recovered_zero",
+        "recovered_mean",
+        "ce",
+        "compute_share",
+    ),
+    "Weights": (
+        "decoder_norm_q50",
+        "encoder_norm_q50",
+        "encoder_bias_q50",
+        "encoder_decoder_cosine_q50",
+        "decoder_nearest_q50",
+        "copy_share",
+    ),
+}

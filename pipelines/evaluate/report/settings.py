@@ -1,0 +1,28 @@
+"""The settings of `train-sae eval`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sae_harvest.common.numbers import Count
+from sae_harvest.common.settings import Option
+
+
+class EvaluationSettings(BaseModel):
+    """The sample sizes of an evaluation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rows: Annotated[Count, Option("Sample", "ROWS")] = Field(
+        32_768, ge=1, description="held-out rows that are reconstructed, at most"
+    )
+    contexts: Annotated[Count, Option("Sample")] = Field(
+        64, ge=1, description="held-out contexts on which the model runs with the SAE, at most"
+    )
+    compute_table: Annotated[str | None, Option("Downstream loss", "TABLE")] = Field(
+        None,
+        description="table of compute and loss during pretraining: gpt2-124m, or a CSV file with "
+        "the columns compute and loss; none: no compute-equivalent",
+    )

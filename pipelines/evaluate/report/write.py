@@ -1,0 +1,96 @@
+"""The files of a report: `metrics.parquet`, the page, and the parts that both are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sae_harvest.common.atomic import new_folder, replacing, write_text
+from sae_harvest.common.device import choose_device
+from sae_harvest.common.errors import InputError
+from sae_harvest.common.paths import shown
+from sae_harvest.pipelines.evaluate.figures import figures_table
+from sae_harvest.pipelines.evaluate.report.definitions import DEFINITIONS
+from sae_harvest.pipelines.evaluate.report.measure import (
+    Evaluation,
+    Progress,
+    Subject,
+    evaluate_parts,
+)
+from sae_harvest.pipelines.evaluate.report.page import page
+from sae_harvest.pipelines.evaluate.report.settings import EvaluationSettings
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.train.sae.sae import SAE
+
+TABLE, PAGE = "metrics.parquet", "report.html"
+ROW_GROUP = 1 << 14
+
+
+def write_report(
+    report: Path,
+    store_place: str,
+    sae_paths: Sequence[Path],
+    settings: EvaluationSettings,
+    device: str,
+    progress: Progress,
+    command: str,
+) -> list[Evaluation]:
+    """Evaluate SAEs, then write their table and their page.
+
+    Parts that are measured already are not measured again, so that a killed evaluation continues.
+
+    Args:
+        report: folder of the report, made if missing.
+        store_place: folder or bucket address of the store.
+        sae_paths: folders of SAEs, each trained on a site of the store.
+        settings: sample sizes.
+        device: device of model and SAEs: cpu, cuda or auto.
+        progress: given the name of a part, returns a function of things done and to do.
+        command: the command, written into the table and the page.
+
+    Returns:
+        The measured parts of each SAE, in order.
+
+    Raises:
+        InputError: an SAE is given twice, nothing is held out, or the device is missing.
+        SaeHarvestError: store, SAE or model cannot be read, or do not fit together.
+    """
+    device = choose_device(device)
+    names = [shown(path) for path in sae_paths]
+    if len(set(names)) < len(names):
+        raise InputError("An SAE is given twice; give each folder once.")
+    new_folder(report.resolve())
+    store = ActivationStore.open(store_place)
+    found = []
+    for name, path in zip(names, sae_paths, strict=True):
+        subject = Subject(name, path, SAE.load(path, device))
+        found.append(evaluate_parts(report, store, subject, settings, device, progress))
+    _write_table(report / TABLE, found, command)
+    title = f"Evaluation of {', '.join(names) if len(names) < 4 else f'{len(names)} SAEs'}"
+    write_text(report / PAGE, page(found, title, command))
+    return found
+
+
+def _write_table(path: Path, evaluations: Sequence[Evaluation], command: str) -> None:
+    """Write a row for each figure, with its SAE, its definition and the command."""
+    tables = []
+    for evaluation in evaluations:
+        figures = [figure for part in evaluation.parts.values() for figure in part.figures]
+        table = figures_table(figures)
+        n = table.num_rows
+        known = (DEFINITIONS.get(figure.metric) for figure in figures)
+        columns: dict[str, list[str | None]] = {
+            "sae": [evaluation.name] * n,
+            "sae_digest": [evaluation.sae.digest] * n,
+            "definition": [None if one is None else one.meaning for one in known],
+            "command": [command] * n,
+        }
+        for name, values in columns.items():
+            place = 0 if name == "sae" else table.num_columns
+            table = table.add_column(place, pa.field(name, pa.string()), pa.array(values, "string"))
+        tables.append(table)
+    with replacing(path) as temporary:
+        pq.write_table(pa.concat_tables(tables), temporary, row_group_size=ROW_GROUP)

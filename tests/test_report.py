@@ -1,0 +1,197 @@
+"""The report: every part is measured once, survives a kill, and says what it was measured on."""
+
+from __future__ import annotations
+
+import json
+import re
+from html import unescape
+from html.parser import HTMLParser
+
+import duckdb
+import pytest
+from click.testing import CliRunner
+
+from sae_harvest.common.errors import InputError
+from sae_harvest.pipelines.evaluate import cli
+from sae_harvest.pipelines.evaluate.compute_equivalent import ComputeTable
+from sae_harvest.pipelines.evaluate.report import measure
+from sae_harvest.pipelines.evaluate.report.definitions import DEFINITIONS, SECTIONS
+from sae_harvest.pipelines.evaluate.report.svg import Axis, Series, plot
+from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.rules import RowRule
+from tests.dictionaries import random_sae
+
+RULE = RowRule(heldout_fraction=0.4)
+
+
+@pytest.fixture(scope="module")
+def place(tiny_store):
+    return str(tiny_store)
+
+
+@pytest.fixture(scope="module")
+def saes(place, tmp_path_factory):
+    store = ActivationStore.open(place)
+    folder = tmp_path_factory.mktemp("saes")
+    random_sae(store, 64, 4, RULE).save(folder / "a")
+    random_sae(store, 96, 8, RULE, seed=1).save(folder / "b")
+    return folder
+
+
+def evaluate(*arguments):
+    return CliRunner().invoke(cli.main, ["eval", *map(str, arguments)], catch_exceptions=False)
+
+
+def run(place, folders, report, *more):
+    given = [word for folder in folders for word in ("--sae", folder)]
+    options = ["--rows", 600, "--contexts", 4, "--device", "cpu", *more]
+    return evaluate(*given, "--store", place, "--report", report, *options)
+
+
+class Balance(HTMLParser):
+    """Notes open elements; those that HTML closes by itself are left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen = [], set()
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.add(tag)
+        if tag not in ("meta", "line", "circle", "polyline"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("meta", "line", "circle", "polyline"):
+            assert self.open.pop() == tag
+
+
+def test_a_report_has_every_metric_with_baselines_and_intervals(place, saes, tmp_path):
+    done = run(place, [saes / "a", saes / "b"], tmp_path / "r", "--compute-table", "gpt2-124m")
+    assert done.exit_code == 0, done.output
+
+    def query(sql):
+        path = tmp_path / "r" / "metrics.parquet"
+        return duckdb.execute(sql.replace("FROM t", f"FROM '{path}'")).fetchall()
+
+    [rows] = query("SELECT count(*), count(DISTINCT sae), min(command) FROM t")
+    assert rows[0] > 200
+    assert rows[1] == 2
+    assert rows[2].startswith("train-sae")
+    subjects = query("SELECT DISTINCT subject FROM t WHERE metric = 'fvu' ORDER BY subject")
+    assert [name for (name,) in subjects] == [
+        "PCA", "SAE", "channels", "mean", "random", "shuffled decoder",
+    ]  # fmt: skip
+    [(value, low, high, definition)] = query(
+        "SELECT value, low, high, definition FROM t WHERE metric = 'delta_ce' AND subject = 'SAE' "
+        "AND sae LIKE '%a'"
+    )
+    assert low < value < high
+    assert definition == DEFINITIONS["delta_ce"].meaning
+    listed = {metric for metrics in SECTIONS.values() for metric in metrics}
+    measured = {m for (m,) in query("SELECT DISTINCT metric FROM t")}
+    assert listed <= measured
+    assert listed <= set(DEFINITIONS)
+    text = (tmp_path / "r" / "report.html").read_text()
+    page = Balance()
+    page.feed(text)
+    assert not page.open
+    assert {"svg", "table", "figure", "polyline", "circle"} <= page.seen
+    assert "http" not in text.replace("http://www.w3.org", "")
+    for metric in ("fvu", "delta_ce", "compute_share"):
+        assert DEFINITIONS[metric].meaning in unescape(text)
+
+
+def test_finished_parts_are_not_measured_again(place, saes, tmp_path, monkeypatch):
+    calls = []
+    original = measure.reconstruction
+
+    def noted(*arguments, **named):
+        calls.append("reconstruction")
+        return original(*arguments, **named)
+
+    def killed(*arguments, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "reconstruction", noted)
+    monkeypatch.setattr(measure, "spliced_losses", killed)
+    assert run(place, [saes / "a"], tmp_path / "r").exit_code == 130
+    assert calls == ["reconstruction"]
+    assert not (tmp_path / "r" / "report.html").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(measure, "reconstruction", noted)
+    assert run(place, [saes / "a"], tmp_path / "r").exit_code == 0
+    assert calls == ["reconstruction"]  # its file was kept
+    first = (tmp_path / "r" / "metrics.parquet").read_bytes()
+    assert run(place, [saes / "a"], tmp_path / "r").exit_code == 0
+    assert (tmp_path / "r" / "metrics.parquet").read_bytes() == first
+    assert run(place, [saes / "a"], tmp_path / "r", "--rows", 500).exit_code == 0
+    assert len(calls) == 2  # another sample size is another part
+
+
+def test_a_damaged_part_is_named(place, saes, tmp_path):
+    assert run(place, [saes / "a"], tmp_path / "r").exit_code == 0
+    [path] = (tmp_path / "r" / "parts").glob("*-weights.json")
+    content = json.loads(path.read_text())
+    content["part"]["figures"][0]["value"] = "many"
+    path.write_text(json.dumps(content))
+    refused = run(place, [saes / "a"], tmp_path / "r")
+    assert refused.exit_code == 1
+    assert re.search(r"weights\.json is damaged .*\s+remove it, and the part", refused.output)
+
+
+def test_without_a_report_the_reconstruction_is_printed_for_each_sae(place, saes):
+    done = evaluate("--sae", saes / "a", "--sae", saes / "b", "--store", place, "--device", "cpu")
+    assert done.exit_code == 0
+    assert done.stdout.count("without outliers") == 2
+    refused = evaluate("--sae", saes / "a", "--sae", saes / "b", "--store", place, "--out", "x")
+    assert refused.exit_code == 2
+    assert "--out takes one SAE" in refused.output
+
+
+def test_the_same_sae_twice_is_refused(place, saes, tmp_path):
+    refused = run(place, [saes / "a", saes / "a"], tmp_path / "r")
+    assert refused.exit_code == 1
+    assert "given twice" in refused.output
+
+
+def test_compute_is_read_from_the_line_through_the_table(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("# made up\ncompute,loss\n1e15,6\n1e17,4\n1e18,3\n")
+    table = ComputeTable.read(path)
+    assert table.share(0) == 1
+    assert table.share(-0.5) == 1
+    assert table.share(1) == pytest.approx(0.1)  # the second row
+    assert table.share(0.5) == pytest.approx(10**-0.5)  # halfway between the last two, in log
+    assert table.share(3) == pytest.approx(1e-3)
+    assert table.share(3.1) is None
+    packaged = ComputeTable.read("gpt2-124m")
+    assert packaged.loss[-1] == 3.2722
+    assert packaged.compute[-1] == pytest.approx(6 * 124_475_904 * 19_560 * 524_288, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("loss,compute\n1,2\n3,4\n", "columns compute,loss"),
+        ("compute,loss\n1e15,6\n1e17,x\n", "no table of compute and loss"),
+        ("compute,loss\n1e15,6\n1e17,7\n", "rising compute and falling loss"),
+        ("compute,loss\n0,6\n1e17,5\n", "compute of 0 or less"),
+        ("", "no table of compute and loss"),
+    ],
+)
+def test_a_table_of_compute_that_is_none_is_refused(tmp_path, text, said):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(InputError, match=said):
+        ComputeTable.read(tmp_path / "t.csv")
+    with pytest.raises(InputError, match="cannot be read"):
+        ComputeTable.read(tmp_path / "missing.csv")
+
+
+def test_axes_have_round_ticks_that_lie_inside():
+    assert Axis("x", 0, 1).ticks() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert Axis("x", 0.9, 110, log=True).ticks() == [1, 2, 5, 10, 20, 50, 100]
+    assert Axis("x", 1e-5, 1e2, log=True).ticks()[:2] == pytest.approx([1e-5, 1e-4])
+    assert Axis.over("x", [3.0, 3.0]).high > 3
+    drawn = plot([Series("a", [0, 1, 2], [1.0, None, 2.0])], "x", "y", {"a": "red"})
+    assert drawn.count("<polyline") == 2  # a gap
+    assert "<title>a</title>" in drawn
