@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.table import Column, Table
+from rich.table import Table
 
 from sae_harvest.common.console import Progress, device_option, output, store_option
 from sae_harvest.common.options import Command, PathOption
@@ -122,14 +122,15 @@ def headlines(evaluations: Sequence[Evaluation]) -> Table:
     """Return the most quoted figures of each SAE and its baselines as a table."""
     from sae_harvest.pipelines.evaluate.report.definitions import DEFINITIONS
 
-    table = Table(Column("SAE", overflow="fold"), "", box=None)
+    single = len(evaluations) == 1
+    table = Table("judged", title=evaluations[0].name if single else None, box=None)
     for metric, _ in HEADLINES:
         table.add_column(DEFINITIONS[metric].title)
     for evaluation in evaluations:
         figures = [figure for part in evaluation.parts.values() for figure in part.figures]
         for subject in dict.fromkeys(figure.subject for figure in figures):
             cells = [_value(figures, subject, metric, part) for metric, part in HEADLINES]
-            table.add_row(evaluation.name, subject, *cells)
+            table.add_row(subject if single else f"{evaluation.name}: {subject}", *cells)
     return table
 
 
@@ -144,7 +145,7 @@ def _value(figures: Sequence[Figure], subject: str, metric: str, part: str | Non
             value = format(figure.value, form)
             if figure.low is None or figure.high is None:
                 return value
-            return f"{value} ({figure.low:{form}} to {figure.high:{form}})"
+            return f"{value} ({figure.low:{form}}–{figure.high:{form}})"
     return "-"
 
 

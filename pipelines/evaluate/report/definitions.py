@@ -43,21 +43,23 @@ DEFINITIONS: dict[str, Definition] = {
         "lower",
         ".2%",
     ),
-    "mse": Definition("MSE", "Mean squared distance of a row and its reconstruction.", "lower"),
+    "mse": Definition(
+        "MSE", "Mean squared distance of a row and its reconstruction.", "lower", ",.4g"
+    ),
     "explained_variance_legacy": Definition(
-        "Explained variance, legacy",
+        "Legacy explained variance",
         "Mean over rows of 1 - squared error / squared distance from the mean row. Older versions "
         "of SAELens report it. A few rows near the mean dominate it.",
         "higher",
     ),
     "row_nmse": Definition(
-        "Normalised MSE by row",
+        "NMSE by row",
         "Mean over rows of squared error / squared norm of the row, as in OpenAI's code. A large "
         "constant part of the rows makes it small without any merit of the SAE.",
         "lower",
     ),
     "paper_nmse": Definition(
-        "Normalised MSE of the paper",
+        "NMSE of the paper",
         "FVU after each row is shifted to mean 0 and scaled to norm 1, as Gao et al. (2024) train.",
         "lower",
     ),
@@ -85,15 +87,17 @@ DEFINITIONS: dict[str, Definition] = {
         "nats per token",
     ),
     "recovered_zero": Definition(
-        "Loss recovered, against zeros",
-        "Share of the damage of replacing the activations by zeros that the SAE avoids. It is near "
+        "Recovered, zeros",
+        "Loss recovered: the share of the damage by zeros in place of the activations that the SAE "
+        "avoids. It is near "
         "1 for poor SAEs too, since zeros destroy the model: quote ΔCE.",
         "higher",
         ".2%",
     ),
     "recovered_mean": Definition(
-        "Loss recovered, against the mean",
-        "Share of the damage of replacing the activations by their mean that the SAE avoids.",
+        "Recovered, mean",
+        "Loss recovered: the share of the damage by the mean in place of the activations that the "
+        "SAE avoids.",
         "higher",
         ".2%",
     ),
@@ -126,15 +130,12 @@ DEFINITIONS: dict[str, Definition] = {
 
 # sections of the page: title → metrics in order
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "Reconstruction": (
-        "fvu",
-        "l0",
-        "dead_share",
+    "Reconstruction": ("fvu", "l0", "dead_share", "cosine"),
+    "Other definitions of the reconstruction error": (
         "mse",
-        "explained_variance_legacy",
-        "row_nmse",
         "paper_nmse",
-        "cosine",
+        "row_nmse",
+        "explained_variance_legacy",
     ),
     "Downstream loss": (
         "delta_ce",

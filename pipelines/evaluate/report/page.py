@@ -10,6 +10,7 @@ from importlib.resources import files
 from sae_harvest.pipelines.evaluate.figures import SAE_ITSELF, Figure
 from sae_harvest.pipelines.evaluate.report.definitions import DEFINITIONS, SECTIONS, Definition
 from sae_harvest.pipelines.evaluate.report.measure import Evaluation
+from sae_harvest.pipelines.evaluate.report.parts import Curve
 from sae_harvest.pipelines.evaluate.report.svg import COLOURS, Series, plot
 
 
@@ -77,9 +78,8 @@ def page(evaluations: Sequence[Evaluation], title: str, command: str) -> str:
     ]
     for section, metrics in SECTIONS.items():
         body += [f"<h2>{escape(section)}</h2>", *_notes(evaluations, section)]
-        body.append(_table(evaluations, metrics))
+        body += [_meanings(evaluations, metrics), _table(evaluations, metrics)]
         body.append(_plots(evaluations, section, colours))
-        body.append(_meanings(evaluations, metrics))
     body.append(f"<h2>Made by</h2><p><code>{escape(command)}</code></p>")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -178,7 +178,7 @@ def _plots(evaluations: Sequence[Evaluation], section: str, colours: dict[str, s
     single = len(evaluations) == 1
     figures = []
     for of_section, metric, part, title in FRONTIERS:
-        if of_section == section:
+        if of_section == section and not single:  # baselines of one SAE all have its L0
             series = list(_frontier(evaluations, metric, part))
             definition = DEFINITIONS[metric]
             log = min((y for one in series for y in one.y if y is not None), default=0) > 0
@@ -190,12 +190,17 @@ def _plots(evaluations: Sequence[Evaluation], section: str, colours: dict[str, s
             for evaluation in evaluations
             for part_ in evaluation.parts.values()
             for curve in part_.curves
-            if curve.name == wanted.curve and curve.subject not in HIDDEN
+            if curve.name == wanted.curve and curve.subject not in HIDDEN and _varies(curve)
         ]
         if wanted.section == section and series:
             drawn = plot(series, wanted.x_label, wanted.y_label, colours, log_y=wanted.log_y)
             figures.append(_figure(wanted.title, drawn, series, colours))
-    return f'<div class="plots">{"".join(figures)}</div>'
+    return f'<div class="plots">{"".join(figures)}</div>' if figures else ""
+
+
+def _varies(curve: Curve) -> bool:
+    """Return whether a curve shows more than one number; the L0 of TopK SAEs does not."""
+    return curve.name != "l0" or sum(value is not None and value > 0 for value in curve.y) > 1
 
 
 def _frontier(evaluations: Sequence[Evaluation], metric: str, part: str) -> Iterator[Series]:
@@ -233,4 +238,4 @@ def _meanings(evaluations: Sequence[Evaluation], metrics: Sequence[str]) -> str:
         for metric in metrics
         if metric in measured
     ]
-    return f"<h3>What these say</h3><dl>{''.join(terms)}</dl>"
+    return f"<dl>{''.join(terms)}</dl>"
