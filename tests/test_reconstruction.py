@@ -106,6 +106,12 @@ def test_figures_are_those_of_the_formulas_in_float64(store, held_out, part):
             (x * x_hat).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(x_hat, axis=1)
         ),
         "l0": 3,
+        "l1": np.abs(x_hat).sum(1).mean(),
+        "norm": np.linalg.norm(x, axis=1).mean(),
+        "norm_reconstructed": np.linalg.norm(x_hat, axis=1).mean(),
+        "norm_ratio": np.mean(np.linalg.norm(x_hat, axis=1) / np.linalg.norm(x, axis=1)),
+        # the factor by which reconstructions are too long, in the sense of least squares
+        "reconstruction_bias": 1 / np.linalg.lstsq(x_hat.reshape(-1, 1), x.ravel())[0][0],
     }
     got = values(found, part)
     assert {name: got[name] for name in expected} == pytest.approx(expected, rel=1e-6)

@@ -8,6 +8,9 @@ With x a row, x_hat its reconstruction, mu the mean of the evaluated rows, sums 
     paper_nmse           fvu of rows that are normalised by their own mean and norm
                          (Gao et al. 2024, section 2.1; x_hat by those of x)
     cosine               mean of x . x_hat / (|x| |x_hat|)
+    norm_ratio           mean of |x_hat| / |x|
+    reconstruction_bias  sum |x_hat|^2 / sum x . x_hat; below 1, reconstructions are too short
+                         (Rajamanoharan et al. 2024)
 
 Sums are float64. The mean is subtracted before squares are summed, so that no digits are lost.
 """
@@ -33,7 +36,39 @@ from sae_harvest.train.sae.sae import SAE
 
 PARTS = ("without outliers", "with outliers")
 TINY = 1e-30  # keeps a quotient finite if a row is 0
-RATIOS = ("explained_variance_legacy", "row_nmse", "cosine")
+# sums that are kept for each cluster
+SUMS = (
+    "rows",
+    "l0",
+    "l1",
+    "error",
+    "deviation",
+    "own_error",
+    "own_deviation",
+    "explained",
+    "row_nmse",
+    "cosine",
+    "norm",
+    "norm_hat",
+    "norm_ratio",
+    "square_hat",
+    "product",
+)
+# metric → the two sums whose quotient it is
+METRICS = {
+    "fvu": ("error", "deviation"),
+    "l0": ("l0", "rows"),
+    "l1": ("l1", "rows"),
+    "mse": ("error", "rows"),
+    "paper_nmse": ("own_error", "own_deviation"),
+    "explained_variance_legacy": ("explained", "rows"),
+    "row_nmse": ("row_nmse", "rows"),
+    "cosine": ("cosine", "rows"),
+    "norm": ("norm", "rows"),
+    "norm_reconstructed": ("norm_hat", "rows"),
+    "norm_ratio": ("norm_ratio", "rows"),
+    "reconstruction_bias": ("square_hat", "product"),
+}
 L0_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -78,9 +113,7 @@ class Reconstruction:
         """`means`: means of the rows, and of the rows normalised as in the paper, [d_out] each."""
         d = len(means[0])
         self._means = means
-        # for each cluster: rows, L0, squared error, deviation from the mean, squared; both of them
-        # once more for normalised rows; the three ratios
-        self._sums = np.zeros((CLUSTERS, 6 + len(RATIOS)))
+        self._sums = np.zeros((CLUSTERS, len(SUMS)))
         self._by_position = np.zeros((context_length, 3))  # rows, squared error, squared deviation
         self._by_dimension = np.zeros((d, 2))  # squared error, squared deviation
         self.n_fire = np.zeros(n_latents, np.int64)
@@ -104,29 +137,36 @@ class Reconstruction:
             indices, values: int32 and float32 [rows, w], as `SAE.encode` returns them.
             cluster, position: int64 [rows].
         """
-        wide = x.astype(np.float64)
-        error = np.square(wide - x_hat)  # [rows, d_out]
+        wide, wide_hat = x.astype(np.float64), x_hat.astype(np.float64)
+        error = np.square(wide - wide_hat)  # [rows, d_out]
         deviation = np.square(wide - self._means[0])
         row_error, row_deviation = error.sum(1), deviation.sum(1)  # [rows]
-        own, own_hat = paper_normalised(wide, x_hat.astype(np.float64))
-        active = values > 0
-        l0 = active.sum(1)
-        columns = [
-            np.ones(len(x)),
-            l0,
-            row_error,
-            row_deviation,
-            np.square(own - own_hat).sum(1),
-            np.square(own - self._means[1]).sum(1),
-            1 - row_error / np.maximum(row_deviation, TINY),
-            row_error / np.maximum(np.square(wide).sum(1), TINY),
-            cosine(wide, x_hat),
-        ]
-        np.add.at(self._sums, cluster, np.stack(columns, axis=1))
+        own, own_hat = paper_normalised(wide, wide_hat)
+        norm, norm_hat = np.linalg.norm(wide, axis=1), np.linalg.norm(wide_hat, axis=1)
+        product = np.einsum("rd,rd->r", wide, wide_hat)
+        l0 = (values > 0).sum(1)
+        columns = {
+            "rows": np.ones(len(x)),
+            "l0": l0,
+            "l1": values.sum(1, dtype=np.float64),
+            "error": row_error,
+            "deviation": row_deviation,
+            "own_error": np.square(own - own_hat).sum(1),
+            "own_deviation": np.square(own - self._means[1]).sum(1),
+            "explained": 1 - row_error / np.maximum(row_deviation, TINY),
+            "row_nmse": row_error / np.maximum(np.square(norm), TINY),
+            "cosine": product / np.maximum(norm * norm_hat, TINY),
+            "norm": norm,
+            "norm_hat": norm_hat,
+            "norm_ratio": norm_hat / np.maximum(norm, TINY),
+            "square_hat": np.square(norm_hat),
+            "product": product,
+        }
+        np.add.at(self._sums, cluster, np.stack([columns[name] for name in SUMS], axis=1))
         per_position = np.stack([np.ones(len(x)), row_error, row_deviation], axis=1)
         np.add.at(self._by_position, position, per_position)
         self._by_dimension += np.stack([error.sum(0), deviation.sum(0)], axis=1)
-        self.n_fire += np.bincount(indices[active], minlength=len(self.n_fire))
+        self.n_fire += np.bincount(indices[values > 0], minlength=len(self.n_fire))
         counts = np.bincount(l0, minlength=len(self.l0))
         counts[: len(self.l0)] += self.l0
         self.l0 = counts
@@ -148,15 +188,9 @@ class Reconstruction:
 
     def figures(self, subject: str, part: str) -> Iterator[Figure]:
         """Yield the figures of the rows that were added."""
-        named: dict[str, Callable[[Floats], Floats]] = {
-            "fvu": lambda sums: _ratio(sums[..., 2], sums[..., 3]),
-            "l0": lambda sums: _ratio(sums[..., 1], sums[..., 0]),
-            "mse": lambda sums: _ratio(sums[..., 2], sums[..., 0]),
-            "paper_nmse": lambda sums: _ratio(sums[..., 4], sums[..., 5]),
-        }
-        for number, name in enumerate(RATIOS, 6):
-            named[name] = partial(_mean_of, number)
-        for name, of_sums in named.items():
+        for name, quotient in METRICS.items():
+            above, below = map(SUMS.index, quotient)
+            of_sums = partial(_quotient, above=above, below=below)
             value = float(of_sums(self._sums.sum(0)))
             limits = interval(self._sums, of_sums)
             low, high = (None, None) if limits is None else map(_number, map(float, limits))
@@ -232,20 +266,14 @@ def paper_normalised(x: Floats, x_hat: Floats | None = None) -> tuple[Floats, Fl
     return (x - mean) / norm, (x if x_hat is None else x_hat - mean) / norm
 
 
-def cosine(x: Floats, x_hat: npt.NDArray[Any]) -> Floats:
-    """Return the cosine of each row and its reconstruction, float64 [rows]; 0 if one is 0."""
-    norms = np.linalg.norm(x, axis=1) * np.linalg.norm(x_hat.astype(np.float64), axis=1)
-    return np.einsum("rd,rd->r", x, x_hat) / np.maximum(norms, TINY)
-
-
 def _ratio(above: Floats, below: Floats) -> Floats:
     """Divide; NaN where the divisor is 0."""
     return np.divide(above, below, out=np.full(np.shape(below), np.nan), where=below > 0)
 
 
-def _mean_of(column: int, sums: Floats) -> Floats:
-    """Divide a column of the sums by the number of rows."""
-    return _ratio(sums[..., column], sums[..., 0])
+def _quotient(sums: Floats, above: int, below: int) -> Floats:
+    """Divide one column of the sums [..., columns] by another."""
+    return _ratio(sums[..., above], sums[..., below])
 
 
 def _number(value: float) -> float | None:

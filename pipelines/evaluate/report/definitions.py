@@ -64,6 +64,15 @@ DEFINITIONS: dict[str, Definition] = {
         "lower",
     ),
     "cosine": Definition("Cosine", "Mean cosine of a row and its reconstruction.", "higher"),
+    "norm_ratio": Definition(
+        "Norm ratio", "Mean norm of a reconstruction over the norm of its row.", ""
+    ),
+    "reconstruction_bias": Definition(
+        "Reconstruction bias",
+        "The factor by which reconstructions are too long: below 1 for an SAE that shrinks its "
+        "activations, as an L1 penalty does. 1 is best.",
+        "",
+    ),
     "ce": Definition(
         "Loss",
         "Cross-entropy of the next token, with the replacement.",
@@ -136,6 +145,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "paper_nmse",
         "row_nmse",
         "explained_variance_legacy",
+        "norm_ratio",
+        "reconstruction_bias",
     ),
     "Downstream loss": (
         "delta_ce",
