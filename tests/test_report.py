@@ -101,6 +101,52 @@ def test_a_report_has_every_metric_with_baselines_and_intervals(place, saes, tmp
         assert DEFINITIONS[metric].meaning in unescape(text)
 
 
+# what a result file of SAEBench 0.6's core evaluation must have, from its JSON schema
+SAEBENCH = {
+    "model_behavior_preservation": "kl_div_score kl_div_with_ablation kl_div_with_sae",
+    "model_performance_preservation": "ce_loss_score ce_loss_with_ablation ce_loss_with_sae "
+    "ce_loss_without_sae",
+    "reconstruction_quality": "explained_variance explained_variance_legacy mse cossim",
+    "shrinkage": "l2_norm_in l2_norm_out l2_ratio relative_reconstruction_bias",
+    "sparsity": "l0 l1",
+    "token_stats": "total_tokens_eval_reconstruction total_tokens_eval_sparsity_variance",
+    "misc_metrics": "freq_over_1_percent freq_over_10_percent normalized_freq_over_1_percent "
+    "normalized_freq_over_10_percent average_max_encoder_cosine_sim "
+    "average_max_decoder_cosine_sim frac_alive",
+}
+SAEBENCH_KEYS = (
+    "eval_config eval_id datetime_epoch_millis eval_result_metrics sae_bench_commit_hash "
+    "sae_lens_id sae_lens_release_id sae_lens_version sae_cfg_dict"
+)
+
+
+def test_saebench_gets_its_layout_with_the_same_figures(place, saes, tmp_path):
+    assert run(place, [saes / "a"], tmp_path / "r").exit_code == 0
+    [path] = (tmp_path / "r" / "saebench").iterdir()
+    content = json.loads(path.read_text())
+    assert set(SAEBENCH_KEYS.split()) <= set(content)
+    metrics = content["eval_result_metrics"]
+    assert {name: set(values.split()) for name, values in SAEBENCH.items()} == {
+        name: set(values) for name, values in metrics.items()
+    }
+    assert all(value is not None for values in metrics.values() for value in values.values())
+    path = tmp_path / "r" / "metrics.parquet"
+    ours = {
+        (metric, subject): value
+        for metric, subject, value in duckdb.execute(
+            f"SELECT metric, subject, value FROM '{path}' WHERE part != 'with outliers'"
+        ).fetchall()
+    }
+    assert metrics["reconstruction_quality"]["explained_variance"] == 1 - ours["fvu", "SAE"]
+    kept = metrics["model_performance_preservation"]
+    score = (kept["ce_loss_with_ablation"] - kept["ce_loss_with_sae"]) / (
+        kept["ce_loss_with_ablation"] - kept["ce_loss_without_sae"]
+    )
+    assert kept["ce_loss_score"] == pytest.approx(score)
+    assert kept["ce_loss_score"] == ours["recovered_zero", "SAE"]
+    assert metrics["sparsity"]["l0"] == 4
+
+
 def test_finished_parts_are_not_measured_again(place, saes, tmp_path, monkeypatch):
     calls = []
     original = measure.reconstruction

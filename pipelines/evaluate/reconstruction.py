@@ -69,6 +69,7 @@ METRICS = {
     "norm_ratio": ("norm_ratio", "rows"),
     "reconstruction_bias": ("square_hat", "product"),
 }
+FREQUENT = (1, 10)  # per cent of the rows on which a frequent latent fires
 L0_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -197,10 +198,22 @@ class Reconstruction:
             yield Figure(name, subject, part, _number(value), low, high, self.rows, "rows")
         dead = float((self.n_fire == 0).mean()) if self.rows else None
         yield Figure("dead_share", subject, part, dead, None, None, self.rows, "rows")
+        yield from self._frequent(subject, part)
         for share in L0_QUANTILES if self.rows else ():
             at = int(np.searchsorted(np.cumsum(self.l0), share * self.rows))
             name = f"l0_q{round(100 * share):02d}"
             yield Figure(name, subject, part, float(at), None, None, self.rows, "rows")
+
+    def _frequent(self, subject: str, part: str) -> Iterator[Figure]:
+        """Yield the share of latents that fire often, and their share of all firings."""
+        often = {percent: self.n_fire > percent / 100 * self.rows for percent in FREQUENT}
+        for percent, mask in often.items() if self.rows else ():
+            firings = float(self.n_fire[mask].sum() / max(1, self.n_fire.sum()))
+            for name, value in (
+                (f"frequent_{percent}", float(mask.mean())),
+                (f"firings_of_frequent_{percent}", firings),
+            ):
+                yield Figure(name, subject, part, value, None, None, self.rows, "rows")
 
 
 def reconstruction(

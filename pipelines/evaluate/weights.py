@@ -19,10 +19,11 @@ TILE = 512  # of them at a time
 
 
 def weight_figures(sae: SAE, subject: str) -> Iterator[Figure]:
-    """Yield figures of an SAE's weights: quantiles over latents, and the share of copies.
+    """Yield figures of an SAE's weights: quantiles, means, and the share of copies.
 
-    `decoder_nearest` is the largest cosine between a latent's decoder row and another's; a copy has
-    one above 0.9. These are exact values, of all latents or of 4,096 that are evenly spaced.
+    `encoder_nearest` and `decoder_nearest` are the largest cosine of a latent's row with another's;
+    the decoder row of a copy has one above 0.9. These are exact values, of all latents or of 4,096
+    that are evenly spaced.
     """
     n = sae.config.n_latents
     columns = {
@@ -35,13 +36,14 @@ def weight_figures(sae: SAE, subject: str) -> Iterator[Figure]:
             sae.W_enc, sae.W_dec, dim=1
         )
     if n > 1:
+        columns["encoder_nearest"] = nearest_cosine(sae.W_enc)
         columns["decoder_nearest"] = nearest_cosine(sae.W_dec)
     for name, values in columns.items():
         found = values.cpu().double().numpy()
-        for share in QUANTILES:
-            value = float(np.quantile(found, share))
-            metric = f"{name}_q{round(100 * share):02d}"
-            yield Figure(metric, subject, PART, value, None, None, len(found), "latents")
+        shown = {f"q{round(100 * share):02d}": np.quantile(found, share) for share in QUANTILES}
+        for suffix, value in (shown | {"mean": found.mean()}).items():
+            metric = f"{name}_{suffix}"
+            yield Figure(metric, subject, PART, float(value), None, None, len(found), "latents")
     if n > 1:
         copies = float((columns["decoder_nearest"] > ALIKE).double().mean())
         count = len(columns["decoder_nearest"])

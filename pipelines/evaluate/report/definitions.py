@@ -43,6 +43,12 @@ DEFINITIONS: dict[str, Definition] = {
         "lower",
         ".2%",
     ),
+    "frequent_10": Definition(
+        "Frequent latents",
+        "Share of latents that fire on more than 10 % of the rows. They are hard to interpret.",
+        "lower",
+        ".2%",
+    ),
     "mse": Definition(
         "MSE", "Mean squared distance of a row and its reconstruction.", "lower", ",.4g"
     ),
@@ -139,7 +145,7 @@ DEFINITIONS: dict[str, Definition] = {
 
 # sections of the page: title → metrics in order
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "Reconstruction": ("fvu", "l0", "dead_share", "cosine"),
+    "Reconstruction": ("fvu", "l0", "dead_share", "frequent_10", "cosine"),
     "Other definitions of the reconstruction error": (
         "mse",
         "paper_nmse",

@@ -11,6 +11,7 @@ from sae_harvest.pipelines.evaluate.figures import SAE_ITSELF, Figure
 from sae_harvest.pipelines.evaluate.report.definitions import DEFINITIONS, SECTIONS, Definition
 from sae_harvest.pipelines.evaluate.report.measure import Evaluation
 from sae_harvest.pipelines.evaluate.report.parts import Curve
+from sae_harvest.pipelines.evaluate.report.sentences import sentences
 from sae_harvest.pipelines.evaluate.report.svg import COLOURS, Series, plot
 
 
@@ -71,7 +72,7 @@ def page(evaluations: Sequence[Evaluation], title: str, command: str) -> str:
     colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
     body = [
         f"<h1>{escape(title)}</h1>",
-        *(f'<p class="quiet">{escape(_origin(evaluation))}</p>' for evaluation in evaluations),
+        *(line for evaluation in evaluations for line in _introduction(evaluation)),
         "<p>Each value has its 95 % interval below it, from a bootstrap over documents. Values "
         "without an interval are exact counts. Beside each SAE stand baselines that know nothing: "
         "a metric in which they do as well says nothing about the SAE.</p>",
@@ -107,6 +108,12 @@ def _subjects(evaluations: Sequence[Evaluation]) -> list[str]:
         for figure in part.figures
     ]
     return list(dict.fromkeys(found))
+
+
+def _introduction(evaluation: Evaluation) -> Iterator[str]:
+    """Yield the SAE's origin, and what its figures say."""
+    yield f'<p class="quiet">{escape(_origin(evaluation))}</p>'
+    yield f"<p>{escape(' '.join(sentences(evaluation)))}</p>"
 
 
 def _origin(evaluation: Evaluation) -> str:

@@ -1,7 +1,8 @@
-"""The files of a report: `metrics.parquet`, the page, and the parts that both are made from."""
+"""The files of a report: `metrics.parquet`, the page, and SAEBench's JSON, made from its parts."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,11 +22,13 @@ from sae_harvest.pipelines.evaluate.report.measure import (
     evaluate_parts,
 )
 from sae_harvest.pipelines.evaluate.report.page import page
+from sae_harvest.pipelines.evaluate.report.saebench import saebench_core
 from sae_harvest.pipelines.evaluate.report.settings import EvaluationSettings
 from sae_harvest.store.reader import ActivationStore
+from sae_harvest.train.run.files import write_json
 from sae_harvest.train.sae.sae import SAE
 
-TABLE, PAGE = "metrics.parquet", "report.html"
+TABLE, PAGE, SAEBENCH = "metrics.parquet", "report.html", "saebench"
 ROW_GROUP = 1 << 14
 
 
@@ -69,6 +72,10 @@ def write_report(
         subject = Subject(name, path, SAE.load(path, device))
         found.append(evaluate_parts(report, store, subject, settings, device, progress))
     _write_table(report / TABLE, found, command)
+    new_folder(report.resolve() / SAEBENCH)
+    for one in found:
+        content = saebench_core(one, store, int(1000 * time.time()))
+        write_json(report / SAEBENCH / f"{one.sae.digest[:16]}_core.json", content)
     title = f"Evaluation of {', '.join(names) if len(names) < 4 else f'{len(names)} SAEs'}"
     write_text(report / PAGE, page(found, title, command))
     return found
