@@ -12,6 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from sae_harvest.common.errors import InputError
+from sae_harvest.harvest.run.config import HarvestConfig
+from sae_harvest.harvest.run.driver import Execution
+from sae_harvest.harvest.run.driver import run as run_harvest
+from sae_harvest.harvest.text.corpus import CorpusSpec
 from sae_harvest.pipelines.evaluate import cli
 from sae_harvest.pipelines.evaluate.compute_equivalent import ComputeTable
 from sae_harvest.pipelines.evaluate.report import measure
@@ -192,6 +196,35 @@ def test_without_a_report_the_reconstruction_is_printed_for_each_sae(place, saes
     refused = evaluate("--sae", saes / "a", "--sae", saes / "b", "--store", place, "--out", "x")
     assert refused.exit_code == 2
     assert "--out takes one SAE" in refused.output
+
+
+def test_saes_of_several_sites_are_also_measured_in_one_forward_pass(
+    model_folder, corpus_file, tmp_path
+):
+    config = HarvestConfig(
+        model=str(model_folder),
+        corpus=CorpusSpec(name=str(corpus_file)),
+        sites=("resid_post.0", "mlp_out.1"),
+        tokens=2048,
+        context_length=32,
+        shard_rows=2048,
+        compute_dtype="float32",
+    )
+    run_harvest(config, tmp_path / "store", Execution(workers=0, device="cpu"))
+    store = ActivationStore.open(tmp_path / "store")
+    for site in store.sites:
+        random_sae(store, 64, 4, RULE, site=site).save(tmp_path / site)
+    done = run(store.place, [tmp_path / site for site in store.sites], tmp_path / "r")
+    assert done.exit_code == 0, done.output
+    path = tmp_path / "r" / "metrics.parquet"
+    found = duckdb.execute(
+        f"SELECT sae, value FROM '{path}' WHERE metric = 'delta_ce' AND subject = 'SAE'"
+    ).fetchall()
+    assert [" + " in name for name, _ in found] == [False, False, True]
+    alone = [abs(value) for _, value in found[:2]]
+    assert abs(found[2][1]) > max(alone)  # the model is random, so a loss may fall
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert "all of them in one forward pass" in page
 
 
 def test_the_same_sae_twice_is_refused(place, saes, tmp_path):

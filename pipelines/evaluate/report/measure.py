@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 
 from sae_harvest.common.device import choose_device
 from sae_harvest.harvest.model.models import load_model
@@ -33,7 +34,7 @@ from sae_harvest.pipelines.evaluate.reconstruction import (
 )
 from sae_harvest.pipelines.evaluate.report.parts import Curve, Part, Parts
 from sae_harvest.pipelines.evaluate.report.settings import EvaluationSettings
-from sae_harvest.pipelines.evaluate.splicing import Splice, replaced_rows
+from sae_harvest.pipelines.evaluate.splicing import Splice, replaced_rows, replaced_site
 from sae_harvest.pipelines.evaluate.weights import weight_figures
 from sae_harvest.pipelines.features.encoding.dictionary import sae_fits
 from sae_harvest.pipelines.source import model_of
@@ -68,8 +69,8 @@ class Evaluation:
     name: str
     """Name of the SAE in the report."""
 
-    sae: SAE
-    """The SAE."""
+    saes: Sequence[SAE]
+    """The SAE; or several SAEs that were evaluated in one forward pass."""
 
     parts: dict[str, Part]
     """Name of the part → the part."""
@@ -134,13 +135,51 @@ def evaluate_parts(
             "downstream",
             {"contexts": settings.contexts},
             lambda: _downstream(
-                dictionaries(), store, sae, settings.contexts, device, progress("downstream loss")
+                {name: Splice([one]) for name, one in dictionaries().items()},
+                store,
+                [sae],
+                settings.contexts,
+                device,
+                progress("downstream loss"),
             ),
         ),
     }
     if table is not None:
         found["compute"] = _compute_equivalent(table, found["downstream"])
-    return Evaluation(subject.name, sae, found)
+    return Evaluation(subject.name, [sae], found)
+
+
+def evaluate_joint(
+    report: Path,
+    store: ActivationStore,
+    subjects: Sequence[Subject],
+    settings: EvaluationSettings,
+    device: str,
+    progress: Progress,
+) -> Evaluation | None:
+    """Measure the downstream loss of several SAEs in one forward pass; see `evaluate_parts`.
+
+    Returns:
+        The measured part; None unless each of two or more SAEs replaces another site.
+    """
+    saes = [subject.sae for subject in subjects]
+    if len(saes) < 2 or len({replaced_site(sae) for sae in saes}) < len(saes):
+        return None
+    digests = [sae.digest for sae in saes]
+    key = {"store": store.digest, "saes": digests, "contexts": settings.contexts}
+    name = xxhash.xxh3_64_hexdigest(" ".join(digests).encode())
+    splices = {SAE_ITSELF: Splice(saes)}
+    part = Parts(report).get(
+        f"{name}-downstream",
+        key,
+        lambda: _downstream(
+            splices, store, saes, settings.contexts, device, progress("loss of all SAEs")
+        ),
+    )
+    found = {"downstream": part}
+    if settings.compute_table is not None:
+        found["compute"] = _compute_equivalent(ComputeTable.read(settings.compute_table), part)
+    return Evaluation(" + ".join(subject.name for subject in subjects), saes, found)
 
 
 def _l0(sae: SAE, store: ActivationStore) -> float:
@@ -199,18 +238,17 @@ def _curves(name: str, sums: Reconstruction) -> list[Curve]:
 
 
 def _downstream(
-    dictionaries: dict[str, SAE],
+    splices: dict[str, Splice],
     store: ActivationStore,
-    sae: SAE,
+    saes: Sequence[SAE],
     n_contexts: int,
     device: str,
     progress: Callable[[int, int], None],
 ) -> Part:
-    contexts = heldout_contexts(store, [sae], n_contexts)
+    contexts = heldout_contexts(store, saes, n_contexts)
     dtype: torch.dtype = getattr(torch, store.plan["compute_dtype"])
     model = load_model(model_of(store), dtype, choose_device(device))
-    splices = {name: Splice([dictionary]) for name, dictionary in dictionaries.items()}
-    losses = spliced_losses(model, store, splices | controls(store, [sae]), contexts, progress)
+    losses = spliced_losses(model, store, splices | controls(store, saes), contexts, progress)
     curves = []
     positions = np.arange(store.context_length - 1)
     for name, loss in losses.items():
@@ -218,11 +256,11 @@ def _downstream(
         delta = (sums[:, CE] - sums[:, CE_MODEL]) / sums[:, TOKENS]
         curves.append(Curve.of("delta_ce by position", name, positions, delta))
         curves.append(Curve.of("kl by position", name, positions, sums[:, KL] / sums[:, TOKENS]))
-    replaced = replaced_rows(store, sae, contexts)
+    replaced = np.mean([replaced_rows(store, sae, contexts) for sae in saes], axis=0)
     notes = [
         f"{len(contexts):,} contexts of {store.context_length} tokens, cut from held-out documents "
-        f"only. {replaced.mean():.2%} of their rows are replaced; the SAE's rule leaves the others "
-        "unchanged. Contexts have no padding. Position 0 "
+        f"only. {replaced.mean():.2%} of their rows are replaced; the SAE's rule leaves the "
+        "others unchanged. Contexts have no padding. Position 0 "
         + (
             "is a BOS token in every context."
             if store.plan["bos"] == "context"

@@ -117,13 +117,15 @@ def _introduction(evaluation: Evaluation) -> Iterator[str]:
 
 
 def _origin(evaluation: Evaluation) -> str:
-    config = evaluation.sae.config
+    if len(evaluation.saes) > 1:
+        return f"{evaluation.name}: all of them in one forward pass, each at its own site."
+    [sae] = evaluation.saes
+    config = sae.config
     target = "" if config.target_site is None else f", predicts {config.target_site}"
     k = "" if config.k is None else f", k {config.k}"
     return (
         f"{evaluation.name}: {config.activation}, {config.n_latents:,} latents{k}, "
-        f"{config.site}{target} of {config.model or 'an unnamed model'}, digest "
-        f"{evaluation.sae.digest[:12]}"
+        f"{config.site}{target} of {config.model or 'an unnamed model'}, digest {sae.digest[:12]}"
     )
 
 

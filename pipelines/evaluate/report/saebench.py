@@ -51,7 +51,7 @@ def saebench_core(evaluation: Evaluation, store: ActivationStore, millis: int) -
     A figure that is not defined, such as an average over no rows, is null.
 
     Args:
-        evaluation: the measured parts of the SAE.
+        evaluation: the measured parts of one SAE.
         store: the store that it was evaluated on.
         millis: time of the evaluation, in milliseconds since 1970.
     """
@@ -82,11 +82,11 @@ def saebench_core(evaluation: Evaluation, store: ActivationStore, millis: int) -
     metrics["misc_metrics"]["frac_alive"] = _one_minus(
         figures["dead_share", SAE_ITSELF, ROWS].value
     )
-    plan, config = store.plan, evaluation.sae.config
+    plan, [sae] = store.plan, evaluation.saes
     return {
         "eval_type_id": "core",
         "eval_config": {
-            "model_name": config.model or plan["model"]["name"],
+            "model_name": sae.config.model or plan["model"]["name"],
             "llm_dtype": plan["compute_dtype"],
             "dataset": plan["corpus"]["name"],
             "context_size": store.context_length,
@@ -95,7 +95,7 @@ def saebench_core(evaluation: Evaluation, store: ActivationStore, millis: int) -
                 for name in ("kl", "ce_loss", "l2_norms", "sparsity_metrics", "variance_metrics")
             },
         },
-        "eval_id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{store.digest} {evaluation.sae.digest}")),
+        "eval_id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{store.digest} {sae.digest}")),
         "datetime_epoch_millis": millis,
         "eval_result_metrics": metrics,
         "eval_result_details": [],
@@ -103,7 +103,7 @@ def saebench_core(evaluation: Evaluation, store: ActivationStore, millis: int) -
         "sae_lens_id": None,
         "sae_lens_release_id": None,
         "sae_lens_version": None,
-        "sae_cfg_dict": config.model_dump(mode="json"),
+        "sae_cfg_dict": sae.config.model_dump(mode="json"),
     }
 
 

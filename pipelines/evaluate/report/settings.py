@@ -19,7 +19,7 @@ class EvaluationSettings(BaseModel):
         32_768, ge=1, description="held-out rows that are reconstructed, at most"
     )
     contexts: Annotated[Count, Option("Sample")] = Field(
-        64, ge=1, description="held-out contexts on which the model runs with the SAE, at most"
+        32, ge=1, description="held-out contexts on which the model runs with the SAE, at most"
     )
     compute_table: Annotated[str | None, Option("Downstream loss", "TABLE")] = Field(
         None,

@@ -19,6 +19,7 @@ from sae_harvest.pipelines.evaluate.report.measure import (
     Evaluation,
     Progress,
     Subject,
+    evaluate_joint,
     evaluate_parts,
 )
 from sae_harvest.pipelines.evaluate.report.page import page
@@ -55,7 +56,8 @@ def write_report(
         command: the command, written into the table and the page.
 
     Returns:
-        The measured parts of each SAE, in order.
+        The measured parts of each SAE, in order; then, if each replaces another site, those of all
+        SAEs in one forward pass.
 
     Raises:
         InputError: an SAE is given twice, nothing is held out, or the device is missing.
@@ -67,15 +69,20 @@ def write_report(
         raise InputError("An SAE is given twice; give each folder once.")
     new_folder(report.resolve())
     store = ActivationStore.open(store_place)
-    found = []
-    for name, path in zip(names, sae_paths, strict=True):
-        subject = Subject(name, path, SAE.load(path, device))
-        found.append(evaluate_parts(report, store, subject, settings, device, progress))
+    subjects = [
+        Subject(name, path, SAE.load(path, device))
+        for name, path in zip(names, sae_paths, strict=True)
+    ]
+    found = [
+        evaluate_parts(report, store, subject, settings, device, progress) for subject in subjects
+    ]
+    joint = evaluate_joint(report, store, subjects, settings, device, progress)
+    found += [] if joint is None else [joint]
     _write_table(report / TABLE, found, command)
     new_folder(report.resolve() / SAEBENCH)
-    for one in found:
+    for one in found[: len(subjects)]:
         content = saebench_core(one, store, int(1000 * time.time()))
-        write_json(report / SAEBENCH / f"{one.sae.digest[:16]}_core.json", content)
+        write_json(report / SAEBENCH / f"{one.saes[0].digest[:16]}_core.json", content)
     title = f"Evaluation of {', '.join(names) if len(names) < 4 else f'{len(names)} SAEs'}"
     write_text(report / PAGE, page(found, title, command))
     return found
@@ -91,7 +98,7 @@ def _write_table(path: Path, evaluations: Sequence[Evaluation], command: str) ->
         known = (DEFINITIONS.get(figure.metric) for figure in figures)
         columns: dict[str, list[str | None]] = {
             "sae": [evaluation.name] * n,
-            "sae_digest": [evaluation.sae.digest] * n,
+            "sae_digest": [" ".join(sae.digest for sae in evaluation.saes)] * n,
             "definition": [None if one is None else one.meaning for one in known],
             "command": [command] * n,
         }
