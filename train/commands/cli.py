@@ -23,6 +23,7 @@ from sae_harvest.common.settings import config_file_option, options_for, setting
 from sae_harvest.train.commands.formats import add_format_commands
 from sae_harvest.train.commands.plan import plan
 from sae_harvest.train.commands.scaling import scaling
+from sae_harvest.train.commands.synthetic import synthetic
 from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.options import DEFAULTS, Places, RunSettings
 from sae_harvest.train.run.exit_codes import (
@@ -247,6 +248,7 @@ def summary(evaluations: dict[str, Any]) -> Table:
 add_format_commands(main)
 main.add_command(plan)
 main.add_command(scaling)
+main.add_command(synthetic)
 
 if __name__ == "__main__":
     main()

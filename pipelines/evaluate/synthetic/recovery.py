@@ -1,0 +1,286 @@
+"""How much of the truth of a synthetic store a dictionary has found.
+
+Each true feature is matched to one latent, so that the sum of the cosines of directions and decoder
+rows is largest. With both, fired and true the numbers of held-out rows on which feature and latent,
+the latent, the feature fire:
+
+    matched_cosine      mean cosine of features and their latents; 0 for a feature without one
+    found_share         share of features whose cosine exceeds 0.9
+    feature_max_cosine  mean over features of the largest cosine with any latent
+    latent_max_cosine   mean over latents of the largest cosine with any feature
+    precision           mean over features of both / fired, where the latent fires at all
+    recall              mean over features of both / true, where the feature fires at all
+    f1                  mean over features of 2 both / (fired + true)
+    dead_share          share of latents that fire on no row
+    absorption          share of the rows of children on which the parent's latent is silent and
+                        the child's latent fires
+    parent_missed       share of the rows on which a parent fires without a child, and its latent is
+                        silent: what absorption would be if children had no part in it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sae_harvest.pipelines.evaluate.baselines import MEAN, baselines
+from sae_harvest.pipelines.evaluate.figures import SAE_ITSELF, Figure
+from sae_harvest.pipelines.evaluate.intervals import CLUSTERS, Floats, interval
+from sae_harvest.pipelines.evaluate.reconstruction import PARTS, HeldoutRows, reconstruction
+from sae_harvest.pipelines.evaluate.synthetic.ideal import firings_of, ideal_sae
+from sae_harvest.pipelines.evaluate.synthetic.matching import match
+from sae_harvest.train.evaluate import batches
+from sae_harvest.train.sae.sae import SAE
+from sae_harvest.train.synthetic.store import Synthetic
+from sae_harvest.train.synthetic.truth import Features
+
+IDEAL = "ideal"
+FOUND = 0.9  # cosine above which a feature counts as found
+MAX_ROWS = 262_144
+PART = PARTS[0]
+BOTH, FIRED, TRUE = range(3)
+ABSORBED, WITH_CHILD, MISSED, WITHOUT_CHILD = range(4)
+
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """Features and latents by their directions."""
+
+    latent: npt.NDArray[np.int64]
+    """Latent of each feature [features]; -1: none, if there are more features than latents."""
+
+    cosine: Floats
+    """Cosine of each feature and its latent [features]; 0 without one."""
+
+    feature_max: Floats
+    """Largest cosine of each feature with any latent [features]."""
+
+    latent_max: Floats
+    """Largest cosine of each latent with any feature [latents]; 0 for a decoder row of zeros."""
+
+    @classmethod
+    def of(cls, sae: SAE, features: Features) -> Match:
+        """Match the features to the latents of a dictionary."""
+        rows = torch.nn.functional.normalize(sae.W_dec.cpu(), dim=1)
+        cosine = (torch.from_numpy(features.directions) @ rows.T).numpy()  # [features, latents]
+        latent = match(cosine)
+        matched = np.where(latent < 0, 0.0, cosine[np.arange(len(latent)), latent])
+        maxima = (cosine.max(axis).astype(np.float64) for axis in (1, 0))
+        return cls(latent, matched, *maxima)
+
+
+class Recovery:
+    """What a dictionary has found; rows are added in any number of pieces."""
+
+    def __init__(self, sae: SAE, features: Features) -> None:
+        self.match = Match.of(sae, features)
+        self._feature_of = np.full(sae.config.n_latents, -1, np.int64)
+        self._feature_of[self.match.latent[self.match.latent >= 0]] = np.flatnonzero(
+            self.match.latent >= 0
+        )
+        children = np.flatnonzero(features.parent >= 0)
+        self._children = children[np.argsort(features.parent[children], kind="stable")]
+        self._parents = features.parent[self._children]
+        self._families = np.flatnonzero(np.diff(self._parents, prepend=-1))  # first child of each
+        self.firings = np.zeros((CLUSTERS, len(features), 3))
+        """By cluster of documents and feature: rows on which both, the latent, the feature fire."""
+        self.hierarchy = np.zeros((CLUSTERS, 4))
+        """By cluster: absorbed rows of children, their rows, rows that a parent's latent misses
+        among those where it fires without a child, and these rows."""
+        self.n_fire = np.zeros(sae.config.n_latents, np.int64)
+        """Number of rows on which each latent fires [latents]."""
+        self.rows = 0
+        """Number of rows."""
+
+    def update(
+        self,
+        indices: npt.NDArray[np.int32],
+        values: npt.NDArray[np.float32],
+        true: Bools,
+        cluster: npt.NDArray[np.int64],
+    ) -> None:
+        """Add rows.
+
+        Args:
+            indices, values: int32 and float32 [rows, w], as `SAE.encode` returns them.
+            true: whether each feature fires, bool [rows, features].
+            cluster: cluster of the row's document, int64 [rows].
+        """
+        if not len(true):
+            return
+        row, place = np.nonzero(values > 0)
+        latent = indices[row, place]
+        self.n_fire += np.bincount(latent, minlength=len(self.n_fire))
+        feature = self._feature_of[latent]
+        fired = np.zeros_like(true)
+        fired[row[feature >= 0], feature[feature >= 0]] = True
+        runs = np.flatnonzero(np.diff(cluster, prepend=-1))  # rows of one document lie together
+        for column, mask in ((BOTH, fired & true), (FIRED, fired), (TRUE, true)):
+            sums = np.add.reduceat(mask, runs, axis=0, dtype=np.int64)
+            np.add.at(self.firings[:, :, column], cluster[runs], sums)
+        np.add.at(self.hierarchy, cluster, self._of_families(fired, true))
+        self.rows += len(true)
+
+    def _of_families(self, fired: Bools, true: Bools) -> npt.NDArray[np.int64]:
+        """Return the columns of `hierarchy` for each row, int64 [rows, 4]."""
+        if not len(self._children):
+            return np.zeros((len(true), 4), np.int64)
+        child = true[:, self._children]  # [rows, children]
+        absorbed = child & ~fired[:, self._parents] & fired[:, self._children]
+        parents = self._parents[self._families]
+        alone = true[:, parents] & ~np.logical_or.reduceat(child, self._families, axis=1)
+        missed = alone & ~fired[:, parents]
+        return np.stack([mask.sum(1) for mask in (absorbed, child, missed, alone)], axis=1)
+
+    def figures(self, subject: str) -> Iterator[Figure]:
+        """Yield the figures. Intervals are over features, latents, or documents."""
+        found = self.match
+        for name, values in (
+            ("matched_cosine", found.cosine),
+            ("found_share", (found.cosine > FOUND).astype(np.float64)),
+            ("feature_max_cosine", found.feature_max),
+            ("latent_max_cosine", found.latent_max),
+        ):
+            unit = "latents" if name == "latent_max_cosine" else "features"
+            sums = np.stack([np.ones_like(values), values], axis=1)
+            yield _figure(name, subject, sums, _mean, len(values), unit)
+        for name, of_sums in _FIRINGS.items():
+            yield _figure(name, subject, self.firings, of_sums, self.rows, "rows")
+        dead = float((self.n_fire == 0).mean()) if self.rows else None
+        yield Figure("dead_share", subject, PART, dead, None, None, self.rows, "rows")
+        for name, of_sums, column in (
+            ("absorption", _absorption, WITH_CHILD),
+            ("parent_missed", _missed, WITHOUT_CHILD),
+        ):
+            rows = round(self.hierarchy[:, column].sum())
+            yield _figure(name, subject, self.hierarchy, of_sums, rows, "firings")
+
+
+def recoveries(
+    saes: Mapping[str, SAE],
+    synthetic: Synthetic,
+    held_out: HeldoutRows,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Recovery]:
+    """Compare the firings of several dictionaries with the true ones, on held-out rows.
+
+    Args:
+        saes: dictionaries by name.
+        synthetic: the store and what is true of it.
+        held_out: the rows; outlier rows are left out.
+        progress: called with rows done and rows to do.
+
+    Returns:
+        What each dictionary has found, by its name.
+
+    Raises:
+        InputError: a dictionary was trained on another site or width.
+        RunError: a file of the ground truth is missing or damaged.
+    """
+    found = {name: Recovery(sae, synthetic.features) for name, sae in saes.items()}
+    config = next(iter(saes.values())).config
+    mask = held_out.part(PART)
+    rows, cluster = held_out.rows[mask], held_out.cluster[mask]
+    for here, x, _ in batches(synthetic.store, config, rows):
+        row, feature, _ = firings_of(synthetic, rows[here])
+        true = np.zeros((len(x), len(synthetic.features)), np.bool_)
+        true[row, feature] = True
+        for name, sae in saes.items():
+            indices, values = (tensor.cpu().numpy() for tensor in sae.encode(x))
+            found[name].update(indices, values, true, cluster[here])
+        progress(here.stop, len(rows))
+    return found
+
+
+def recovery_figures(
+    sae: SAE, synthetic: Synthetic, most: int = MAX_ROWS, seed: int = 0
+) -> list[Figure]:
+    """Return FVU, L0 and every recovery figure of an SAE, its baselines and the ideal SAE.
+
+    Args:
+        sae: an SAE that was trained on the synthetic store.
+        synthetic: the store and what is true of it.
+        most: largest number of held-out rows to read.
+        seed: seed of the baselines.
+
+    Raises:
+        InputError: the SAE was trained on another site or width, or the store has no training row.
+        RunError: a file of the ground truth is missing or damaged.
+    """
+    store, rule = synthetic.store, sae.config.rule
+    held_out = HeldoutRows.of(store, sae.config, rule, most)
+    first = reconstruction({SAE_ITSELF: sae}, store, held_out)
+    l0 = next(
+        f.value for f in first[SAE_ITSELF, PART].figures(SAE_ITSELF, PART) if f.metric == "l0"
+    )
+    saes = {SAE_ITSELF: sae, **baselines(store, sae, l0 or 1.0, seed)}
+    saes[IDEAL] = ideal_sae(synthetic, rule).to(sae.device)
+    reconstructed = reconstruction(saes, store, held_out)
+    del saes[MEAN]  # it has no directions
+    figures = [
+        figure
+        for name in saes
+        for figure in reconstructed[name, PART].figures(name, PART)
+        if figure.metric in ("fvu", "l0")
+    ]
+    for name, found in recoveries(saes, synthetic, held_out).items():
+        figures += found.figures(name)
+    return figures
+
+
+def _figure(
+    metric: str,
+    subject: str,
+    sums: Floats,
+    of_sums: Callable[[Floats], Floats],
+    count: int,
+    unit: str,
+) -> Figure:
+    """Return the figure of sums [clusters, ..., quantities]; None where it is not defined."""
+    value = _number(of_sums(sums.sum(0)))
+    limits = interval(sums, of_sums)
+    low, high = (None, None) if limits is None else map(_number, limits)
+    return Figure(metric, subject, PART, value, low, high, count, unit)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _ratio(above: Floats, below: Floats) -> Floats:
+    """Divide; NaN where the divisor is 0."""
+    return np.divide(above, below, out=np.full(np.shape(below), np.nan), where=below > 0)
+
+
+def _mean(sums: Floats) -> Floats:
+    return _ratio(sums[..., 1], sums[..., 0])
+
+
+def _over_features(values: Floats) -> Floats:
+    """Average values [..., features] over the features for which they are defined."""
+    defined = np.isfinite(values)
+    return _ratio(np.where(defined, values, 0.0).sum(-1), defined.sum(-1).astype(np.float64))
+
+
+_FIRINGS: dict[str, Callable[[Floats], Floats]] = {
+    "precision": lambda sums: _over_features(_ratio(sums[..., BOTH], sums[..., FIRED])),
+    "recall": lambda sums: _over_features(_ratio(sums[..., BOTH], sums[..., TRUE])),
+    "f1": lambda sums: _over_features(
+        _ratio(2 * sums[..., BOTH], sums[..., FIRED] + sums[..., TRUE])
+    ),
+}
+
+
+def _absorption(sums: Floats) -> Floats:
+    return _ratio(sums[..., ABSORBED], sums[..., WITH_CHILD])
+
+
+def _missed(sums: Floats) -> Floats:
+    return _ratio(sums[..., MISSED], sums[..., WITHOUT_CHILD])
