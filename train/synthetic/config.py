@@ -70,7 +70,7 @@ class SyntheticConfig(BaseModel):
         "of it comes from the document",
     )
     spread: Annotated[float, Option("Rows")] = Field(
-        0.5, ge=0, le=1, description="standard deviation of the logarithm of magnitudes; mean is 1"
+        0.25, ge=0, le=1, description="standard deviation of the logarithm of magnitudes; mean is 1"
     )
     noise: Annotated[float, Option("Rows")] = Field(
         0.2, ge=0, le=1e3, description="length of a row's noise, in mean magnitudes"

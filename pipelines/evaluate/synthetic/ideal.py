@@ -3,10 +3,11 @@
     decoder      the true directions
     encoder      least squares of the true magnitudes on training rows
     threshold    of each latent, the one with the largest F1 of its firings on the same rows
+    scale        of each encoder row, least squares of the true magnitudes where the latent fires
 
-It knows the directions, so no SAE has a higher cosine. Its firings are the best of thresholds on
-this linear encoder, which takes the interference of other features into account; a better encoder
-is not excluded.
+It knows the directions, so no SAE has a higher cosine. Its firings are those of the best threshold
+on this linear encoder, which takes the interference of other features into account; a better
+encoder is not excluded.
 """
 
 from __future__ import annotations
@@ -71,10 +72,17 @@ def ideal_sae(synthetic: Synthetic, rule: RowRule, most: int = ROWS) -> SAE:
     threshold = np.empty(len(features))
     for first in range(0, len(features), BLOCK):
         block = slice(first, min(first + BLOCK, len(features)))
-        fires = np.zeros((len(rows), block.stop - first), np.bool_)
+        true = np.zeros((len(rows), block.stop - first))
         inside = (feature >= first) & (feature < block.stop)
-        fires[row[inside], feature[inside] - first] = True
-        threshold[block] = best_thresholds(wide @ W_enc[block].T + b_enc[block], fires)
+        true[row[inside], feature[inside] - first] = magnitude[inside]
+        pi = wide @ W_enc[block].T + b_enc[block]
+        threshold[block] = best_thresholds(pi, true > 0)
+        pi[pi <= threshold[block]] = 0
+        squares = (pi * pi).sum(0)
+        scale = np.divide((pi * true).sum(0), squares, out=np.ones_like(squares), where=squares > 0)
+        W_enc[block] *= scale[:, None]
+        b_enc[block] *= scale
+        threshold[block] *= scale
     tensors = {"W_enc": W_enc, "b_enc": b_enc, "threshold": threshold}
     return SAE(
         config,

@@ -12,10 +12,12 @@ the latent, the feature fire:
     recall              mean over features of both / true, where the feature fires at all
     f1                  mean over features of 2 both / (fired + true)
     dead_share          share of latents that fire on no row
-    absorption          share of the rows of children on which the parent's latent is silent and
-                        the child's latent fires
-    parent_missed       share of the rows on which a parent fires without a child, and its latent is
-                        silent: what absorption would be if children had no part in it
+    absorption          of the rows on which a child and its latent fire, the share on which the
+                        parent's latent is silent, although the parent fires
+    parent_missed       of the rows on which a parent fires without a child, the share on which its
+                        latent is silent: what absorption would be if children had no part in it
+
+Intervals are over features or latents. Those of the last two are over documents.
 """
 
 from __future__ import annotations
@@ -44,7 +46,6 @@ FOUND = 0.9  # cosine above which a feature counts as found
 MAX_ROWS = 262_144
 PART = PARTS[0]
 BOTH, FIRED, TRUE = range(3)
-ABSORBED, WITH_CHILD, MISSED, WITHOUT_CHILD = range(4)
 
 Bools = npt.NDArray[np.bool_]
 
@@ -89,11 +90,11 @@ class Recovery:
         self._children = children[np.argsort(features.parent[children], kind="stable")]
         self._parents = features.parent[self._children]
         self._families = np.flatnonzero(np.diff(self._parents, prepend=-1))  # first child of each
-        self.firings = np.zeros((CLUSTERS, len(features), 3))
-        """By cluster of documents and feature: rows on which both, the latent, the feature fire."""
+        self.firings = np.zeros((len(features), 3), np.int64)
+        """Rows on which both, the latent, the feature fire [features, 3]."""
         self.hierarchy = np.zeros((CLUSTERS, 4))
-        """By cluster: absorbed rows of children, their rows, rows that a parent's latent misses
-        among those where it fires without a child, and these rows."""
+        """By cluster of documents, firings of a child and its latent: those without the parent's
+        latent, and all; firings of a parent without a child: those without its latent, and all."""
         self.n_fire = np.zeros(sae.config.n_latents, np.int64)
         """Number of rows on which each latent fires [latents]."""
         self.rows = 0
@@ -121,10 +122,8 @@ class Recovery:
         feature = self._feature_of[latent]
         fired = np.zeros_like(true)
         fired[row[feature >= 0], feature[feature >= 0]] = True
-        runs = np.flatnonzero(np.diff(cluster, prepend=-1))  # rows of one document lie together
         for column, mask in ((BOTH, fired & true), (FIRED, fired), (TRUE, true)):
-            sums = np.add.reduceat(mask, runs, axis=0, dtype=np.int64)
-            np.add.at(self.firings[:, :, column], cluster[runs], sums)
+            self.firings[:, column] += np.count_nonzero(mask, axis=0)
         np.add.at(self.hierarchy, cluster, self._of_families(fired, true))
         self.rows += len(true)
 
@@ -133,34 +132,35 @@ class Recovery:
         if not len(self._children):
             return np.zeros((len(true), 4), np.int64)
         child = true[:, self._children]  # [rows, children]
-        absorbed = child & ~fired[:, self._parents] & fired[:, self._children]
+        known = child & fired[:, self._children]
+        absorbed = known & ~fired[:, self._parents]
         parents = self._parents[self._families]
         alone = true[:, parents] & ~np.logical_or.reduceat(child, self._families, axis=1)
         missed = alone & ~fired[:, parents]
-        return np.stack([mask.sum(1) for mask in (absorbed, child, missed, alone)], axis=1)
+        return np.stack([mask.sum(1) for mask in (absorbed, known, missed, alone)], axis=1)
 
     def figures(self, subject: str) -> Iterator[Figure]:
-        """Yield the figures. Intervals are over features, latents, or documents."""
+        """Yield the figures."""
         found = self.match
-        for name, values in (
-            ("matched_cosine", found.cosine),
-            ("found_share", (found.cosine > FOUND).astype(np.float64)),
-            ("feature_max_cosine", found.feature_max),
-            ("latent_max_cosine", found.latent_max),
-        ):
+        both, fired, true = self.firings.T.astype(np.float64)
+        for name, values in {
+            "matched_cosine": found.cosine,
+            "found_share": (found.cosine > FOUND).astype(np.float64),
+            "feature_max_cosine": found.feature_max,
+            "latent_max_cosine": found.latent_max,
+            "precision": _ratio(both, fired),
+            "recall": _ratio(both, true),
+            "f1": _ratio(2 * both, fired + true),
+        }.items():
+            values = values[np.isfinite(values)]
             unit = "latents" if name == "latent_max_cosine" else "features"
-            sums = np.stack([np.ones_like(values), values], axis=1)
-            yield _figure(name, subject, sums, _mean, len(values), unit)
-        for name, of_sums in _FIRINGS.items():
-            yield _figure(name, subject, self.firings, of_sums, self.rows, "rows")
+            sums = np.stack([values, np.ones_like(values)], axis=1)
+            yield _figure(name, subject, sums, len(values), unit)
         dead = float((self.n_fire == 0).mean()) if self.rows else None
         yield Figure("dead_share", subject, PART, dead, None, None, self.rows, "rows")
-        for name, of_sums, column in (
-            ("absorption", _absorption, WITH_CHILD),
-            ("parent_missed", _missed, WITHOUT_CHILD),
-        ):
-            rows = round(self.hierarchy[:, column].sum())
-            yield _figure(name, subject, self.hierarchy, of_sums, rows, "firings")
+        for name, columns in (("absorption", slice(0, 2)), ("parent_missed", slice(2, 4))):
+            sums = self.hierarchy[:, columns]
+            yield _figure(name, subject, sums, round(sums[:, 1].sum()), "firings")
 
 
 def recoveries(
@@ -235,17 +235,10 @@ def recovery_figures(
     return figures
 
 
-def _figure(
-    metric: str,
-    subject: str,
-    sums: Floats,
-    of_sums: Callable[[Floats], Floats],
-    count: int,
-    unit: str,
-) -> Figure:
-    """Return the figure of sums [clusters, ..., quantities]; None where it is not defined."""
-    value = _number(of_sums(sums.sum(0)))
-    limits = interval(sums, of_sums)
+def _figure(metric: str, subject: str, sums: Floats, count: int, unit: str) -> Figure:
+    """Return the figure of a quotient of sums [clusters, 2]; None where it is not defined."""
+    value = _number(_quotient(sums.sum(0)))
+    limits = interval(sums, _quotient)
     low, high = (None, None) if limits is None else map(_number, limits)
     return Figure(metric, subject, PART, value, low, high, count, unit)
 
@@ -254,33 +247,10 @@ def _number(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
+def _quotient(sums: Floats) -> Floats:
+    return _ratio(sums[..., 0], sums[..., 1])
+
+
 def _ratio(above: Floats, below: Floats) -> Floats:
     """Divide; NaN where the divisor is 0."""
     return np.divide(above, below, out=np.full(np.shape(below), np.nan), where=below > 0)
-
-
-def _mean(sums: Floats) -> Floats:
-    return _ratio(sums[..., 1], sums[..., 0])
-
-
-def _over_features(values: Floats) -> Floats:
-    """Average values [..., features] over the features for which they are defined."""
-    defined = np.isfinite(values)
-    return _ratio(np.where(defined, values, 0.0).sum(-1), defined.sum(-1).astype(np.float64))
-
-
-_FIRINGS: dict[str, Callable[[Floats], Floats]] = {
-    "precision": lambda sums: _over_features(_ratio(sums[..., BOTH], sums[..., FIRED])),
-    "recall": lambda sums: _over_features(_ratio(sums[..., BOTH], sums[..., TRUE])),
-    "f1": lambda sums: _over_features(
-        _ratio(2 * sums[..., BOTH], sums[..., FIRED] + sums[..., TRUE])
-    ),
-}
-
-
-def _absorption(sums: Floats) -> Floats:
-    return _ratio(sums[..., ABSORBED], sums[..., WITH_CHILD])
-
-
-def _missed(sums: Floats) -> Floats:
-    return _ratio(sums[..., MISSED], sums[..., WITHOUT_CHILD])

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
 from sae_lens import SAE
 from sae_lens.evals import get_eval_everything_config, get_recons_loss, run_evals
 from sae_lens.load_model import load_model
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
+from safetensors.torch import load_file
 
 HOOK = "transformer.h.1"  # resid_post.1 of GPT-2, by transformers' name of the module
 work = Path(sys.argv[1])
