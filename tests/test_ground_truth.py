@@ -233,7 +233,7 @@ def test_a_folder_with_something_else_in_it_is_refused_in_a_sentence(out, tmp_pa
         make(CONFIG.model_copy(update={"l0": 2.0}), out)
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "letter").touch()
-    with pytest.raises(SaeHarvestError, match="holds no store .* choose another --out"):
+    with pytest.raises(SaeHarvestError, match=r"holds no store .* choose another --out"):
         make(CONFIG, tmp_path)
 
 

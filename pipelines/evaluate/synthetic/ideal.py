@@ -130,6 +130,7 @@ def best_thresholds(
     chosen = np.arange(1, len(pi) + 1)[:, None]
     f1 = 2 * right / (chosen + right[-1])
     f1[:-1][pi[:-1] == pi[1:]] = -1  # no threshold lies between equal numbers
+    f1[pi <= 0] = -1  # thresholds are not negative
     at = f1.argmax(0)
     columns = np.arange(pi.shape[1])
     above, below = pi[at, columns], pi[np.minimum(at + 1, len(pi) - 1), columns]

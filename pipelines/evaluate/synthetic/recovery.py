@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sae_harvest.common.errors import InputError
 from sae_harvest.pipelines.evaluate.baselines import MEAN, baselines
 from sae_harvest.pipelines.evaluate.figures import SAE_ITSELF, Figure
 from sae_harvest.pipelines.evaluate.intervals import CLUSTERS, Floats, interval
@@ -215,6 +216,12 @@ def recovery_figures(
         RunError: a file of the ground truth is missing or damaged.
     """
     store, rule = synthetic.store, sae.config.rule
+    width = store.width(store.site(sae.config.site))
+    if sae.config.d_in != width:
+        raise InputError(
+            f"The SAE reads {sae.config.d_in} dimensions and the rows of {store.place} have "
+            f"{width}; give an SAE that was trained on this store."
+        )
     held_out = HeldoutRows.of(store, sae.config, rule, most)
     first = reconstruction({SAE_ITSELF: sae}, store, held_out)
     l0 = next(
@@ -238,7 +245,7 @@ def recovery_figures(
 def _figure(metric: str, subject: str, sums: Floats, count: int, unit: str) -> Figure:
     """Return the figure of a quotient of sums [clusters, 2]; None where it is not defined."""
     value = _number(_quotient(sums.sum(0)))
-    limits = interval(sums, _quotient)
+    limits = interval(sums, _quotient) if count else None
     low, high = (None, None) if limits is None else map(_number, limits)
     return Figure(metric, subject, PART, value, low, high, count, unit)
 
