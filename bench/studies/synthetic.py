@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from sae_harvest.common.console import Progress, output
-from sae_harvest.pipelines.evaluate.figures import SAE_ITSELF, Figure, figures_table
-from sae_harvest.pipelines.evaluate.synthetic.recovery import recovery_figures
+from sae_harvest.pipelines.evaluate.figures import Figure, figures_table
+from sae_harvest.pipelines.evaluate.reconstruction import HeldoutRows
+from sae_harvest.pipelines.evaluate.synthetic.recovery import MAX_ROWS, compared, references
 from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.sae.sae import SAE
 from sae_harvest.train.sweeps.sweep import sweep
@@ -71,13 +71,10 @@ def main(arguments: list[str]) -> None:
         result = sweep(members, place, chosen.folder / "sweep", device="cpu", report=progress)
     if not result.finished or result.failed:
         sys.exit("Error: the sweep did not finish; the same command continues it.")
-    figures: list[Figure] = []
-    for name in members:
-        for figure in recovery_figures(SAE.load(chosen.folder / "sweep" / name), data):
-            if figure.subject == SAE_ITSELF:
-                figures.append(replace(figure, subject=name))
-            elif name == BASELINES_OF:
-                figures.append(figure)
+    saes = {name: SAE.load(chosen.folder / "sweep" / name) for name in members}
+    first = saes[BASELINES_OF]
+    held_out = HeldoutRows.of(data.store, first.config, first.config.rule, MAX_ROWS)
+    figures = compared(saes | references(first, data, held_out), data, held_out)
     pq.write_table(figures_table(figures), chosen.folder / "metrics.parquet")
     output().print(markdown(figures), soft_wrap=True, markup=False)
 

@@ -84,15 +84,14 @@ class SyntheticConfig(BaseModel):
     def _is_possible(self) -> SyntheticConfig:
         if self.parents * (self.children + 2) > self.features:
             raise ValueError(
-                "parents must be at most features / (children + 2), so that half of the other "
-                f"features can be parents, got {self.parents} > {self.features} / "
-                f"{self.children + 2}"
+                f"parents must be at most features / (children + 2), got {self.parents} > "
+                f"{self.features} / {self.children + 2}"
             )
         most = self._frequencies_of(MAX_FREQUENCY * self.features**self.exponent).sum()
         if self.l0 > most:
             raise ValueError(
-                f"l0 must be at most {most:.4g} with these features, since none fires on more than "
-                f"{MAX_FREQUENCY:g} of the rows, got {self.l0:g}"
+                f"l0 must be at most {most:.4g} here, since no frequency is above "
+                f"{MAX_FREQUENCY:g}, got {self.l0:g}"
             )
         return self
 

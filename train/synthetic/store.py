@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from sae_harvest.store.commits import commit_shard, committed_shards
 from sae_harvest.store.layout import Plan, SitePlan
 from sae_harvest.store.objects import LocalObjects, require_space
 from sae_harvest.store.reader import ActivationStore
+from sae_harvest.store.records import digest_of
 from sae_harvest.store.seals import seal
 from sae_harvest.store.tables import DOCUMENT_SCHEMA, PIECE_SCHEMA
 from sae_harvest.store.writer import Shard, create_store, write_shard
@@ -97,7 +99,8 @@ def make(
     rows = config.n_contexts * CONTEXT_LENGTH
     n_shards = -(-config.n_contexts // CONTEXTS_PER_SHARD)
     try:
-        create_store(objects, plan, {})
+        made_with = {name: version(name) for name in ("sae-harvest", "numpy")}
+        create_store(objects, plan, made_with)
     except (NotAStoreError, PlanMismatchError) as error:
         raise type(error)(str(error).replace("--store", "--out")) from None
     done = set(committed_shards(objects))
@@ -121,10 +124,11 @@ def make(
 
 def plan_of(config: SyntheticConfig) -> Plan:
     """Return the plan of a synthetic store; the settings are its corpus."""
+    settings = config.model_dump(mode="json")
     return Plan(
         model={"name": SITE, "weights": "none"},
         tokenizer={},
-        corpus={"name": SITE} | config.model_dump(),
+        corpus={"name": SITE, "fingerprint": digest_of(settings)} | settings,
         sites=(SitePlan(name=SITE, width=config.width),),
         context_length=CONTEXT_LENGTH,
         contexts_per_shard=CONTEXTS_PER_SHARD,

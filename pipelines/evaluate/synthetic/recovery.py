@@ -215,22 +215,35 @@ def recovery_figures(
         InputError: the SAE was trained on another site or width, or the store has no training row.
         RunError: a file of the ground truth is missing or damaged.
     """
-    store, rule = synthetic.store, sae.config.rule
+    store = synthetic.store
     width = store.width(store.site(sae.config.site))
     if sae.config.d_in != width:
         raise InputError(
             f"The SAE reads {sae.config.d_in} dimensions and the rows of {store.place} have "
             f"{width}; give an SAE that was trained on this store."
         )
-    held_out = HeldoutRows.of(store, sae.config, rule, most)
-    first = reconstruction({SAE_ITSELF: sae}, store, held_out)
-    l0 = next(
-        f.value for f in first[SAE_ITSELF, PART].figures(SAE_ITSELF, PART) if f.metric == "l0"
-    )
-    saes = {SAE_ITSELF: sae, **baselines(store, sae, l0 or 1.0, seed)}
-    saes[IDEAL] = ideal_sae(synthetic, rule).to(sae.device)
-    reconstructed = reconstruction(saes, store, held_out)
-    del saes[MEAN]  # it has no directions
+    held_out = HeldoutRows.of(store, sae.config, sae.config.rule, most)
+    saes = {SAE_ITSELF: sae} | references(sae, synthetic, held_out, seed)
+    return compared(saes, synthetic, held_out)
+
+
+def references(
+    sae: SAE, synthetic: Synthetic, held_out: HeldoutRows, seed: int = 0
+) -> dict[str, SAE]:
+    """Return the dictionaries to print beside an SAE: its baselines and the ideal SAE.
+
+    The mean is not among them, as it has no directions. See `recovery_figures` for arguments.
+    """
+    found = reconstruction({SAE_ITSELF: sae}, synthetic.store, held_out)[SAE_ITSELF, PART]
+    l0 = next(figure.value for figure in found.figures(SAE_ITSELF, PART) if figure.metric == "l0")
+    saes = baselines(synthetic.store, sae, l0 or 1.0, seed)
+    del saes[MEAN]
+    return saes | {IDEAL: ideal_sae(synthetic, sae.config.rule).to(sae.device)}
+
+
+def compared(saes: Mapping[str, SAE], synthetic: Synthetic, held_out: HeldoutRows) -> list[Figure]:
+    """Return FVU, L0 and every recovery figure of dictionaries, by their names."""
+    reconstructed = reconstruction(saes, synthetic.store, held_out)
     figures = [
         figure
         for name in saes
