@@ -77,6 +77,7 @@ CHANGED: dict[tuple[str, str], dict[str, Callable[[str], str | None]]] = {
         "--tokens": lambda _: str(BATCH * STEPS),
         **dict.fromkeys(("--workers", "--address", "--parallel"), lambda _: None),
     },
+    ("train-sae", "synthetic"): {"--rows": lambda _: str(ROWS)},
     ("sae-features", "build"): {"--workers": lambda _: "0"},
     ("sae-pipeline", "run"): {"--workers": lambda _: "0", "--set": lambda _: None},
     ("sae-pipeline", "demo"): {"--tokens": lambda _: str(ROWS)},
@@ -87,6 +88,7 @@ ADDED: dict[tuple[str, str], dict[str, str]] = {
     ("harvest", "plan"): HARVEST_SIZES,
     ("harvest", "run"): HARVEST_SIZES | {"--workers": "0"},
     ("train-sae", "run"): {"--tokens": str(BATCH * STEPS), "--batch-rows": str(BATCH)},
+    ("train-sae", "synthetic"): {"--rows": str(ROWS)},
     ("sae-features", "build"): {"--top": "4", "--random": "2", "--decile": "1", "--silent": "2"},
     ("sae-features", "serve"): {"--port": "0"},
     ("sae-pipeline", "run"): {"--workers": "0"},
@@ -285,6 +287,11 @@ class Typist:
 
                 with contextlib.chdir(self.folder):
                     main([*rest, "--who", "ours", "--seeds", "0", "--steps", "2"])
+            case ["-m", "bench.studies.synthetic", *rest]:
+                from bench.studies.synthetic import main as study
+
+                with contextlib.chdir(self.folder):
+                    study([*rest, "--rows", str(ROWS), "--tokens", str(ROWS)])
             case _:
                 pytest.fail(f"python {shlex.join(words)}: tests/typist.py does not know it.")
 

@@ -12,6 +12,8 @@ prediction of another site, so a transcoder has no PCA and no channels beside it
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -45,16 +47,19 @@ def baselines(store: ActivationStore, sae: SAE, l0: float, seed: int = 0) -> dic
     """
     config, k = sae.config, max(1, round(l0))
     generator = torch.Generator().manual_seed(seed)
-    mean, axes = _training_rows(store, sae)
+    rows = _TrainingRows.of(store, config)
+    unscaled = {"normalization": "none", "input_scale": 1.0, "output_scale": 1.0}
+    as_they_are = SAEConfig.model_validate(config.model_dump() | unscaled)
     found = {
         RANDOM: _random(sae, k, generator),
         SHUFFLED: _shuffled(sae, generator),
-        MEAN: _both_directions(config, torch.zeros(1, config.width_out), mean, 1),
+        MEAN: _both_directions(as_they_are, torch.zeros(1, config.width_out), rows.mean, 1),
     }
     found[MEAN].b_enc[:] = NEVER
     if not config.is_transcoder:
-        found[PCA] = _both_directions(config, axes, mean, k)
-        found[CHANNELS] = _both_directions(config, torch.eye(config.d_in), mean, k)
+        found[PCA] = _both_directions(config, rows.axes, rows.normalised_mean, k)
+        channels = torch.eye(config.d_in)
+        found[CHANNELS] = _both_directions(config, channels, rows.normalised_mean, k)
     return {name: baseline.to(sae.device) for name, baseline in found.items()}
 
 
@@ -100,30 +105,40 @@ def _topk(config: SAEConfig, n_latents: int, k: int) -> SAEConfig:
     return SAEConfig.model_validate(config.model_dump() | changed)
 
 
-def _training_rows(store: ActivationStore, sae: SAE) -> tuple[Tensor, Tensor]:
-    """Return the mean of training rows, float32 [d_out], and their principal axes [d_out, d_out].
+@dataclass(frozen=True, eq=False)
+class _TrainingRows:
+    """Sums over training rows, as baselines need them."""
 
-    Both are in the units of the SAE's output, before `restore`. The axes are rows.
-    """
-    config = sae.config
-    n, total, products = 0, np.zeros(config.width_out), np.zeros((config.width_out,) * 2)
-    for _, _, wanted in batches(store, config, _first_training_rows(store, config)):
-        rows = (
-            normalise_target(wanted, config) if config.is_transcoder else normalise(wanted, config)
-        )
-        x = rows.double().numpy()
-        n += len(x)
-        total += x.sum(0)
-        products += x.T @ x
-    if n == 0:
-        raise InputError(
-            f"{store.place} holds no row that the SAE was trained on, so there is no mean and no "
-            "principal axis to compare with; evaluate on the store that it was trained on."
-        )
-    mean = total / n
-    _, axes = np.linalg.eigh(products / n - np.outer(mean, mean))
-    ordered = np.ascontiguousarray(axes.T[::-1])
-    return torch.from_numpy(mean).float(), torch.from_numpy(ordered).float()
+    mean: Tensor
+    """Mean of the rows that the SAE should return, float32 [d_out]."""
+
+    normalised_mean: Tensor
+    """Mean of normalised rows, float32 [d_out]."""
+
+    axes: Tensor
+    """Principal axes of normalised rows, by decreasing variance, float32 [d_out, d_out]."""
+
+    @classmethod
+    def of(cls, store: ActivationStore, config: SAEConfig) -> _TrainingRows:
+        """Read the first training rows. Raise `InputError` if there are none."""
+        width = config.width_out
+        n, total, raw, products = 0, np.zeros(width), np.zeros(width), np.zeros((width, width))
+        for _, _, wanted in batches(store, config, _first_training_rows(store, config)):
+            unit = normalise_target if config.is_transcoder else normalise
+            x = unit(wanted, config).double().numpy()
+            n += len(x)
+            total += x.sum(0)
+            raw += wanted.double().numpy().sum(0)
+            products += x.T @ x
+        if n == 0:
+            raise InputError(
+                f"{store.place} holds no row that the SAE was trained on, so there is no mean and "
+                "no principal axis to compare with; evaluate on the store that it was trained on."
+            )
+        mean = total / n
+        _, axes = np.linalg.eigh(products / n - np.outer(mean, mean))
+        ordered = np.ascontiguousarray(axes.T[::-1])
+        return cls(*(torch.from_numpy(array).float() for array in (raw / n, mean, ordered)))
 
 
 def _first_training_rows(store: ActivationStore, config: SAEConfig) -> npt.NDArray[np.int64]:

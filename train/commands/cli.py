@@ -21,6 +21,7 @@ from sae_harvest.train.commands.formats import add_format_commands
 from sae_harvest.train.commands.plan import plan
 from sae_harvest.train.commands.scaling import scaling
 from sae_harvest.train.commands.summary import number, summary
+from sae_harvest.train.commands.synthetic import synthetic
 from sae_harvest.train.config import TrainConfig
 from sae_harvest.train.options import DEFAULTS, Places, RunSettings
 from sae_harvest.train.run.exit_codes import (
@@ -179,6 +180,7 @@ STATUS_METRICS = {"fvu": ".4f", "l0": ".1f", "dead_share": ".1%"}
 add_format_commands(main)
 main.add_command(plan)
 main.add_command(scaling)
+main.add_command(synthetic)
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,1 @@
+"""Dictionaries judged by the true features of a synthetic store."""
