@@ -25,9 +25,9 @@ class AblationConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    n_rows: Count = Field(48, ge=1, description="rows drawn from held-out documents")
+    n_rows: Count = Field(32, ge=1, description="rows drawn from held-out documents")
     n_latents: Count = Field(
-        8, ge=1, description="latents ablated on each row, drawn from those that fire there"
+        4, ge=1, description="latents ablated on each row, drawn from those that fire there"
     )
     n_tokens: Count = Field(
         16, ge=1, description="tokens whose logits are compared: the row's and those after it"

@@ -84,7 +84,7 @@ def ablation_effects(
         dictionaries: the trained SAE as `SAE`, and baselines of the same site, such as `channels`,
             by name. All are judged on the same rows.
         out: folder to write.
-        config: the sample; 48 rows with 8 latents each, and 16 tokens, by default.
+        config: the sample; 32 rows with 4 latents each, and 16 tokens, by default.
         progress: called with rows done and rows in all.
 
     Returns:
@@ -198,7 +198,7 @@ class _Ablations:
         """Return the columns of an effect; ids beyond the tokenizer's have no text."""
         texts = {
             f"{end}_texts": [
-                self._texts.one(token) if token < len(self._texts) else None for token in ids
+                self._texts.one(token) if token < len(self._texts.table) else None for token in ids
             ]
             for end, ids in (("up", effect.up_ids), ("down", effect.down_ids))
         }
