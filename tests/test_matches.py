@@ -45,7 +45,7 @@ def made_up(seed: int = 0, n: int = 24, m: int = 30) -> tuple[np.ndarray, np.nda
 def test_a_permuted_dictionary_is_the_same():
     a, _ = made_up()
     order = np.random.default_rng(1).permutation(a.shape[1])
-    joint, of_a, of_b, pairs = compared(a, a[:, order])
+    joint, *_, pairs = compared(a, a[:, order])
     found = listed(pairs)
     enough = np.flatnonzero((a > 0).sum(0) >= 10)
     assert len(enough) > 15
@@ -138,7 +138,7 @@ def test_the_made_up_cases_have_every_class():
 
 def test_counts_are_those_of_dense_matrices():
     a, b = made_up()
-    joint, of_a, of_b, pairs = compared(a, b)
+    joint, of_a, of_b, _ = compared(a, b)
     x, y = (m > 0 for m in (a, b))
     both = x.T.astype(int) @ y
     assert joint.n_rows == N

@@ -24,6 +24,7 @@ from sae_harvest.pipelines.evaluate.matching.classes import (
     BORN,
     CHILD_A,
     CHILD_B,
+    CHILDREN,
     CLASSES,
     DIED,
     NONE,
@@ -131,9 +132,11 @@ def _table(
     ids = _tokens(store, begin, window)
     text, ends = texts.windows(ids)
     columns = {
+        "pair": rows.pair,
         "latent_a": _nullable(latents["a"]),
         "latent_b": _nullable(latents["b"]),
         "class": pa.array(CLASSES).take(pa.array(pairs.kind[rows.pair])),
+        "child": pa.array(CHILDREN, pa.string()).take(pa.array(pairs.child[rows.pair])),
         "kind": pa.array(KINDS).take(pa.array(rows.kind)),
         "rank": rows.rank.astype(np.int16),
         "row": rows.row,
