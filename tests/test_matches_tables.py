@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import duckdb
@@ -26,6 +27,8 @@ from sae_harvest.train.sae.sae import SAE
 from tests.dictionaries import SITE
 from tests.feature_cases import refusal
 from tests.match_cases import slow
+
+pytest_plugins = ("tests.viewer_fixtures",)
 
 FEW = FeatureConfig(
     n_top=1, n_decile=0, n_random=0, n_inactive=0, n_hard=0, window_tokens=4, n_neighbours=1,
@@ -185,3 +188,97 @@ def test_other_rows_are_refused_in_a_sentence(folders, other, tmp_path, monkeypa
     with pytest.raises(RunError, match="no feature tables"):
         diff(folders[2], tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_server_shows_classes_pairs_and_contexts(folders, other, compared):
+    pytest.importorskip("uvicorn", reason="the viewer's server is an extra: .[viewer]")
+    from sae_harvest.pipelines.viewer.server import open_viewer
+    from tests.viewer_cases import served
+
+    out, found = compared
+    pairs = pq.read_table(out / "matches.parquet").to_pylist()
+    with served(open_viewer(folders[2], other, matches=out)) as client:
+        about = client.ask("/api/start").json["matches"]
+        assert about["rows"] == found.record["rows"]
+        assert {c["name"]: c["pairs"] for c in about["classes"]} == found.pairs
+        got = []
+        for offset in range(0, found.pairs["same"], about["page"]):
+            got += client.ask(f"/api/matches?class=same&offset={offset}").json["rows"]
+        expected = [p for p in pairs if p["class"] == "same"]
+        assert {(r["latent_a"], r["latent_b"]) for r in got} == {
+            (p["latent_a"], p["latent_b"]) for p in expected
+        }
+        assert [r["jaccard"] for r in got] == sorted((r["jaccard"] for r in got), reverse=True)
+        some = [context for row in got for context in row["contexts"]]
+        for context in some:
+            assert context["stratum"] == ("A only" if context["fires"] == "a" else "B only")
+            assert dict(map(tuple, context["heat"]))[context["place"]] == context["activation"]
+        assert some
+        died = client.ask("/api/matches?class=died").json["rows"]
+        assert [r["a_only"] for r in died] == sorted((r["a_only"] for r in died), reverse=True)
+        assert client.ask("/api/matches?class=odd").status == 400
+        assert client.ask("/api/matches?class=same&offset=-1").status == 400
+    with served(open_viewer(folders[2], other)) as client:
+        assert client.ask("/api/start").json["matches"] is None
+        assert "--matches" in client.ask("/api/matches?class=same").json["error"]
+    with pytest.raises(RunError, match=r"matches of other tables than .* \(another sae_digest\)"):
+        open_viewer(other, folders[2], matches=out)
+    with pytest.raises(InputError, match="give the tables of the second with --compare"):
+        open_viewer(folders[2], matches=out)
+    with pytest.raises(RunError, match=r"holds no matches \(no matches.json there\)"):
+        open_viewer(folders[2], other, matches=folders[2])
+
+
+def test_damaged_matches_are_refused_in_a_sentence(folders, other, compared, tmp_path):
+    from sae_harvest.pipelines.viewer.matches import Matches
+    from sae_harvest.pipelines.viewer.tables import Tables
+
+    out, _ = compared
+    tables = Tables(folders[2]), Tables(other)
+    for name in ("matches.parquet", "disagreements.parquet"):
+        copy = tmp_path / name
+        shutil.copytree(out, copy)
+        (copy / name).write_bytes(b"PAR1")
+        with pytest.raises(RunError, match=rf"{name} is missing or damaged"):
+            Matches(copy, *tables)
+    copy = tmp_path / "format"
+    shutil.copytree(out, copy)
+    (copy / "matches.json").write_text('{"matches": "9"}')
+    with pytest.raises(RunError, match="holds matches of format 9, this version reads 1"):
+        Matches(copy, *tables)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["server", "site"])
+def test_the_compare_page_shows_what_became_of_the_latents(
+    page, folders, other, compared, tmp_path, kind
+):
+    from sae_harvest.pipelines.viewer.server import open_viewer
+    from sae_harvest.pipelines.viewer.site import write_site
+    from tests.viewer_cases import served
+
+    out, found = compared
+    if kind == "site":
+        write_site(folders[2], other, tmp_path / "out", matches=out)
+        walk_matches(page, f"file://{tmp_path}/out/index.html", found)
+    else:
+        with served(open_viewer(folders[2], other, matches=out)) as client:
+            walk_matches(page, f"http://127.0.0.1:{client.port}/", found)
+
+
+def walk_matches(page, base, found):
+    from tests.viewer_cases import go
+
+    go(page, base, "compare")
+    page.wait_for_selector(".pair")
+    assert page.locator(".pair").count() == min(20, found.pairs["same"])
+    page.get_by_role("button", name="died").click()
+    page.wait_for_selector(f".pager:has-text('of {found.pairs['died']} pairs')")
+    assert page.locator(".disagreement .kind").first.inner_text() == "A only"
+    page.get_by_role("button", name="same").click()
+    page.wait_for_selector(f".pager:has-text('of {found.pairs['same']} pairs')")
+    page.get_by_role("button", name="next →").first.click()
+    page.wait_for_selector(f".pager:has-text('21–{found.pairs['same']}')")
+    page.locator(".pair a.latent").nth(1).click()
+    page.wait_for_selector("h1:has-text('Latent')")
+    assert "#/b/latent/" in page.url

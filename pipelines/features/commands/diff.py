@@ -50,8 +50,8 @@ def diff(
     tokens. The classes are same, split, merged, absorbed, died and born; docs/diff.md defines them.
 
     \b
-    sae-features diff runs/a/features runs/b/features --out runs/a-b
-    sae-features serve --features runs/a/features --compare runs/b/features --matches runs/a-b
+    sae-features build --store runs/demo/store --sae runs/demo/wide --out runs/demo/wide-features
+    sae-features diff runs/demo/features runs/demo/wide-features --out runs/demo/diff
     """
     from sae_harvest.pipelines.evaluate.matching.diff import diff as compare
     from sae_harvest.pipelines.evaluate.matching.diff import summary
