@@ -81,7 +81,7 @@ def test_all_rows_that_both_rules_read_are_counted(folders, other, compared):
         two = -1 if row["class"] == "died" else row["latent_b"]
         got.add((one, two, row["class"], row["child"]))
         x, y = a[:, row["latent_a"]] > 0, b[:, row["latent_b"]] > 0
-        assert (row["both"], row["a_only"], row["b_only"]) == (
+        assert (row["both_fire"], row["a_only"], row["b_only"]) == (
             (x & y).sum(), (x & ~y).sum(), (y & ~x).sum()
         )  # fmt: skip
         assert row["jaccard"] == pytest.approx((x & y).sum() / (x | y).sum())

@@ -40,8 +40,9 @@ ORDER = {
     "born": ("-b_only",),
 }
 SHOWN = (
-    "latent_a", "latent_b", "both", "a_only", "b_only", "jaccard", "decoder_cosine", "gain",
+    "latent_a", "latent_b", "both_fire", "a_only", "b_only", "jaccard", "decoder_cosine", "gain",
     "set_coverage", "set_precision", "child", "parent", "parent_silent",
+    "parent_cosine",
 )  # fmt: skip
 
 

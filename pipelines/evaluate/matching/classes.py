@@ -89,10 +89,10 @@ def classed(joint: Joint, of_a: Sets, of_b: Sets) -> Pairs:
     m = len(joint.n_b)
     alike = joint.a[same] * m + joint.b[same]
     parts = [_pairs(SAME, NO_CHILD, joint.a[same], joint.b[same], joint.both[same])]
-    split, absorbed = _families(of_a, joint.n_a, joint.n_rows)
+    split, absorbed = _families(of_a, joint, joint.n_a)
     absorbed &= ~np.isin(of_a.owner * m + of_a.member, alike)
     parts += _of_sets(of_a, split, absorbed, SPLIT, CHILD_B)
-    merged, absorbed = _families(of_b, joint.n_b, joint.n_rows)
+    merged, absorbed = _families(of_b, joint, joint.n_b)
     absorbed &= ~np.isin(of_b.member * m + of_b.owner, alike)
     parts += [_swapped(part) for part in _of_sets(of_b, merged, absorbed, MERGED, CHILD_A)]
     known = np.zeros(len(joint.n_a), np.bool_), np.zeros(len(joint.n_b), np.bool_)
@@ -124,12 +124,12 @@ def fates(joint: Joint, pairs: Pairs) -> Fates:
 
 
 def _families(
-    sets: Sets, fired: Ints, n_rows: int
+    sets: Sets, joint: Joint, fired: Ints
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """Return which members belong to a set that explains its latent, and which are absorbing."""
     owner = sets.owner
     alone = sets.main == NONE
-    explained = (alone & sets.explains(fired, n_rows))[owner]
+    explained = (alone & sets.explains(joint, fired))[owner]
     both_half = 2 * sets.without_main >= sets.both
     return explained, ~alone[owner] & both_half
 

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
+
 from sae_harvest.common.errors import InputError
 from sae_harvest.harvest.model.models import (
     load_tokenizer,
@@ -20,7 +23,7 @@ from sae_harvest.pipelines.evaluate.matching.disagreement import (
     disagreement_tables,
     disagreements,
 )
-from sae_harvest.pipelines.evaluate.matching.joint import MIN_FIRINGS, joint_counts
+from sae_harvest.pipelines.evaluate.matching.joint import MIN_FIRINGS, OVERLAP, joint_counts
 from sae_harvest.pipelines.evaluate.matching.sets import set_counts
 from sae_harvest.pipelines.evaluate.matching.spans import Spans
 from sae_harvest.pipelines.exports.files import new_folder
@@ -44,13 +47,17 @@ class Diff:
     """Number of pairs of each class."""
 
     absorbing: int
-    """Number of latents, of both dictionaries, whose counterpart has rows absorbed by others."""
+    """Number of latents, of both dictionaries, that are silent where a narrower one fires."""
+
+    cosine: float | None
+    """Median cosine of the decoder rows of `same` pairs; None if it is not known."""
 
 
 def diff(
     features_a: Path,
     features_b: Path,
     out: Path,
+    overlap: float = OVERLAP,
     moved: Locations = NOTHING_MOVED,
     on_progress: OnProgress = lambda phase, done, total: None,
 ) -> Diff:
@@ -62,6 +69,7 @@ def diff(
         features_a, features_b: folders of feature tables, made from one store or from stores of the
             same tokens.
         out: new folder.
+        overlap: share of a latent's rows that counts as most of them, above 0, at most 1.
         moved: new places of SAEs, stores and models, if they have moved.
         on_progress: called with the phase, the amount done and the amount in all.
 
@@ -74,11 +82,12 @@ def diff(
     texts = texts_of(a.store, moved)
     spans = Spans(rows)
     with new_folder(out) as folder:
-        joint = joint_counts(spans, lambda *n: on_progress("counting joint firings", *n))
+        joint = joint_counts(spans, overlap, lambda *n: on_progress("counting joint firings", *n))
         of_a, of_b = set_counts(spans, joint, lambda *n: on_progress("counting sets", *n))
         pairs = classed(joint, of_a, of_b)
         with TableWriter(folder / f"{table.MATCHES}.parquet") as writer:
-            writer.add(table.matches_table(joint, of_a, of_b, pairs, a, b))
+            matches = table.matches_table(joint, of_a, of_b, pairs, a, b)
+            writer.add(matches)
         found = disagreements(spans, pairs)
         done = 0
         with TableWriter(folder / f"{table.DISAGREEMENTS}.parquet") as writer:
@@ -91,7 +100,13 @@ def diff(
     names = [table.CLASSES[kind] for kind in pairs.kind.tolist()]
     absorbed = pairs.kind == ABSORBED
     parents = set(zip(pairs.child[absorbed].tolist(), pairs.parent[absorbed].tolist(), strict=True))
-    return Diff(record, {name: names.count(name) for name in table.CLASSES}, len(parents))
+    same = matches.filter(pc.equal(matches["class"], "same"))["decoder_cosine"].drop_null()
+    return Diff(
+        record,
+        {name: names.count(name) for name in table.CLASSES},
+        len(parents),
+        float(np.median(same.to_numpy())) if len(same) else None,
+    )
 
 
 def texts_of(store: ActivationStore, moved: Locations) -> TokenTexts:
@@ -128,8 +143,13 @@ def summary(found: Diff) -> list[str]:
         lines.append(f"{name:10}{counts}  {sentence.format(pairs=pairs.get(name, 0))}")
     lines += [
         "",
-        "A latent is counted once, in the first of these that it belongs to.",
+        "A latent is counted once, in the first of these that it belongs to. Most rows are at "
+        f"least {record['overlap']:.0%} of them.",
     ]
+    if found.cosine is not None:
+        lines.append(
+            f"The decoder rows of `same` pairs have a median cosine of {found.cosine:.2f}."
+        )
     if found.absorbing:
         lines.append(
             f"{found.absorbing:,} latents with a partner are silent on rows where a narrower "

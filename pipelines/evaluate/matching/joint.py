@@ -8,7 +8,7 @@ all common rows,
 
 A latent that fires on half of all rows covers half of every latent by chance. So a share s of rows
 on which a latent of density d fires counts as (s - d) / (1 - d), which is 0 by chance and 1 if all
-are covered; for sparse latents it is s itself. "Mostly" means at least one half of it.
+are covered; for sparse latents it is s itself. "Mostly" means at least `overlap` of it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sae_harvest.pipelines.evaluate.matching import kernels
 from sae_harvest.pipelines.evaluate.matching.spans import Spans
 from sae_harvest.pipelines.features.counting.cofiring import transposed
 
-MOSTLY = 0.5
+OVERLAP = 0.5
 MIN_FIRINGS = 10  # a latent that fires on fewer common rows is too rare to be compared
 TILE = 1 << 25  # counts of a tile, 8 bytes each
 LINES = 256  # lines of a tile that are looked at together
@@ -34,6 +34,9 @@ Ints = npt.NDArray[np.int64]
 @dataclass(frozen=True, eq=False)
 class Joint:
     """Joint firing counts of two dictionaries on their common rows."""
+
+    overlap: float
+    """Share of rows that counts as most of them."""
 
     n_rows: int
     """Common rows."""
@@ -69,15 +72,21 @@ class Joint:
     @property
     def a_in_b(self) -> npt.NDArray[np.bool_]:
         """Pairs whose latent of A fires mostly where that of B does."""
-        return mostly(self.both, self.n_a[self.a], self.n_b[self.b], self.n_rows)
+        return self.mostly(self.both, self.n_a[self.a], self.n_b[self.b])
 
     @property
     def b_in_a(self) -> npt.NDArray[np.bool_]:
         """Pairs whose latent of B fires mostly where that of A does."""
-        return mostly(self.both, self.n_b[self.b], self.n_a[self.a], self.n_rows)
+        return self.mostly(self.both, self.n_b[self.b], self.n_a[self.a])
+
+    def mostly(self, both: Ints, fired: Ints, other: Ints) -> npt.NDArray[np.bool_]:
+        """Return whether latents fire mostly where others do; see the function `mostly`."""
+        return mostly(both, fired, other, self.n_rows, self.overlap)
 
 
-def mostly(both: Ints, fired: Ints, other: Ints, n_rows: int) -> npt.NDArray[np.bool_]:
+def mostly(
+    both: Ints, fired: Ints, other: Ints, n_rows: int, overlap: float
+) -> npt.NDArray[np.bool_]:
     """Return whether a latent fires mostly where another does, beyond chance.
 
     Args:
@@ -85,14 +94,17 @@ def mostly(both: Ints, fired: Ints, other: Ints, n_rows: int) -> npt.NDArray[np.
         fired: rows on which the latent fires.
         other: rows on which the other one fires.
         n_rows: all rows.
+        overlap: share of rows that counts as most of them, above 0, at most 1.
     """
     density = other / max(n_rows, 1)
-    needed = fired * (density + MOSTLY * (1 - density))
+    needed = fired * (density + overlap * (1 - density))
     return (both >= needed) & (fired >= MIN_FIRINGS) & (other >= MIN_FIRINGS)
 
 
 def joint_counts(
-    spans: Spans, progress: Callable[[int, int], None] = lambda done, total: None
+    spans: Spans,
+    overlap: float = OVERLAP,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Joint:
     """Count joint firings of all pairs, exact over all common rows.
 
@@ -101,6 +113,7 @@ def joint_counts(
 
     Args:
         spans: the firings.
+        overlap: share of rows that counts as most of them.
         progress: called with latents of A done and all.
     """
     n, m = spans.rows.a.n_latents, spans.rows.b.n_latents
@@ -121,7 +134,7 @@ def joint_counts(
         for low in range(0, len(counts), LINES):
             some = counts[low : low + LINES]
             own = np.arange(first + low, first + low + len(some))
-            pairs.append(_linked(some, own, n_a, n_b, n_rows))
+            pairs.append(_linked(some, own, n_a, n_b, n_rows, overlap))
             either = n_a[own, None] + n_b - some
             jaccard = some / np.maximum(either, 1)
             best_b.offer(own, jaccard.argmax(1), jaccard.max(1), some)
@@ -129,15 +142,28 @@ def joint_counts(
         progress(first + len(counts), n)
     a, b, both = (np.concatenate(column) for column in zip(*pairs, strict=True))
     return Joint(
-        n_rows, n_a, n_b, a, b, both, best_b.latent, best_a.latent, best_b.both, best_a.both
+        overlap,
+        n_rows,
+        n_a,
+        n_b,
+        a,
+        b,
+        both,
+        best_b.latent,
+        best_a.latent,
+        best_b.both,
+        best_a.both,
     )
 
 
-def _linked(counts: Ints, own: Ints, n_a: Ints, n_b: Ints, n_rows: int) -> tuple[Ints, Ints, Ints]:
+def _linked(
+    counts: Ints, own: Ints, n_a: Ints, n_b: Ints, n_rows: int, overlap: float
+) -> tuple[Ints, Ints, Ints]:
     """Return the linked pairs of some lines of counts: latents of A, of B, joint firings."""
     line, b = np.nonzero(counts)
     both, a = counts[line, b], own[line]
-    linked = mostly(both, n_a[a], n_b[b], n_rows) | mostly(both, n_b[b], n_a[a], n_rows)
+    linked = mostly(both, n_a[a], n_b[b], n_rows, overlap)
+    linked |= mostly(both, n_b[b], n_a[a], n_rows, overlap)
     return a[linked], b[linked], both[linked]
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from numba import get_num_threads
 
 from sae_harvest.pipelines.evaluate.matching import kernels
-from sae_harvest.pipelines.evaluate.matching.joint import Ints, Joint, mostly
+from sae_harvest.pipelines.evaluate.matching.joint import Ints, Joint
 from sae_harvest.pipelines.evaluate.matching.spans import Spans
 
 
@@ -63,15 +63,15 @@ class Sets:
         """[n], rows on which a member fires."""
         return self.covered + self.outside
 
-    def explains(self, fired: Ints, n_rows: int) -> npt.NDArray[np.bool_]:
+    def explains(self, joint: Joint, fired: Ints) -> npt.NDArray[np.bool_]:
         """Return whether each latent's set fires mostly where it does, and the other way round.
 
         Args:
+            joint: joint firing counts of the same firings.
             fired: rows on which each latent fires [n].
-            n_rows: all rows.
         """
         covered, union = self.covered, self.union
-        return mostly(covered, fired, union, n_rows) & mostly(covered, union, fired, n_rows)
+        return joint.mostly(covered, fired, union) & joint.mostly(covered, union, fired)
 
 
 def set_counts(

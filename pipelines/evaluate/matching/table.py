@@ -16,6 +16,9 @@ import pyarrow as pa
 
 from sae_harvest.common.errors import RunError
 from sae_harvest.pipelines.evaluate.matching.classes import (
+    ABSORBED,
+    CHILD_A,
+    CHILD_B,
     CHILDREN,
     CLASSES,
     MERGED,
@@ -49,7 +52,7 @@ def matches_table(joint: Joint, of_a: Sets, of_b: Sets, pairs: Pairs, a: Side, b
             "latent_b": _nullable(pairs.b, pa.int32()),
             "class": pa.array(CLASSES).take(pa.array(pairs.kind)),
             "child": pa.array(CHILDREN, pa.string()).take(pa.array(pairs.child)),
-            "both": pairs.both,
+            "both_fire": pairs.both,
             "a_only": n_a - pairs.both,
             "b_only": n_b - pairs.both,
             "coverage": _share(pairs.both, n_a),
@@ -61,13 +64,19 @@ def matches_table(joint: Joint, of_a: Sets, of_b: Sets, pairs: Pairs, a: Side, b
             "set_precision": pa.array(precision, mask=np.isnan(precision)),
             "parent": _nullable(pairs.parent, pa.int32()),
             "parent_silent": _nullable(pairs.parent_silent, pa.int64()),
+            "parent_cosine": _parent_cosines(a, b, pairs),
         }
     )
 
 
 def record(joint: Joint, a: Side, b: Side, counts: dict[str, dict[str, int]]) -> dict[str, Any]:
     """Return the content of matches.json."""
-    found: dict[str, Any] = {"matches": FORMAT, "rows": joint.n_rows, "latents": counts}
+    found: dict[str, Any] = {
+        "matches": FORMAT,
+        "rows": joint.n_rows,
+        "overlap": joint.overlap,
+        "latents": counts,
+    }
     for name, side in (("a", a), ("b", b)):
         keys = ("sae", "sae_digest", "store", "store_digest", "site", "model", "n_latents")
         place = {"features": str(side.features.absolute())}
@@ -117,6 +126,17 @@ def _cosines(a: Side, b: Side, pairs: Pairs) -> pa.Array:
         for first in range(0, len(known), COSINES):
             some = known[first : first + COSINES]
             found[some] = np.einsum("pd,pd->p", mine[pairs.a[some]], other[pairs.b[some]])
+    return pa.array(found, mask=np.isnan(found))
+
+
+def _parent_cosines(a: Side, b: Side, pairs: Pairs) -> pa.Array:
+    """Return cosines of the decoder rows of child and parent, float32 [pairs]; null without."""
+    found = np.full(len(pairs), np.nan, np.float32)
+    for side, number, latents in ((a, CHILD_A, pairs.a), (b, CHILD_B, pairs.b)):
+        here = (pairs.kind == ABSORBED) & (pairs.child == number)
+        if side.sae is not None:
+            unit = _unit(side.sae.W_dec.numpy())
+            found[here] = np.einsum("pd,pd->p", unit[latents[here]], unit[pairs.parent[here]])
     return pa.array(found, mask=np.isnan(found))
 
 

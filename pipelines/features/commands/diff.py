@@ -16,6 +16,13 @@ from sae_harvest.common.paths import shown
 @click.argument("b", type=PathOption())
 @click.option("--out", type=PathOption(), required=True, help="New folder to write.")
 @click.option(
+    "--overlap",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.5,
+    show_default=True,
+    help="Share of a latent's rows that counts as most of them.",
+)
+@click.option(
     "--sae",
     "saes",
     type=PathOption(),
@@ -40,6 +47,7 @@ def diff(
     a: Path,
     b: Path,
     out: Path,
+    overlap: float,
     saes: tuple[Path, ...],
     stores: tuple[str, ...],
     models: tuple[str, ...],
@@ -59,7 +67,7 @@ def diff(
 
     nothing = f"Nothing was written into {out}; run the same command again."
     with when_interrupted(nothing), Progress() as progress:
-        found = compare(a, b, out, Locations(saes, stores, models), progress)
+        found = compare(a, b, out, overlap, Locations(saes, stores, models), progress)
     for line in summary(found):
         output().print(line, soft_wrap=True)
     output().print(f"{shown(out)}: matches.parquet, disagreements.parquet.", soft_wrap=True)

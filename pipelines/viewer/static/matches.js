@@ -45,14 +45,15 @@
         latent === null ? "none" : [SAE.latentLink(latent, sae), " ",
           label ? SAE.tokens(label.tokens, 4) : null]);
       const facts = [
-        `${SAE.whole(row.both)} rows together`,
+        `${SAE.whole(row.both_fire)} rows together`,
         `${SAE.whole(row.a_only)} A only`, `${SAE.whole(row.b_only)} B only`,
         row.decoder_cosine === null ? null : `cosine ${SAE.fixed(row.decoder_cosine)}`,
         row.gain === null ? null : `adds ${SAE.whole(row.gain)} rows to its set, which covers ` +
           `${SAE.percent(row.set_coverage)} with precision ${SAE.percent(row.set_precision)}`,
         row.parent === null ? null : [`its parent ${row.child} `,
           SAE.latentLink(row.parent, row.child.toLowerCase()),
-          ` is silent on ${SAE.whole(row.parent_silent)} of the rows together`],
+          ` is silent on ${SAE.whole(row.parent_silent)} of the rows together`,
+          row.parent_cosine === null ? "" : ` (cosine ${SAE.fixed(row.parent_cosine)})`],
       ];
       const label = { a: row.ours, b: row.theirs };
       return h("section.card.pair", null,
