@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sae_harvest.pipelines.evaluate.matching.classes import CHILDREN, CLASSES, Pairs, classed
-from sae_harvest.pipelines.evaluate.matching.joint import Joint, joint_counts
+from sae_harvest.pipelines.evaluate.matching.joint import OVERLAP, Joint, joint_counts
 from sae_harvest.pipelines.evaluate.matching.sets import Sets, set_counts
 from sae_harvest.pipelines.evaluate.matching.spans import Span
 from sae_harvest.pipelines.features.encoding.firings import Firings
@@ -42,11 +42,11 @@ def firings_of(dense: np.ndarray, first: int = 0) -> Firings:
 
 
 def compared(
-    a: np.ndarray, b: np.ndarray, each: int | None = None
+    a: np.ndarray, b: np.ndarray, each: int | None = None, overlap: float = OVERLAP
 ) -> tuple[Joint, Sets, Sets, Pairs]:
     """Compare dense activations, in spans of so many rows."""
     spans: Any = HandSpans(np.asarray(a, float), np.asarray(b, float), each)
-    joint = joint_counts(spans)
+    joint = joint_counts(spans, overlap)
     of_a, of_b = set_counts(spans, joint)
     return joint, of_a, of_b, classed(joint, of_a, of_b)
 

@@ -22,13 +22,10 @@ from sae_harvest.pipelines.evaluate.ablation.changes import (
     ablation,
 )
 from sae_harvest.pipelines.evaluate.ablation.effects import centred, effect_of
+from sae_harvest.pipelines.evaluate.ablation.figures import RANDOM_DIRECTION, ablation_figures
 from sae_harvest.pipelines.evaluate.ablation.passes import changed_logits
 from sae_harvest.pipelines.evaluate.ablation.sample import AblationConfig, drawn_rows
-from sae_harvest.pipelines.evaluate.ablation.sparsity import (
-    RANDOM_DIRECTION,
-    ablation_effects,
-    ablation_figures,
-)
+from sae_harvest.pipelines.evaluate.ablation.sparsity import ablation_effects
 from sae_harvest.pipelines.evaluate.downstream import heldout_contexts
 from sae_harvest.pipelines.evaluate.intervals import clusters_of
 from sae_harvest.pipelines.evaluate.splicing import located_sites
@@ -312,11 +309,28 @@ def test_sparsity_is_a_group_by_over_the_table(store, effects, tmp_path):
     ).fetchall()
     figures = [f for f in ablation_figures(effects, store) if f.metric == "ablation_sparsity"]
     assert len(found) == 6
+    figures.sort(key=lambda figure: (figure.subject, figure.part))
     for row, figure in zip(found, figures, strict=True):
         assert row[:2] == (figure.subject, figure.part)
         assert row[2] == pytest.approx(figure.value, rel=1e-12)
         assert row[3] == figure.count
         assert 0 < figure.low < figure.value < figure.high <= 1
+
+
+def test_the_difference_from_random_directions_is_taken_pair_by_pair(store, effects):
+    rows = {(r["subject"], r["operation"], r["latent"], r["row"]): r for r in effects.to_pylist()}
+    for figure in ablation_figures(effects, store):
+        if figure.metric != "ablation_sparsity_difference":
+            continue
+        differences = []
+        for (subject, operation, *where), row in rows.items():
+            if (subject, operation) == ("SAE", figure.part):
+                other = rows[RANDOM_DIRECTION, operation, *where]
+                mine, theirs = ((r["l1"] / r["l2"]) ** 2 for r in (row, other))
+                differences.append((mine - theirs) / (row["vocabulary"] * row["tokens"]))
+        assert figure.value == pytest.approx(np.mean(differences))
+        assert figure.count == len(differences) == 10
+        assert figure.low < figure.value < figure.high
 
 
 def test_intervals_draw_documents(store, effects):

@@ -209,6 +209,14 @@ def strongest(values: np.ndarray) -> list[int]:
     return found[:2]
 
 
+def test_a_smaller_overlap_finds_weaker_matches():
+    a, b = fires(N, range(100)), fires(N, range(40))
+    *_, pairs = compared(a, b)
+    assert {name for *_, name, _ in listed(pairs)} == {"died", "born"}
+    *_, pairs = compared(a, b, overlap=0.37)
+    assert listed(pairs) == {(0, 0, "same", None)}
+
+
 def test_a_latent_that_never_fires_is_counted_as_dead():
     a = fires(N, range(100), [])
     joint, of_a, of_b, pairs = compared(a, a)

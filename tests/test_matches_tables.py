@@ -98,6 +98,13 @@ def test_cosines_are_those_of_decoder_rows(folders, other, compared):
         one, two = mine[row["latent_a"]], theirs[row["latent_b"]]
         expected = torch.nn.functional.cosine_similarity(one, two, dim=0).item()
         assert row["decoder_cosine"] == pytest.approx(expected, abs=1e-5)
+        if row["class"] != "absorbed":
+            assert row["parent_cosine"] is None
+            continue
+        weights, child = (mine, one) if row["child"] == "A" else (theirs, two)
+        parent = weights[row["parent"]]
+        expected = torch.nn.functional.cosine_similarity(child, parent, dim=0).item()
+        assert row["parent_cosine"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_contexts_show_both_latents_on_the_rows_where_they_disagree(folders, other, compared):

@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -35,20 +33,19 @@ from sae_harvest.pipelines.evaluate.ablation.changes import (
     random_change,
 )
 from sae_harvest.pipelines.evaluate.ablation.effects import Effect, effect_of
+from sae_harvest.pipelines.evaluate.ablation.figures import RANDOM_DIRECTION
 from sae_harvest.pipelines.evaluate.ablation.passes import changed_logits
 from sae_harvest.pipelines.evaluate.ablation.sample import (
     AblationConfig,
     drawn_latents,
     drawn_rows,
 )
-from sae_harvest.pipelines.evaluate.figures import SAE_ITSELF, Figure
-from sae_harvest.pipelines.evaluate.intervals import CLUSTERS, Floats, clusters_of, interval
+from sae_harvest.pipelines.evaluate.figures import SAE_ITSELF
 from sae_harvest.pipelines.evaluate.splicing import located_sites, replaced_rows, replaced_site
 from sae_harvest.pipelines.features.tables.texts import TokenTexts
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.train.sae.sae import SAE
 
-RANDOM_DIRECTION = "random direction"
 DOSE = 0.0  # activation that an ablated latent is held at
 
 
@@ -207,59 +204,3 @@ class _Ablations:
 
 def _on(change: Change, device: torch.device) -> Change:
     return Change(change.position.to(device), change.vector.to(device))
-
-
-def ablation_figures(effects: pa.Table, store: ActivationStore) -> Iterator[Figure]:
-    """Yield the figures of a table of effects, with intervals clustered by document.
-
-        ablation_sparsity   mean of (l1 / l2)^2 / (vocabulary tokens); smaller is sparser
-        ablation_kl         mean of kl
-        ablation_delta_ce   mean of delta_ce
-
-    The part of a figure is the operation. An ablation that moves no logit at all has no sparsity.
-    """
-    cluster = _clusters(store, effects["row"].to_numpy())
-    l1, l2 = effects["l1"].to_numpy(), effects["l2"].to_numpy()
-    size = effects["tokens"].to_numpy().astype(np.float64) * effects["vocabulary"].to_numpy()
-    sparsity = np.divide(l1, l2, out=np.full(len(l1), np.nan), where=l2 > 0) ** 2 / size
-    metrics = {
-        "ablation_sparsity": sparsity,
-        "ablation_kl": effects["kl"].to_numpy(),
-        "ablation_delta_ce": effects["delta_ce"].to_numpy(),
-    }
-    pairs = effects.select(["subject", "operation"]).group_by(["subject", "operation"])
-    for pair in (
-        pairs.aggregate([])
-        .sort_by([("subject", "ascending"), ("operation", "ascending")])
-        .to_pylist()
-    ):
-        here = np.logical_and.reduce([pc.equal(effects[k], v).to_numpy() for k, v in pair.items()])
-        for metric, values in metrics.items():
-            defined = here & np.isfinite(values)
-            sums = np.zeros((CLUSTERS, 2))
-            np.add.at(
-                sums, cluster[defined], np.stack([values[defined], np.ones(defined.sum())], 1)
-            )
-            limits = interval(sums, _mean)
-            low, high = (None, None) if limits is None else map(float, limits)
-            count = int(defined.sum())
-            value = float(values[defined].mean()) if count else None
-            yield Figure(
-                metric, pair["subject"], pair["operation"], value, low, high, count, "firings"
-            )
-
-
-def _mean(sums: Floats) -> Floats:
-    return np.divide(
-        sums[..., 0], sums[..., 1], out=np.full(sums.shape[:-1], np.nan), where=sums[..., 1] > 0
-    )
-
-
-def _clusters(store: ActivationStore, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the cluster of the document of each row."""
-    shard, inside = np.divmod(rows, store.shard_rows)
-    found = np.zeros(len(rows), np.int64)
-    for number in np.unique(shard).tolist():
-        here = shard == number
-        found[here] = clusters_of(store.row_documents(number)[1][inside[here]])
-    return found
