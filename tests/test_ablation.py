@@ -358,3 +358,15 @@ def test_what_cannot_be_sampled_is_refused_in_a_sentence(store):
     none = random_sae(store, 8, 2, RULE.model_copy(update={"heldout_fraction": 0.0}))
     with pytest.raises(InputError, match="held-out documents only"):
         drawn_rows(store, none, CONFIG)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_effects_of_the_processor(store, texts, dictionaries, effects, tmp_path):
+    resolved = resolve_model(store.plan["model"]["name"])
+    there = load_model(resolved, torch.float64, "cuda")
+    on_gpu = {name: sae.to("cuda") for name, sae in dictionaries.items()}
+    found = ablation_effects(store, there, texts, on_gpu, tmp_path, CONFIG)
+    for name in ("row", "latent"):
+        assert found[name].equals(effects[name])
+    for name in ("kl", "l1", "l2"):
+        assert np.allclose(found[name].to_numpy(), effects[name].to_numpy(), rtol=1e-3)

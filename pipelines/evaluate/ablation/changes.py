@@ -48,7 +48,8 @@ class ContextFirings:
     """Activations of a dictionary on the rows of one context."""
 
     x: Tensor
-    """float32 [context_length, d_in], the rows at the site that the dictionary reads."""
+    """float32 [context_length, d_in], the rows at the site that the dictionary reads, on its
+    device like all that follows."""
 
     indices: Tensor
     """int32 [context_length, w], active latents of each row."""
@@ -59,6 +60,7 @@ class ContextFirings:
     @classmethod
     def of(cls, sae: SAE, x: Tensor, is_read: Tensor) -> ContextFirings:
         """Encode the rows x [context_length, d_in]; none fires where `is_read` is false."""
+        x = sae.check_rows(x)
         indices, values = sae.encode(x)
         return cls(x, indices, values.masked_fill(~is_read[:, None].to(values.device), 0.0))
 

@@ -26,7 +26,7 @@ from sae_harvest.pipelines.features.counting.cofiring import transposed
 OVERLAP = 0.5
 MIN_FIRINGS = 10  # a latent that fires on fewer common rows is too rare to be compared
 TILE = 1 << 25  # counts of a tile, 8 bytes each
-LINES = 256  # lines of a tile that are looked at together
+LINES = 64  # lines of a tile that are looked at together
 
 Ints = npt.NDArray[np.int64]
 
