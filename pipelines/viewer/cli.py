@@ -19,6 +19,11 @@ compare_option = click.option(
     type=PathOption(),
     help="Folder of the tables of a second SAE of the same site, shown beside the first.",
 )
+matches_option = click.option(
+    "--matches",
+    type=PathOption(),
+    help="Folder that `sae-features diff` wrote for the SAEs of --features and --compare.",
+)
 sae_option = click.option(
     "--sae",
     "saes",
@@ -31,6 +36,7 @@ sae_option = click.option(
 @click.command()
 @features_option
 @compare_option
+@matches_option
 @sae_option
 @click.option(
     "--store",
@@ -65,6 +71,7 @@ sae_option = click.option(
 def serve(
     features: Path,
     compare: Path | None,
+    matches: Path | None,
     saes: tuple[Path, ...],
     stores: tuple[str, ...],
     models: tuple[str, ...],
@@ -90,16 +97,23 @@ def serve(
     from sae_harvest.pipelines.viewer.server import open_viewer
 
     open_model = partial(LiveModel.open, moved=Locations(saes, stores, models))
-    viewer = open_viewer(features, compare, allow_sql, device, open_model, saes)
+    viewer = open_viewer(features, compare, allow_sql, device, open_model, saes, matches)
     run_server(viewer, host, port, lambda line: click.echo(line), lambda w: click.echo(w, err=True))
 
 
 @click.command()
 @features_option
 @compare_option
+@matches_option
 @sae_option
 @click.option("--out", type=PathOption(), required=True, help="Folder to write.")
-def site(features: Path, compare: Path | None, saes: tuple[Path, ...], out: Path) -> None:
+def site(
+    features: Path,
+    compare: Path | None,
+    matches: Path | None,
+    saes: tuple[Path, ...],
+    out: Path,
+) -> None:
     """Write the pages as files that open from a disk or any web server.
 
     Live text, steering, notes and SQL need `serve`; the pages say so.
@@ -111,7 +125,7 @@ def site(features: Path, compare: Path | None, saes: tuple[Path, ...], out: Path
 
     nothing = f"Nothing was written into {out}; run the same command again."
     with when_interrupted(nothing), Progress("latents") as progress:
-        size = write_site(features, compare, out, progress, saes)
+        size = write_site(features, compare, out, progress, saes, matches)
     output().print(
         f"{shown(out)}: open {shown(out / 'index.html')} in a browser ({size.n_files:,} files, "
         f"{size.n_bytes / 1e6:,.0f} MB).",

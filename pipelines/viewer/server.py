@@ -22,6 +22,7 @@ from sae_harvest.pipelines.viewer.compare import Comparison
 from sae_harvest.pipelines.viewer.guard import BODY_SECONDS, Guard
 from sae_harvest.pipelines.viewer.latent import latent_page
 from sae_harvest.pipelines.viewer.listing import PAGE, list_latents
+from sae_harvest.pipelines.viewer.matches import Matches
 from sae_harvest.pipelines.viewer.models import BusyError, Models
 from sae_harvest.pipelines.viewer.notes import Notes
 from sae_harvest.pipelines.viewer.overview import overview
@@ -83,6 +84,9 @@ class Viewer:
     comparison: Comparison | None = None
     """Comparison of the two SAEs."""
 
+    matches: Matches | None = None
+    """Classes of their latents, from --matches."""
+
     sql: FencedSQL | None = None
     """SQL from the page; None if --allow-sql was not given."""
 
@@ -102,22 +106,28 @@ def open_viewer(
     device: str = "cpu",
     open_model: Callable[[Path, str], LiveModel] = LiveModel.open,
     saes: Sequence[Path] = (),
+    matches: Path | None = None,
 ) -> Viewer:
     """Open the tables; the model is loaded when a page first needs it.
 
     Args:
         saes: folders of the compared SAEs, if they have moved.
+        matches: folder that `sae-features diff` wrote for the two SAEs.
 
     Raises:
-        RunError: a folder holds no tables.
+        RunError: a folder holds no tables, or no matches of these two SAEs.
         InputError: the SAEs cannot be compared.
     """
     shown = ServedSAE.open(features, lambda: open_model(features, device))
-    other = comparison = None
+    other = comparison = found = None
+    if matches is not None and compare is None:
+        raise InputError("Matches are of two SAEs; give the tables of the second with --compare.")
     if compare is not None:
         other = ServedSAE.open(compare, lambda: open_model(compare, device))
         comparison = Comparison(shown.tables, other.tables, saes)
-    return Viewer(shown, other, comparison, FencedSQL(features) if allow_sql else None)
+        if matches is not None:
+            found = Matches(matches, shown.tables, other.tables)
+    return Viewer(shown, other, comparison, found, FencedSQL(features) if allow_sql else None)
 
 
 def make_app(
@@ -152,6 +162,7 @@ def make_app(
         shown = viewer.of(request)
         return shown.overview | {
             "compare": viewer.comparison.overview() if viewer.comparison else None,
+            "matches": viewer.matches.overview() if viewer.matches else None,
             "sql": viewer.sql is not None,
             "notes_path": str(shown.notes.path),
         }
@@ -210,6 +221,12 @@ def make_app(
             PAGE,
         )
 
+    def matched(request: Request, _: dict[str, Any]) -> dict[str, Any]:
+        if viewer.matches is None:
+            raise InputError("Start the server with --matches to see the classes of latents.")
+        query = request.query_params
+        return viewer.matches.page(query.get("class", ""), whole(query.get("offset"), 0, 0))
+
     def sql(_: Request, body: dict[str, Any]) -> dict[str, Any]:
         if viewer.sql is None:
             raise InputError("SQL from the page is off; start the server with --allow-sql.")
@@ -230,6 +247,7 @@ def make_app(
             Route("/api/live", api(live, "POST"), methods=["POST"]),
             Route("/api/steer", api(steer, "POST"), methods=["POST"]),
             Route("/api/compare", api(compared)),
+            Route("/api/matches", api(matched)),
             Route("/api/sql", api(sql, "POST"), methods=["POST"]),
             Mount("/static", StaticFiles(directory=STATIC)),
         ],

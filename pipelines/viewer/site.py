@@ -7,6 +7,7 @@
     OUT/data/a/tokens/7f.js          latents by token; a hash of the token gives the file
     OUT/data/a/words/7f.js           latents by word of their contexts; a hash gives the file
     OUT/data/b/…, data/compare.js    the SAE of --compare
+    OUT/data/matches/split/0.js      pairs of a class, from --matches
 
 Pages from a disk cannot fetch data, but they can load scripts. So each data file is a script that
 passes JSON to the page.
@@ -22,9 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sae_harvest.common.errors import InputError
 from sae_harvest.pipelines.exports.files import new_folder
 from sae_harvest.pipelines.viewer.compare import Comparison
 from sae_harvest.pipelines.viewer.latent import BIN, CONTEXT, NEIGHBOUR, assemble
+from sae_harvest.pipelines.viewer.matches import PAGE, Matches
 from sae_harvest.pipelines.viewer.overview import overview
 from sae_harvest.pipelines.viewer.search import FOUND, SPECIFIC
 from sae_harvest.pipelines.viewer.tables import SUMMARY, Tables
@@ -87,21 +90,30 @@ def write_site(
     out: Path,
     on_progress: OnProgress = lambda phase, done, total: None,
     saes: Sequence[Path] = (),
+    matches: Path | None = None,
 ) -> Size:
     """Export the pages of one SAE, or of two, into a new folder.
 
     Args:
         on_progress: called with the phase, latents done and the total of latents.
         saes: folders of the compared SAEs, if they have moved.
+        matches: folder that `sae-features diff` wrote for the two SAEs.
 
     Raises:
-        RunError: a folder holds no tables, or `out` is not empty.
+        RunError: a folder holds no tables, or no matches of these SAEs, or `out` is not empty.
+        InputError: `matches` without `compare`, or the SAEs cannot be compared.
     """
+    if matches is not None and compare is None:
+        raise InputError("Matches are of two SAEs; give the tables of the second with --compare.")
     with new_folder(out) as folder:
         tables = Tables(features, seconds=3600)
         other = Tables(compare, seconds=3600) if compare is not None else None
         comparison = Comparison(tables, other, saes) if other is not None else None
-        about = comparison.overview() if comparison else None
+        about = {"compare": comparison.overview() if comparison else None, "matches": None}
+        if matches is not None and other is not None:
+            found = Matches(matches, tables, other)
+            about["matches"] = found.overview()
+            _write_matches(found, folder / "data")
         shutil.copytree(STATIC, folder / "static", ignore=shutil.ignore_patterns("index.html"))
         page = (STATIC / "index.html").read_text()
         assert MODE in page
@@ -122,17 +134,17 @@ def _write_tables(
     tables: Tables,
     data: Path,
     name: str,
-    about: dict[str, Any] | None,
+    about: dict[str, Any],
     comparison: Comparison | None,
     on_progress: OnProgress,
 ) -> None:
-    start = overview(tables) | {
-        "compare": about,
+    options = {
         "sql": False,
         "explanations": False,  # the files cannot search explanations; a latent's page shows them
         "per_file": PER_FILE,
         "shares": SHARES,
     }
+    start = overview(tables) | about | options
     _write(data, f"{name}/start", start)
     summary = tables.ask(f"SELECT {', '.join(SUMMARY)}, dead, tokens FROM summary ORDER BY latent")
     columns = {key: [row[key] for row in summary] for key in (*SUMMARY, "dead", "tokens")}
@@ -147,6 +159,14 @@ def _write_tables(
         by_token[row.pop("key")].append(list(row.values()))
     _write_shares(data, f"{name}/tokens", by_token)
     _write_shares(data, f"{name}/words", _words(tables, on_progress))
+
+
+def _write_matches(matches: Matches, data: Path) -> None:
+    """Write the pairs of each class, a page to a file."""
+    for kind in matches.overview()["classes"]:
+        for offset in range(0, max(1, kind["pairs"]), PAGE):
+            page = matches.page(kind["name"], offset)
+            _write(data, f"matches/{kind['name']}/{offset // PAGE}", page)
 
 
 def _pages(

@@ -1,4 +1,4 @@
-"""The `sae-features` command: build, show, query."""
+"""The `sae-features` command: build, show, query, diff."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from sae_harvest.common.settings import (
 )
 from sae_harvest.pipelines.exports.cli import export_command
 from sae_harvest.pipelines.features.building.config import FeatureConfig
+from sae_harvest.pipelines.features.commands.diff import diff
 from sae_harvest.pipelines.features.commands.query import query
 from sae_harvest.pipelines.options import features_option
 from sae_harvest.pipelines.viewer.cli import serve, site
@@ -29,7 +30,7 @@ from sae_harvest.pipelines.viewer.cli import serve, site
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sae-harvest")
 def main() -> None:
-    """Parquet tables of every latent of an SAE: build, show, query, export.
+    """Parquet tables of every latent of an SAE: build, show, query, compare, export.
 
     \b
     sae-features build --store runs/demo/store --sae runs/demo/sae --out runs/demo/features
@@ -38,6 +39,7 @@ def main() -> None:
 
 
 main.add_command(query)
+main.add_command(diff)
 main.add_command(serve)
 main.add_command(site)
 main.add_command(export_command)

@@ -61,7 +61,9 @@
 
     const about = (name, info) => h("div.figure", null, h("b", null, h("bdi", null, name)),
       h("span", null, `${SAE.whole(info.n_latents)} latents · ${info.run.model || ""} ${info.run.site}`));
-    SAE.replace(main, title,
+    const matches = SAE.info.matches ? SAE.matches(SAE.info.matches, other.name) : null;
+    SAE.replace(main, title, matches && matches.element,
+      matches && h("h2", null, "Nearest by decoder cosine"),
       h("p.muted", null, "For each latent of the first SAE, the latent of the second SAE with the " +
         "highest cosine between their decoder rows."),
       other.differences.length ? h("div.card.warning", { role: "note" }, other.differences.map((d) =>
@@ -78,6 +80,6 @@
           params.delete("offset");
           load();
         } })), filters, box, foot);
-    await load();
+    await Promise.all([load(), matches && matches.ready]);
   };
 })(window.SAE);

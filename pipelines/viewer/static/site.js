@@ -140,5 +140,8 @@
       ours: label(a, pairs.latent[i]), theirs: label(b, pairs.other[i]) })) };
   }
 
-  SAE.site = { live: false, start: () => ours("start"), latents, latent, search, compare };
+  const matches = (params) => chunk(`matches/${params.get("class")}/${
+    Math.floor(Number(params.get("offset") || 0) / SAE.info.matches.page)}`);
+
+  SAE.site = { live: false, start: () => ours("start"), latents, latent, search, compare, matches };
 })(window.SAE);

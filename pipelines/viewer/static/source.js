@@ -66,6 +66,7 @@
     latent: (n) => ask("latent/" + n),
     search: (q) => ask("search", { q }),
     compare: (params) => ask("compare", params),
+    matches: (params) => ask("matches", params),
     notes: () => ask("notes"),
     // keepalive, as the page may be closing
     saveNotes: (n, note, tags) => ask(`latent/${n}/notes`, {},
