@@ -255,6 +255,14 @@ def test_batches_change_nothing(store, model, monkeypatch):
         assert torch.allclose(whole[number][1], slow, rtol=1e-9, atol=1e-9)
 
 
+FLOATS = ["kl", "delta_ce", "l1", "l2", "top_raised_change", "top_lowered_change"]
+
+
+def flat(effects, name):
+    column = effects[name].combine_chunks()
+    return (column.values if hasattr(column, "values") else column).to_numpy()
+
+
 def test_an_interrupted_run_continues_and_does_not_repeat_what_is_done(
     store, model, texts, dictionaries, effects, tmp_path, monkeypatch
 ):
@@ -287,7 +295,9 @@ def test_an_interrupted_run_continues_and_does_not_repeat_what_is_done(
     )
     assert (written, seen) == ([0, 1], [2, 3, 4])
     assert told == [(2, 5), (3, 5), (4, 5), (5, 5)]
-    assert found.equals(effects)
+    assert found.drop_columns(FLOATS).equals(effects.drop_columns(FLOATS))
+    for name in FLOATS:  # sums of the same numbers at other places in memory may differ in a bit
+        assert flat(found, name) == pytest.approx(flat(effects, name), rel=1e-6, abs=1e-9)
     assert not (tmp_path / "effects").exists()
     again = ablation_effects(store, model, texts, dictionaries, tmp_path, CONFIG)
     assert again.equals(found)
