@@ -18,7 +18,7 @@ from sae_harvest.harvest.run.driver import run as run_harvest
 from sae_harvest.harvest.text.corpus import CorpusSpec
 from sae_harvest.pipelines.evaluate import cli
 from sae_harvest.pipelines.evaluate.compute_equivalent import ComputeTable
-from sae_harvest.pipelines.evaluate.report import measure
+from sae_harvest.pipelines.evaluate.report import of_model, of_rows
 from sae_harvest.pipelines.evaluate.report.definitions import DEFINITIONS, SECTIONS
 from sae_harvest.pipelines.evaluate.report.svg import Axis, Series, plot
 from sae_harvest.store.reader import ActivationStore
@@ -48,7 +48,7 @@ def evaluate(*arguments):
 
 def run(place, folders, report, *more):
     given = [word for folder in folders for word in ("--sae", folder)]
-    options = ["--rows", 600, "--contexts", 4, "--device", "cpu", *more]
+    options = ["--rows", 600, "--contexts", 4, "--ablated-rows", 2, "--device", "cpu", *more]
     return evaluate(*given, "--store", place, "--report", report, *options)
 
 
@@ -153,7 +153,7 @@ def test_saebench_gets_its_layout_with_the_same_figures(place, saes, tmp_path):
 
 def test_finished_parts_are_not_measured_again(place, saes, tmp_path, monkeypatch):
     calls = []
-    original = measure.reconstruction
+    original = of_rows.reconstruction
 
     def noted(*arguments, **named):
         calls.append("reconstruction")
@@ -162,13 +162,13 @@ def test_finished_parts_are_not_measured_again(place, saes, tmp_path, monkeypatc
     def killed(*arguments, **named):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(measure, "reconstruction", noted)
-    monkeypatch.setattr(measure, "spliced_losses", killed)
+    monkeypatch.setattr(of_rows, "reconstruction", noted)
+    monkeypatch.setattr(of_model, "spliced_losses", killed)
     assert run(place, [saes / "a"], tmp_path / "r").exit_code == 130
     assert calls == ["reconstruction"]
     assert not (tmp_path / "r" / "report.html").exists()
     monkeypatch.undo()
-    monkeypatch.setattr(measure, "reconstruction", noted)
+    monkeypatch.setattr(of_rows, "reconstruction", noted)
     assert run(place, [saes / "a"], tmp_path / "r").exit_code == 0
     assert calls == ["reconstruction"]  # its file was kept
     first = (tmp_path / "r" / "metrics.parquet").read_bytes()

@@ -123,6 +123,34 @@ DEFINITIONS: dict[str, Definition] = {
         "higher",
         ".1%",
     ),
+    "ablation_sparsity": Definition(
+        "Ablation sparsity",
+        "How many logits of the row and the tokens after it change when a latent that fires is "
+        "ablated: 1 if all change alike, near 0 if a few tokens are affected. It depends on the "
+        "size of the change, so compare with random directions.",
+        "lower",
+    ),
+    "ablation_sparsity_difference": Definition(
+        "Difference to random",
+        "Ablation sparsity of the SAE minus that of random directions of the same size, pair by "
+        "pair. Below 0, latents act on fewer tokens than chance.",
+        "lower",
+        "+.4f",
+    ),
+    "ablation_kl": Definition(
+        "KL of ablations",
+        "KL divergence that one ablated latent causes.",
+        "",
+        ".5f",
+        "nats per token",
+    ),
+    "ablation_delta_ce": Definition(
+        "ΔCE of ablations",
+        "Increase of the loss that one ablated latent causes.",
+        "",
+        "+.5f",
+        "nats per token",
+    ),
     "encoder_norm_q50": Definition("Encoder norm, median", "Norm of a latent's encoder row.", ""),
     "decoder_norm_q50": Definition("Decoder norm, median", "Norm of a latent's decoder row.", ""),
     "encoder_bias_q50": Definition("Encoder bias, median", "Bias of a latent.", ""),
@@ -161,6 +189,12 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "recovered_mean",
         "ce",
         "compute_share",
+    ),
+    "Ablations": (
+        "ablation_sparsity",
+        "ablation_sparsity_difference",
+        "ablation_kl",
+        "ablation_delta_ce",
     ),
     "Weights": (
         "decoder_norm_q50",

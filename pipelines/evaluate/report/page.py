@@ -129,14 +129,21 @@ def _origin(evaluation: Evaluation) -> str:
     )
 
 
+PARTS_OF = {
+    "Reconstruction": ("reconstruction",),
+    "Downstream loss": ("downstream", "compute"),
+    "Ablations": ("ablation",),
+}
+
+
 def _notes(evaluations: Sequence[Evaluation], section: str) -> Iterator[str]:
-    keys = {"Reconstruction": "reconstruction", "Downstream loss": "downstream"}
+    """Yield what was measured for a section: sample sizes, rows left out."""
     for evaluation in evaluations:
-        for key in (keys.get(section), "compute" if section == "Downstream loss" else None):
-            part = evaluation.parts.get(key or "")
+        for name in PARTS_OF.get(section, ()):
+            part = evaluation.parts.get(name)
             for note in [] if part is None else part.notes:
-                name = "" if len(evaluations) == 1 else f"{evaluation.name}: "
-                yield f'<p class="quiet">{escape(name + note)}</p>'
+                whose = "" if len(evaluations) == 1 else f"{evaluation.name}: "
+                yield f'<p class="quiet">{escape(whose + note)}</p>'
 
 
 def _table(evaluations: Sequence[Evaluation], metrics: Sequence[str]) -> str:

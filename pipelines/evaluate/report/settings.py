@@ -21,6 +21,9 @@ class EvaluationSettings(BaseModel):
     contexts: Annotated[Count, Option("Sample")] = Field(
         32, ge=1, description="held-out contexts on which the model runs with the SAE, at most"
     )
+    ablated_rows: Annotated[Count, Option("Sample", "ROWS")] = Field(
+        16, ge=1, description="held-out rows on which latents are ablated, at most"
+    )
     compute_table: Annotated[str | None, Option("Downstream loss", "TABLE")] = Field(
         None,
         description="table of compute and loss during pretraining: gpt2-124m, or a CSV file with "

@@ -15,10 +15,9 @@ from sae_harvest.common.errors import InputError
 from sae_harvest.common.paths import shown
 from sae_harvest.pipelines.evaluate.figures import figures_table
 from sae_harvest.pipelines.evaluate.report.definitions import DEFINITIONS
+from sae_harvest.pipelines.evaluate.report.inputs import Inputs, Progress
 from sae_harvest.pipelines.evaluate.report.measure import (
     Evaluation,
-    Progress,
-    Subject,
     evaluate_joint,
     evaluate_parts,
 )
@@ -69,18 +68,16 @@ def write_report(
         raise InputError("An SAE is given twice; give each folder once.")
     new_folder(report.resolve())
     store = ActivationStore.open(store_place)
-    subjects = [
-        Subject(name, path, SAE.load(path, device))
+    several = [
+        Inputs(report, store, name, path, SAE.load(path, device), None, settings, device, progress)
         for name, path in zip(names, sae_paths, strict=True)
     ]
-    found = [
-        evaluate_parts(report, store, subject, settings, device, progress) for subject in subjects
-    ]
-    joint = evaluate_joint(report, store, subjects, settings, device, progress)
+    found = [evaluate_parts(inputs) for inputs in several]
+    joint = evaluate_joint(several)
     found += [] if joint is None else [joint]
     _write_table(report / TABLE, found, command)
     new_folder(report.resolve() / SAEBENCH)
-    for one in found[: len(subjects)]:
+    for one in found[: len(several)]:
         content = saebench_core(one, store, int(1000 * time.time()))
         write_json(report / SAEBENCH / f"{one.saes[0].digest[:16]}_core.json", content)
     title = f"Evaluation of {', '.join(names) if len(names) < 4 else f'{len(names)} SAEs'}"
