@@ -47,7 +47,7 @@ def baselines(store: ActivationStore, sae: SAE, l0: float, seed: int = 0) -> dic
     generator = torch.Generator().manual_seed(seed)
     mean, axes = _training_rows(store, sae)
     found = {
-        RANDOM: _random(sae, k, generator),
+        RANDOM: random_sae(sae, k, generator),
         SHUFFLED: _shuffled(sae, generator),
         MEAN: _both_directions(config, torch.zeros(1, config.width_out), mean, 1),
     }
@@ -58,7 +58,7 @@ def baselines(store: ActivationStore, sae: SAE, l0: float, seed: int = 0) -> dic
     return {name: baseline.to(sae.device) for name, baseline in found.items()}
 
 
-def _random(sae: SAE, k: int, generator: torch.Generator) -> SAE:
+def random_sae(sae: SAE, k: int, generator: torch.Generator) -> SAE:
     """Return random directions with the norms of an SAE's rows; encoder and decoder share them."""
     config = _topk(sae.config, sae.config.n_latents, k)
     weights = {name: sae.tensors()[name].cpu() for name in ("W_enc", "W_dec")}

@@ -1,109 +1,26 @@
-"""N2G programs of a sample of latents: found a few latents at a time, kept, and scored."""
+"""N2G programs of some latents, scored over all held-out rows."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from sae_harvest.common.atomic import new_folder, write_text
 from sae_harvest.pipelines.evaluate.intervals import CLUSTERS
 from sae_harvest.pipelines.evaluate.programs import n2g
 from sae_harvest.pipelines.evaluate.programs.counting import DECILES, SUMS, count
 from sae_harvest.pipelines.evaluate.programs.firings import SplitFirings
 from sae_harvest.pipelines.evaluate.programs.forms import PRINTED, Patterns, line_of
-from sae_harvest.pipelines.evaluate.programs.n2g import Ask, Program
+from sae_harvest.pipelines.evaluate.programs.n2g import Program
 from sae_harvest.pipelines.evaluate.programs.scores import Means, Scores, scores_of
 from sae_harvest.pipelines.evaluate.programs.scoring import next_of
 from sae_harvest.pipelines.evaluate.programs.suffixes import TokenRows
-from sae_harvest.pipelines.features.tables.folder import read_record
 
 N2G = "n2g"
-LATENTS_AT_ONCE = 8  # latents whose examples are asked together
-SETTINGS_FILE = "settings.json"
 
 FiringsOf = Callable[[int], tuple[SplitFirings, SplitFirings]]  # on training and held-out rows
-
-
-def sample(alive: npt.NDArray[np.int64], n: int, seed: int) -> npt.NDArray[np.int64]:
-    """Draw n of some latents, in increasing order; a larger sample contains a smaller one."""
-    return np.sort(np.random.default_rng(seed).permutation(alive)[:n])
-
-
-class FoundPrograms:
-    """Programs of finished latents in a folder, one file each; an interrupted run goes on there."""
-
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        """Take the folder, and what the programs depend on; other programs in it are removed."""
-        self.folder = folder
-        if read_record(folder / SETTINGS_FILE) != settings:
-            self.remove()
-            new_folder(folder)
-            write_text(folder / SETTINGS_FILE, json.dumps(settings) + "\n")
-
-    def __contains__(self, latent: int) -> bool:
-        return self._path(latent).exists()
-
-    def __getitem__(self, latent: int) -> Program:
-        record = read_record(self._path(latent)) or {}
-        return Program(tuple(map(tuple, record["patterns"])), tuple(record["predictions"]))
-
-    def __setitem__(self, latent: int, program: Program) -> None:
-        record = {"patterns": program.patterns, "predictions": program.predictions}
-        write_text(self._path(latent), json.dumps(record) + "\n")
-
-    def remove(self) -> None:
-        """Remove the folder with its programs."""
-        if self.folder.is_dir():
-            for path in self.folder.iterdir():
-                path.unlink()
-            self.folder.rmdir()
-
-    def _path(self, latent: int) -> Path:
-        return self.folder / f"{latent:09d}.json"
-
-
-def find_programs(
-    rows: TokenRows,
-    latents: Sequence[int],
-    firings_of: FiringsOf,
-    ask: Ask,
-    padding: int,
-    found: FoundPrograms | dict[int, Program],
-    seed: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Find the N2G programs of latents that have none in `found`, and put them there.
-
-    Args:
-        rows: rows of the store.
-        latents: the latents.
-        firings_of: gives the firings of a latent on training and on held-out rows.
-        ask, padding: see `n2g.find`.
-        found: finished programs; each is added when it is finished.
-        seed: seed of the draw of examples.
-        progress: called with latents done and their number.
-    """
-    missing = [latent for latent in latents if latent not in found]
-    done = len(latents) - len(missing)
-    progress(done, len(latents))
-    for first in range(0, len(missing), LATENTS_AT_ONCE):
-        some = missing[first : first + LATENTS_AT_ONCE]
-        examples = [
-            example
-            for latent in some
-            for example in n2g.examples_of(rows, latent, firings_of(latent)[0], seed)
-        ]
-        programs = n2g.find(examples, ask, padding)
-        for latent in some:
-            found[latent] = programs.get(latent, Program((), ()))
-        done += len(some)
-        progress(done, len(latents))
 
 
 @dataclass(frozen=True, eq=False)

@@ -49,8 +49,8 @@ def programs(
     means: dict[str, Means],
     kinds: Sequence[str] = tuple(KINDS),
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[Group]:
-    """Learn and score the programs of all latents; yield them in the order of latents, then kinds.
+) -> Iterator[list[Group]]:
+    """Learn and score the programs of all latents; yield those of each kind for some latents.
 
     Args:
         suffixes: patterns of the store's rows.
@@ -80,7 +80,7 @@ def programs(
             for groups in pool.map(task, begins, *parts):
                 for group in groups:
                     means[group.kind].add(group.added)
-                    yield group
+                yield groups
                 progress(groups[0].tries.first + len(groups[0].tries), blocks.n_latents)
 
 
