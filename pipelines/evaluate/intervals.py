@@ -8,6 +8,7 @@ over rows; the sums are kept for each cluster, and whole clusters are drawn with
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -65,9 +66,15 @@ def resampled(
     n = len(used)
     if n < 2:
         return None
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)
-    totals = np.tensordot(drawn.astype(np.float64), used, axes=1)  # [resamples, ..., quantities]
+    totals = np.tensordot(_draws(n, resamples, seed), used, axes=1)  # [resamples, ..., quantities]
     return np.asarray(figure(totals), np.float64)
+
+
+@cache
+def _draws(n: int, resamples: int, seed: int) -> Floats:
+    """Return how often each of n clusters is drawn, float64 [resamples, n]."""
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)
+    return drawn.astype(np.float64)
 
 
 def percentiles(values: Floats) -> tuple[Floats, Floats]:

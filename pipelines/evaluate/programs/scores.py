@@ -11,6 +11,7 @@ import numpy.typing as npt
 from sae_harvest.pipelines.evaluate.intervals import Floats, percentiles, resampled
 from sae_harvest.pipelines.evaluate.programs.counting import METRICS, POSITIVE, N, figures_of_sums
 
+FEW = 200  # resamples for the means of baselines
 MIN_POSITIVES = 10  # fewest held-out firings of a latent that counts in a mean over latents
 
 Values = tuple[Floats, Floats | None]  # metrics [latents, 6]; in resamples [resamples, latents, 6]
@@ -123,9 +124,9 @@ def scores_of(
     other_drawn = constant_drawn = None
     if paired.any():
         some = others[paired].transpose(1, 0, 2)
-        other_drawn = resampled(some, lambda s: figures_of_sums(s, other_auprc[paired]))
+        other_drawn = resampled(some, lambda s: figures_of_sums(s, other_auprc[paired]), FEW)
     if enough.any():
-        constant_drawn = resampled(by_cluster[:, enough], _constant)
+        constant_drawn = resampled(by_cluster[:, enough, : POSITIVE + 1], _constant, FEW)
     rows = round(total[0, N]) if len(total) else 0
     return Scores(values, low, high, other, recall, positives, rows), Added(
         (values[enough], None if drawn is None else drawn[:, enough]),
