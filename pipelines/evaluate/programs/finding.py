@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from sae_harvest.pipelines.evaluate.programs.sampled import FiringsOf
 from sae_harvest.pipelines.evaluate.programs.suffixes import TokenRows
 from sae_harvest.pipelines.features.tables.folder import read_record
 
+Found = tuple[Program, Program]  # without and with exceptions
+KEYS = ("program", "with_exceptions")
 LATENTS_AT_ONCE = 8  # latents whose examples are asked together
 SETTINGS_FILE = "settings.json"
 
@@ -39,21 +42,21 @@ class FoundPrograms:
             new_folder(folder)
             write_text(folder / SETTINGS_FILE, json.dumps(settings) + "\n")
 
-    def get(self, latent: int) -> Program | None:
-        """Return the program of a latent; None if it is not found yet."""
+    def get(self, latent: int) -> Found | None:
+        """Return the programs of a latent; None if they are not found yet."""
         path = self._path(latent)
         record = read_record(path)
         if record is None:
             return None
         try:
-            patterns = tuple(tuple(map(int, pattern)) for pattern in record["patterns"])
-            return Program(patterns, tuple(map(float, record["predictions"])))
+            plain, extended = (_parsed(record[key]) for key in KEYS)
+            return plain, extended
         except (KeyError, TypeError, ValueError):
             raise RunError(f"{path} is damaged; remove it and run the same command.") from None
 
-    def put(self, latent: int, program: Program) -> None:
-        """Keep the program of a latent."""
-        record = {"patterns": program.patterns, "predictions": program.predictions}
+    def put(self, latent: int, found: Found) -> None:
+        """Keep the programs of a latent."""
+        record = {key: asdict(program) for key, program in zip(KEYS, found, strict=True)}
         write_text(self._path(latent), json.dumps(record) + "\n")
 
     def remove(self) -> None:
@@ -64,6 +67,15 @@ class FoundPrograms:
         return self.folder / f"{latent:09d}.json"
 
 
+def _parsed(record: dict[str, Any]) -> Program:
+    """Return a program from JSON; KeyError, TypeError or ValueError if it is none."""
+    patterns = tuple(tuple(map(int, pattern)) for pattern in record["patterns"])
+    predictions = tuple(map(float, record["predictions"]))
+    if len(patterns) != len(predictions) or not all(patterns):
+        raise ValueError
+    return Program(patterns, predictions)
+
+
 def find_programs(
     rows: TokenRows,
     latents: Sequence[int],
@@ -72,7 +84,7 @@ def find_programs(
     kept: FoundPrograms,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[tuple[int, Program]]:
+) -> dict[int, Found]:
     """Find the N2G programs of latents. Those in `kept` are not searched again.
 
     Args:
@@ -86,10 +98,10 @@ def find_programs(
         progress: called with latents done and their number.
 
     Returns:
-        the latents with their programs, in the order of `latents`.
+        the programs of each latent, without and with exceptions, in the order of `latents`.
     """
     found = {latent: kept.get(latent) for latent in latents}
-    missing = [latent for latent, program in found.items() if program is None]
+    missing = [latent for latent, one in found.items() if one is None]
     done = len(latents) - len(missing)
     progress(done, len(latents))
     arguments = ask() if missing else None
@@ -101,10 +113,18 @@ def find_programs(
             for latent in some
             for example in n2g.examples_of(rows, latent, firings_of(latent)[0], seed)
         ]
-        programs = n2g.find(examples, *arguments)
+        programs = {latent: Program((), ()) for latent in some} | n2g.find(examples, *arguments)
+        counterexamples = [
+            example
+            for latent in some
+            for example in n2g.counterexamples_of(
+                rows, latent, firings_of(latent)[0], programs[latent], seed
+            )
+        ]
+        extended = n2g.with_exceptions(programs, counterexamples, *arguments)
         for latent in some:
-            found[latent] = program = programs.get(latent, Program((), ()))
-            kept.put(latent, program)
+            found[latent] = one = programs[latent], extended[latent]
+            kept.put(latent, one)
         done += len(some)
         progress(done, len(latents))
-    return [(latent, program) for latent, program in found.items() if program is not None]
+    return {latent: one for latent, one in found.items() if one is not None}

@@ -14,6 +14,14 @@ with the same pattern). Wildcards at the front are left out, unless the pattern 
 of a context. If several patterns match a row, the one with the most tokens decides; then the
 longer one; then the one with the higher prediction.
 
+Such a program has no exceptions: it is built of firings only. `with_exceptions` adds them, which
+is not part of N2G as published. For training rows that a pattern with prediction v matches, and
+on which the activation is below v / 2:
+
+1. The shortest suffix with less than v / 2 is kept, if it has at most 8 tokens.
+2. The tokens of the pattern stay, and each token whose replacement restores v / 2; the others
+   become wildcards. If no token is added to the pattern's, there is no exception.
+
 An example asks for little: a few inputs, then a few others that depend on the answers. Examples of
 several latents are asked together.
 """
@@ -33,6 +41,7 @@ from sae_harvest.pipelines.evaluate.programs.suffixes import START, TokenRows
 KEPT = 0.5  # share of the activation that a suffix has to reach, and least importance of a token
 LONGEST = 32  # tokens of the longest suffix
 TOP, RANDOM = 16, 16  # examples of a latent: highest activations, and drawn from all firings
+COUNTEREXAMPLES, LONGEST_EXCEPTION = 16, 8  # of a latent; tokens of the longest suffix
 
 Input = tuple[int, tuple[int, ...]]  # a latent and token ids
 Ask = Callable[[Sequence[Input]], npt.NDArray[np.float64]]  # activations on the last tokens
@@ -90,6 +99,50 @@ def examples_of(rows: TokenRows, latent: int, firings: SplitFirings, seed: int) 
     return found
 
 
+@dataclass(frozen=True)
+class Counterexample:
+    """A context that a pattern matches although the latent fires little or not."""
+
+    latent: int
+    """The latent."""
+    tokens: tuple[int, ...]
+    """Token ids of the context up to the row."""
+    pattern: Pattern
+    """The pattern that decides on the row."""
+    prediction: float
+    """Activation that it predicts."""
+
+
+def counterexamples_of(
+    rows: TokenRows, latent: int, firings: SplitFirings, program: Program, seed: int
+) -> list[Counterexample]:
+    """Draw up to 16 training rows on which a program predicts more than twice the activation.
+
+    Patterns that match at the start of a context only are left out.
+
+    Args:
+        firings: those of the latent on training rows.
+        seed: seed of the draw.
+    """
+    if not program.patterns:
+        return []
+    deciding = match(rows, program.patterns)
+    activation = np.zeros(len(deciding), np.float32)
+    activation[firings.row] = firings.value
+    predicted = np.append(np.array(program.predictions), 0.0)[deciding]
+    anywhere = np.append([pattern[0] != START for pattern in program.patterns], False)[deciding]
+    wrong = np.flatnonzero(rows.train & anywhere & (activation < KEPT * predicted))
+    found = []
+    for row in np.random.default_rng((seed, latent)).permutation(wrong)[:COUNTEREXAMPLES].tolist():
+        start = row - row % rows.context_length + rows.text_begins
+        tokens = tuple(rows.token[max(start, row + 1 - LONGEST) : row + 1].tolist())
+        number = int(deciding[row])
+        found.append(
+            Counterexample(latent, tokens, program.patterns[number], program.predictions[number])
+        )
+    return found
+
+
 def find(examples: Iterable[Example], ask: Ask, padding: int) -> dict[int, Program]:
     """Find the programs of the latents of examples, by latent.
 
@@ -99,17 +152,39 @@ def find(examples: Iterable[Example], ask: Ask, padding: int) -> dict[int, Progr
         padding: token id that takes the place of others.
     """
     dialogues = [(example.latent, _dialogue(example, padding)) for example in examples]
-    open_, found = (
-        list[tuple[int, _Dialogue, list[tuple[int, ...]]]](),
-        dict[int, list[tuple[Pattern, float]]](),
-    )
-    for latent, dialogue in dialogues:
-        found.setdefault(latent, [])
-        open_.append((latent, dialogue, next(dialogue)))
-    while open_:
-        answers = ask([(latent, tokens) for latent, _, inputs in open_ for tokens in inputs])
+    return {latent: _program(some) for latent, some in _answered(dialogues, ask).items()}
+
+
+def with_exceptions(
+    programs: dict[int, Program],
+    counterexamples: Iterable[Counterexample],
+    ask: Ask,
+    padding: int,
+) -> dict[int, Program]:
+    """Add exceptions to programs, by latent; arguments as in `find`."""
+    dialogues = [(one.latent, _exception(one, padding)) for one in counterexamples]
+    found = _answered(dialogues, ask)
+    return {
+        latent: _program(
+            [
+                *zip(program.patterns, program.predictions, strict=True),
+                *(one for one in found.get(latent, ()) if one[0] not in program.patterns),
+            ]
+        )
+        for latent, program in programs.items()
+    }
+
+
+def _answered(
+    dialogues: Sequence[tuple[int, _Dialogue]], ask: Ask
+) -> dict[int, list[tuple[Pattern, float]]]:
+    """Hold dialogues of several latents at the same time; return the patterns of each latent."""
+    found: dict[int, list[tuple[Pattern, float]]] = {latent: [] for latent, _ in dialogues}
+    going = [(latent, dialogue, next(dialogue)) for latent, dialogue in dialogues]
+    while going:
+        answers = ask([(latent, tokens) for latent, _, inputs in going for tokens in inputs])
         at, still = 0, []
-        for latent, dialogue, inputs in open_:
+        for latent, dialogue, inputs in going:
             try:
                 more = dialogue.send(answers[at : at + len(inputs)])
                 still.append((latent, dialogue, more))
@@ -117,8 +192,8 @@ def find(examples: Iterable[Example], ask: Ask, padding: int) -> dict[int, Progr
                 if end.value is not None:
                     found[latent].append(end.value)
             at += len(inputs)
-        open_ = still
-    return {latent: _program(patterns) for latent, patterns in found.items()}
+        going = still
+    return found
 
 
 def match(rows: TokenRows, patterns: Sequence[Pattern]) -> npt.NDArray[np.int32]:
@@ -175,6 +250,28 @@ def _dialogue(example: Example, padding: int) -> _Dialogue:
     if padded < least:
         return (START, *pattern), float(reached)
     return _trimmed(pattern), float(reached)
+
+
+def _exception(example: Counterexample, padding: int) -> _Dialogue:
+    """Ask for inputs of a counterexample until its exception is known; None if there is none."""
+    tokens, least = example.tokens, KEPT * example.prediction
+    for n in range(len(example.pattern), min(len(tokens), LONGEST_EXCEPTION) + 1):
+        (reached,) = yield [tokens[-n:]]
+        if reached < least:
+            break
+    else:
+        return None
+    suffix = tokens[-n:]
+    own = (ANY,) * (n - len(example.pattern)) + example.pattern
+    masked = [(*suffix[:i], padding, *suffix[i + 1 :]) for i in range(n)]
+    padded, *without = yield [(padding, *suffix), *masked]
+    pattern = tuple(
+        token if fixed != ANY or activation >= least else ANY
+        for token, fixed, activation in zip(suffix, own, without, strict=True)
+    )
+    if padded >= least:
+        return (START, *pattern), float(reached)
+    return None if pattern == own else (_trimmed(pattern), float(reached))
 
 
 def _trimmed(pattern: Pattern) -> Pattern:

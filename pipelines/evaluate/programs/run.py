@@ -30,7 +30,7 @@ from sae_harvest.pipelines.evaluate.programs.finding import (
     sample,
 )
 from sae_harvest.pipelines.evaluate.programs.forms import patterns_of, texts_of
-from sae_harvest.pipelines.evaluate.programs.sampled import N2G, Sampled, score
+from sae_harvest.pipelines.evaluate.programs.sampled import SAMPLED, Sampled, score
 from sae_harvest.pipelines.evaluate.programs.scores import Mean, Means
 from sae_harvest.pipelines.evaluate.programs.scoring import KINDS, Group, programs
 from sae_harvest.pipelines.evaluate.programs.source import ProgramSource, TablesSource
@@ -60,8 +60,8 @@ def write_programs(
     """Write `programs.parquet` beside the tables of an SAE; return the means over its latents.
 
     All latents get a token table and a trie of suffixes, learnt from the firings in the tables. A
-    random sample of the latents that fire gets an N2G program, for which the model is asked. After
-    an interruption, the same call goes on with the latents whose N2G program is not found yet.
+    random sample of the latents that fire gets N2G programs, with exceptions and without, for which
+    the model is asked. After an interruption, the same call goes on with the latents that are left.
 
     Args:
         features: folder of the tables.
@@ -99,11 +99,12 @@ def _of_the_latents(search: _Search) -> list[Figure]:
     """Write the table; return the figures of the SAE and of programs that know nothing."""
     source, own = search.source, search.source.own
     text = TokenTexts(load_tokenizer(search.model)).one
-    means = {kind: Means() for kind in (*KINDS, N2G)}
-    found = search.sampled(SAE_ITSELF, own, source.sae, means[N2G])
-    asked = rows_of(
-        found.latents, N2G, found.texts(text), found.thresholds, found.patterns, found.scores
+    means = {kind: Means() for kind in (*KINDS, *SAMPLED)}
+    asked = pa.concat_tables(
+        rows_of(some.latents, kind, some.texts(text), some.thresholds, some.patterns, some.scores)
+        for kind, some in search.sampled(SAE_ITSELF, own, source.sae, means).items()
     )
+    asked_latents = asked["latent"].to_numpy()
 
     def part(group: Group) -> pa.Table:
         patterns = patterns_of(own.suffixes, group.tries)
@@ -114,7 +115,7 @@ def _of_the_latents(search: _Search) -> list[Figure]:
     with TableWriter(search.features / f"{TABLE}.parquet") as writer:
         for groups in programs(own.suffixes, own.blocks, means, progress=search.stage("learning")):
             first, n = groups[0].tries.first, len(groups[0].tries)
-            here = (found.latents >= first) & (found.latents < first + n)
+            here = (asked_latents >= first) & (asked_latents < first + n)
             table = pa.concat_tables([*map(part, groups), asked.filter(pa.array(here))])
             writer.add(table.sort_by([("latent", "ascending"), ("kind", "ascending")]))
     return [
@@ -131,13 +132,13 @@ def _of_the_latents(search: _Search) -> list[Figure]:
 
 def _of_random_latents(search: _Search, sae: SAE) -> list[Figure]:
     """Return the figures of the latents of a random SAE of the same k."""
-    source, means = search.source, {kind: Means() for kind in (*KINDS, N2G)}
+    source, means = search.source, {kind: Means() for kind in (*KINDS, *SAMPLED)}
     generator = torch.Generator().manual_seed(search.seed)
     random = random_sae(sae, max(1, round(source.l0)), generator)
     with TemporaryDirectory(prefix="sae-programs-") as folder:
         progress = search.stage("encoding by a random SAE, blocks")
         encoded = source.encoded(random, Path(folder), search.device, progress)
-        search.sampled(RANDOM, encoded, random, means[N2G])
+        search.sampled(RANDOM, encoded, random, means)
         progress = search.stage("learning, random SAE")
         for _ in programs(encoded.suffixes, encoded.blocks, means, progress=progress):
             pass
@@ -175,30 +176,39 @@ class _Search:
         """Return a function that reports the progress of a stage."""
         return lambda done, total: self._on_progress(what, done, total)
 
-    def sampled(self, name: str, source: ProgramSource, sae: SAE | None, means: Means) -> Sampled:
-        """Find and score the N2G programs of a sample of the latents of an SAE."""
+    def sampled(
+        self, name: str, source: ProgramSource, sae: SAE | None, means: dict[str, Means]
+    ) -> dict[str, Sampled]:
+        """Find and score the N2G programs of a sample of the latents of an SAE, by kind."""
         latents = sample(np.flatnonzero(source.fires), self._n_latents, self.seed).tolist()
-        found = list[tuple[int, n2g.Program]]()
+        found: dict[int, Found] = {}
         if latents and sae is not None:
             settings = {
                 "sae": sae.digest,
                 "store": self.source.store.digest,
                 "seed": self.seed,
-                "examples": [n2g.TOP, n2g.RANDOM],
-                "longest": n2g.LONGEST,
+                "examples": [n2g.TOP, n2g.RANDOM, n2g.COUNTEREXAMPLES],
+                "longest": [n2g.LONGEST, n2g.LONGEST_EXCEPTION],
                 "kept": n2g.KEPT,
             }
-            kept = FoundPrograms(self._folder / name, settings)
             found = find_programs(
                 source.rows,
                 latents,
                 source.firings,
                 lambda: self._ask(sae),
-                kept,
+                FoundPrograms(self._folder / name, settings),
                 self.seed,
                 self.stage(f"asking the model, {name}"),
             )
-        return score(source.rows, found, source.firings, means)
+        return {
+            kind: score(
+                source.rows,
+                [(latent, one[number]) for latent, one in found.items()],
+                source.firings,
+                means[kind],
+            )
+            for number, kind in enumerate(SAMPLED)
+        }
 
     def finish(self) -> None:
         """Remove what only an interrupted search needs."""

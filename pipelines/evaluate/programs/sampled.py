@@ -18,7 +18,8 @@ from sae_harvest.pipelines.evaluate.programs.scores import Means, Scores, scores
 from sae_harvest.pipelines.evaluate.programs.scoring import next_of
 from sae_harvest.pipelines.evaluate.programs.suffixes import TokenRows
 
-N2G = "n2g"
+N2G, EXCEPTIONS = "n2g", "n2g_exceptions"
+SAMPLED = (N2G, EXCEPTIONS)
 
 FiringsOf = Callable[[int], tuple[SplitFirings, SplitFirings]]  # on training and held-out rows
 
@@ -41,13 +42,12 @@ class Sampled:
         p, lines = self.patterns, []
         for latent in range(len(self.latents)):
             span = range(p.starts[latent], p.starts[latent + 1])
-            fires = [n for n in span if p.value[n] >= self.thresholds[latent]]
-            fires.sort(key=lambda n: -p.value[n])
+            ordered = sorted(span, key=lambda n: -p.value[n])
             shown = [
                 (p.token[p.ends[n] : p.ends[n + 1]].tolist(), float(p.value[n]))
-                for n in fires[:PRINTED]
+                for n in ordered[:PRINTED]
             ]
-            lines.append(line_of(shown, len(fires), text))
+            lines.append(line_of(shown, len(ordered), text))
         return lines
 
 
@@ -110,10 +110,11 @@ class _Matched:
         hits = np.bincount(caught[caught >= 0], minlength=n)
         order = np.argsort(-value, kind="stable")
         f1 = 2 * hits[order].cumsum() / np.maximum(matched[order].cumsum() + len(train.row), 1)
-        ends = np.flatnonzero(np.diff(value[order], append=-1.0))  # the last of equal predictions
-        best = ends[np.argmax(f1[ends])] if n else None
-        threshold = np.inf if best is None or f1[best] == 0 else float(value[order[best]])
-        return cls(value, pattern, threshold)
+        # the last of equal predictions, which are above 0
+        ends = np.flatnonzero((np.diff(value[order], append=-1.0) != 0) & (value[order] > 0))
+        best = ends[np.argmax(f1[ends])] if len(ends) else 0
+        fires = len(ends) and f1[best] > 0
+        return cls(value, pattern, float(value[order[best]]) if fires else np.inf)
 
     def count(
         self,
