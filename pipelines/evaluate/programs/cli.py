@@ -24,8 +24,6 @@ from sae_harvest.pipelines.options import features_option
 if TYPE_CHECKING:
     from sae_harvest.pipelines.evaluate.figures import Figure
 
-PRINTED = ("precision", "recall", "f1", "auprc", "pearson", "spearman")
-
 
 @click.command()
 @features_option
@@ -93,15 +91,23 @@ def programs(
 
 
 def _table(figures: Sequence[Figure]) -> Table:
-    """Make a table of the means over latents, with their intervals."""
+    """Make a table of the means over latents: a row for each kind and metric."""
+    subjects = list(dict.fromkeys(figure.subject for figure in figures))
     table = Table(box=None, title="means over latents with at least 10 held-out firings")
-    for column in ("program", "of", "latents", *PRINTED):
+    for column in ("", *subjects):
         table.add_column(column)
-    rows: dict[tuple[str, str, int], dict[str, str]] = {}
-    for f in figures:
-        cells = rows.setdefault((f.part, f.subject, f.count), {})
-        limits = "" if f.low is None else f" [{f.low:.3f}, {f.high:.3f}]"
-        cells[f.metric.removeprefix("program_")] = f"{f.value:.3f}{limits}"
-    for (part, subject, count), cells in rows.items():
-        table.add_row(part, subject, f"{count:,}", *(cells[name] for name in PRINTED))
+    cells = {(f.part, f.metric, f.subject): f for f in figures}
+    for kind in dict.fromkeys(figure.part for figure in figures):
+        counts = (cells.get((kind, "program_f1", subject)) for subject in subjects)
+        table.add_row(f"{kind}, latents", *("" if f is None else f"{f.count:,}" for f in counts))
+        for metric in dict.fromkeys(figure.metric for figure in figures):
+            found = (cells.get((kind, metric, subject)) for subject in subjects)
+            table.add_row("  " + metric.removeprefix("program_"), *map(_cell, found))
     return table
+
+
+def _cell(figure: Figure | None) -> str:
+    if figure is None:
+        return ""
+    limits = "" if figure.low is None else f"\n{figure.low:.3f} to {figure.high:.3f}"
+    return f"{figure.value:.3f}{limits}"

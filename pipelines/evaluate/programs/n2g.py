@@ -213,8 +213,7 @@ def _rows_of(
     tokens: npt.NDArray[np.int32],
 ) -> npt.NDArray[np.int64]:
     """Return the rows that a pattern matches."""
-    backwards = list(enumerate(reversed(pattern)))
-    fixed = [(back, token) for back, token in backwards if token >= 0]
+    fixed = [(back, token) for back, token in enumerate(reversed(pattern)) if token >= 0]
     length = rows.context_length
     if fixed:
         back, token = fixed[0]
@@ -222,10 +221,12 @@ def _rows_of(
         some = here[here % length + back < length] + back
     else:
         some = np.arange(len(rows.token))
-    at_start = pattern[:1] == (START,)
-    farthest = len(pattern) - 1 - at_start
     place = some % length - rows.text_begins
-    some = some[place == farthest if at_start else place >= farthest]
+    farthest = fixed[-1][0] if fixed else 0
+    if pattern[0] == START:
+        some = some[(place >= farthest) & (place < len(pattern) - 1)]
+    else:
+        some = some[place >= farthest]
     for back, token in fixed[1:]:
         some = some[rows.token[some - back] == token]
     return some

@@ -25,6 +25,7 @@ from sae_harvest.pipelines.evaluate.figures import SAE_ITSELF, Figure
 from sae_harvest.pipelines.evaluate.programs import n2g
 from sae_harvest.pipelines.evaluate.programs.asking import ModelActivations
 from sae_harvest.pipelines.evaluate.programs.finding import (
+    Found,
     FoundPrograms,
     find_programs,
     sample,
@@ -34,7 +35,8 @@ from sae_harvest.pipelines.evaluate.programs.sampled import SAMPLED, Sampled, sc
 from sae_harvest.pipelines.evaluate.programs.scores import Mean, Means
 from sae_harvest.pipelines.evaluate.programs.scoring import KINDS, Group, programs
 from sae_harvest.pipelines.evaluate.programs.source import ProgramSource, TablesSource
-from sae_harvest.pipelines.evaluate.programs.table import TABLE, rows_of
+from sae_harvest.pipelines.evaluate.programs.table import rows_of
+from sae_harvest.pipelines.features.tables.folder import PROGRAMS
 from sae_harvest.pipelines.features.tables.texts import TokenTexts
 from sae_harvest.pipelines.features.tables.writers import TableWriter
 from sae_harvest.pipelines.live import LiveModel
@@ -112,7 +114,7 @@ def _of_the_latents(search: _Search) -> list[Figure]:
         texts = texts_of(group.tries, patterns, text)
         return rows_of(latents, group.kind, texts, group.tries.threshold, patterns, group.scores)
 
-    with TableWriter(search.features / f"{TABLE}.parquet") as writer:
+    with TableWriter(search.features / f"{PROGRAMS}.parquet") as writer:
         for groups in programs(own.suffixes, own.blocks, means, progress=search.stage("learning")):
             first, n = groups[0].tries.first, len(groups[0].tries)
             here = (asked_latents >= first) & (asked_latents < first + n)

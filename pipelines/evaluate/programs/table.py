@@ -13,7 +13,6 @@ from sae_harvest.pipelines.evaluate.programs.counting import METRICS
 from sae_harvest.pipelines.evaluate.programs.forms import Patterns
 from sae_harvest.pipelines.evaluate.programs.scores import Scores
 
-TABLE = "programs"  # name of the file and of the table in SQL
 FORMAT = "1"
 METADATA = {b"sae_harvest_programs": FORMAT.encode()}
 OTHER = ("f1", "auprc", "pearson", "spearman")  # metrics of another latent's program

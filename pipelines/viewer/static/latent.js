@@ -21,7 +21,8 @@
     const s = page.statistics, maximum = s.max || 1;
     document.title = `latent ${page.latent} · ${SAE.info.name}`;
     SAE.replace(main, heading(page), h("div.columns", null,
-      h("div.side", null, statistics(page), lens(s), near(page), nearest(page), notes(page)),
+      h("div.side", null, statistics(page), lens(s), programs(page), near(page), nearest(page),
+        notes(page)),
       contexts(page, maximum)));
   };
 
@@ -100,6 +101,24 @@
     return h("section.card", null, h("h2", null, "Neighbours"), h("div.two", null,
       table(page.neighbours.cosine, "decoder_cosine", "decoder cosine"),
       table(page.neighbours.cofire, "jaccard", "fires together (Jaccard)")));
+  }
+
+  function programs(page) {
+    if (!page.programs || !page.programs.length) return null;
+    const { rows, positives } = page.programs[0];
+    const score = (name, value, hint) => h("span.num", { title: hint }, `${name} ${value}`);
+    return h("section.card.programs", null,
+      h("h2", { title: "what predicts its activation from tokens alone" }, "Programs"),
+      h("p.muted", null, `scored on ${SAE.whole(rows)} held-out rows, ` +
+        `${SAE.whole(positives)} of them with a firing`),
+      page.programs.map((p) => [
+        h("h3", null, p.kind, " ",
+          score("F1", SAE.fixed(p.f1), `95 %: ${SAE.number(p.f1_low)} to ${SAE.number(p.f1_high)}; `
+            + `another latent's program: ${SAE.number(p.other_f1)}`)),
+        h("p", null, score("precision", SAE.number(p.precision)), " ",
+          score("recall", SAE.number(p.recall)), " ", score("AUPRC", SAE.number(p.auprc)), " ",
+          score("Pearson", SAE.number(p.pearson))),
+        h("p.program", { dir: "auto" }, SAE.visible(p.program || "none"))]));
   }
 
   function nearest(page) {
