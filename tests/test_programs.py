@@ -16,7 +16,7 @@ from sae_harvest.pipelines.evaluate.programs.forms import (
     texts_of,
 )
 from sae_harvest.pipelines.evaluate.programs.learning import learn
-from sae_harvest.pipelines.evaluate.programs.scores import Means
+from sae_harvest.pipelines.evaluate.programs.scores import RESAMPLES, Means
 from sae_harvest.pipelines.evaluate.programs.suffixes import START, Suffixes
 from sae_harvest.pipelines.evaluate.programs.tries import nodes_of_rows
 from tests.program_cases import (
@@ -121,7 +121,7 @@ def test_intervals_are_those_of_the_house_and_the_slope_of_auprc_is_its_derivati
     cluster, hit = rows.cluster[rows.test], x >= tries.threshold[0]
     sums = np.zeros((256, 3))
     np.add.at(sums, cluster, np.stack([hit, y > 0, hit & (y > 0)], axis=1))
-    limits = interval(sums, lambda s: 2 * s[..., 2] / (s[..., 0] + s[..., 1]))
+    limits = interval(sums, lambda s: 2 * s[..., 2] / (s[..., 0] + s[..., 1]), RESAMPLES)
     assert limits is not None
     f1 = METRICS.index("f1")
     assert group.scores.low[0, f1] == pytest.approx(limits[0])

@@ -55,7 +55,7 @@ def count(
         parent: parent of each node, or -1; parents come first [nodes].
         entry_first, entry_last: the node's entries; they count rows of its children too [nodes].
         entry_cluster, entry_count: held-out rows of patterns by cluster [entries].
-        threshold: least prediction that counts as a firing.
+        threshold: least prediction that counts as a firing, above 0.
         node: node of each held-out firing, or -1 [firings].
         activation: float32 [firings].
         cluster: cluster of each firing's document [firings].
@@ -76,18 +76,24 @@ def count(
         hits[node[f]] += 1  # -1 is the last
     predictions = np.append(value, 0.0)
     rank_x, slope, bonus, auprc = _ranked(predictions, rows, hits, total, fired)
-    for c in range(CLUSTERS):
-        n = cluster_rows[c]
-        sums[c, N] = n
-        _add(sums, c, n, 0.0, False, rank_x[nodes], slope[nodes])
-    for i in range(nodes):
+    for c in range(CLUSTERS):  # as if no row had a node
+        n, rank = cluster_rows[c], rank_x[nodes]
+        sums[c, N], sums[c, SLOPE] = n, n * slope[nodes]
+        sums[c, RX], sums[c, RXX] = n * rank, n * rank * rank
+    for i in range(nodes):  # its rows leave its parent
         above = nodes if parent[i] < 0 else parent[i]
-        is_predicted = value[i] >= threshold
-        was_predicted = above < nodes and value[above] >= threshold
+        x, x_above, r, r_above = predictions[i], predictions[above], rank_x[i], rank_x[above]
+        predicted = int(x >= threshold) - int(x_above >= threshold)
+        dx, dxx, dr, drr = x - x_above, x * x - x_above * x_above, r - r_above, r * r - r_above**2
+        ds = slope[i] - slope[above]
         for e in range(entry_first[i], entry_last[i]):
             c, n = entry_cluster[e], entry_count[e]
-            _add(sums, c, n, value[i], is_predicted, rank_x[i], slope[i])
-            _add(sums, c, -n, predictions[above], was_predicted, rank_x[above], slope[above])
+            sums[c, PREDICTED] += n * predicted
+            sums[c, X] += n * dx
+            sums[c, XX] += n * dxx
+            sums[c, RX] += n * dr
+            sums[c, RXX] += n * drr
+            sums[c, SLOPE] += n * ds
     order = np.argsort(activation, kind="mergesort")  # equal ones stay in the order of rows
     middle = (total + 1) / 2
     silent = total - fired
@@ -108,7 +114,7 @@ def count(
         for place in range(at, end):
             f = order[place]
             c, i, y = cluster[f], node[f], np.float64(activation[f])
-            is_predicted = i >= 0 and value[i] >= threshold
+            is_predicted = predictions[i] >= threshold
             sums[c, POSITIVE] += 1
             sums[c, HITS] += is_predicted
             sums[c, Y] += y
@@ -124,25 +130,6 @@ def count(
     for d in range(DECILES):
         recall[d] = found[d] / tenth[d] if tenth[d] else np.nan
     return auprc
-
-
-@njit(nogil=True, cache=True)
-def _add(
-    sums: npt.NDArray[np.float64],
-    cluster: int,
-    n: int,
-    x: float,
-    is_predicted: bool,
-    rank: float,
-    slope: float,
-) -> None:
-    """Add n rows with the same prediction to a cluster."""
-    sums[cluster, PREDICTED] += n * is_predicted
-    sums[cluster, X] += n * x
-    sums[cluster, XX] += n * x * x
-    sums[cluster, RX] += n * rank
-    sums[cluster, RXX] += n * rank * rank
-    sums[cluster, SLOPE] += n * slope
 
 
 @njit(nogil=True, cache=True)

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from sae_harvest.pipelines.evaluate.intervals import Floats, percentiles, resampled
 from sae_harvest.pipelines.evaluate.programs.counting import METRICS, POSITIVE, N, figures_of_sums
 
-FEW = 200  # resamples for the means of baselines
+RESAMPLES = 400  # for intervals of each latent, and of means over latents
+FEW = 200  # for means of baselines
 MIN_POSITIVES = 10  # fewest held-out firings of a latent that counts in a mean over latents
 
 Values = tuple[Floats, Floats | None]  # metrics [latents, 6]; in resamples [resamples, latents, 6]
@@ -113,7 +114,7 @@ def scores_of(
     by_cluster = np.ascontiguousarray(sums.transpose(1, 0, 2))  # [256, latents, 15]
     total = by_cluster.sum(0)
     values = figures_of_sums(total, auprc)
-    drawn = resampled(by_cluster, lambda s: figures_of_sums(s, auprc))
+    drawn = resampled(by_cluster, lambda s: figures_of_sums(s, auprc), RESAMPLES)
     nothing = np.full_like(values, np.nan)
     low, high = (nothing, nothing) if drawn is None else percentiles(drawn)
     other = figures_of_sums(others.sum(1), other_auprc)

@@ -71,6 +71,7 @@ def nodes_of_rows(
     roots = first
     while roots < last and nodes[roots, PARENT] < 0:
         roots += 1
+    patterns = nodes[first:last, PATTERN].copy()  # close together in memory
     for i in range(len(rows)):
         row, at = rows[i], np.int64(-1)
         begin, end, mask = np.int64(first), np.int64(roots), np.int64(0)
@@ -79,11 +80,11 @@ def nodes_of_rows(
             low, high = begin, end
             while low < high:
                 middle = (low + high) // 2
-                if nodes[middle, PATTERN] < pattern:
+                if patterns[middle - first] < pattern:
                     low = middle + 1
                 else:
                     high = middle
-            if low == end or nodes[low, PATTERN] != pattern:
+            if low == end or patterns[low - first] != pattern:
                 break
             at = low
             begin = nodes[at, CHILD]
