@@ -142,6 +142,18 @@ def test_an_exception_may_be_far_from_the_row_or_at_the_start_of_a_context() -> 
     assert none == plain[0]
 
 
+def test_patterns_that_cannot_grow_have_no_counterexamples(rows: TokenRows) -> None:
+    nothing = firings_of(np.zeros(len(rows.token)), rows.train)
+    long = tuple(rows.token[2:12].tolist())  # in the first context, which is held out
+    for pattern in (long, tuple(rows.token[LENGTH + 2 : LENGTH + 12].tolist()), (START, B)):
+        assert n2g.match(rows, [pattern]).max() == 0
+        program = Program((pattern,), (2.0,))
+        assert n2g.counterexamples_of(rows, 0, nothing, program, seed=0) == []
+    program = Program((long[-3:],), (2.0,))
+    wrong = n2g.counterexamples_of(rows, 0, nothing, program, seed=0)
+    assert {one.tokens[-3:] for one in wrong} <= {long[-3:]}
+
+
 def test_programs_do_not_depend_on_what_is_asked_together(
     rows: TokenRows, dense: np.ndarray
 ) -> None:

@@ -118,7 +118,8 @@ def counterexamples_of(
 ) -> list[Counterexample]:
     """Draw up to 16 training rows on which a program predicts more than twice the activation.
 
-    Patterns that match at the start of a context only are left out.
+    Rows of patterns that match at the start of a context only, or have more than 8 tokens, are left
+    out.
 
     Args:
         firings: those of the latent on training rows.
@@ -130,8 +131,9 @@ def counterexamples_of(
     activation = np.zeros(len(deciding), np.float32)
     activation[firings.row] = firings.value
     predicted = np.append(np.array(program.predictions), 0.0)[deciding]
-    anywhere = np.append([pattern[0] != START for pattern in program.patterns], False)[deciding]
-    wrong = np.flatnonzero(rows.train & anywhere & (activation < KEPT * predicted))
+    may_grow = [p[0] != START and len(p) <= LONGEST_EXCEPTION for p in program.patterns]
+    usable = rows.train & np.append(may_grow, False)[deciding]
+    wrong = np.flatnonzero(usable & (activation < KEPT * predicted))
     found = []
     for row in np.random.default_rng((seed, latent)).permutation(wrong)[:COUNTEREXAMPLES].tolist():
         start = row - row % rows.context_length + rows.text_begins
