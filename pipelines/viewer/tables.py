@@ -19,10 +19,7 @@ from sae_harvest.pipelines.features.tables.folder import EXPLANATIONS, PROGRAMS
 QUERY_SECONDS = 20.0
 KEPT_DOCUMENTS = 1_000_000  # if there are more, titles are looked up in the file
 LABEL_TOKENS = 6  # a latent's most frequent tokens that lists show
-PROGRAM = (
-    "kind, program, rows, positives, precision, recall, f1, f1_low, f1_high, auprc, pearson, "
-    "other_f1"
-)
+PROGRAM = "kind, program, rows, positives, f1, f1_low, f1_high, other_f1, always_f1"
 SUMMARY = {
     "latent": "number of the latent in the SAE",
     "density": "share of rows on which it fires",

@@ -82,7 +82,7 @@ COLUMNS: dict[str, dict[pa.DataType, str]] = {  # names by type
         pa.int32(): "latent",
         pa.int64(): "rows positives",
         pa.string(): "kind program",
-        pa.float32(): "precision recall f1 f1_low f1_high auprc pearson other_f1",
+        pa.float32(): "f1 f1_low f1_high other_f1 always_f1",
     },
 }
 

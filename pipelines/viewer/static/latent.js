@@ -106,19 +106,20 @@
   function programs(page) {
     if (!page.programs || !page.programs.length) return null;
     const { rows, positives } = page.programs[0];
-    const score = (name, value, hint) => h("span.num", { title: hint }, `${name} ${value}`);
+    const score = (p) => p.f1 === null ? "no held-out firing"
+      : `F1 ${p.f1.toFixed(2)} (95 %: ${p.f1_low === null ? "–" : p.f1_low.toFixed(2)} to `
+        + `${p.f1_high === null ? "–" : p.f1_high.toFixed(2)}); another latent's program `
+        + `${p.other_f1 === null ? "–" : p.other_f1.toFixed(2)}, always firing `
+        + p.always_f1.toFixed(2);
+    // patterns are separated by semicolons outside quotes
+    const patterns = (text) => text.match(/(?:"(?:[^"\\]|\\.)*"|[^;"])+/g) || [];
     return h("section.card.programs", null,
       h("h2", { title: "what predicts its activation from tokens alone" }, "Programs"),
       h("p.muted", null, `scored on ${SAE.whole(rows)} held-out rows, ` +
         `${SAE.whole(positives)} of them with a firing`),
-      page.programs.map((p) => [
-        h("h3", null, p.kind, " ",
-          score("F1", SAE.fixed(p.f1), `95 %: ${SAE.number(p.f1_low)} to ${SAE.number(p.f1_high)}; `
-            + `another latent's program: ${SAE.number(p.other_f1)}`)),
-        h("p", null, score("precision", SAE.number(p.precision)), " ",
-          score("recall", SAE.number(p.recall)), " ", score("AUPRC", SAE.number(p.auprc)), " ",
-          score("Pearson", SAE.number(p.pearson))),
-        h("p.program", { dir: "auto" }, SAE.visible(p.program || "none"))]));
+      page.programs.map((p) => [h("h3", null, p.kind), h("p.muted", null, score(p)),
+        h("ul", { dir: "auto" }, patterns(p.program).map((line) =>
+          h("li", null, SAE.visible(line.trim()))))]));
   }
 
   function nearest(page) {
