@@ -51,7 +51,7 @@ def baselines(store: ActivationStore, sae: SAE, l0: float, seed: int = 0) -> dic
     unscaled = {"normalization": "none", "input_scale": 1.0, "output_scale": 1.0}
     as_they_are = SAEConfig.model_validate(config.model_dump() | unscaled)
     found = {
-        RANDOM: _random(sae, k, generator),
+        RANDOM: random_sae(sae, k, generator),
         SHUFFLED: _shuffled(sae, generator),
         MEAN: _both_directions(as_they_are, torch.zeros(1, config.width_out), rows.mean, 1),
     }
@@ -63,7 +63,7 @@ def baselines(store: ActivationStore, sae: SAE, l0: float, seed: int = 0) -> dic
     return {name: baseline.to(sae.device) for name, baseline in found.items()}
 
 
-def _random(sae: SAE, k: int, generator: torch.Generator) -> SAE:
+def random_sae(sae: SAE, k: int, generator: torch.Generator) -> SAE:
     """Return random directions with the norms of an SAE's rows; encoder and decoder share them."""
     config = _topk(sae.config, sae.config.n_latents, k)
     weights = {name: sae.tensors()[name].cpu() for name in ("W_enc", "W_dec")}

@@ -8,6 +8,7 @@ over rows; the sums are kept for each cluster, and whole clusters are drawn with
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,45 @@ def cluster_sums(cluster: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> Fl
     return sums
 
 
+def resampled(
+    sums: Floats, figure: Figure, resamples: int = RESAMPLES, seed: int = 0
+) -> Floats | None:
+    """Return the values of a figure in the resamples of a bootstrap over clusters; see `interval`.
+
+    The draws depend only on `seed` and the clusters that have rows, so that values of figures over
+    the same rows belong together.
+
+    Returns:
+        float64 [resamples, ...]. None if fewer than two clusters have rows.
+    """
+    used = sums[np.any(sums.reshape(len(sums), -1) != 0, axis=1)]
+    n = len(used)
+    if n < 2:
+        return None
+    totals = np.tensordot(_draws(n, resamples, seed), used, axes=1)  # [resamples, ..., quantities]
+    return np.asarray(figure(totals), np.float64)
+
+
+@cache
+def _draws(n: int, resamples: int, seed: int) -> Floats:
+    """Return how often each of n clusters is drawn, float64 [resamples, n]."""
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)
+    return drawn.astype(np.float64)
+
+
+def percentiles(values: Floats) -> tuple[Floats, Floats]:
+    """Return the 2.5 and 97.5 percentiles of values [resamples, ...]; NaN without any value."""
+    tail = (1 - COVERAGE) / 2
+    finite = np.isfinite(values)
+    defined, whole = finite.any(axis=0), finite.all(axis=0)
+    limits = np.full((2, *values.shape[1:]), np.nan)
+    limits[:, whole] = np.quantile(values[:, whole], [tail, 1 - tail], axis=0)
+    some = defined & ~whole
+    if some.any():
+        limits[:, some] = np.nanquantile(values[:, some], [tail, 1 - tail], axis=0)
+    return limits[0], limits[1]
+
+
 def interval(
     sums: Floats, figure: Figure, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[Floats, Floats] | None:
@@ -67,15 +107,5 @@ def interval(
         Lower and upper limit, each [...]: the 2.5 and 97.5 percentiles of the values of the
         resamples; NaN where no resample has a value. None if fewer than two clusters have rows.
     """
-    used = sums[np.any(sums.reshape(len(sums), -1) != 0, axis=1)]
-    n = len(used)
-    if n < 2:
-        return None
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)
-    totals = np.tensordot(drawn.astype(np.float64), used, axes=1)  # [resamples, ..., quantities]
-    tail = (1 - COVERAGE) / 2
-    values = np.asarray(figure(totals), np.float64)  # [resamples, ...]
-    defined = np.isfinite(values).any(axis=0)
-    limits = np.full((2, *values.shape[1:]), np.nan)
-    limits[:, defined] = np.nanquantile(values[:, defined], [tail, 1 - tail], axis=0)
-    return limits[0], limits[1]
+    values = resampled(sums, figure, resamples, seed)
+    return None if values is None else percentiles(values)

@@ -51,6 +51,7 @@ def latent_page(tables: Tables, latent: int) -> dict[str, Any]:
         documents,
         tables.labels([n["other"] for n in near]),
         tables.explanations(latent, latent).get(latent),
+        tables.programs(latent, latent).get(latent, []),
     )
 
 
@@ -63,6 +64,7 @@ def assemble(
     documents: dict[int, dict[str, Any]],
     labels: dict[int, dict[str, Any]],
     explanation: str | None,
+    programs: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Assemble a latent's page from rows of the tables; `RunError` if they contradict."""
     latent = statistics["latent"]
@@ -79,6 +81,7 @@ def assemble(
     return {
         "latent": latent,
         "explanation": explanation,
+        "programs": programs,
         "statistics": statistics,
         "histogram": merged(histogram),
         "neighbours": {

@@ -190,6 +190,7 @@ def _pages(
         documents = tables.titles([c["document"] for cs in contexts.values() for c in cs])
         labels = tables.labels([n["other"] for ns in near.values() for n in ns])
         explanations = tables.explanations(first, last)
+        programs = tables.programs(first, last)
         pages = {}
         for row in statistics:
             latent = row["latent"]
@@ -202,6 +203,7 @@ def _pages(
                 documents,
                 labels,
                 explanations.get(latent),
+                programs.get(latent, []),
             )
             if comparison is not None:
                 pages[latent]["nearest"] = comparison.of(latent)

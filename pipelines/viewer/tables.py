@@ -14,11 +14,12 @@ import duckdb
 from sae_harvest.common.errors import InputError, RunError
 from sae_harvest.pipelines.features.reading.query import connect, first_line
 from sae_harvest.pipelines.features.tables.checks import require_tables
-from sae_harvest.pipelines.features.tables.folder import EXPLANATIONS
+from sae_harvest.pipelines.features.tables.folder import EXPLANATIONS, PROGRAMS
 
 QUERY_SECONDS = 20.0
 KEPT_DOCUMENTS = 1_000_000  # if there are more, titles are looked up in the file
 LABEL_TOKENS = 6  # a latent's most frequent tokens that lists show
+PROGRAM = "kind, program, rows, positives, f1, f1_low, f1_high, other_f1, always_f1"
 SUMMARY = {
     "latent": "number of the latent in the SAE",
     "density": "share of rows on which it fires",
@@ -49,6 +50,7 @@ class Tables:
         self.seconds = seconds
         self.run: dict[str, Any] = require_tables(features)
         self.has_explanations = (features / f"{EXPLANATIONS}.parquet").is_file()
+        self.has_programs = (features / f"{PROGRAMS}.parquet").is_file()
         self._connection = connect(features)
         try:
             self._connection.execute(
@@ -135,6 +137,19 @@ class Tables:
             last,
         )
         return {row["latent"]: row["text"] for row in rows}
+
+    def programs(self, first: int, last: int) -> dict[int, list[dict[str, Any]]]:
+        """Return the programs of the latents `first` to `last`, with their scores."""
+        found: dict[int, list[dict[str, Any]]] = {}
+        if self.has_programs:
+            for row in self.ask(
+                f"SELECT latent, {PROGRAM} FROM {PROGRAMS} WHERE latent BETWEEN ? AND ? "
+                "ORDER BY latent, kind",
+                first,
+                last,
+            ):
+                found.setdefault(row.pop("latent"), []).append(row)
+        return found
 
     def titles(self, documents: list[int | None]) -> dict[int, dict[str, Any]]:
         """Return `source`, `title` and `url` by the document's number."""

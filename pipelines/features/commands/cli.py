@@ -19,6 +19,7 @@ from sae_harvest.common.settings import (
     config_file_option,
     options_for,
 )
+from sae_harvest.pipelines.evaluate.programs.cli import programs
 from sae_harvest.pipelines.exports.cli import export_command
 from sae_harvest.pipelines.features.building.config import FeatureConfig
 from sae_harvest.pipelines.features.commands.diff import diff
@@ -43,6 +44,7 @@ main.add_command(diff)
 main.add_command(serve)
 main.add_command(site)
 main.add_command(export_command)
+main.add_command(programs)
 
 
 class Places(BaseModel):

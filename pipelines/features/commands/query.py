@@ -53,6 +53,7 @@ def query(
 ) -> None:
     """Run a SELECT over latents, contexts, histograms, neighbours, tokens, documents and firings.
 
+    Added tables are read as well: explanations, programs.
     It reads these tables and no other file, and writes nothing but --output. Without SQL, or with
     -, the query is read from standard input. A terminal gets a table of 50 rows; a pipe gets all
     rows as CSV, in which lists are JSON.

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from sae_harvest.common.errors import InputError, RunError
 from sae_harvest.pipelines.features.tables.folder import (
-    EXPLANATIONS,
+    ADDED,
     FIRINGS,
     TABLES,
     check_tables,
@@ -32,7 +32,7 @@ ROWS_AT_ONCE = 4096
 
 
 def connect(features: Path) -> duckdb.DuckDBPyConnection:
-    """Open an in-memory DuckDB with views of each table, all firings, and added explanations.
+    """Open an in-memory DuckDB with views of each table, all firings, and added tables.
 
     Raises:
         RunError: the folder holds no finished tables, or one of them is missing or damaged.
@@ -163,8 +163,7 @@ def _open(features: Path) -> tuple[duckdb.DuckDBPyConnection, list[str]]:
     check_tables(features)
     files = {name: [f"{name}.parquet"] for name in TABLES}
     files[FIRINGS] = [f"{FIRINGS}/{path.name}" for path in firing_files(features)]
-    if (features / f"{EXPLANATIONS}.parquet").is_file():
-        files[EXPLANATIONS] = [f"{EXPLANATIONS}.parquet"]
+    files |= {n: [f"{n}.parquet"] for n in ADDED if (features / f"{n}.parquet").is_file()}
     connection = duckdb.connect()
     folder = _exact(connection, features)
     for name, some in files.items():

@@ -19,6 +19,7 @@ from sae_harvest.pipelines.features.tables.checks import (
     check_latent,
     require_tables,
 )
+from sae_harvest.pipelines.features.tables.folder import PROGRAMS
 from sae_harvest.pipelines.features.tables.texts import pieces
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -53,6 +54,7 @@ def _rendered(features: Path, latent: int, n_contexts: int) -> RenderableType:
         parts.append(Text("It never fired on these rows.", style="bold"))
         return Group(*parts)
     parts.append(_statistics(features, connection, facts))
+    parts += _programs(features, connection, latent)
     for stratum in ("top", "random"):
         found = connection.execute(
             "SELECT c.activation, c.position, c.window_start, c.text, c.token_ends, c.activations, "
@@ -139,6 +141,31 @@ def _statistics(
         ).fetchall()
         table.add_row(name, ", ".join(starmap(_neighbour, near)))
     return table
+
+
+def _programs(
+    features: Path, connection: duckdb.DuckDBPyConnection, latent: int
+) -> list[RenderableType]:
+    """Show the programs that predict the latent from tokens, if there are any."""
+    if not (features / f"{PROGRAMS}.parquet").is_file():
+        return []
+    found = connection.execute(
+        "SELECT kind, program, f1, f1_low, f1_high, other_f1, rows, positives FROM programs "
+        "WHERE latent = ? ORDER BY kind",
+        [latent],
+    ).fetchall()
+    if not found:
+        return []
+    table = Table(box=None, pad_edge=False)
+    for column in ("kind", "F1", "95 %", "another's"):
+        table.add_column(column, style="dim")
+    table.add_column("program", overflow="fold")
+    for kind, program, *scores, _, _ in found:
+        f1, low, high, other = ("–" if x is None else f"{x:.2f}" for x in scores)
+        table.add_row(kind, f1, f"{low} to {high}", other, visible(program or ""))
+    rows, positives = found[0][-2:]
+    title = f"\nprograms, scored on {rows or 0:,} held-out rows, {positives or 0:,} with a firing"
+    return [Text(title, style="bold"), table]
 
 
 def _neighbour(other: int | None, cosine: float | None, jaccard: float | None) -> str:

@@ -21,8 +21,10 @@ from sae_harvest.common.finite import all_finite
 from sae_harvest.common.parsing import first_line
 from sae_harvest.common.paths import exact_file
 from sae_harvest.pipelines.features.tables.folder import (
+    ADDED,
     EXPLANATIONS,
     FIRINGS,
+    PROGRAMS,
     STRATA,
     TABLES,
     check_tables,
@@ -76,6 +78,12 @@ COLUMNS: dict[str, dict[pa.DataType, str]] = {  # names by type
     "documents": {pa.int64(): "document", pa.string(): "source title url"},
     FIRINGS: {pa.int32(): "latent", pa.int64(): "row", pa.float32(): "value"},
     EXPLANATIONS: {pa.int64(): "latent", pa.string(): "explanation"},
+    PROGRAMS: {
+        pa.int32(): "latent",
+        pa.int64(): "rows positives",
+        pa.string(): "kind program",
+        pa.float32(): "f1 f1_low f1_high other_f1 always_f1",
+    },
 }
 
 
@@ -97,8 +105,9 @@ def require_tables(features: Path) -> dict[str, Any]:
             "run.json says; build the tables again."
         )
     check_columns(firing_files(features)[0], FIRINGS)
-    if (path := features / f"{EXPLANATIONS}.parquet").exists():
-        check_columns(path, EXPLANATIONS)
+    for name in ADDED:
+        if (path := features / f"{name}.parquet").exists():
+            check_columns(path, name)
     return run
 
 

@@ -21,7 +21,8 @@
     const s = page.statistics, maximum = s.max || 1;
     document.title = `latent ${page.latent} · ${SAE.info.name}`;
     SAE.replace(main, heading(page), h("div.columns", null,
-      h("div.side", null, statistics(page), lens(s), near(page), nearest(page), notes(page)),
+      h("div.side", null, statistics(page), lens(s), programs(page), near(page), nearest(page),
+        notes(page)),
       contexts(page, maximum)));
   };
 
@@ -100,6 +101,25 @@
     return h("section.card", null, h("h2", null, "Neighbours"), h("div.two", null,
       table(page.neighbours.cosine, "decoder_cosine", "decoder cosine"),
       table(page.neighbours.cofire, "jaccard", "fires together (Jaccard)")));
+  }
+
+  function programs(page) {
+    if (!page.programs || !page.programs.length) return null;
+    const { rows, positives } = page.programs[0];
+    const score = (p) => p.f1 === null ? "no held-out firing"
+      : `F1 ${p.f1.toFixed(2)} (95 %: ${p.f1_low === null ? "–" : p.f1_low.toFixed(2)} to `
+        + `${p.f1_high === null ? "–" : p.f1_high.toFixed(2)}); another latent's program `
+        + `${p.other_f1 === null ? "–" : p.other_f1.toFixed(2)}, always firing `
+        + p.always_f1.toFixed(2);
+    // patterns are separated by semicolons outside quotes
+    const patterns = (text) => text.match(/(?:"(?:[^"\\]|\\.)*"|[^;"])+/g) || [];
+    return h("section.card.programs", null,
+      h("h2", { title: "what predicts its activation from tokens alone" }, "Programs"),
+      h("p.muted", null, `scored on ${SAE.whole(rows)} held-out rows, ` +
+        `${SAE.whole(positives)} of them with a firing`),
+      page.programs.map((p) => [h("h3", null, p.kind), h("p.muted", null, score(p)),
+        h("ul", { dir: "auto" }, patterns(p.program).map((line) =>
+          h("li", null, SAE.visible(line.trim()))))]));
   }
 
   function nearest(page) {

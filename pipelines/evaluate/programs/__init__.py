@@ -1,0 +1,1 @@
+"""Programs that predict a latent's activation from tokens alone, and how well they do."""
