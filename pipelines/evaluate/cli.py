@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     help="Folder of a trained SAE. Several may be given, to compare them.",
 )
 @store_option
+@click.option(
+    "--features",
+    type=PathOption(file_okay=False),
+    multiple=True,
+    help="Folder of the SAE's feature tables over the store, for programs; needs --report.",
+)
 @options_for(settings_of(EvaluationSettings))
 @device_option
 @click.option(
@@ -50,6 +56,7 @@ if TYPE_CHECKING:
 def evaluation(
     saes: tuple[Path, ...],
     store: str,
+    features: tuple[Path, ...],
     device: str,
     report: Path | None,
     out: Path | None,
@@ -61,12 +68,15 @@ def evaluation(
 
     \b
     train-sae eval --sae runs/demo/sae --store runs/demo/store
-    train-sae eval --sae runs/demo/sae --store runs/demo/store --report runs/demo/report
+    train-sae eval --sae runs/demo/sae --store runs/demo/store --features runs/demo/features \\
+        --report runs/demo/report
     """
     settings = EvaluationSettings(**{name: v for name, v in given.items() if v is not None})
     if out is not None and (len(saes) > 1 or report is not None):
         raise click.UsageError("--out takes one SAE and no --report; give one of both.")
     if report is None:
+        if features:
+            raise click.UsageError("--features needs --report; give both.")
         found = reconstruction_only(saes, store, settings.rows, device)
         if out is not None:
             from sae_harvest.train.run.files import write_json
@@ -77,18 +87,25 @@ def evaluation(
         return
     from sae_harvest.pipelines.evaluate.report.write import PAGE, write_report
 
-    command = repeated(saes, store, settings, report)
+    command = repeated(saes, store, features, settings, report)
     with Progress() as progress:
         evaluations = write_report(
-            report, store, saes, settings, device, progress.counting, command
+            report, store, saes, features, settings, device, progress.counting, command
         )
     output().print(headlines(evaluations))
     click.echo(f"The report is in {shown(report / PAGE)}.")
 
 
-def repeated(saes: Sequence[Path], store: str, settings: EvaluationSettings, report: Path) -> str:
+def repeated(
+    saes: Sequence[Path],
+    store: str,
+    features: Sequence[Path],
+    settings: EvaluationSettings,
+    report: Path,
+) -> str:
     """Return the command that makes the same report."""
     words = ["train-sae", "eval", *(word for sae in saes for word in ("--sae", shown(sae)))]
+    words += [word for folder in features for word in ("--features", shown(folder))]
     words += ["--store", store, "--report", shown(report)]
     for name, value in settings.model_dump(exclude_defaults=True).items():
         words += [f"--{name.replace('_', '-')}", str(value)]

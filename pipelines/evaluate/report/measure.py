@@ -19,6 +19,7 @@ from sae_harvest.pipelines.evaluate.report.of_model import (
     spliced_part,
 )
 from sae_harvest.pipelines.evaluate.report.of_rows import reconstruction_part, weights_part
+from sae_harvest.pipelines.evaluate.report.of_tables import programs_part
 from sae_harvest.pipelines.evaluate.report.parts import Part, Parts
 from sae_harvest.pipelines.evaluate.splicing import Splice, replaced_site
 from sae_harvest.pipelines.features.encoding.dictionary import sae_fits
@@ -47,6 +48,7 @@ class _Measure:
     settings: tuple[str, ...]
     """Settings that it depends on, beside store and SAE."""
     measure: Callable[[Inputs], Part]
+    needs_tables: bool = False
 
 
 MEASURES = (
@@ -54,6 +56,7 @@ MEASURES = (
     _Measure("reconstruction", ("rows",), reconstruction_part),
     _Measure("downstream", ("contexts",), downstream_part),
     _Measure("ablation", ("ablated_rows",), ablation_part),
+    _Measure("programs", ("n2g_latents",), programs_part, needs_tables=True),
 )
 
 
@@ -69,6 +72,8 @@ def evaluate_parts(inputs: Inputs) -> Evaluation:
     kept = Parts(inputs.report)
     found: dict[str, Part] = {}
     for one in MEASURES:
+        if one.needs_tables and inputs.features is None:
+            continue
         key = {"store": inputs.store.digest, "sae": inputs.digest}
         key |= {name: getattr(inputs.settings, name) for name in one.settings}
         name = f"{inputs.digest[:16]}-{one.name}"

@@ -77,9 +77,17 @@ def page(evaluations: Sequence[Evaluation], title: str, command: str) -> str:
         "without an interval are exact counts. Beside each SAE stand baselines that know nothing: "
         "a metric in which they do as well says nothing about the SAE.</p>",
     ]
+    measured = {
+        figure.metric
+        for evaluation in evaluations
+        for part in evaluation.parts.values()
+        for figure in part.figures
+    }
     for section, metrics in SECTIONS.items():
+        if not measured & set(metrics):
+            continue
         body += [f"<h2>{escape(section)}</h2>", *_notes(evaluations, section)]
-        body += [_meanings(evaluations, metrics), _table(evaluations, metrics)]
+        body += [_meanings(measured, metrics), _table(evaluations, metrics)]
         body.append(_plots(evaluations, section, colours))
     body.append(f"<h2>Made by</h2><p><code>{escape(command)}</code></p>")
     return (
@@ -133,6 +141,7 @@ PARTS_OF = {
     "Reconstruction": ("reconstruction",),
     "Downstream loss": ("downstream", "compute"),
     "Ablations": ("ablation",),
+    "Programs": ("programs",),
 }
 
 
@@ -164,7 +173,7 @@ def _table(evaluations: Sequence[Evaluation], metrics: Sequence[str]) -> str:
     lines = []
     for name, subjects in found.items():
         count = next(iter(next(iter(subjects.values())).values()))
-        what = f"{name}" if count.unit == "latents" else f"{name}: {count.count:,} {count.unit}"
+        what = f"{name}" if name == "weights" else f"{name}: {count.count:,} {count.unit}"
         lines.append(f'<tr class="part"><td colspan="{len(shown) + 1}">{escape(what)}</td></tr>')
         for subject, figures in subjects.items():
             cells = "".join(_cell(figures.get(metric), DEFINITIONS[metric]) for metric in shown)
@@ -242,13 +251,8 @@ def _figure(title: str, drawn: str, series: Sequence[Series], colours: dict[str,
     return f'<figure><h3>{escape(title)}</h3>{drawn}<div class="legend">{legend}</div></figure>'
 
 
-def _meanings(evaluations: Sequence[Evaluation], metrics: Sequence[str]) -> str:
-    measured = {
-        figure.metric
-        for evaluation in evaluations
-        for part in evaluation.parts.values()
-        for figure in part.figures
-    }
+def _meanings(measured: set[str], metrics: Sequence[str]) -> str:
+    """Return what each measured metric of a section says."""
     terms = [
         f"<dt>{escape(DEFINITIONS[metric].title)}</dt><dd>{escape(DEFINITIONS[metric].meaning)}</dd>"
         for metric in metrics

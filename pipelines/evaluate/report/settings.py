@@ -24,6 +24,9 @@ class EvaluationSettings(BaseModel):
     ablated_rows: Annotated[Count, Option("Sample", "ROWS")] = Field(
         16, ge=1, description="held-out rows on which latents are ablated, at most"
     )
+    n2g_latents: Annotated[Count, Option("Programs")] = Field(
+        8, ge=0, description="latents, drawn at random, that get an N2G program; it asks the model"
+    )
     compute_table: Annotated[str | None, Option("Downstream loss", "TABLE")] = Field(
         None,
         description="table of compute and loss during pretraining: gpt2-124m, or a CSV file with "

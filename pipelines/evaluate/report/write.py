@@ -21,6 +21,7 @@ from sae_harvest.pipelines.evaluate.report.measure import (
     evaluate_joint,
     evaluate_parts,
 )
+from sae_harvest.pipelines.evaluate.report.of_tables import features_of, require_used
 from sae_harvest.pipelines.evaluate.report.page import page
 from sae_harvest.pipelines.evaluate.report.saebench import saebench_core
 from sae_harvest.pipelines.evaluate.report.settings import EvaluationSettings
@@ -36,6 +37,7 @@ def write_report(
     report: Path,
     store_place: str,
     sae_paths: Sequence[Path],
+    features: Sequence[Path],
     settings: EvaluationSettings,
     device: str,
     progress: Progress,
@@ -49,6 +51,8 @@ def write_report(
         report: folder of the report, made if missing.
         store_place: folder or bucket address of the store.
         sae_paths: folders of SAEs, each trained on a site of the store.
+        features: folders of feature tables of these SAEs over the store; an SAE without tables
+            gets no programs.
         settings: sample sizes.
         device: device of model and SAEs: cpu, cuda or auto.
         progress: given the name of a part, returns a function of things done and to do.
@@ -59,6 +63,7 @@ def write_report(
         SAEs in one forward pass.
 
     Raises:
+        RunError: a folder of tables belongs to none of the SAEs.
         InputError: an SAE is given twice, nothing is held out, or the device is missing.
         SaeHarvestError: store, SAE or model cannot be read, or do not fit together.
     """
@@ -68,9 +73,12 @@ def write_report(
         raise InputError("An SAE is given twice; give each folder once.")
     new_folder(report.resolve())
     store = ActivationStore.open(store_place)
+    saes = [SAE.load(path, device) for path in sae_paths]
+    tables = [features_of(features, sae.digest, store.digest) for sae in saes]
+    require_used(features, tables)
     several = [
-        Inputs(report, store, name, path, SAE.load(path, device), None, settings, device, progress)
-        for name, path in zip(names, sae_paths, strict=True)
+        Inputs(report, store, name, path, sae, table, settings, device, progress)
+        for name, path, sae, table in zip(names, sae_paths, saes, tables, strict=True)
     ]
     found = [evaluate_parts(inputs) for inputs in several]
     joint = evaluate_joint(several)
