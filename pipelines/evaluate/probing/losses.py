@@ -100,7 +100,7 @@ def log_odds(z: Floats, fit: Floats) -> Floats:
     weight, bias, above = fit[WEIGHT], fit[BIAS], z - fit[THRESHOLD]
     if np.isfinite(weight):
         return weight * above + bias
-    return np.where(above == 0, bias, np.sign(above) * weight)
+    return np.where(above > 0, weight, np.where(above < 0, -weight, bias))
 
 
 def cross_entropy(odds: Floats, y: npt.NDArray[np.uint8], least: float) -> Floats:
