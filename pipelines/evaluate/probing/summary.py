@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -94,26 +95,31 @@ def rows_of(measured: Measured, pooling: Pooling) -> Iterator[ProbeRow]:
         counts = _counts(examples.codes if scored == ALL else examples.part(test=True))
         fitted = ALL if scored == ALL else TRAIN
         for t, task in enumerate(examples.names):
-            of = task, examples.unit, method
-            kept = len(losses.best.latent[t]) if scored == ALL else 1
-            for rank in range(kept):
-                fit = losses.best.fit[t, rank]
-                first = rank == 0
-                yield ProbeRow(
-                    *of, 1, fitted, scored, rank, *counts[t], pooled,
-                    [int(losses.best.latent[t, rank])],
-                    [float(fit[WEIGHT])],
-                    float(fit[BIAS]),
-                    None if np.isfinite(fit[WEIGHT]) else float(fit[THRESHOLD]),
-                    float(losses.loss[t] if first else fit[LOSS]),
-                    _number(low[t]) if first else None,
-                    _number(high[t]) if first else None,
-                )  # fmt: skip
-            if kept == 0 or losses.best.latent.shape[1] == 0:
-                yield ProbeRow(
-                    *of, 0, fitted, scored, 0, *counts[t], pooled,
-                    loss=float(losses.loss[t]), loss_low=_number(low[t]), loss_high=_number(high[t])
-                )  # fmt: skip
+            latents, fits = losses.best.latent[t], losses.best.fit[t]
+            row = ProbeRow(
+                task, examples.unit, method, min(1, len(latents)), fitted, scored, 0, *counts[t],
+                pooled, loss=float(losses.loss[t]), loss_low=_number(low[t]),
+                loss_high=_number(high[t]),
+            )  # fmt: skip
+            if len(latents) == 0:  # the constant
+                yield row
+            for rank, (latent, fit) in enumerate(zip(latents.tolist(), fits, strict=True)):
+                finite = bool(np.isfinite(fit[WEIGHT]))
+                known: dict[str, Any] = {
+                    "features": [latent],
+                    "weights": [float(fit[WEIGHT])],
+                    "bias": float(fit[BIAS]),
+                    "threshold": None if finite else float(fit[THRESHOLD]),
+                }
+                if rank == 0:
+                    yield replace(row, **known)
+                elif scored == ALL:
+                    loss: dict[str, Any] = {
+                        "loss": float(fit[LOSS]),
+                        "loss_low": None,
+                        "loss_high": None,
+                    }
+                    yield replace(row, rank=rank, **known, **loss)
     for probe in measured.sparse:
         yield _sparse_row(measured, probe, pooled)
 
