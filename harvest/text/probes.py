@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -72,8 +73,9 @@ class LabelledText(NamedTuple):
     """The text."""
 
 
-def probe_texts() -> list[LabelledText]:
-    """Return the texts of the corpus, in its order: each text once.
+@cache
+def probe_texts() -> tuple[LabelledText, ...]:
+    """Return the texts of the corpus, in its order: each text once. They are read once.
 
     Raises:
         InputError: the package with the texts is not installed, or damaged.
@@ -94,7 +96,7 @@ def probe_texts() -> list[LabelledText]:
                 seen.add(text.text)
                 n_taken[of_class] += 1
                 taken.append(text)
-    return sorted(taken, key=_order)
+    return tuple(sorted(taken, key=_order))
 
 
 def news_articles() -> Iterator[LabelledText]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
 import numpy as np
@@ -55,7 +55,7 @@ def text_tasks() -> list[Task]:
     sample = probe_texts()
     shown = {text.text for text in sample}
     articles = [text for text in news_articles() if text.text not in shown]
-    texts = sample + list({text.text: text for text in articles}.values())
+    texts = [*sample, *{text.text: text for text in articles}.values()]
     hashes = dict(zip(map(id, texts), text_hashes([text.text for text in texts]), strict=True))
     tasks = []
     for name, inside, positive in _choices(sample):
@@ -66,7 +66,7 @@ def text_tasks() -> list[Task]:
     return tasks
 
 
-def _choices(texts: list[LabelledText]) -> Iterator[tuple[str, Choice, Choice]]:
+def _choices(texts: Sequence[LabelledText]) -> Iterator[tuple[str, Choice, Choice]]:
     """Yield the name of each task, which texts are in it, and which of them are positive."""
     for domain in (NEWS, TWEETS, PARLIAMENT):
         yield f"domain {domain}", lambda text: True, _is(domain=domain)
@@ -96,7 +96,7 @@ def _choices(texts: list[LabelledText]) -> Iterator[tuple[str, Choice, Choice]]:
         yield f"question {language}", _of(language), _has(TWEET_SIGNS["question"])
 
 
-def _values(texts: list[LabelledText], column: str, inside: Choice) -> list[str]:
+def _values(texts: Sequence[LabelledText], column: str, inside: Choice) -> list[str]:
     """Return the values of a column that enough texts have, sorted."""
     counts = Counter(getattr(text, column) for text in texts if inside(text))
     return sorted(value for value, count in counts.items() if count >= FEWEST)

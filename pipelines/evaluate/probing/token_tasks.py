@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from sae_harvest.pipelines.features.tables.texts import TokenTexts
 
-BETWEEN = "\x00"  # between two contexts; no pattern matches it
+BETWEEN = "\x00"  # after each context; no pattern matches it
 MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
 DAYS = "Monday|Tuesday|Wednesday|Thursday|Friday|Saturday|Sunday"
 FUNCTION_WORDS = {
@@ -81,7 +81,7 @@ def token_labels(
     """
     labels = np.empty((tokens.size, len(TOKEN_TASKS)), np.bool_)
     strings, ends = texts.windows(tokens)
-    joined = BETWEEN.join(strings.to_pylist())
+    joined = "".join(text + BETWEEN for text in strings.to_pylist())
     # where each token ends in the joined text, and where its first character that is no space is
     shift = np.concatenate([[0], (ends[:-1, -1] + len(BETWEEN)).cumsum()])
     stop = (ends + shift[:, None]).ravel().astype(np.int64)
