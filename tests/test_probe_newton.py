@@ -21,7 +21,7 @@ from sae_harvest.pipelines.evaluate.probing.newton import (
 )
 
 
-def fits_of(z, y, class_weights=(1.0, 1.0)) -> np.ndarray:
+def fits_of(z, y, class_weights=(1.0, 1.0), limit=np.inf) -> np.ndarray:
     """The fits [latents, 5] of dense columns z [examples, latents] to labels y, which may be 2."""
     z, y = np.asarray(z, np.float32), np.asarray(y, np.uint8)
     z = z.reshape(len(y), -1)
@@ -31,7 +31,8 @@ def fits_of(z, y, class_weights=(1.0, 1.0)) -> np.ndarray:
     value = np.concatenate([z[rows, i] for i, rows in enumerate(columns)])
     counts = np.array([[(y == 0).sum(), (y == 1).sum()]])
     weights = np.array([class_weights])
-    return fit_all(starts, example, value, y[:, None], counts, weights)[:, 0]
+    limits = np.array([limit])
+    return fit_all(starts, example, value, y[:, None], counts, weights, limits)[:, 0]
 
 
 def entropy(*counts: float) -> float:
@@ -136,6 +137,19 @@ def test_random_features_reach_the_optimum_of_a_slow_method():
         for column, fit in zip(np.float32(z).T, fits, strict=True):
             if column.any() and np.isfinite(fit[WEIGHT]):
                 assert fit[LOSS] == pytest.approx(slow_optimum(column, y, class_weights), abs=1e-8)
+
+
+def test_a_limit_leaves_out_only_latents_whose_loss_exceeds_it():
+    rng = np.random.default_rng(3)
+    z = rng.gamma(1, 1, (200, 30)) * (rng.random((200, 30)) < np.linspace(0, 1, 30))
+    y = (z[:, -3] > 1).astype(int)
+    fits = fits_of(z, y)
+    limit = np.median(fits[:, LOSS])
+    limited = fits_of(z, y, limit=limit)
+    left_out = np.isinf(limited[:, LOSS])
+    assert left_out.sum() > 5
+    assert (fits[left_out, LOSS] > limit).all()
+    np.testing.assert_array_equal(limited[~left_out], fits[~left_out])
 
 
 def test_examples_outside_the_task_do_not_count():

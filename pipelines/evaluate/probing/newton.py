@@ -44,8 +44,12 @@ def fit_all(
     codes: Codes,
     counts: npt.NDArray[np.int64],
     class_weights: npt.NDArray[np.float64],
+    limits: npt.NDArray[np.float64],
 ) -> npt.NDArray[np.float64]:
     """Fit every latent to every task.
+
+    The examples on which a latent is 0 have one probability in common, so the loss is at least the
+    entropy of their labels. A latent with which this alone exceeds the task's limit is not fitted.
 
     Args:
         starts: int64 [latents + 1], where each latent's pairs begin.
@@ -54,10 +58,12 @@ def fit_all(
         codes: uint8 [examples, tasks], the class of each example; 2: not in the task.
         counts: int64 [tasks, 2], negative and positive examples of each task; both above 0.
         class_weights: float64 [tasks, 2], weight of an example of each class.
+        limits: float64 [tasks], largest losses that are of interest; infinite for all.
 
     Returns:
-        float64 [latents, tasks, 5]: loss in nats per example, weight, bias, threshold (0 for a
-        finite weight), steps. The probability of the positive class is s(w (z - threshold) + b).
+        float64 [latents, tasks, 5]: loss in nats per example (infinite if it exceeds the limit and
+        was not fitted), weight, bias, threshold (0 for a finite weight), steps. The probability of
+        the positive class is s(w (z - threshold) + b).
     """
     n_latents, n_tasks = len(starts) - 1, codes.shape[1]
     fits = np.empty((n_latents, n_tasks, 5))
@@ -73,6 +79,11 @@ def fit_all(
                     z[m], y[m] = value[p], code
                     fired[code] += 1
                     m += 1
+            zeros = (counts[t] - fired) * class_weights[t]
+            if _entropy(zeros) > limits[t] * (counts[t] * class_weights[t]).sum():
+                fits[i, t] = 0.0
+                fits[i, t, LOSS] = np.inf
+                continue
             fits[i, t] = fit_one(z[:m], y[:m], counts[t] - fired, class_weights[t])
     return fits
 
@@ -125,13 +136,22 @@ def _separated(
         for j in range(len(z)):
             if z[j] == above:
                 at[int(y[j])] += class_weights[int(y[j])]
-    share = at[1] / (at[0] + at[1])
-    entropy = -at[1] * math.log(share) - at[0] * math.log(1 - share)
-    fit[LOSS] = entropy / (total[0] + total[1])
+    fit[LOSS] = _entropy(at) / (total[0] + total[1])
     fit[BIAS] = math.log(at[1]) - math.log(at[0])
     if at[0] < total[0] or at[1] < total[1]:
         fit[WEIGHT], fit[THRESHOLD] = sign * np.inf, above
     return fit
+
+
+@njit(nogil=True, cache=True)
+def _entropy(weights: Any) -> Any:
+    """Return the entropy of labels in nats, times their weight; weights: float64 [2]."""
+    total = weights[0] + weights[1]
+    entropy = 0.0
+    for c in range(2):
+        if weights[c] > 0:
+            entropy -= weights[c] * math.log(weights[c] / total)
+    return entropy
 
 
 @njit(nogil=True, cache=True)

@@ -25,7 +25,7 @@ from numba import njit, prange  # noqa: E402
 
 Pooling = Literal["last", "mean", "maximum"]
 POOLINGS: tuple[Pooling, ...] = ("last", "mean", "maximum")
-PAIRS = 1 << 22  # firings in memory at once, of whole latents
+PAIRS = 1 << 20  # firings of whole latents that are read at once
 
 
 class Pairs(NamedTuple):

@@ -54,6 +54,12 @@ class Best:
     def empty(cls, n_tasks: int) -> Best:
         return cls(np.empty((n_tasks, 0), np.int64), np.empty((n_tasks, 0, 5)))
 
+    def limits(self, n_best: int) -> Floats:
+        """Return the loss of the last of so many latents; infinite if there are fewer [tasks]."""
+        if self.latent.shape[1] < n_best:
+            return np.full(len(self.latent), np.inf)
+        return self.fit[:, n_best - 1, LOSS].copy()
+
     def merged(self, first: int, fits: Floats, n_best: int) -> Best:
         """Add the fits [latents, tasks, 5] of the latents from `first` on; ties: lower first."""
         latents = np.arange(first, first + len(fits))
@@ -130,6 +136,7 @@ def fit_best(
                 labelling.codes,
                 labelling.counts,
                 labelling.class_weights,
+                best[number].limits(n_best),
             )
             if (fits[:, :, STEPS] >= MAX_STEPS).any():
                 raise RunError(
