@@ -144,7 +144,7 @@ def test_a_limit_leaves_out_only_latents_whose_loss_exceeds_it():
     z = rng.gamma(1, 1, (200, 30)) * (rng.random((200, 30)) < np.linspace(0, 1, 30))
     y = (z[:, -3] > 1).astype(int)
     fits = fits_of(z, y)
-    limit = np.median(fits[:, LOSS])
+    limit = np.median(fits[:, LOSS]) / 2
     limited = fits_of(z, y, limit=limit)
     left_out = np.isinf(limited[:, LOSS])
     assert left_out.sum() > 5
