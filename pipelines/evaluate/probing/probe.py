@@ -114,7 +114,7 @@ def probe(
     """
     tokenizer = load_tokenizer(source.model)
     rows = store_rows(source, end_of_text_id(tokenizer), config.most_rows)
-    found, left_out = _examples(source, rows, TokenTexts(tokenizer), tasks, config)
+    found, left_out = find_examples(source, rows, TokenTexts(tokenizer), tasks, config)
     n_fire = pq.read_table(features / "latents.parquet", columns=["n_fire"])["n_fire"].to_numpy()
     n_latents = source.dictionary.n_latents
     firings = {
@@ -140,7 +140,7 @@ def probe(
     return Probed(list(figures_of(measured)), table, len(rows), left_out)
 
 
-def _examples(
+def find_examples(
     source: StoreSource,
     rows: StoreRows,
     texts: TokenTexts,
@@ -148,16 +148,10 @@ def _examples(
     config: ProbeConfig,
 ) -> tuple[list[Examples], dict[str, str]]:
     """Find the examples of all tasks; return those of documents and of rows that there are."""
-    of_texts = text_tasks() if config.packaged else []
-    names = TOKEN_TASKS if config.packaged else ()
-    labels = np.empty((len(rows), len(names)), np.bool_)
+    of_texts, names, labels = list[Task](), tuple[str, ...](), np.empty((len(rows), 0), np.bool_)
     if config.packaged:
-        step = CONTEXTS * source.context_length
-        for first in range(0, len(rows), step):
-            here = slice(first, first + step)
-            shape = -1, source.context_length
-            contexts = rows.token[here].reshape(shape), rows.number[here].reshape(shape)
-            labels[here] = token_labels(*contexts, texts)
+        of_texts, names = text_tasks(), TOKEN_TASKS
+        labels = labels_of_tokens(source, rows, texts)
     by_text = [task for task in tasks if task.key != "row"]
     by_row = [task for task in tasks if task.key == "row"]
     documents, missing = document_examples(rows, [*of_texts, *by_text], source.place)
@@ -165,6 +159,19 @@ def _examples(
     left_out = missing | also_missing
     require_all(tasks, left_out)
     return [found for found in (documents, tokens) if found.names], left_out
+
+
+def labels_of_tokens(
+    source: StoreSource, rows: StoreRows, texts: TokenTexts
+) -> npt.NDArray[np.bool_]:
+    """Label all rows for the packaged tasks of tokens, bool [rows, tasks]."""
+    labels = np.empty((len(rows), len(TOKEN_TASKS)), np.bool_)
+    step = CONTEXTS * source.context_length
+    for first in range(0, len(rows), step):
+        here, shape = slice(first, first + step), (-1, source.context_length)
+        contexts = rows.token[here].reshape(shape), rows.number[here].reshape(shape)
+        labels[here] = token_labels(*contexts, texts)
+    return labels
 
 
 def encoded(
