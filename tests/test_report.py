@@ -18,9 +18,11 @@ from sae_harvest.harvest.run.driver import run as run_harvest
 from sae_harvest.harvest.text.corpus import CorpusSpec
 from sae_harvest.pipelines.evaluate import cli
 from sae_harvest.pipelines.evaluate.compute_equivalent import ComputeTable
-from sae_harvest.pipelines.evaluate.report import of_model, of_rows
+from sae_harvest.pipelines.evaluate.report import of_model, of_probes, of_rows
 from sae_harvest.pipelines.evaluate.report.definitions import DEFINITIONS, SECTIONS
 from sae_harvest.pipelines.evaluate.report.svg import Axis, Series, plot
+from sae_harvest.pipelines.features.building.build import build
+from sae_harvest.pipelines.features.building.config import FeatureConfig
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule
 from tests.dictionaries import random_sae
@@ -48,8 +50,9 @@ def evaluate(*arguments):
 
 def run(place, folders, report, *more):
     given = [word for folder in folders for word in ("--sae", folder)]
-    options = ["--rows", 600, "--contexts", 4, "--ablated-rows", 2, "--device", "cpu", *more]
-    return evaluate(*given, "--store", place, "--report", report, *options)
+    options = ["--rows", 600, "--contexts", 4, "--ablated-rows", 2, "--device", "cpu"]
+    probes = [] if "--probes" in more else ["--no-probes"]
+    return evaluate(*given, "--store", place, "--report", report, *options, *probes, *more)
 
 
 class Balance(HTMLParser):
@@ -92,6 +95,7 @@ def test_a_report_has_every_metric_with_baselines_and_intervals(place, saes, tmp
     assert low < value < high
     assert definition == DEFINITIONS["delta_ce"].meaning
     listed = {metric for metrics in SECTIONS.values() for metric in metrics}
+    listed = {metric for metric in listed if not metric.startswith(("probe_", "program_"))}
     measured = {m for (m,) in query("SELECT DISTINCT metric FROM t")}
     assert listed <= measured
     assert listed <= set(DEFINITIONS)
@@ -225,6 +229,32 @@ def test_saes_of_several_sites_are_also_measured_in_one_forward_pass(
     assert abs(found[2][1]) > max(alone)  # the model is random, so a loss may fall
     page = (tmp_path / "r" / "report.html").read_text()
     assert "all of them in one forward pass" in page
+
+
+def test_probes_and_programs_are_parts_of_the_report(
+    place, saes, corpus_file, tmp_path, monkeypatch
+):
+    """The texts are those of the fixture, so only tasks about tokens have examples."""
+    monkeypatch.setattr(of_probes, "CORPUS", str(corpus_file))
+    build(place, saes / "a", tmp_path / "features", FeatureConfig(n_top=2), device="cpu")
+    asked = ["--probes", "--features", tmp_path / "features", "--n2g-latents", 2]
+    done = run(place, [saes / "a"], tmp_path / "r", *asked)
+    assert done.exit_code == 0, done.output
+    path = tmp_path / "r" / "metrics.parquet"
+    found = duckdb.execute(
+        f"SELECT metric, subject FROM '{path}' WHERE metric LIKE 'pro%' AND value IS NOT NULL"
+    ).fetchall()
+    assert {("probe_loss", name) for name in ("SAE", "random", "channels", "constant")} <= {*found}
+    assert {("program_f1", name) for name in ("SAE", "random")} <= {*found}
+    [probes] = (tmp_path / "r" / "probes").glob("*/probes.parquet")
+    assert duckdb.execute(f"SELECT count(DISTINCT task) FROM '{probes}'").fetchall()[0][0] > 3
+    assert (tmp_path / "features" / "programs.parquet").exists()
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert "Probe loss" in page
+    assert "binary tasks" in page
+    refused = run(place, [saes / "b"], tmp_path / "q", "--features", tmp_path / "features")
+    assert refused.exit_code == 1
+    assert "tables of another SAE" in refused.output
 
 
 def test_the_same_sae_twice_is_refused(place, saes, tmp_path):

@@ -108,7 +108,8 @@ def repeated(
     words += [word for folder in features for word in ("--features", shown(folder))]
     words += ["--store", store, "--report", shown(report)]
     for name, value in settings.model_dump(exclude_defaults=True).items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
+        option = name.replace("_", "-")
+        words += [f"--no-{option}"] if value is False else [f"--{option}", str(value)]
     return shlex.join(words)
 
 

@@ -187,6 +187,40 @@ DEFINITIONS: dict[str, Definition] = {
         "higher",
         ".3f",
     ),
+    "probe_loss_relative": Definition(
+        "Probe loss, relative",
+        "For each binary task the latent is chosen that predicts the label best with one weight "
+        "and one bias; its loss over that of the best constant, averaged over tasks. 1 means that "
+        "no latent knows anything. The choice among thousands of latents is too good by chance: "
+        "shuffled labels show by how much.",
+        "lower",
+    ),
+    "probe_loss_test_relative": Definition(
+        "… on other documents",
+        "The same, with latent, weight and bias chosen on half of the documents and the loss "
+        "measured on the others.",
+        "lower",
+    ),
+    "probe_loss": Definition(
+        "Probe loss",
+        "The loss itself, as in Gao et al. (2024).",
+        "lower",
+        ".4f",
+        "nats per example",
+    ),
+    "probe_auc": Definition(
+        "AUC",
+        "Area under the ROC curve of a logistic regression on k features, chosen and fitted on "
+        "half of the documents and scored on the others; 0.5 is chance.",
+        "higher",
+        ".3f",
+    ),
+    "probe_f1": Definition(
+        "F1", "F1 of the same regressions, with both classes of equal weight.", "higher", ".3f"
+    ),
+    "probe_accuracy": Definition(
+        "Accuracy", "Mean of the accuracies of the two classes; 0.5 is chance.", "higher", ".3f"
+    ),
     "encoder_norm_q50": Definition("Encoder norm, median", "Norm of a latent's encoder row.", ""),
     "decoder_norm_q50": Definition("Decoder norm, median", "Norm of a latent's decoder row.", ""),
     "encoder_bias_q50": Definition("Encoder bias, median", "Bias of a latent.", ""),
@@ -232,6 +266,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "ablation_kl",
         "ablation_delta_ce",
     ),
+    "Probe loss": ("probe_loss_relative", "probe_loss_test_relative", "probe_loss"),
+    "k-sparse probes": ("probe_auc", "probe_f1", "probe_accuracy"),
     "Programs": (
         "program_f1",
         "program_precision",

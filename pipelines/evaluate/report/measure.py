@@ -18,6 +18,7 @@ from sae_harvest.pipelines.evaluate.report.of_model import (
     downstream_part,
     spliced_part,
 )
+from sae_harvest.pipelines.evaluate.report.of_probes import probes_part
 from sae_harvest.pipelines.evaluate.report.of_rows import reconstruction_part, weights_part
 from sae_harvest.pipelines.evaluate.report.of_tables import programs_part
 from sae_harvest.pipelines.evaluate.report.parts import Part, Parts
@@ -48,7 +49,8 @@ class _Measure:
     settings: tuple[str, ...]
     """Settings that it depends on, beside store and SAE."""
     measure: Callable[[Inputs], Part]
-    needs_tables: bool = False
+    wanted: str | None = None
+    """Input or setting without which the part is left out."""
 
 
 MEASURES = (
@@ -56,7 +58,8 @@ MEASURES = (
     _Measure("reconstruction", ("rows",), reconstruction_part),
     _Measure("downstream", ("contexts",), downstream_part),
     _Measure("ablation", ("ablated_rows",), ablation_part),
-    _Measure("programs", ("n2g_latents",), programs_part, needs_tables=True),
+    _Measure("probes", (), probes_part, wanted="probes"),
+    _Measure("programs", ("n2g_latents",), programs_part, wanted="features"),
 )
 
 
@@ -72,7 +75,9 @@ def evaluate_parts(inputs: Inputs) -> Evaluation:
     kept = Parts(inputs.report)
     found: dict[str, Part] = {}
     for one in MEASURES:
-        if one.needs_tables and inputs.features is None:
+        if one.wanted == "features" and inputs.features is None:
+            continue
+        if one.wanted == "probes" and not inputs.settings.probes:
             continue
         key = {"store": inputs.store.digest, "sae": inputs.digest}
         key |= {name: getattr(inputs.settings, name) for name in one.settings}

@@ -1,4 +1,4 @@
-"""The parts of an evaluation that read stored firings: programs, probes."""
+"""The part of an evaluation that reads the SAE's feature tables: programs."""
 
 from __future__ import annotations
 

@@ -141,6 +141,7 @@ PARTS_OF = {
     "Reconstruction": ("reconstruction",),
     "Downstream loss": ("downstream", "compute"),
     "Ablations": ("ablation",),
+    "Probe loss": ("probes",),
     "Programs": ("programs",),
 }
 

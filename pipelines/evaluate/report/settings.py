@@ -27,6 +27,9 @@ class EvaluationSettings(BaseModel):
     n2g_latents: Annotated[Count, Option("Programs")] = Field(
         8, ge=0, description="latents, drawn at random, that get an N2G program; it asks the model"
     )
+    probes: Annotated[bool, Option("Probes")] = Field(
+        True, description="probe latents on packaged labelled texts, which the model reads first"
+    )
     compute_table: Annotated[str | None, Option("Downstream loss", "TABLE")] = Field(
         None,
         description="table of compute and loss during pretraining: gpt2-124m, or a CSV file with "
