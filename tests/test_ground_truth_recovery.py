@@ -164,6 +164,8 @@ def test_figures_worked_out_by_hand():
         {
             "matched_cosine": 2.5 / 3,
             "found_share": 2 / 3,
+            "children_found": 1.0,
+            "rare_found": 1.0,  # one of three, the first of equal frequency
             "feature_max_cosine": (2 + 0.75**0.5) / 3 - (0.75**0.5 - 0.5) / 3,
             "latent_max_cosine": (2 + 0.75**0.5) / 4,
             "precision": (2 / 3 + 1 + 3 / 4) / 3,

@@ -6,6 +6,8 @@ the latent, the feature fire:
 
     matched_cosine      mean cosine of features and their latents; 0 for a feature without one
     found_share         share of features whose cosine exceeds 0.9
+    children_found      the same of features with a parent
+    rare_found          the same of the rarest quarter of features
     feature_max_cosine  mean over features of the largest cosine with any latent
     latent_max_cosine   mean over latents of the largest cosine with any feature
     precision           mean over features of both / fired, where the latent fires at all
@@ -17,9 +19,9 @@ the latent, the feature fire:
     parent_missed       of the rows on which a parent fires without a child, the share on which its
                         latent is silent: what absorption would be if children had no part in it
 
-Intervals are over features or latents. Those of the last two are over documents. The largest cosines
-are the mean max cosine similarity of Sharkey et al. (2022); absorption is described by Chanin et al.
-(2024), who have to find it with probes.
+Intervals are over features or latents. Those of the last two are over documents. The largest
+cosines are the mean max cosine similarity of Sharkey et al. (2022); absorption is described by
+Chanin et al. (2024), who have to find it with probes.
 """
 
 from __future__ import annotations
@@ -85,6 +87,8 @@ class Recovery:
 
     def __init__(self, sae: SAE, features: Features) -> None:
         self.match = Match.of(sae, features)
+        rarest = np.argsort(features.frequency, kind="stable")
+        self._rare = rarest[: max(1, len(features) // 4)]
         self._feature_of = np.full(sae.config.n_latents, -1, np.int64)
         self._feature_of[self.match.latent[self.match.latent >= 0]] = np.flatnonzero(
             self.match.latent >= 0
@@ -145,10 +149,13 @@ class Recovery:
     def figures(self, subject: str) -> Iterator[Figure]:
         """Yield the figures."""
         found = self.match
+        exceeds = (found.cosine > FOUND).astype(np.float64)
         both, fired, true = self.firings.T.astype(np.float64)
         for name, values in {
             "matched_cosine": found.cosine,
-            "found_share": (found.cosine > FOUND).astype(np.float64),
+            "found_share": exceeds,
+            "children_found": exceeds[self._children],
+            "rare_found": exceeds[self._rare],
             "feature_max_cosine": found.feature_max,
             "latent_max_cosine": found.latent_max,
             "precision": _ratio(both, fired),
