@@ -311,5 +311,7 @@ def test_an_sae_of_other_rows_is_refused_in_a_sentence(made, tmp_path: Path):
         recovery_figures(random_sae(site="resid_post.1"), made)
     with pytest.raises(InputError, match="The SAE reads 7 dimensions and the rows of"):
         recovery_figures(random_sae(d_in=7), made)
+    with pytest.raises(InputError, match="holds no row of a held-out document"):
+        recovery_figures(random_sae(rule=RowRule(heldout_fraction=0)), made)
     with pytest.raises(InputError, match="holds no row of a training document"):
         ideal_sae(made, RowRule(heldout_fraction=1 - 1e-9))

@@ -198,10 +198,11 @@ def recoveries(
     config = next(iter(saes.values())).config
     mask = held_out.part(PART)
     rows, cluster = held_out.rows[mask], held_out.cluster[mask]
+    row, feature, _ = firings_of(synthetic, rows)
     for here, x, _ in batches(synthetic.store, config, rows):
-        row, feature, _ = firings_of(synthetic, rows[here])
+        first, last = np.searchsorted(row, (here.start, here.stop))
         true = np.zeros((len(x), len(synthetic.features)), np.bool_)
-        true[row, feature] = True
+        true[row[first:last] - here.start, feature[first:last]] = True
         for name, sae in saes.items():
             indices, values = (tensor.cpu().numpy() for tensor in sae.encode(x))
             found[name].update(indices, values, true, cluster[here])
@@ -221,7 +222,8 @@ def recovery_figures(
         seed: seed of the baselines.
 
     Raises:
-        InputError: the SAE was trained on another site or width, or the store has no training row.
+        InputError: the SAE was trained on another site or width, or no row is held out, or none is
+            for training.
         RunError: a file of the ground truth is missing or damaged.
     """
     store = synthetic.store
@@ -232,6 +234,11 @@ def recovery_figures(
             f"{width}; give an SAE that was trained on this store."
         )
     held_out = HeldoutRows.of(store, sae.config, sae.config.rule, most)
+    if not held_out.part(PART).any():
+        raise InputError(
+            f"{store.place} holds no row of a held-out document; train with a larger "
+            "--heldout-fraction, or make a store with more --rows."
+        )
     saes = {SAE_ITSELF: sae} | references(sae, synthetic, held_out, seed)
     return compared(saes, synthetic, held_out)
 
