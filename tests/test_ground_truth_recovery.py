@@ -164,6 +164,8 @@ def test_figures_worked_out_by_hand():
         {
             "matched_cosine": 2.5 / 3,
             "found_share": 2 / 3,
+            "children_found": 1.0,
+            "rare_found": 1.0,  # one of three, the first of equal frequency
             "feature_max_cosine": (2 + 0.75**0.5) / 3 - (0.75**0.5 - 0.5) / 3,
             "latent_max_cosine": (2 + 0.75**0.5) / 4,
             "precision": (2 / 3 + 1 + 3 / 4) / 3,
@@ -309,5 +311,7 @@ def test_an_sae_of_other_rows_is_refused_in_a_sentence(made, tmp_path: Path):
         recovery_figures(random_sae(site="resid_post.1"), made)
     with pytest.raises(InputError, match="The SAE reads 7 dimensions and the rows of"):
         recovery_figures(random_sae(d_in=7), made)
+    with pytest.raises(InputError, match="holds no row of a held-out document"):
+        recovery_figures(random_sae(rule=RowRule(heldout_fraction=0)), made)
     with pytest.raises(InputError, match="holds no row of a training document"):
         ideal_sae(made, RowRule(heldout_fraction=1 - 1e-9))

@@ -27,6 +27,10 @@ ROWS = 32_768
 BLOCK = 256  # features whose thresholds are found at a time
 RANK = 1e-9  # variance, relative to the largest, below which a direction of the rows is noise
 
+Floats = npt.NDArray[np.float64]
+# index of the row among those asked for, feature, magnitude: [firings] each
+RowFirings = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]
+
 
 def ideal_sae(synthetic: Synthetic, rule: RowRule, most: int = ROWS) -> SAE:
     """Return the ideal SAE of a synthetic store.
@@ -54,28 +58,14 @@ def ideal_sae(synthetic: Synthetic, rule: RowRule, most: int = ROWS) -> SAE:
         raise InputError(
             f"{store.place} holds no row of a training document; make one with more --rows."
         )
-    x = np.concatenate([wanted.numpy() for _, _, wanted in batches(store, config, rows)])
-    wide = x.astype(np.float64)
-    mean = wide.mean(0)
-    row, feature, magnitude = firings_of(synthetic, rows)
-    together = np.zeros((len(features), config.d_in))  # sum of magnitude times row
-    order = np.argsort(feature, kind="stable")
-    starts = np.searchsorted(feature[order], np.arange(len(features) + 1))
-    for number in range(len(features)):
-        here = order[starts[number] : starts[number + 1]]
-        together[number] = magnitude[here] @ wide[row[here]]
-    expected = np.bincount(feature, magnitude, len(features)) / len(rows)
-    covariance = wide.T @ wide / len(rows) - np.outer(mean, mean)
-    joint = together / len(rows) - np.outer(expected, mean)
-    W_enc = joint @ np.linalg.pinv(covariance, RANK, hermitian=True)  # [features, d]
-    b_enc = expected - W_enc @ mean
+    x = np.concatenate([wanted.double().numpy() for _, _, wanted in batches(store, config, rows)])
+    firings = firings_of(synthetic, rows)
+    W_enc, b_enc = _least_squares(x, firings, len(features))
     threshold = np.empty(len(features))
     for first in range(0, len(features), BLOCK):
         block = slice(first, min(first + BLOCK, len(features)))
-        true = np.zeros((len(rows), block.stop - first))
-        inside = (feature >= first) & (feature < block.stop)
-        true[row[inside], feature[inside] - first] = magnitude[inside]
-        pi = wide @ W_enc[block].T + b_enc[block]
+        pi = x @ W_enc[block].T + b_enc[block]  # [rows, features of the block]
+        true = _dense(firings, pi.shape, first)
         threshold[block] = best_thresholds(pi, true > 0)
         pi[pi <= threshold[block]] = 0
         squares = (pi * pi).sum(0)
@@ -92,9 +82,32 @@ def ideal_sae(synthetic: Synthetic, rule: RowRule, most: int = ROWS) -> SAE:
     )
 
 
-def firings_of(
-    synthetic: Synthetic, rows: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+def _least_squares(x: Floats, firings: RowFirings, n: int) -> tuple[Floats, Floats]:
+    """Return encoder rows [n, d] and biases [n] that predict magnitudes from rows x [rows, d]."""
+    row, feature, magnitude = firings
+    order = np.argsort(feature, kind="stable")
+    starts = np.searchsorted(feature[order], np.arange(n + 1))
+    products = np.empty((n, x.shape[1]))  # mean of magnitude times row
+    for number in range(n):
+        here = order[starts[number] : starts[number + 1]]
+        products[number] = magnitude[here] @ x[row[here]] / len(x)
+    mean, expected = x.mean(0), np.bincount(feature, magnitude, n) / len(x)
+    covariance = x.T @ x / len(x) - np.outer(mean, mean)
+    joint = products - np.outer(expected, mean)
+    W_enc = joint @ np.linalg.pinv(covariance, RANK, hermitian=True)
+    return W_enc, expected - W_enc @ mean
+
+
+def _dense(firings: RowFirings, shape: tuple[int, ...], first: int) -> Floats:
+    """Return the magnitudes of some features from `first` on, float64 [rows, features]."""
+    row, feature, magnitude = firings
+    inside = (feature >= first) & (feature < first + shape[1])
+    found = np.zeros(shape)
+    found[row[inside], feature[inside] - first] = magnitude[inside]
+    return found
+
+
+def firings_of(synthetic: Synthetic, rows: npt.NDArray[np.int64]) -> RowFirings:
     """Return the true firings on some rows.
 
     Args:
@@ -115,9 +128,7 @@ def firings_of(
     return row, feature, magnitude
 
 
-def best_thresholds(
-    pi: npt.NDArray[np.float64], fires: npt.NDArray[np.bool_]
-) -> npt.NDArray[np.float64]:
+def best_thresholds(pi: Floats, fires: npt.NDArray[np.bool_]) -> Floats:
     """Return the threshold, 0 or more, with the largest F1 of `pi > threshold` for each column.
 
     Args:

@@ -6,6 +6,8 @@ the latent, the feature fire:
 
     matched_cosine      mean cosine of features and their latents; 0 for a feature without one
     found_share         share of features whose cosine exceeds 0.9
+    children_found      the same of features with a parent
+    rare_found          the same of the rarest quarter of features
     feature_max_cosine  mean over features of the largest cosine with any latent
     latent_max_cosine   mean over latents of the largest cosine with any feature
     precision           mean over features of both / fired, where the latent fires at all
@@ -85,6 +87,8 @@ class Recovery:
 
     def __init__(self, sae: SAE, features: Features) -> None:
         self.match = Match.of(sae, features)
+        rarest = np.argsort(features.frequency, kind="stable")
+        self._rare = rarest[: max(1, len(features) // 4)]
         self._feature_of = np.full(sae.config.n_latents, -1, np.int64)
         self._feature_of[self.match.latent[self.match.latent >= 0]] = np.flatnonzero(
             self.match.latent >= 0
@@ -145,10 +149,13 @@ class Recovery:
     def figures(self, subject: str) -> Iterator[Figure]:
         """Yield the figures."""
         found = self.match
+        exceeds = (found.cosine > FOUND).astype(np.float64)
         both, fired, true = self.firings.T.astype(np.float64)
         for name, values in {
             "matched_cosine": found.cosine,
-            "found_share": (found.cosine > FOUND).astype(np.float64),
+            "found_share": exceeds,
+            "children_found": exceeds[self._children],
+            "rare_found": exceeds[self._rare],
             "feature_max_cosine": found.feature_max,
             "latent_max_cosine": found.latent_max,
             "precision": _ratio(both, fired),
@@ -191,10 +198,11 @@ def recoveries(
     config = next(iter(saes.values())).config
     mask = held_out.part(PART)
     rows, cluster = held_out.rows[mask], held_out.cluster[mask]
+    row, feature, _ = firings_of(synthetic, rows)
     for here, x, _ in batches(synthetic.store, config, rows):
-        row, feature, _ = firings_of(synthetic, rows[here])
+        first, last = np.searchsorted(row, (here.start, here.stop))
         true = np.zeros((len(x), len(synthetic.features)), np.bool_)
-        true[row, feature] = True
+        true[row[first:last] - here.start, feature[first:last]] = True
         for name, sae in saes.items():
             indices, values = (tensor.cpu().numpy() for tensor in sae.encode(x))
             found[name].update(indices, values, true, cluster[here])
@@ -214,7 +222,8 @@ def recovery_figures(
         seed: seed of the baselines.
 
     Raises:
-        InputError: the SAE was trained on another site or width, or the store has no training row.
+        InputError: the SAE was trained on another site or width, or no row is held out, or none is
+            for training.
         RunError: a file of the ground truth is missing or damaged.
     """
     store = synthetic.store
@@ -225,6 +234,11 @@ def recovery_figures(
             f"{width}; give an SAE that was trained on this store."
         )
     held_out = HeldoutRows.of(store, sae.config, sae.config.rule, most)
+    if not held_out.part(PART).any():
+        raise InputError(
+            f"{store.place} holds no row of a held-out document; train with a larger "
+            "--heldout-fraction, or make a store with more --rows."
+        )
     saes = {SAE_ITSELF: sae} | references(sae, synthetic, held_out, seed)
     return compared(saes, synthetic, held_out)
 
