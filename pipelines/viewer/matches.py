@@ -27,8 +27,8 @@ SENTENCES = {
     "split": "Several latents of B share the rows of one latent of A.",
     "merged": "Several latents of A share the rows of one latent of B.",
     "absorbed": "The narrower latent fires where its parent should fire and does not.",
-    "died": "No latent of B, and no set of them, fires on the rows of this latent of A.",
-    "born": "No latent of A, and no set of them, fires on the rows of this latent of B.",
+    "died": "No latent of B, and no set of them, has most rows of this latent of A.",
+    "born": "No latent of A, and no set of them, has most rows of this latent of B.",
 }
 # the order of the pairs of a class: columns, with a minus for falling values
 ORDER = {

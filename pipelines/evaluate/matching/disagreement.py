@@ -75,7 +75,7 @@ def disagreements(spans: Spans, pairs: Pairs) -> Rows:
     for span in spans:
         for (_, _, own, latent, other_side, other), kept in zip(asked, best, strict=True):
             mine, against = _of(span, own), _of(span, other_side)
-            kernels.keep_alone(
+            kernels.keep_strongest(
                 span.first, length, mine.starts, mine.row, mine.value, against.starts,
                 against.row, latent, other, *kept,
             )  # fmt: skip
