@@ -78,7 +78,7 @@ def slow(a: np.ndarray, b: np.ndarray) -> set[tuple[int, int, str, str | None]]:
     for x, y, turned in ((a, b, False), (b, a, True)):
         for i in range(x.shape[1]):
             mine = x[:, i]
-            members = [j for j in range(y.shape[1]) if _mostly(y[:, j], mine)]
+            members = [j for j in range(y.shape[1]) if _lies_in(y[:, j], mine)]
             partners = [j for j in range(y.shape[1]) if ((j, i) if turned else (i, j)) in same]
             if partners:
                 scores = [(mine & y[:, j]).sum() / (mine | y[:, j]).sum() for j in partners]
@@ -99,8 +99,8 @@ def slow(a: np.ndarray, b: np.ndarray) -> set[tuple[int, int, str, str | None]]:
     return found
 
 
-def _mostly(x: np.ndarray, y: np.ndarray) -> bool:
-    """Whether x fires mostly where y does."""
+def _lies_in(x: np.ndarray, y: np.ndarray) -> bool:
+    """Whether most rows of x are rows of y, beyond chance."""
     if x.sum() < 10 or y.sum() < 10:
         return False
     share, density = (x & y).sum() / x.sum(), y.mean()
@@ -108,4 +108,4 @@ def _mostly(x: np.ndarray, y: np.ndarray) -> bool:
 
 
 def _same(x: np.ndarray, y: np.ndarray) -> bool:
-    return _mostly(x, y) and _mostly(y, x)
+    return _lies_in(x, y) and _lies_in(y, x)

@@ -12,7 +12,7 @@ import torch
 
 from sae_harvest.common.errors import InputError, RunError
 from sae_harvest.harvest.model.models import load_model, load_tokenizer, resolve_model
-from sae_harvest.harvest.model.sites import Site
+from sae_harvest.harvest.model.sites import SITE_KINDS, Site, locate
 from sae_harvest.pipelines.evaluate.ablation import passes, table
 from sae_harvest.pipelines.evaluate.ablation.changes import (
     ABLATE_CONTEXT,
@@ -33,7 +33,7 @@ from sae_harvest.pipelines.features.tables.texts import TokenTexts
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule
 from tests.dictionaries import SITE, random_sae
-from tests.hand_blocks import block_by_hand
+from tests.hand_blocks import LAYER, block_by_hand
 from tests.steer_cases import made_sae
 
 RULE = RowRule(max_norm_medians=1.2, heldout_fraction=0.4)
@@ -261,6 +261,35 @@ FLOATS = ["kl", "delta_ce", "l1", "l2", "top_raised_change", "top_lowered_change
 def flat(effects, name):
     column = effects[name].combine_chunks()
     return (column.values if hasattr(column, "values") else column).to_numpy()
+
+
+@pytest.mark.parametrize("kind", SITE_KINDS)
+def test_every_site_changes_as_in_a_block_computed_line_by_line(store, model, kind):
+    site = Site.parse(f"{kind}.{LAYER}")
+    width = 128 if kind == "mlp_act" else 32
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.from_numpy(store.tokens(1, 2)[0].astype(np.int64))
+    changes = [Change(torch.tensor(at), torch.randn(len(at), width, generator=generator))
+               for at in ([20], [4, 21], [0, 7, 25])]  # fmt: skip
+    found = changed_logits(model, locate(model, [site]), site, tokens, 12, changes)
+    for number, plain, changed in found:
+        vectors = dict(zip(changes[number].position.tolist(), changes[number].vector, strict=True))
+        for logits, expected in ((plain, {}), (changed, vectors)):
+            slow = slow_logits(model, tokens, kind, expected)[-12:]
+            assert torch.allclose(logits, slow, rtol=1e-9, atol=1e-9)
+
+
+def test_a_transcoder_is_ablated_at_the_site_that_it_predicts():
+    fields = {"normalization": "scale", "input_scale": 2.5, "output_scale": 3.0, "d_out": 12}
+    sae = made_sae(16, "mlp_out.1", target_site="mlp_out.2", **fields)
+    x = torch.randn(6, 16, generator=torch.Generator().manual_seed(1)) * 3
+    firings = ContextFirings.of(sae, x, torch.ones(6, dtype=torch.bool))
+    indices, values = sae.encode(x)
+    latent = int(firings.active(3)[0][0])
+    change = ablation(sae, firings, latent, 3, ABLATE_ROW, 6)
+    without = values.masked_fill(indices == latent, 0.0)
+    expected = sae.decode(indices, without, x) - sae.decode(indices, values, x)
+    assert torch.allclose(change.vector[0], expected[3], atol=1e-5)
 
 
 def test_an_interrupted_run_continues_and_does_not_repeat_what_is_done(

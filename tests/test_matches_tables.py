@@ -8,6 +8,7 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -253,6 +254,19 @@ def test_damaged_matches_are_refused_in_a_sentence(folders, other, compared, tmp
     (copy / "matches.json").write_text('{"matches": "9"}')
     with pytest.raises(RunError, match="holds matches of format 9, this version reads 1"):
         Matches(copy, *tables)
+    (copy / "matches.json").write_text('{"matches": "1", "a": 3}')
+    with pytest.raises(RunError, match=r"matches\.json is damaged \("):
+        Matches(copy, *tables)
+    shutil.copy(out / "matches.json", copy)
+    pq.write_table(pa.table({"pair": [1]}), copy / "disagreements.parquet")
+    with pytest.raises(RunError, match="no table of disagreements: it has other columns"):
+        Matches(copy, *tables)
+    table = pq.read_table(out / "disagreements.parquet")
+    start = pa.array(table["window_start"].to_numpy() + 50, pa.int32())
+    moved = table.set_column(table.schema.get_field_index("window_start"), "window_start", start)
+    pq.write_table(moved, copy / "disagreements.parquet")
+    with pytest.raises(RunError, match=r"a context of pair \d+ does not fit its text"):
+        Matches(copy, *tables).page("same", 0)
 
 
 @pytest.mark.slow

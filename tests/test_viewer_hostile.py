@@ -31,9 +31,9 @@ AWKWARD = (
 )
 TEXTS = st.sampled_from(AWKWARD) | st.text(max_size=40)
 PARAMETERS = ("sae", "sort", "desc", "fires_on", "dead", "tag", "offset", "limit", "max", "density",
-              "n_tokens", "q", "token", "low", "high")  # fmt: skip
+              "n_tokens", "q", "token", "low", "high", "class")  # fmt: skip
 GETS = ("/", "/api/start", "/api/latents", "/api/search", "/api/notes", "/api/compare",
-        "/api/latent/{}", "/static/{}", "/{}")  # fmt: skip
+        "/api/matches", "/api/latent/{}", "/static/{}", "/{}")  # fmt: skip
 POSTS = {
     "/api/latent/{}/notes": ("note", "tags"),
     "/api/live": ("text",),

@@ -16,6 +16,7 @@ from sae_harvest.pipelines.evaluate.matching.classes import CLASSES
 from sae_harvest.pipelines.evaluate.matching.table import (
     DISAGREEMENTS,
     MATCHES,
+    SCHEMAS,
     read_matches_record,
 )
 from sae_harvest.pipelines.viewer.latent import compact
@@ -27,8 +28,8 @@ SENTENCES = {
     "split": "Several latents of B share the rows of one latent of A.",
     "merged": "Several latents of A share the rows of one latent of B.",
     "absorbed": "The narrower latent fires where its parent should fire and does not.",
-    "died": "No latent of B, and no set of them, fires on the rows of this latent of A.",
-    "born": "No latent of A, and no set of them, fires on the rows of this latent of B.",
+    "died": "No latent of B, and no set of them, has most rows of this latent of A.",
+    "born": "No latent of A, and no set of them, has most rows of this latent of B.",
 }
 # the order of the pairs of a class: columns, with a minus for falling values
 ORDER = {
@@ -133,6 +134,7 @@ class Matches:
         found: dict[int, list[dict[str, Any]]] = {}
         for row in self._read(DISAGREEMENTS, wanted).to_pylist():
             place = row["position"] - row["window_start"]
+            self._check(row, place)
             fires = "b" if row["kind"] == "B only" else "a"
             if row["kind"] == "parent silent":
                 fires = row["child"].lower()
@@ -150,6 +152,16 @@ class Matches:
             found.setdefault(row["pair"], []).append(compact(context))
         return found
 
+    def _check(self, row: dict[str, Any], place: int) -> None:
+        """Raise `RunError` if the parts of a context do not fit together."""
+        ends, length = row["token_ends"], len(row["token_ids"])
+        lists = (ends, row["activations_a"], row["activations_b"])
+        if any(len(values) != length for values in lists) or not 0 <= place < length:
+            raise RunError(
+                f"{self._folder} is damaged (a context of pair {row['pair']} does not fit its "
+                "text); run `sae-features diff` again into another folder."
+            )
+
     def _labels(
         self, tables: Tables, pairs: list[dict[str, Any]], key: str
     ) -> dict[int, dict[str, Any]]:
@@ -165,6 +177,11 @@ class Matches:
         path = self._folder / f"{name}.parquet"
         try:
             with exact_file(path) as opened, pq.ParquetFile(opened) as file:
+                if not file.schema_arrow.equals(SCHEMAS[name]):
+                    raise RunError(
+                        f"{path} is no table of {name}: it has other columns; run `sae-features "
+                        "diff` again into another folder."
+                    )
                 if rows is None:
                     return file.read(columns=columns)
                 sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]

@@ -1,16 +1,16 @@
 """What became of each latent of A in B, from counts of rows.
 
-    same       each latent fires mostly where the other does
+    same       each latent lies in the other
     split      a latent of A without such a partner is explained by a set of B's latents
     merged     a latent of B without such a partner is explained by a set of A's latents
     absorbed   a latent a has the same latent p, its parent, in the other dictionary; there another
-               latent, the child, fires mostly where a does, and on at least half of these rows p is
-               silent: the child fires where its parent should fire and does not
+               latent, the child, lies in a, and on at least half of the rows on which both fire p
+               is silent: the child fires where its parent should fire and does not
     died       a latent of A in no such pair
     born       a latent of B in no such pair
 
-"Mostly" is defined in `joint`, the set of a latent in `sets`. Swapping A and B swaps split and
-merged, died and born, and `child`; nothing else.
+`joint` defines when a latent lies in another, `sets` the set of a latent. Swapping A and B swaps
+split and merged, died and born, and `child`; nothing else.
 """
 
 from __future__ import annotations
@@ -128,10 +128,10 @@ def _families(
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """Return which members belong to a set that explains its latent, and which are absorbing."""
     owner = sets.owner
-    alone = sets.main == NONE
-    explained = (alone & sets.explains(joint, fired))[owner]
+    unmatched = sets.main == NONE
+    explained = (unmatched & sets.explains(joint, fired))[owner]
     both_half = 2 * sets.without_main >= sets.both
-    return explained, ~alone[owner] & both_half
+    return explained, ~unmatched[owner] & both_half
 
 
 def _of_sets(

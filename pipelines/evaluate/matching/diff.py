@@ -164,8 +164,8 @@ _SENTENCES = {
     "merged": "in A: one of several that share the rows of a latent of B; in B: that latent "
     "({pairs:,} pairs)",
     "absorbed": "narrow, and fires in place of a broader latent that should fire too",
-    "died": "no latent or set of latents of B fires on its rows",
-    "born": "no latent or set of latents of A fires on its rows",
+    "died": "no latent of B, and no set of them, has most of its rows",
+    "born": "no latent of A, and no set of them, has most of its rows",
     "rare": f"fires on fewer than {MIN_FIRINGS} of the rows, too few to compare",
     "dead": "never fires on these rows",
 }

@@ -32,6 +32,7 @@ from sae_harvest.pipelines.evaluate.matching.classes import (
 )
 from sae_harvest.pipelines.evaluate.matching.joint import Ints
 from sae_harvest.pipelines.evaluate.matching.spans import Span, Spans
+from sae_harvest.pipelines.evaluate.matching.table import DISAGREEMENTS_SCHEMA
 from sae_harvest.pipelines.features.counting.kernels import cut_windows
 from sae_harvest.pipelines.features.encoding.firings import Firings
 from sae_harvest.pipelines.features.tables.contexts import WINDOW_BEFORE, lists
@@ -75,7 +76,7 @@ def disagreements(spans: Spans, pairs: Pairs) -> Rows:
     for span in spans:
         for (_, _, own, latent, other_side, other), kept in zip(asked, best, strict=True):
             mine, against = _of(span, own), _of(span, other_side)
-            kernels.keep_alone(
+            kernels.keep_strongest(
                 span.first, length, mine.starts, mine.row, mine.value, against.starts,
                 against.row, latent, other, *kept,
             )  # fmt: skip
@@ -150,7 +151,7 @@ def _table(
     for name, found_activations in activations.items():
         flat = pa.array(found_activations.reshape(-1))
         columns[f"activations_{name}"] = lists(flat, found_activations.shape)
-    return pa.table(columns | {"text": text})
+    return pa.Table.from_pydict(columns | {"text": text}, DISAGREEMENTS_SCHEMA)
 
 
 def _of(span: Span, side: str) -> Firings:

@@ -1,4 +1,4 @@
-"""Pairs of latents of two dictionaries of which one fires mostly where the other does.
+"""Pairs of latents of two dictionaries of which one lies in the other.
 
 With n_a and n_b the common rows on which two latents fire, `both` the rows on which both do, and N
 all common rows,
@@ -8,7 +8,8 @@ all common rows,
 
 A latent that fires on half of all rows covers half of every latent by chance. So a share s of rows
 on which a latent of density d fires counts as (s - d) / (1 - d), which is 0 by chance and 1 if all
-are covered; for sparse latents it is s itself. "Mostly" means at least `overlap` of it.
+are covered; for sparse latents it is s itself. If it is at least `overlap`, the latent lies in the
+other: most of its rows are rows of the other.
 """
 
 from __future__ import annotations
@@ -48,8 +49,7 @@ class Joint:
     """[latents of B]."""
 
     a: Ints
-    """[pairs], latents of A, increasing. Of the pairs in which one latent fires mostly where the
-    other does."""
+    """[pairs], latents of A, increasing. Of the pairs in which one latent lies in the other."""
 
     b: Ints
     """[pairs], latents of B, increasing for each latent of A."""
@@ -71,23 +71,23 @@ class Joint:
 
     @property
     def a_in_b(self) -> npt.NDArray[np.bool_]:
-        """Pairs whose latent of A fires mostly where that of B does."""
-        return self.mostly(self.both, self.n_a[self.a], self.n_b[self.b])
+        """Pairs whose latent of A lies in that of B."""
+        return self.lies_in(self.both, self.n_a[self.a], self.n_b[self.b])
 
     @property
     def b_in_a(self) -> npt.NDArray[np.bool_]:
-        """Pairs whose latent of B fires mostly where that of A does."""
-        return self.mostly(self.both, self.n_b[self.b], self.n_a[self.a])
+        """Pairs whose latent of B lies in that of A."""
+        return self.lies_in(self.both, self.n_b[self.b], self.n_a[self.a])
 
-    def mostly(self, both: Ints, fired: Ints, other: Ints) -> npt.NDArray[np.bool_]:
-        """Return whether latents fire mostly where others do; see the function `mostly`."""
-        return mostly(both, fired, other, self.n_rows, self.overlap)
+    def lies_in(self, both: Ints, fired: Ints, other: Ints) -> npt.NDArray[np.bool_]:
+        """Return whether latents lie in others; see the function `lies_in`."""
+        return lies_in(both, fired, other, self.n_rows, self.overlap)
 
 
-def mostly(
+def lies_in(
     both: Ints, fired: Ints, other: Ints, n_rows: int, overlap: float
 ) -> npt.NDArray[np.bool_]:
-    """Return whether a latent fires mostly where another does, beyond chance.
+    """Return whether a latent lies in another: most of its rows are rows of it, beyond chance.
 
     Args:
         both: rows on which both fire.
@@ -162,8 +162,8 @@ def _linked(
     """Return the linked pairs of some lines of counts: latents of A, of B, joint firings."""
     line, b = np.nonzero(counts)
     both, a = counts[line, b], own[line]
-    linked = mostly(both, n_a[a], n_b[b], n_rows, overlap)
-    linked |= mostly(both, n_b[b], n_a[a], n_rows, overlap)
+    linked = lies_in(both, n_a[a], n_b[b], n_rows, overlap)
+    linked |= lies_in(both, n_b[b], n_a[a], n_rows, overlap)
     return a[linked], b[linked], both[linked]
 
 

@@ -97,7 +97,7 @@ def add_sets(
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def keep_alone(
+def keep_strongest(
     first_row: int,
     context_length: int,
     starts: npt.NDArray[np.int64],

@@ -1,6 +1,6 @@
 """Latents of one dictionary that together explain a latent of the other.
 
-The set of a latent has all latents of the other dictionary that fire mostly where it does, in the
+The set of a latent has all latents of the other dictionary that lie in it, in the
 order of joint firings. Each member gains the rows of the latent on which it fires and no earlier
 member does (greedy cover in a fixed order). With U the rows on which any member fires,
 
@@ -64,14 +64,14 @@ class Sets:
         return self.covered + self.outside
 
     def explains(self, joint: Joint, fired: Ints) -> npt.NDArray[np.bool_]:
-        """Return whether each latent's set fires mostly where it does, and the other way round.
+        """Return whether each latent's set lies in it, and it in the set.
 
         Args:
             joint: joint firing counts of the same firings.
             fired: rows on which each latent fires [n].
         """
         covered, union = self.covered, self.union
-        return joint.mostly(covered, fired, union) & joint.mostly(covered, union, fired)
+        return joint.lies_in(covered, fired, union) & joint.lies_in(covered, union, fired)
 
 
 def set_counts(

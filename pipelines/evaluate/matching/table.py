@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sae_harvest.common.errors import RunError
+from sae_harvest.common.parsing import first_line
 from sae_harvest.pipelines.evaluate.matching.classes import (
     ABSORBED,
     CHILD_A,
@@ -33,6 +35,79 @@ from sae_harvest.pipelines.features.tables.folder import read_record
 
 MATCHES, DISAGREEMENTS, RECORD_FILE = "matches", "disagreements", "matches.json"
 FORMAT = "1"
+MATCHES_SCHEMA = pa.schema(
+    [
+        ("latent_a", pa.int32()),
+        ("latent_b", pa.int32()),
+        ("class", pa.string()),
+        ("child", pa.string()),
+        ("both_fire", pa.int64()),
+        ("a_only", pa.int64()),
+        ("b_only", pa.int64()),
+        ("coverage", pa.float64()),
+        ("precision", pa.float64()),
+        ("jaccard", pa.float64()),
+        ("decoder_cosine", pa.float32()),
+        ("gain", pa.int64()),
+        ("set_coverage", pa.float64()),
+        ("set_precision", pa.float64()),
+        ("parent", pa.int32()),
+        ("parent_silent", pa.int64()),
+        ("parent_cosine", pa.float32()),
+    ]
+)
+DISAGREEMENTS_SCHEMA = pa.schema(
+    [
+        ("pair", pa.int64()),
+        ("latent_a", pa.int32()),
+        ("latent_b", pa.int32()),
+        ("class", pa.string()),
+        ("child", pa.string()),
+        ("kind", pa.string()),
+        ("rank", pa.int16()),
+        ("row", pa.int64()),
+        ("context", pa.int64()),
+        ("document", pa.int64()),
+        ("position", pa.int32()),
+        ("window_start", pa.int32()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("token_ends", pa.list_(pa.int32())),
+        ("activations_a", pa.list_(pa.float32())),
+        ("activations_b", pa.list_(pa.float32())),
+        ("text", pa.string()),
+    ]
+)
+SCHEMAS = {MATCHES: MATCHES_SCHEMA, DISAGREEMENTS: DISAGREEMENTS_SCHEMA}
+
+
+class SideRecord(BaseModel):
+    """One of the two dictionaries in matches.json: where its tables were, and their origin."""
+
+    model_config = ConfigDict(extra="allow")
+
+    features: str
+    sae: str
+    sae_digest: str
+    store: str
+    store_digest: str
+    site: str
+    model: str
+    n_latents: int
+
+
+class Record(BaseModel):
+    """matches.json: the two dictionaries, the rows, and what became of the latents by class."""
+
+    model_config = ConfigDict(extra="allow")
+
+    matches: str
+    rows: int
+    overlap: float
+    latents: dict[str, dict[str, int]]
+    a: SideRecord
+    b: SideRecord
+
+
 COSINES = 1 << 14  # pairs whose cosines are computed at a time
 
 
@@ -46,7 +121,7 @@ def matches_table(joint: Joint, of_a: Sets, of_b: Sets, pairs: Pairs, a: Side, b
         here = pairs.kind == kind
         covered, union = sets.covered[owner[here]], sets.union[owner[here]]
         coverage[here], precision[here] = covered / fired[owner[here]], covered / union
-    return pa.table(
+    return pa.Table.from_pydict(
         {
             "latent_a": _nullable(pairs.a, pa.int32()),
             "latent_b": _nullable(pairs.b, pa.int32()),
@@ -65,7 +140,8 @@ def matches_table(joint: Joint, of_a: Sets, of_b: Sets, pairs: Pairs, a: Side, b
             "parent": _nullable(pairs.parent, pa.int32()),
             "parent_silent": _nullable(pairs.parent_silent, pa.int64()),
             "parent_cosine": _parent_cosines(a, b, pairs),
-        }
+        },
+        MATCHES_SCHEMA,
     )
 
 
@@ -101,7 +177,13 @@ def read_matches_record(folder: Path) -> dict[str, Any]:
             f"{folder} holds matches of format {found.get('matches')!s:.20}, this version reads "
             f"{FORMAT}; run `sae-features diff` again into another folder."
         )
-    return found
+    try:
+        return Record.model_validate(found).model_dump()
+    except ValidationError as error:
+        raise RunError(
+            f"{folder / RECORD_FILE} is damaged ({first_line(error)}); run `sae-features diff` "
+            "again into another folder."
+        ) from None
 
 
 def _fired(fired: Ints, latents: Ints) -> Ints:
