@@ -94,7 +94,7 @@ def test_known_latents_give_exact_tries_and_perfect_scores(
     assert means.program.latents == len(LATENTS)
     texts = scored.texts({A: "A", B: "B"}.__getitem__)
     assert texts == ['"A" → 3', '"A" "B" → 2.5', '"A" * "B" → 7.5', '^ "B" → 4',
-                     '"A" "B" → 5; "B" → 2']  # fmt: skip
+                     '"B" → 2; "A" "B" → 5']  # fmt: skip
 
 
 def unless_after_a(inputs: Sequence[Input]) -> np.ndarray:

@@ -7,7 +7,7 @@ error is the one of leaving each row out: with n training rows, sum S and sum of
     loo(n, S, Q) = (n / (n - 1))^2 (Q - S^2 / n)
 
 so that a node of one row explains nothing. A child stays if it lowers the error by more than
-0.1 % of the latent's sum of squares; its siblings that do not stay remain with their parent. Of
+0.03 % of the latent's sum of squares; its siblings that do not stay remain with their parent. Of
 the three places, the one that lowers the error most is taken.
 
 The rows on which a latent does not fire are counted by pattern (see `suffixes`), for all latents
@@ -44,7 +44,7 @@ use_numba_cache()
 
 from numba import njit  # noqa: E402
 
-MIN_GAIN = 1e-3  # of a latent's sum of squares
+MIN_GAIN = 3e-4  # of a latent's sum of squares
 _BITS = 32  # of a place among firings, behind the pattern in a key
 _STEPS = 1 << 30  # gains are compared to this many steps, so that rounding decides nothing
 

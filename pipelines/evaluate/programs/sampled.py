@@ -34,15 +34,23 @@ class Sampled:
     """Least prediction that counts as a firing, by latent [latents]."""
     patterns: Patterns
     """Their patterns, in the order in which they decide."""
+    decided: npt.NDArray[np.int64]
+    """Training rows on which each pattern decides [patterns]."""
     scores: Scores
     """Their scores."""
 
     def texts(self, text: Callable[[int], str]) -> list[str]:
-        """Write the programs as text, a line each."""
+        """Write the programs as text, a line each.
+
+        Patterns that predict a firing come first, those with most predicted activation over the
+        training rows first; then the others, those with most rows first.
+        """
         p, lines = self.patterns, []
         for latent in range(len(self.latents)):
             span = range(p.starts[latent], p.starts[latent + 1])
-            ordered = sorted(span, key=lambda n: -p.value[n])
+            fires = p.value >= self.thresholds[latent]
+            weight = np.where(fires, self.decided * p.value, self.decided)
+            ordered = sorted(span, key=lambda n: (not fires[n], -weight[n], n))
             shown = [
                 (p.token[p.ends[n] : p.ends[n + 1]].tolist(), float(p.value[n]))
                 for n in ordered[:PRINTED]
@@ -83,6 +91,7 @@ def score(
         np.array([latent for latent, _ in programs], np.int64),
         np.array([one.threshold for one in matched]),
         _joined([program for _, program in programs]),
+        np.concatenate([np.empty(0, np.int64), *(one.decided for one in matched)]),
         scores,
     )
 
@@ -95,6 +104,8 @@ class _Matched:
     """Prediction of each pattern [patterns]."""
     pattern: npt.NDArray[np.int32]
     """Pattern of each row, or -1 [rows]."""
+    decided: npt.NDArray[np.int64]
+    """Training rows on which each pattern decides [patterns]."""
     threshold: float
     """Least prediction that counts as a firing."""
 
@@ -114,7 +125,7 @@ class _Matched:
         ends = np.flatnonzero((np.diff(value[order], append=-1.0) != 0) & (value[order] > 0))
         best = ends[np.argmax(f1[ends])] if len(ends) else 0
         fires = len(ends) and f1[best] > 0
-        return cls(value, pattern, float(value[order[best]]) if fires else np.inf)
+        return cls(value, pattern, matched, float(value[order[best]]) if fires else np.inf)
 
     def count(
         self,
