@@ -171,7 +171,7 @@ def row_examples(
         As `document_examples`.
     """
     columns, left_out = dict[str, Codes](), dict[str, str]()
-    test = for_scores(rows.text_hash)
+    test, every = for_scores(rows.text_hash), np.arange(len(rows))
     given = [
         (Task(n, "row", np.arange(len(rows)), c)) for n, c in zip(names, labels.T, strict=True)
     ]
@@ -181,7 +181,6 @@ def row_examples(
         column[task.keys[known]] = task.labels[known]
         column[~rows.used] = ABSENT
         _enough(task, column, test, columns, left_out, place)
-    every = np.arange(len(rows))
     found = Examples(
         ROWS,
         tuple(columns),
