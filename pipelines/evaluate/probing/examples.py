@@ -172,9 +172,7 @@ def row_examples(
     """
     columns, left_out = dict[str, Codes](), dict[str, str]()
     test, every = for_scores(rows.text_hash), np.arange(len(rows))
-    given = [
-        (Task(n, "row", np.arange(len(rows)), c)) for n, c in zip(names, labels.T, strict=True)
-    ]
+    given = [Task(name, "row", every, column) for name, column in zip(names, labels.T, strict=True)]
     for task in [*given, *tasks]:
         column = np.full(len(rows), ABSENT, np.uint8)
         known = (task.keys >= 0) & (task.keys < len(rows))
