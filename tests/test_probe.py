@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from numba import get_num_threads, set_num_threads
 
@@ -89,13 +91,13 @@ def test_the_loss_of_a_token_task_is_that_of_the_stored_firings(
     probed: Probed, source: StoreSource, tasks: list[Task], folders: tuple[Path, Path, Path]
 ) -> None:
     [best] = probed.table.filter(
-        (pa.compute.field("task") == "frequent")
-        & (pa.compute.field("method") == "SAE")
-        & (pa.compute.field("fitted") == "all")
-        & (pa.compute.field("rank") == 0)
+        (pc.field("task") == "frequent")
+        & (pc.field("method") == "SAE")
+        & (pc.field("fitted") == "all")
+        & (pc.field("rank") == 0)
     ).to_pylist()
     rows = store_rows(source, 0, 1 << 20)
-    fired = pa.parquet.read_table(folders[2] / "firings").to_pandas()
+    fired = pq.read_table(folders[2] / "firings").to_pandas()
     z = np.zeros(len(rows))
     of_latent = fired[fired.latent == best["features"][0]]
     z[of_latent.row] = of_latent.value
@@ -112,9 +114,9 @@ def test_the_table_has_its_format_and_its_order(probed: Probed) -> None:
     assert table.schema.metadata[b"sae_harvest_probes"] == FORMAT.encode()
     keys = list(zip(table["unit"].to_pylist(), table["task"].to_pylist(), strict=True))
     assert keys == sorted(keys)
-    ranks = table.filter(
-        (pa.compute.field("method") == "SAE") & (pa.compute.field("fitted") == "all")
-    )["rank"].to_pylist()
+    ranks = table.filter((pc.field("method") == "SAE") & (pc.field("fitted") == "all"))[
+        "rank"
+    ].to_pylist()
     assert ranks == [0, 1, 2, 0, 1, 2]
     assert set(table["method"].to_pylist()) == {
         "SAE", "random", "channels", "PCA", "shuffled labels", "constant", "mean difference",
@@ -131,7 +133,7 @@ def test_results_do_not_depend_on_threads(
         again = probe(folders[2], source, tasks, None, SMALL)
     finally:
         set_num_threads(threads)
-    of_random = pa.compute.field("method") == "random"
+    of_random = pc.field("method") == "random"
     assert again.table.equals(probed.table.filter(~of_random))
 
 

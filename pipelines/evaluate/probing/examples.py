@@ -171,17 +171,14 @@ def row_examples(
         As `document_examples`.
     """
     columns, left_out = dict[str, Codes](), dict[str, str]()
-    test = for_scores(rows.text_hash)
-    given = [
-        (Task(n, "row", np.arange(len(rows)), c)) for n, c in zip(names, labels.T, strict=True)
-    ]
+    test, every = for_scores(rows.text_hash), np.arange(len(rows))
+    given = [Task(name, "row", every, column) for name, column in zip(names, labels.T, strict=True)]
     for task in [*given, *tasks]:
         column = np.full(len(rows), ABSENT, np.uint8)
         known = (task.keys >= 0) & (task.keys < len(rows))
         column[task.keys[known]] = task.labels[known]
         column[~rows.used] = ABSENT
         _enough(task, column, test, columns, left_out, place)
-    every = np.arange(len(rows))
     found = Examples(
         ROWS,
         tuple(columns),

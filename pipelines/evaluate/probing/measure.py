@@ -96,13 +96,13 @@ def measure(
         chosen[name] = largest_differences(
             features, examples, settings.pooling, labellings[TRAIN].codes, max(KS)
         )
+        fitted = dict(labellings)
         if name == SAE_ITSELF:
-            labellings = labellings | {SHUFFLED_LABELS: labellings[ALL].shuffled(settings.seed)}
+            fitted[SHUFFLED_LABELS] = labellings[ALL].shuffled(settings.seed)
         known = _single_latents(
-            found, name, features, examples, labellings, chosen[name], settings, progress
+            found, name, features, examples, fitted, chosen[name], settings, progress
         )
         values[name] = {latent: known[latent][numbers] for latent in np.unique(chosen[name])}
-        labellings.pop(SHUFFLED_LABELS, None)
     for name, matrix in matrices.items():
         columns, train = DenseColumns(matrix), few.part(test=False)
         chosen[name] = largest_differences(columns, few, settings.pooling, train, max(KS))

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from sae_harvest.pipelines.evaluate.intervals import Floats
+from sae_harvest.pipelines.evaluate.intervals import CLUSTERS, Floats
 from sae_harvest.pipelines.evaluate.probing.examples import Examples
 from sae_harvest.pipelines.evaluate.probing.logistic import Probe, fit_probe
 from sae_harvest.pipelines.evaluate.probing.newton import ABSENT
@@ -172,6 +172,6 @@ def _scored(
 
 
 def _used(cluster: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    used = np.zeros(256, np.bool_)
+    used = np.zeros(CLUSTERS, np.bool_)
     used[cluster] = True
     return used
