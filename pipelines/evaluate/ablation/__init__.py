@@ -5,5 +5,6 @@ changes     the vectors that an ablation subtracts from a context's rows
 passes      the model's logits with and without these vectors
 effects     one ablation's logits in a few numbers: KL, norms, the tokens that moved most
 table       effects.parquet, and the parts that an interrupted run continues with
-sparsity    the whole run, and the figures of ablation sparsity
+sparsity    the whole run over a sample
+figures     ablation sparsity and the size of effects, with intervals
 """
