@@ -33,7 +33,7 @@ from tests.made_tables import run_json, write_tables
 
 N = 6
 FORMATS = ("neuronpedia", "openai", "circuit-tracer", "delphi")
-ALTERED = (*TABLES, "firings/000000", "explanations")
+ALTERED = (*TABLES, "firings/000000", "explanations", "programs")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,7 +49,23 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_tables(tmp_path_factory.mktemp("hostile") / "features", N)
     texts = pa.table({"latent": pa.array([1, 2], pa.int32()), "explanation": ["court", "river"]})
     pq.write_table(texts, folder / "explanations.parquet")
+    pq.write_table(made_programs(), folder / "programs.parquet")
     return folder
+
+
+def made_programs() -> pa.Table:
+    """Two programs of each latent but the first."""
+    n = 2 * (N - 1)
+    columns = {
+        "latent": pa.array(np.repeat(np.arange(1, N), 2), pa.int32()),
+        "kind": ["ngrams", "tokens"] * (N - 1),
+        "program": ['" court" \u2192 2; ";" \u2192 1'] * n,
+        "rows": pa.array([1000] * n, pa.int64()),
+        "positives": pa.array([20] * n, pa.int64()),
+    }
+    for name in ("f1", "f1_low", "f1_high", "other_f1", "always_f1"):
+        columns[name] = pa.array([0.5] * n, pa.float32())
+    return pa.table(columns)
 
 
 def test_constants_that_are_written_twice_agree() -> None:

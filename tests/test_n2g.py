@@ -205,6 +205,18 @@ def test_the_pattern_with_most_tokens_decides(rows: TokenRows) -> None:
     assert ordered == Program(((A, ANY, B), (A, B), (B,)), (2.0, 2.0, 9.0))
 
 
+def test_after_a_bos_the_text_begins_at_the_second_token(rows: TokenRows) -> None:
+    with_bos = TokenRows(
+        rows.token, rows.train, rows.test, rows.cluster, rows.context_length, text_begins=1
+    )
+    found = n2g.match(with_bos, [(START, B)]) >= 0
+    at = np.arange(len(rows.token)) % LENGTH
+    assert found.tolist() == ((rows.token == B) & (at == 1)).tolist()
+    found = n2g.match(with_bos, [(A, B)]) >= 0
+    expected = (rows.token == B) & (rows.before(1) == A) & (at > 1)
+    assert found.tolist() == expected.tolist()
+
+
 def test_an_interrupted_search_goes_on_with_the_latents_that_are_left(
     rows: TokenRows, dense: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,9 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sae_harvest.pipelines.evaluate.intervals import interval, percentiles, resampled
+from sae_harvest.pipelines.evaluate.intervals import (
+    clusters_of,
+    interval,
+    percentiles,
+    resampled,
+)
 from sae_harvest.pipelines.evaluate.programs import scoring
 from sae_harvest.pipelines.evaluate.programs.counting import METRICS, SLOPE
+from sae_harvest.pipelines.evaluate.programs.firings import split_firings
 from sae_harvest.pipelines.evaluate.programs.forms import (
     ANY,
     line_of,
@@ -17,8 +23,10 @@ from sae_harvest.pipelines.evaluate.programs.forms import (
 )
 from sae_harvest.pipelines.evaluate.programs.learning import learn
 from sae_harvest.pipelines.evaluate.programs.scores import RESAMPLES, Means
-from sae_harvest.pipelines.evaluate.programs.suffixes import START, Suffixes
+from sae_harvest.pipelines.evaluate.programs.suffixes import START, Suffixes, TokenRows
 from sae_harvest.pipelines.evaluate.programs.tries import nodes_of_rows
+from sae_harvest.pipelines.features.encoding.firings import Firings
+from sae_harvest.pipelines.features.tables.rows import for_scores
 from tests.program_cases import (
     CASES,
     LENGTH,
@@ -56,6 +64,31 @@ def test_a_pattern_has_the_rows_that_a_slow_count_finds() -> None:
         clusters, counts = np.unique(rows.cluster[some[rows.test[some]]], return_counts=True)
         assert suffixes.test_cluster[here].tolist() == clusters.tolist()
         assert suffixes.test_count[here].tolist() == counts.tolist()
+
+
+def test_of_a_large_store_the_first_rows_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae_harvest.pipelines.evaluate.programs.suffixes.MOST_ROWS", 75)
+    hashes = np.random.default_rng(0).integers(0, 2**63, 64).astype(np.uint64)
+    token, read = np.arange(64, dtype=np.int32), np.arange(64) % 5 > 0
+    part = token, np.zeros(64, np.int64), hashes, read
+    rows = TokenRows.of([part, part, part], LENGTH)
+    assert rows.token.tolist() == [*range(64)]  # 75 rows are not whole contexts
+    rows = TokenRows.of([tuple(column[:40] for column in part)] * 2, 8, text_begins=1)
+    assert rows.token.tolist() == [*range(40), *range(32)]
+    assert (rows.train | rows.test).tolist() == [*read[:40], *read[:32]]
+    assert (rows.train & rows.test).sum() == 0
+    assert rows.test[:40].tolist() == (for_scores(hashes) & read)[:40].tolist()
+    assert rows.cluster[40:].tolist() == clusters_of(hashes)[:32].tolist()
+    # firings on other rows are left out
+    firings = Firings(64, 0, np.array([0, 3]), np.array([0, 7, 8], np.int32), np.ones(3, "f4"))
+
+    class OneBlock:
+        def all(self, first: int, last: int) -> list[tuple[slice, Firings]]:
+            return [(slice(64, 80), firings)]
+
+    train, test = split_firings(rows, OneBlock(), 0, 1)  # type: ignore[arg-type]
+    found = sorted([*train.row.tolist(), *test.row.tolist()])
+    assert found == [row for row in (64, 71) if read[row - 40]]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -8,7 +8,7 @@ over rows; the sums are kept for each cluster, and whole clusters are drawn with
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,7 @@ def resampled(
     return np.asarray(figure(totals), np.float64)
 
 
-@cache
+@lru_cache(maxsize=4)
 def _draws(n: int, resamples: int, seed: int) -> Floats:
     """Return how often each of n clusters is drawn, float64 [resamples, n]."""
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)

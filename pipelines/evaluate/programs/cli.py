@@ -94,12 +94,13 @@ def _table(figures: Sequence[Figure]) -> Table:
     """Make a table of the means over latents: a row for each kind and metric."""
     subjects = list(dict.fromkeys(figure.subject for figure in figures))
     table = Table(box=None, title="means over latents with at least 10 held-out firings")
-    for column in ("", *subjects):
-        table.add_column(column)
+    table.add_column("", no_wrap=True)
+    for subject in subjects:
+        table.add_column(subject)
     cells = {(f.part, f.metric, f.subject): f for f in figures}
     for kind in dict.fromkeys(figure.part for figure in figures):
         counts = (cells.get((kind, "program_f1", subject)) for subject in subjects)
-        table.add_row(f"{kind}, latents", *("" if f is None else f"{f.count:,}" for f in counts))
+        table.add_row(f"{kind} (latents)", *("" if f is None else f"{f.count:,}" for f in counts))
         for metric in dict.fromkeys(figure.metric for figure in figures):
             found = (cells.get((kind, metric, subject)) for subject in subjects)
             table.add_row("  " + metric.removeprefix("program_"), *map(_cell, found))
@@ -109,5 +110,8 @@ def _table(figures: Sequence[Figure]) -> Table:
 def _cell(figure: Figure | None) -> str:
     if figure is None:
         return ""
-    limits = "" if figure.low is None else f"\n{figure.low:.3f} to {figure.high:.3f}"
-    return f"{figure.value:.3f}{limits}"
+    value, low, high = (
+        None if x is None else f"{x:.3f}".replace("-0.000", "0.000")
+        for x in (figure.value, figure.low, figure.high)
+    )
+    return f"{value}" if low is None else f"{value}\n{low} to {high}"

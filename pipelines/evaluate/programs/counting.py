@@ -43,6 +43,7 @@ def count(
     threshold: float,
     node: npt.NDArray[np.int32],
     activation: npt.NDArray[np.float32],
+    order: npt.NDArray[np.int64],
     cluster: npt.NDArray[np.uint8],
     cluster_rows: npt.NDArray[np.int64],
     sums: npt.NDArray[np.float64],
@@ -58,6 +59,7 @@ def count(
         threshold: least prediction that counts as a firing, above 0.
         node: node of each held-out firing, or -1 [firings].
         activation: float32 [firings].
+        order: places of the firings by increasing activation; equal ones by row [firings].
         cluster: cluster of each firing's document [firings].
         cluster_rows: held-out rows in each cluster [256].
         sums: gets the sums, float64 [256, 15].
@@ -94,7 +96,6 @@ def count(
             sums[c, RX] += n * dr
             sums[c, RXX] += n * drr
             sums[c, SLOPE] += n * ds
-    order = np.argsort(activation, kind="mergesort")  # equal ones stay in the order of rows
     middle = (total + 1) / 2
     silent = total - fired
     rank_silent = (silent + 1) / 2 - middle

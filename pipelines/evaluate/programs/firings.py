@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,11 @@ class SplitFirings:
     """Numbers of rows [firings]."""
     value: npt.NDArray[np.float32]
     """Activations [firings]."""
+
+    @cached_property
+    def order(self) -> npt.NDArray[np.int64]:
+        """Places of the firings by increasing activation; equal ones by row. For one latent."""
+        return np.argsort(self.value, kind="stable")
 
     def of(self, first: int, last: int) -> SplitFirings:
         """Return the firings of the latents [first, last), counted from the first latent here."""

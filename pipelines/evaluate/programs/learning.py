@@ -102,24 +102,32 @@ def _sort_by_pattern(
 
 @njit(nogil=True, cache=True)
 def _runs(
-    keys: npt.NDArray[np.int64],
+    row: npt.NDArray[np.int64],
     value: npt.NDArray[np.float64],
+    number: npt.NDArray[np.int32],
     train: npt.NDArray[np.int32],
+    keys: npt.NDArray[np.int64],
     pattern: npt.NDArray[np.int64],
     begin: npt.NDArray[np.int64],
     sums: npt.NDArray[np.float64],
 ) -> int:
-    """Add up runs of equal patterns: their number, and in place pattern, begin, and n, S, Q."""
-    runs = 0
-    for i in range(len(value)):
-        if i == 0 or keys[i] != keys[i - 1]:
-            pattern[runs], begin[runs] = keys[i], i
-            sums[runs] = 0.0
-            sums[runs, 0] = train[keys[i]]
+    """Add up firings by pattern: their number, and in place pattern, begin, and n, S, Q.
+
+    Patterns are in increasing order; `begin` is where their firings would begin in that order.
+    """
+    n, runs = len(row), 0
+    for i in range(n):
+        keys[i] = np.int64(number[row[i]]) << _BITS | i
+    keys[:n].sort()
+    for i in range(n):
+        p, y = keys[i] >> _BITS, value[keys[i] & ((1 << _BITS) - 1)]
+        if runs == 0 or pattern[runs - 1] != p:
+            pattern[runs], begin[runs] = p, i
+            sums[runs, 0], sums[runs, 1], sums[runs, 2] = train[p], 0.0, 0.0
             runs += 1
-        sums[runs - 1, 1] += value[i]
-        sums[runs - 1, 2] += value[i] * value[i]
-    begin[runs] = len(value)
+        sums[runs - 1, 1] += y
+        sums[runs - 1, 2] += y * y
+    begin[runs] = n
     return runs
 
 
@@ -244,7 +252,7 @@ def _learn(
         value = all_value[starts[latent] : starts[latent + 1]].copy()
         least = min_gain * (value * value).sum()
         _sort_by_pattern(row, value, number[0], keys)
-        runs = _runs(keys, value, train, pattern, begin, sums)
+        runs = _runs(row, value, number[0], train, keys, pattern, begin, sums)
         nodes, totals = _grown(nodes, count + runs), _grown(totals, count + runs)
         at = count
         for i in range(runs):
@@ -263,9 +271,9 @@ def _learn(
                 if node[MASK] >> (place - 1) & 1:
                     continue
                 mask = node[MASK] | 1 << (place - 1)
-                some_row, some_value = row[here].copy(), value[here].copy()
-                _sort_by_pattern(some_row, some_value, number[mask], keys)
-                runs = _runs(keys, some_value, train, pattern, begin, sums)
+                runs = _runs(
+                    row[here], value[here], number[mask], train, keys, pattern, begin, sums
+                )
                 list_at = longer_base[node[MASK], place]
                 list_at += node[PATTERN] - first_of_mask[node[MASK]]
                 more = longer[longer_starts[list_at] : longer_starts[list_at + 1]]

@@ -151,6 +151,7 @@ class _Matched:
             self.threshold,
             self.pattern[firings.row],
             firings.value,
+            firings.order,
             rows.cluster[firings.row],
             cluster_rows,
             sums,

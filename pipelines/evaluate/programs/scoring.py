@@ -154,6 +154,7 @@ def _count(
         tries.threshold[latent],
         nodes_of_rows(first, last, tries.nodes, suffixes.number, firings.row),
         firings.value,
+        firings.order,
         suffixes.rows.cluster[firings.row],
         cluster_rows,
         sums,

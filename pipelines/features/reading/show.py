@@ -162,7 +162,8 @@ def _programs(
     table.add_column("program", overflow="fold")
     for kind, program, *scores, _, _ in found:
         f1, low, high, other = ("–" if x is None else f"{x:.2f}" for x in scores)
-        table.add_row(kind, f1, f"{low} to {high}", other, visible(program or ""))
+        limits = f"{low} to {high}"
+        table.add_row(visible(kind or ""), f1, limits, other, visible(program or ""))
     rows, positives = found[0][-2:]
     title = f"\nprograms, scored on {rows or 0:,} held-out rows, {positives or 0:,} with a firing"
     return [Text(title, style="bold"), table]

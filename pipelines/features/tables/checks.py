@@ -119,9 +119,10 @@ def check_columns(path: Path, name: str) -> None:
             found = schema.get_all_field_indices(column)
             if len(found) != 1 or not _same(schema.field(found[0]).type, kind):
                 there = schema.field(found[0]).type if len(found) == 1 else f"{len(found)} of them"
+                remedy = "remove the file" if name in ADDED else "build the tables again"
                 raise RunError(
                     f"{path} is no table of {name}: its column {column} should be {kind}, but "
-                    f"is {there}; build the tables again."
+                    f"is {there}; {remedy}."
                 )
 
 
@@ -210,9 +211,8 @@ def _opened(path: Path, ask: Callable[[pq.ParquetFile], Any]) -> Any:
         with exact_file(path) as file, pq.ParquetFile(file) as parquet:
             return ask(parquet)
     except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: a name is not UTF-8
-        raise RunError(
-            f"{path} is damaged ({first_line(error)}); remove {path.parent} and build again."
-        ) from error
+        what = path if path.stem in ADDED else f"{path.parent} and build again"
+        raise RunError(f"{path} is damaged ({first_line(error)}); remove {what}.") from error
 
 
 def _damaged(features: Path, table: str, latent: int, why: str) -> RunError:

@@ -106,11 +106,10 @@
   function programs(page) {
     if (!page.programs || !page.programs.length) return null;
     const { rows, positives } = page.programs[0];
+    const two = (x) => x === null ? "–" : x.toFixed(2);
     const score = (p) => p.f1 === null ? "no held-out firing"
-      : `F1 ${p.f1.toFixed(2)} (95 %: ${p.f1_low === null ? "–" : p.f1_low.toFixed(2)} to `
-        + `${p.f1_high === null ? "–" : p.f1_high.toFixed(2)}); another latent's program `
-        + `${p.other_f1 === null ? "–" : p.other_f1.toFixed(2)}, always firing `
-        + p.always_f1.toFixed(2);
+      : `F1 ${two(p.f1)} (95 %: ${two(p.f1_low)} to ${two(p.f1_high)}); another latent's program `
+        + `${two(p.other_f1)}, always firing ${two(p.always_f1)}`;
     // patterns are separated by semicolons outside quotes
     const patterns = (text) => text.match(/(?:"(?:[^"\\]|\\.)*"|[^;"])+/g) || [];
     return h("section.card.programs", null,
@@ -118,7 +117,7 @@
       h("p.muted", null, `scored on ${SAE.whole(rows)} held-out rows, ` +
         `${SAE.whole(positives)} of them with a firing`),
       page.programs.map((p) => [h("h3", null, p.kind), h("p.muted", null, score(p)),
-        h("ul", { dir: "auto" }, patterns(p.program).map((line) =>
+        h("ul", { dir: "auto" }, patterns(p.program || "").map((line) =>
           h("li", null, SAE.visible(line.trim()))))]));
   }
 
