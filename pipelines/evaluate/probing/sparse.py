@@ -1,7 +1,8 @@
 """k-sparse probing: the k best features of each task, beside probes that read all channels.
 
-Features are chosen and fitted on training documents and scored on test documents. Those with the
-largest difference between the means of the two classes are chosen, as in SAEBench. The methods:
+Features are chosen and fitted on training documents and scored on test documents. Those are chosen
+whose class means differ most, in units of the spread within the classes. (SAEBench does not divide
+by the spread, which favours dense features with large values.) The methods:
 
     SAE               k latents
     random            k latents of a dictionary with random directions
