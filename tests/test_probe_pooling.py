@@ -124,13 +124,17 @@ def test_results_do_not_depend_on_blocks_or_batches(
     np.testing.assert_array_equal(found[0].fit, found[1].fit)
 
 
-def test_the_largest_differences_are_those_of_class_means(case: Case, tmp_path: Path) -> None:
+def test_the_largest_differences_are_those_of_class_means_over_their_spread(
+    case: Case, tmp_path: Path
+) -> None:
     examples, firings = examples_of(case, ROWS), stored(case, tmp_path)
     codes = examples.part(test=False)
     found = largest_differences(firings, examples, "mean", codes, 3)
     for t in range(3):
-        means = [case.dense[codes[:, t] == c].mean(0) for c in (0, 1)]
-        expected = np.argsort(-np.abs(means[1] - means[0]), kind="stable")[:3]
+        of = [case.dense[codes[:, t] == c] for c in (0, 1)]
+        spread = np.sqrt((of[0].var(0) + of[1].var(0)) / 2)
+        ratio = np.abs(of[1].mean(0) - of[0].mean(0)) / np.where(spread > 0, spread, 1)
+        expected = np.argsort(-ratio, kind="stable")[:3]
         assert found[t].tolist() == expected.tolist()
 
 

@@ -4,13 +4,15 @@ Features are divided by their standard deviation. With n examples of total weigh
 
     sum of weight * cross-entropy + penalty / 2 * |w|^2
 
-The penalty is the one of PENALTIES with the lowest loss on a quarter of the training documents,
-when the others are fitted; then all of them are fitted with it.
+The other training documents are fitted with falling penalties until the loss on a quarter of the
+training documents rises; then all of them are fitted with the penalty before that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -53,23 +55,23 @@ def fit_probe(
     used = spread > 1e-12 * np.maximum(np.abs(centre), 1e-30)
     scaled = (x[:, used] - centre[used]) / spread[used]
     inner = cluster % INNER_CLUSTERS == 0
-    penalty = PENALTIES[2]
+    chosen = 2  # a middle one, if a class is missing in one of the parts
     if all(np.unique(y[part]).size == 2 for part in (inner, ~inner)):
-        losses = []
-        for fitted in _path(scaled[~inner], y[~inner], weight[~inner]):
+        lowest = np.inf
+        for number, fitted in enumerate(_path(scaled[~inner], y[~inner], weight[~inner])):
             odds = scaled[inner] @ fitted[:-1] + fitted[-1]
-            losses.append(float(weight[inner] @ _cross_entropy(odds, y[inner])))
-        penalty = PENALTIES[int(np.argmin(losses))]
-    *_, best = _path(scaled, y, weight, PENALTIES[: PENALTIES.index(penalty) + 1])
+            loss = float(weight[inner] @ _cross_entropy(odds, y[inner]))
+            if loss > lowest:
+                break
+            lowest, chosen = loss, number
+    *_, best = islice(_path(scaled, y, weight), chosen + 1)
     weights = np.zeros(x.shape[1])
     weights[used] = best[:-1] / spread[used]
-    return Probe(weights, float(best[-1] - centre @ weights), penalty)
+    return Probe(weights, float(best[-1] - centre @ weights), PENALTIES[chosen])
 
 
-def _path(
-    x: Floats, y: npt.NDArray[np.uint8], weight: Floats, penalties: tuple[float, ...] = PENALTIES
-) -> list[Floats]:
-    """Return weights and bias, float64 [features + 1], for each penalty."""
+def _path(x: Floats, y: npt.NDArray[np.uint8], weight: Floats) -> Iterator[Floats]:
+    """Yield weights and bias, float64 [features + 1], for each penalty."""
     n, d = x.shape
     turned = None
     if n < d:  # the weights are sums of examples, so n numbers are enough
@@ -80,12 +82,10 @@ def _path(
     share = weight[y == 1].sum()
     solution = np.zeros(given.shape[1])
     solution[-1] = np.log(share) - np.log(1 - share)
-    found = []
-    for penalty in penalties:
+    for penalty in PENALTIES:
         solution = _newton(given, y, weight, penalty, solution)
         weights = solution[:-1] if turned is None else solution[:-1] @ turned
-        found.append(np.append(weights, solution[-1]))
-    return found
+        yield np.append(weights, solution[-1])
 
 
 def _newton(

@@ -96,11 +96,11 @@ def measure(
         chosen[name] = largest_differences(
             features, examples, settings.pooling, labellings[TRAIN].codes, max(KS)
         )
-        fitted = dict(labellings)
+        given = dict(labellings)
         if name == SAE_ITSELF:
-            fitted[SHUFFLED_LABELS] = labellings[ALL].shuffled(settings.seed)
+            given[SHUFFLED_LABELS] = labellings[ALL].shuffled(settings.seed)
         known = _single_latents(
-            found, name, features, examples, fitted, chosen[name], settings, progress
+            found, name, features, examples, given, chosen[name], settings, progress
         )
         values[name] = {latent: known[latent][numbers] for latent in np.unique(chosen[name])}
     for name, matrix in matrices.items():

@@ -153,17 +153,23 @@ def largest_differences(
 ) -> npt.NDArray[np.int64]:
     """Find the latents whose means over the two classes differ most, without regard to sign.
 
+    A difference is divided by the root of the mean of the two variances within the classes.
+    Without that, dense latents with large values would be chosen for nearly every task.
+
     Returns:
         int64 [tasks, most], the largest difference first; ties: lower latent first.
     """
     counts = np.maximum(Labelling.unweighted(codes).counts, 1)
     found: list[Floats] = []
     for pairs in features.pairs(examples, pooling):
-        sums = _class_sums(pairs.starts, pairs.example, pairs.value, codes)  # [latents, tasks, 2]
-        means = sums / counts
-        found.append(np.abs(means[:, :, 1] - means[:, :, 0]))
-    difference = np.concatenate(found)  # [latents, tasks]
-    return np.argsort(-difference, axis=0, kind="stable")[:most].T.copy()
+        sums = _class_sums(pairs.starts, pairs.example, pairs.value, codes)
+        means, squares = sums[..., 0] / counts, sums[..., 1] / counts  # [latents, tasks, 2]
+        spread = np.sqrt(np.maximum(squares - means**2, 0).mean(axis=2))
+        difference = np.abs(means[:, :, 1] - means[:, :, 0])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found.append(np.where(difference > 0, difference / spread, 0))
+    ratio = np.concatenate(found)  # [latents, tasks]
+    return np.argsort(-ratio, axis=0, kind="stable")[:most].T.copy()
 
 
 @njit(parallel=True, nogil=True, cache=True)
@@ -173,15 +179,20 @@ def _class_sums(
     value: npt.NDArray[np.float32],
     codes: Codes,
 ) -> Floats:
-    """Sum each latent's values over the examples of each class, float64 [latents, tasks, 2]."""
+    """Sum each latent's values, and their squares, over the examples of each class.
+
+    Returns:
+        float64 [latents, tasks, 2 classes, 2].
+    """
     n_tasks = codes.shape[1]
-    sums = np.zeros((len(starts) - 1, n_tasks, 2))
+    sums = np.zeros((len(starts) - 1, n_tasks, 2, 2))
     for i in prange(len(starts) - 1):
         for p in range(starts[i], starts[i + 1]):
             for t in range(n_tasks):
                 code = codes[example[p], t]
                 if code != ABSENT:
-                    sums[i, t, code] += value[p]
+                    sums[i, t, code, 0] += value[p]
+                    sums[i, t, code, 1] += np.float64(value[p]) ** 2
     return sums
 
 
