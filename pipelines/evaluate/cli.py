@@ -146,7 +146,9 @@ def headlines(evaluations: Sequence[Evaluation]) -> Table:
         table.add_column(DEFINITIONS[metric].title)
     for evaluation in evaluations:
         figures = [figure for part in evaluation.parts.values() for figure in part.figures]
-        for subject in dict.fromkeys(figure.subject for figure in figures):
+        shown_metrics = {metric for metric, _ in HEADLINES}
+        judged = (figure.subject for figure in figures if figure.metric in shown_metrics)
+        for subject in dict.fromkeys(judged):
             cells = [_value(figures, subject, metric, part) for metric, part in HEADLINES]
             table.add_row(subject if single else f"{evaluation.name}: {subject}", *cells)
     return table
