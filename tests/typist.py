@@ -82,12 +82,19 @@ CHANGED: dict[tuple[str, str], dict[str, Callable[[str], str | None]]] = {
     ("sae-pipeline", "run"): {"--workers": lambda _: "0", "--set": lambda _: None},
     ("sae-pipeline", "demo"): {"--tokens": lambda _: str(ROWS)},
 }
-# options that are added unless they are there after that
+# options that are added unless they are there after that; a flag has no value
 HARVEST_SIZES = {"--tokens": str(ROWS), "--shard-rows": "512"}
 ADDED: dict[tuple[str, str], dict[str, str]] = {
     ("harvest", "plan"): HARVEST_SIZES,
     ("harvest", "run"): HARVEST_SIZES | {"--workers": "0"},
     ("train-sae", "run"): {"--tokens": str(BATCH * STEPS), "--batch-rows": str(BATCH)},
+    ("train-sae", "eval"): {
+        "--rows": "512",
+        "--contexts": "2",
+        "--ablated-rows": "1",
+        "--n2g-latents": "1",
+        "--no-probes": "",  # a model reads 200,000 tokens for them
+    },
     ("train-sae", "synthetic"): {"--rows": str(ROWS)},
     ("sae-features", "build"): {"--top": "4", "--random": "2", "--decile": "1", "--silent": "2"},
     ("sae-features", "serve"): {"--port": "0"},
@@ -189,7 +196,7 @@ class Typist:
                 given += [word, value]
         if "--config" in given:  # the file holds the others
             added = {option: added[option] for option in added if option == "--workers"}
-        given += [w for option, v in added.items() if option not in given for w in (option, v)]
+        given += [w for option, v in added.items() if option not in given for w in (option, v) if w]
         if (program, name) == ("sae-pipeline", "run"):
             typed = [w for o, w in pairwise(words) if o == "--set"]
             sizes = RECIPE | GRID[words[0]]
