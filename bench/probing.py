@@ -1,4 +1,4 @@
-"""The probe loss of all tasks and latents, from stored firings, against the pass that made them.
+"""The probe loss of all latents and tasks, from stored firings, against the feature pass.
 
 The budget is 61 tasks and 4,608 latents over 262,144 rows. The tasks are the packaged ones of
 tokens, and tasks of documents with labels at random, which take as long as any others.
