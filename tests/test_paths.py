@@ -29,6 +29,7 @@ COMMANDS = (
 PATHS = {
     *("store", "out", "sae", "sae_folder", "features", "compare", "corpus", "model", "into"),
     *("saes", "stores", "models", "target", "file", "path", "sources", "sweep", "recipe"),
+    *("a", "b", "report", "matches"),
 }
 NAMES_ONLY = {("import", "model")}  # what is noted of a model that is not read
 
