@@ -31,7 +31,8 @@ PATHS = {
     *("saes", "stores", "models", "target", "file", "path", "sources", "sweep", "recipe"),
     *("a", "b", "report", "matches"),
 }
-NAMES_ONLY = {("import", "model")}  # what is noted of a model that is not read
+# what is noted of a model that is not read; a number of features
+NAMES_ONLY = {("import", "model"), ("synthetic", "features")}
 
 
 def parameters(command: click.Command) -> Iterator[tuple[str, click.Parameter]]:
