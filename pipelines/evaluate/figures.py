@@ -35,7 +35,7 @@ class Figure:
     """Name of the metric; docs/metrics.md defines each."""
 
     subject: str
-    """What was judged: `SAE`, or the name of a baseline."""
+    """Name of the judged dictionary: `SAE`, or a baseline."""
 
     part: str
     """The part of the data, such as `without outliers`, or `position 3`."""
@@ -50,10 +50,10 @@ class Figure:
     """Upper limit of the 95 % interval; None for an exact count."""
 
     count: int
-    """How many things the value was computed from."""
+    """Number of things that the value was computed from."""
 
     unit: str
-    """What was counted: rows, tokens, tasks, latents."""
+    """Kind of the counted things: rows, tokens, tasks, latents."""
 
 
 def figures_table(figures: Iterable[Figure]) -> pa.Table:

@@ -1,4 +1,4 @@
-"""What became of each latent of A in B, from counts of rows.
+"""The fate of each latent of A in B, from counts of rows.
 
     same       each latent lies in the other
     split      a latent of A without such a partner is explained by a set of B's latents
@@ -56,7 +56,7 @@ class Pairs:
     """The parent that is silent; of absorbed. A latent of the child's dictionary."""
 
     parent_silent: Ints
-    """Of the rows on which both fire, those on which the parent does not; of absorbed."""
+    """Rows on which both fire and the parent does not; for absorbed latents."""
 
     def __len__(self) -> int:
         return len(self.a)
@@ -68,7 +68,7 @@ class Pairs:
 
 @dataclass(frozen=True, eq=False)
 class Fates:
-    """What became of every latent, by counts; a latent is counted once, in its first class."""
+    """Number of latents of each fate; a latent is counted once, in its first class."""
 
     a: dict[str, int]
     """Latents of A: same, split, merged, absorbed, died, rare, dead."""

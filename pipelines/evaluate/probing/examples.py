@@ -37,7 +37,7 @@ class StoreRows:
     text_hash: npt.NDArray[np.uint64]
     """Hash of the document's text."""
     used: npt.NDArray[np.bool_]
-    """Whether the row is read by the dictionary's rule and is a token of a text."""
+    """Mask of the rows that the dictionary's rule reads and that are tokens of a text."""
 
     def __len__(self) -> int:
         return len(self.token)
@@ -54,7 +54,7 @@ class Examples:
     codes: Codes
     """uint8 [examples, tasks]: 0 negative, 1 positive, 2 not in the task."""
     test: npt.NDArray[np.bool_]
-    """Whether the example is of a test document [examples]."""
+    """Mask of the examples of test documents [examples]."""
     cluster: npt.NDArray[np.int64]
     """Cluster of the example's document, for intervals [examples]."""
     of_row: npt.NDArray[np.int32]

@@ -56,10 +56,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides about the probes besides the data."""
+    """The settings of probes."""
 
     pooling: Pooling
-    """How values of a document's rows become one."""
+    """Pooling of the values of a document's rows."""
     n_best: int
     """Latents of each task that are listed."""
     seed: int

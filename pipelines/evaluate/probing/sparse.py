@@ -41,7 +41,7 @@ class Sample:
     y: npt.NDArray[np.uint8]
     """Their classes [sampled]."""
     test: npt.NDArray[np.bool_]
-    """Whether each is of a test document [sampled]."""
+    """Mask of those of test documents [sampled]."""
 
     @property
     def weight(self) -> Floats:

@@ -66,7 +66,7 @@ class ProbeRow:
     n_positive: int
     """Positive examples that it was scored on."""
     pooling: str | None
-    """How values of a document's rows become one; None for rows."""
+    """Pooling of the values of a document's rows; None for rows."""
     features: list[int] | None = None
     """Latents, channels or components; None for every channel, or for no feature."""
     weights: list[float] = field(default_factory=list)
