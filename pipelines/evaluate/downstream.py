@@ -27,8 +27,9 @@ from transformers import PreTrainedModel
 from sae_harvest.common.device import choose_device
 from sae_harvest.common.errors import InputError
 from sae_harvest.harvest.model.models import load_model
-from sae_harvest.pipelines.evaluate.figures import Figure
-from sae_harvest.pipelines.evaluate.intervals import CLUSTERS, Floats, clusters_of, interval
+from sae_harvest.harvest.model.sites import Located, Site
+from sae_harvest.pipelines.evaluate.figures import Figure, figure_of_sums
+from sae_harvest.pipelines.evaluate.intervals import CLUSTERS, Floats, row_clusters
 from sae_harvest.pipelines.evaluate.splicing import (
     Splice,
     located_sites,
@@ -98,12 +99,18 @@ def spliced_losses(
         The sums of each splice, by its name.
     """
     saes = [sae for splice in splices.values() for sae in splice.saes]
-    located = {}
+    located: dict[Site, Located] = {}
+    done: set[tuple[tuple[str, str | None], ...]] = set()
     for splice in splices.values():
-        located.update(located_sites(model, splice.saes))
+        sites = tuple((sae.config.site, sae.config.target_site) for sae in splice.saes)
+        if sites not in done:  # the model runs to find them; baselines share the SAE's
+            located.update(located_sites(model, splice.saes))
+            done.add(sites)
     masks = {replaced_site(sae): sae for sae in saes}
     selected = {site: replaced_rows(store, sae, contexts) for site, sae in masks.items()}
-    cluster = _token_clusters(store, contexts)
+    # rows of the predicted tokens, [contexts, length - 1]
+    predicted = contexts[:, None] * store.context_length + np.arange(1, store.context_length)
+    cluster = row_clusters(store, predicted)
     found = {name: SplicedLoss.empty(store.context_length) for name in splices}
     batch = max(1, BATCH_TOKENS // store.context_length)
     for first in range(0, len(contexts), batch):
@@ -148,11 +155,8 @@ def downstream_figures(losses: Mapping[str, SplicedLoss]) -> Iterator[Figure]:
         for metric, of_sums in _METRICS.items():
             if metric.startswith("recovered") and name in (ZERO, MEAN):
                 continue
-            value = float(of_sums(sums.sum(0)))
-            limits = interval(sums, of_sums)
-            low, high = (None, None) if limits is None else map(float, limits)
             tokens = round(sums[:, TOKENS].sum())
-            yield Figure(metric, name, PART, value, low, high, tokens, "tokens")
+            yield figure_of_sums(metric, name, PART, sums, of_sums, tokens, "tokens")
 
 
 _METRICS: dict[str, Callable[[Floats], Floats]] = {
@@ -250,20 +254,6 @@ def heldout_contexts(store: ActivationStore, saes: Sequence[SAE], n: int) -> npt
             f"{store.place} has no context cut from held-out documents only; harvest more tokens."
         )
     return np.array(found[:n])
-
-
-def _token_clusters(
-    store: ActivationStore, contexts: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
-    """Return the cluster of the document of each predicted token, [contexts, length - 1]."""
-    per_shard = store.shard_rows // store.context_length
-    found = np.empty((len(contexts), store.context_length), np.int64)
-    for shard in np.unique(contexts // per_shard).tolist():
-        _, text_hash = store.row_documents(shard)
-        here = contexts // per_shard == shard
-        clusters = clusters_of(text_hash).reshape(-1, store.context_length)
-        found[here] = clusters[contexts[here] - shard * per_shard]
-    return found[:, 1:]
 
 
 def _log_probabilities(model: PreTrainedModel, tokens: Tensor) -> Tensor:

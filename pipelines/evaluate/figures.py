@@ -5,10 +5,14 @@ A metric has a row for each thing that was judged by it: the SAE, and the baseli
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
+
+from sae_harvest.pipelines.evaluate.intervals import Floats, interval
 
 FORMAT = "1"
 SAE_ITSELF = "SAE"
@@ -54,6 +58,35 @@ class Figure:
 
     unit: str
     """Kind of the counted things: rows, tokens, tasks, latents."""
+
+
+def figure_of_sums(
+    metric: str,
+    subject: str,
+    part: str,
+    sums: Floats,
+    of_sums: Callable[[Floats], Floats],
+    count: int,
+    unit: str,
+) -> Figure:
+    """Return a figure that is a function of sums, with its interval.
+
+    Args:
+        metric, subject, part, count, unit: fields of the figure.
+        sums: float64 [clusters, ..., quantities], sums over the rows of each cluster.
+        of_sums: takes sums [..., quantities], and returns the value; see `interval`.
+
+    Returns:
+        The figure; value and limits are None where they are not defined.
+    """
+    limits = interval(sums, of_sums) if count else None
+    low, high = (None, None) if limits is None else map(defined, limits)
+    return Figure(metric, subject, part, defined(of_sums(sums.sum(0))), low, high, count, unit)
+
+
+def defined(value: Any) -> float | None:
+    """Return a number; None if it is NaN or infinite."""
+    return float(value) if np.isfinite(value) else None
 
 
 def figures_table(figures: Iterable[Figure]) -> pa.Table:

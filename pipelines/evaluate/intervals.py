@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sae_harvest.store.reader import ActivationStore
+
 CLUSTERS = 256
 RESAMPLES = 1000
 COVERAGE = 0.95
@@ -49,6 +51,22 @@ def cluster_sums(cluster: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> Fl
     sums = np.zeros((CLUSTERS, *values.shape[1:]))
     np.add.at(sums, cluster, values)
     return sums
+
+
+def row_clusters(store: ActivationStore, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the cluster of the document of each row, int64 of the shape of `rows`."""
+    shard, inside = np.divmod(rows, store.shard_rows)
+    found = np.zeros(rows.shape, np.int64)
+    for number in np.unique(shard).tolist():
+        here = shard == number
+        _, text_hash = store.row_documents(number)
+        found[here] = clusters_of(text_hash[inside[here]])
+    return found
+
+
+def ratio(above: Floats, below: Floats) -> Floats:
+    """Divide; NaN where the divisor is not above 0."""
+    return np.divide(above, below, out=np.full(np.shape(below), np.nan), where=below > 0)
 
 
 def resampled(

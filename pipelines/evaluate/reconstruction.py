@@ -1,4 +1,4 @@
-"""How well a dictionary reconstructs held-out rows: every definition in use, from one pass.
+"""The reconstruction of held-out rows by a dictionary: every definition in use, from one pass.
 
 With x a row, x_hat its reconstruction, mu the mean of the evaluated rows, sums over rows:
 
@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sae_harvest.pipelines.evaluate.figures import Figure
-from sae_harvest.pipelines.evaluate.intervals import CLUSTERS, Floats, clusters_of, interval
+from sae_harvest.pipelines.evaluate.figures import Figure, figure_of_sums
+from sae_harvest.pipelines.evaluate.intervals import CLUSTERS, Floats, ratio, row_clusters
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule
 from sae_harvest.store.statistics.stats import Moments
@@ -94,13 +94,9 @@ class HeldoutRows:
         """Return the first held-out rows of the store, `most` at most; see `heldout_rows`."""
         rows, classes = heldout_rows(store, config, rule, most)
         outlier = np.array([outlier for outlier, _ in CLASSES])
-        shard, inside = np.divmod(rows, store.shard_rows)
-        cluster = np.zeros(len(rows), np.int64)
-        for number in np.unique(shard).tolist():
-            here = shard == number
-            _, text_hash = store.row_documents(number)
-            cluster[here] = clusters_of(text_hash[inside[here]])
-        return cls(rows, outlier[classes.numpy()], cluster, rows % store.context_length)
+        return cls(
+            rows, outlier[classes.numpy()], row_clusters(store, rows), rows % store.context_length
+        )
 
     def part(self, name: str) -> npt.NDArray[np.bool_]:
         """Return the mask of the rows of a part, bool [rows]."""
@@ -180,22 +176,19 @@ class Reconstruction:
     @property
     def per_position(self) -> Floats:
         """FVU of the rows at each position, float64 [context_length]; NaN without rows."""
-        return _ratio(self._by_position[:, 1], self._by_position[:, 2])
+        return ratio(self._by_position[:, 1], self._by_position[:, 2])
 
     @property
     def per_dimension(self) -> Floats:
         """FVU of each dimension, float64 [d_out]; NaN if it does not vary."""
-        return _ratio(self._by_dimension[:, 0], self._by_dimension[:, 1])
+        return ratio(self._by_dimension[:, 0], self._by_dimension[:, 1])
 
     def figures(self, subject: str, part: str) -> Iterator[Figure]:
         """Yield the figures of the rows that were added."""
         for name, quotient in METRICS.items():
             above, below = map(SUMS.index, quotient)
             of_sums = partial(_quotient, above=above, below=below)
-            value = float(of_sums(self._sums.sum(0)))
-            limits = interval(self._sums, of_sums)
-            low, high = (None, None) if limits is None else map(_number, map(float, limits))
-            yield Figure(name, subject, part, _number(value), low, high, self.rows, "rows")
+            yield figure_of_sums(name, subject, part, self._sums, of_sums, self.rows, "rows")
         dead = float((self.n_fire == 0).mean()) if self.rows else None
         yield Figure("dead_share", subject, part, dead, None, None, self.rows, "rows")
         yield from self._frequent(subject, part)
@@ -279,15 +272,6 @@ def paper_normalised(x: Floats, x_hat: Floats | None = None) -> tuple[Floats, Fl
     return (x - mean) / norm, (x if x_hat is None else x_hat - mean) / norm
 
 
-def _ratio(above: Floats, below: Floats) -> Floats:
-    """Divide; NaN where the divisor is 0."""
-    return np.divide(above, below, out=np.full(np.shape(below), np.nan), where=below > 0)
-
-
 def _quotient(sums: Floats, above: int, below: int) -> Floats:
     """Divide one column of the sums [..., columns] by another."""
-    return _ratio(sums[..., above], sums[..., below])
-
-
-def _number(value: float) -> float | None:
-    return value if np.isfinite(value) else None
+    return ratio(sums[..., above], sums[..., below])

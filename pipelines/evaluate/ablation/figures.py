@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from sae_harvest.pipelines.evaluate.figures import SAE_ITSELF, Figure
-from sae_harvest.pipelines.evaluate.intervals import Floats, cluster_sums, clusters_of, interval
+from sae_harvest.pipelines.evaluate.figures import SAE_ITSELF, Figure, figure_of_sums
+from sae_harvest.pipelines.evaluate.intervals import Floats, cluster_sums, ratio, row_clusters
 from sae_harvest.store.reader import ActivationStore
 
 RANDOM_DIRECTION = "random direction"
@@ -32,7 +32,7 @@ def ablation_figures(effects: pa.Table, store: ActivationStore) -> Iterator[Figu
         effects: the table; see docs/tables.md.
         store: the store that its rows belong to.
     """
-    cluster = _clusters(store, effects["row"].to_numpy())
+    cluster = row_clusters(store, effects["row"].to_numpy())
     metrics = {
         "ablation_sparsity": _sparsity(effects),
         "ablation_kl": effects["kl"].to_numpy(),
@@ -67,24 +67,10 @@ def _figure(
     """Return the mean of the values that are defined, with its interval."""
     defined = np.isfinite(values)
     values, cluster = values[defined], cluster[defined]
-    limits = interval(cluster_sums(cluster, np.stack([values, np.ones_like(values)], 1)), _mean)
-    low, high = (None, None) if limits is None else map(float, limits)
-    value = float(values.mean()) if len(values) else None
-    return Figure(metric, subject, part, value, low, high, len(values), "firings")
+    sums = cluster_sums(cluster, np.stack([values, np.ones_like(values)], 1))
+    return figure_of_sums(metric, subject, part, sums, _mean, len(values), "firings")
 
 
 def _mean(sums: Floats) -> Floats:
     """Divide sums [..., 2] of values by their numbers; NaN without values."""
-    return np.divide(
-        sums[..., 0], sums[..., 1], out=np.full(sums.shape[:-1], np.nan), where=sums[..., 1] > 0
-    )
-
-
-def _clusters(store: ActivationStore, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the cluster of the document of each row."""
-    shard, inside = np.divmod(rows, store.shard_rows)
-    found = np.zeros(len(rows), np.int64)
-    for number in np.unique(shard).tolist():
-        here = shard == number
-        found[here] = clusters_of(store.row_documents(number)[1][inside[here]])
-    return found
+    return ratio(sums[..., 0], sums[..., 1])

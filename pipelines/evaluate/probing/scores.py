@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sae_harvest.common.cache import use_numba_cache
-from sae_harvest.pipelines.evaluate.intervals import CLUSTERS, COVERAGE, RESAMPLES, Floats
+from sae_harvest.pipelines.evaluate.intervals import CLUSTERS, RESAMPLES, Floats, percentiles
 
 use_numba_cache()
 
@@ -35,16 +35,7 @@ class Scores:
     @property
     def limits(self) -> tuple[Floats, Floats]:
         """Lower and upper limits of the 95 % intervals, float64 [3] each."""
-        return quantiles(self.resampled)
-
-
-def quantiles(resampled: Floats) -> tuple[Floats, Floats]:
-    """Return the limits of 95 % intervals, from values [resamples, ...]; NaN without a value."""
-    tail = (1 - COVERAGE) / 2
-    limits = np.full((2, *resampled.shape[1:]), np.nan)
-    defined = np.isfinite(resampled).any(axis=0)
-    limits[:, defined] = np.nanquantile(resampled[:, defined], [tail, 1 - tail], axis=0)
-    return limits[0], limits[1]
+        return percentiles(self.resampled)
 
 
 def drawn_clusters(used: npt.NDArray[np.bool_], seed: int = 0) -> Floats:

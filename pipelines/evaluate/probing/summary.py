@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from sae_harvest.pipelines.evaluate.figures import Figure
-from sae_harvest.pipelines.evaluate.intervals import Floats, interval
+from sae_harvest.pipelines.evaluate.figures import Figure, defined, figure_of_sums
+from sae_harvest.pipelines.evaluate.intervals import Floats, percentiles
 from sae_harvest.pipelines.evaluate.probing.examples import DOCUMENTS
 from sae_harvest.pipelines.evaluate.probing.losses import TaskLosses, mean_loss
 from sae_harvest.pipelines.evaluate.probing.measure import CONSTANT, Measured
 from sae_harvest.pipelines.evaluate.probing.newton import BIAS, LOSS, THRESHOLD, WEIGHT
 from sae_harvest.pipelines.evaluate.probing.pooling import Pooling
-from sae_harvest.pipelines.evaluate.probing.scores import MEASURES, quantiles
+from sae_harvest.pipelines.evaluate.probing.scores import MEASURES
 from sae_harvest.pipelines.evaluate.probing.sparse import SparseProbe
 from sae_harvest.pipelines.evaluate.probing.table import ALL, TEST, TRAIN, ProbeRow
 
@@ -37,7 +37,7 @@ def figures_of(measured: Sequence[Measured]) -> Iterator[Figure]:
             by_method[probe.method, _features(probe)].append(probe)
         for (method, features), probes in by_method.items():
             values = np.mean([probe.scores.values for probe in probes], axis=0)
-            low, high = quantiles(np.mean([probe.scores.resampled for probe in probes], axis=0))
+            low, high = percentiles(np.mean([probe.scores.resampled for probe in probes], axis=0))
             for i, name in enumerate(MEASURES):
                 limits = float(values[i]), float(low[i]), float(high[i])
                 yield Figure(
@@ -79,11 +79,8 @@ def _loss_figures(
     ):
         if suffix and method == CONSTANT:
             continue
-        value = float(figure(given.sum(0)))
-        limits = interval(given, figure)
-        low, high = (None, None) if limits is None else map(float, limits)
         metric = LOSSES[scored] + suffix
-        yield Figure(metric, method, part, value, low, high, sums.shape[1], "tasks")
+        yield figure_of_sums(metric, method, part, given, figure, sums.shape[1], "tasks")
 
 
 def rows_of(measured: Measured, pooling: Pooling) -> Iterator[ProbeRow]:
@@ -98,8 +95,8 @@ def rows_of(measured: Measured, pooling: Pooling) -> Iterator[ProbeRow]:
             latents, fits = losses.best.latent[t], losses.best.fit[t]
             row = ProbeRow(
                 task, examples.unit, method, min(1, len(latents)), fitted, scored, 0, *counts[t],
-                pooled, loss=float(losses.loss[t]), loss_low=_number(low[t]),
-                loss_high=_number(high[t]),
+                pooled, loss=float(losses.loss[t]), loss_low=defined(low[t]),
+                loss_high=defined(high[t]),
             )  # fmt: skip
             if len(latents) == 0:  # the constant
                 yield row
@@ -132,8 +129,8 @@ def _sparse_row(measured: Measured, probe: SparseProbe, pooled: Pooling | None) 
     for i, name in enumerate(MEASURES):
         columns |= {
             name: float(probe.scores.values[i]),
-            f"{name}_low": _number(low[i]),
-            f"{name}_high": _number(high[i]),
+            f"{name}_low": defined(low[i]),
+            f"{name}_high": defined(high[i]),
         }
     k = len(probe.features)
     return ProbeRow(
@@ -148,8 +145,3 @@ def _sparse_row(measured: Measured, probe: SparseProbe, pooled: Pooling | None) 
 
 def _counts(codes: Any) -> list[tuple[int, int]]:
     return [(int((column == 0).sum()), int((column == 1).sum())) for column in codes.T]
-
-
-def _number(value: float) -> float | None:
-    """Return the number; None if it is not defined."""
-    return float(value) if np.isfinite(value) else None

@@ -38,7 +38,7 @@ class Task:
     """Name of the task."""
 
     key: Key
-    """What the labels belong to."""
+    """Keys of the labelled examples."""
 
     keys: npt.NDArray[Any]
     """Hashes of texts (xxh3-64), uint64; or numbers of documents or rows, int64 [labels]."""
@@ -48,7 +48,7 @@ class Task:
 
     @property
     def unit(self) -> Literal["documents", "rows"]:
-        """What an example of the task is."""
+        """Unit of the examples: rows or documents."""
         return "rows" if self.key == "row" else "documents"
 
 

@@ -1,4 +1,4 @@
-"""How well predictions fit activations on held-out rows: sums by cluster of documents.
+"""The fit of predictions to activations on held-out rows: sums by cluster of documents.
 
 A program gives the same prediction to all rows of a node, so that rows on which a latent does not
 fire need no visit: their counts by node and cluster are enough. A row without a node is predicted

@@ -43,11 +43,11 @@ class Added:
     """Metrics of the latents with at least ten held-out firings."""
 
     program: Values
-    """Of their programs."""
+    """Values of their programs."""
     other: Values
-    """Of the programs of other latents, where there are others."""
+    """Values of the programs of other latents, where there are others."""
     constant: Values
-    """Of a program that predicts the same, and a firing, on every row."""
+    """Values of a program that predicts the same, and a firing, on every row."""
 
 
 class Mean:

@@ -40,7 +40,7 @@ class Group:
     scores: Scores
     """Their scores."""
     added: Added
-    """What the latents add to the means."""
+    """Contributions of the latents to the means."""
 
 
 def programs(

@@ -1,4 +1,4 @@
-"""What programs are learnt from: the rows of a store, and the firings of a dictionary on them."""
+"""The data that programs are learnt from: rows of a store, and firings of a dictionary on them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ProgramSource:
     blocks: Blocks
     """The firings."""
     fires: npt.NDArray[np.bool_]
-    """Whether each latent fires on any row [latents]."""
+    """Mask of the latents that fire on any row [latents]."""
 
     @property
     def rows(self) -> TokenRows:

@@ -41,10 +41,10 @@ class TokenRows:
     """Token of each row [rows]."""
 
     train: npt.NDArray[np.bool_]
-    """Whether programs learn from the row [rows]: its document is for explanations."""
+    """Mask of the rows that programs learn from [rows]: their documents are for explanations."""
 
     test: npt.NDArray[np.bool_]
-    """Whether programs are scored on the row [rows]: its document is for scores."""
+    """Mask of the rows that programs are scored on [rows]: their documents are for scores."""
 
     cluster: npt.NDArray[np.uint8]
     """Cluster of the row's document, for intervals [rows]."""

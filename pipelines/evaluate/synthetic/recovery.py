@@ -28,7 +28,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +35,8 @@ import torch
 
 from sae_harvest.common.errors import InputError
 from sae_harvest.pipelines.evaluate.baselines import MEAN, baselines
-from sae_harvest.pipelines.evaluate.figures import SAE_ITSELF, Figure
-from sae_harvest.pipelines.evaluate.intervals import CLUSTERS, Floats, interval
+from sae_harvest.pipelines.evaluate.figures import SAE_ITSELF, Figure, figure_of_sums
+from sae_harvest.pipelines.evaluate.intervals import CLUSTERS, Floats, ratio
 from sae_harvest.pipelines.evaluate.reconstruction import PARTS, HeldoutRows, reconstruction
 from sae_harvest.pipelines.evaluate.synthetic.ideal import firings_of, ideal_sae
 from sae_harvest.pipelines.evaluate.synthetic.matching import match
@@ -158,9 +157,9 @@ class Recovery:
             "rare_found": exceeds[self._rare],
             "feature_max_cosine": found.feature_max,
             "latent_max_cosine": found.latent_max,
-            "precision": _ratio(both, fired),
-            "recall": _ratio(both, true),
-            "f1": _ratio(2 * both, fired + true),
+            "precision": ratio(both, fired),
+            "recall": ratio(both, true),
+            "f1": ratio(2 * both, fired + true),
         }.items():
             values = values[np.isfinite(values)]
             unit = "latents" if name == "latent_max_cosine" else "features"
@@ -273,20 +272,8 @@ def compared(saes: Mapping[str, SAE], synthetic: Synthetic, held_out: HeldoutRow
 
 def _figure(metric: str, subject: str, sums: Floats, count: int, unit: str) -> Figure:
     """Return the figure of a quotient of sums [clusters, 2]; None where it is not defined."""
-    value = _number(_quotient(sums.sum(0)))
-    limits = interval(sums, _quotient) if count else None
-    low, high = (None, None) if limits is None else map(_number, limits)
-    return Figure(metric, subject, PART, value, low, high, count, unit)
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if np.isfinite(value) else None
+    return figure_of_sums(metric, subject, PART, sums, _quotient, count, unit)
 
 
 def _quotient(sums: Floats) -> Floats:
-    return _ratio(sums[..., 0], sums[..., 1])
-
-
-def _ratio(above: Floats, below: Floats) -> Floats:
-    """Divide; NaN where the divisor is 0."""
-    return np.divide(above, below, out=np.full(np.shape(below), np.nan), where=below > 0)
+    return ratio(sums[..., 0], sums[..., 1])
