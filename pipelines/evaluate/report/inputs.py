@@ -27,6 +27,28 @@ Count = Callable[[int, int], None]  # things done and to do
 Progress = Callable[[str], Count]  # of a part, by its name
 
 
+class StoreModel:
+    """The model of a store, loaded when it is first needed, once for each dtype."""
+
+    def __init__(self, store: ActivationStore, device: str) -> None:
+        """`device`: cpu, cuda or auto."""
+        self._store, self._device = store, device
+        self._loaded: dict[torch.dtype, PreTrainedModel] = {}
+
+    @cached_property
+    def resolved(self) -> ResolvedModel:
+        """Place and identity of the model."""
+        return model_of(self._store)
+
+    def of(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Return the model; None: in the dtype that the store was harvested in."""
+        wanted: torch.dtype = dtype or getattr(torch, self._store.plan["compute_dtype"])
+        if wanted not in self._loaded:
+            device = choose_device(self._device)
+            self._loaded[wanted] = load_model(self.resolved, wanted, device)
+        return self._loaded[wanted]
+
+
 @dataclass(frozen=True, eq=False)
 class Inputs:
     """The inputs of one SAE's evaluation. What takes long is made when it is first needed."""
@@ -55,6 +77,9 @@ class Inputs:
     device: str
     """Device of the model: cpu, cuda or auto."""
 
+    model: StoreModel
+    """The store's model."""
+
     progress: Progress
     """Given the name of a part, returns a function of things done and to do."""
 
@@ -67,17 +92,6 @@ class Inputs:
     def dictionaries(self) -> dict[str, SAE]:
         """The SAE and its baselines, by name."""
         return {SAE_ITSELF: self.sae} | baselines(self.store, self.sae, self._l0())
-
-    @cached_property
-    def resolved(self) -> ResolvedModel:
-        """Place and identity of the store's model."""
-        return model_of(self.store)
-
-    @cached_property
-    def model(self) -> PreTrainedModel:
-        """The store's model, in the dtype that it was harvested in."""
-        dtype: torch.dtype = getattr(torch, self.store.plan["compute_dtype"])
-        return load_model(self.resolved, dtype, choose_device(self.device))
 
     def _l0(self) -> float:
         """Return the mean number of active latents on some held-out rows."""

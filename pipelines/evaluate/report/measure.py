@@ -107,7 +107,7 @@ def evaluate_joint(several: Sequence[Inputs]) -> Evaluation | None:
     def measure(inputs: Inputs) -> Part:
         splices, progress = {SAE_ITSELF: Splice(saes)}, inputs.progress("loss of all SAEs")
         contexts = inputs.settings.contexts
-        return spliced_part(inputs.model, inputs.store, splices, saes, contexts, progress)
+        return spliced_part(inputs.model.of(), inputs.store, splices, saes, contexts, progress)
 
     part = Parts(first.report).get(f"{name}-downstream", key, lambda: _timed(measure, first))
     found = {"downstream": part}

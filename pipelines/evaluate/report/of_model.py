@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from sae_harvest.harvest.model.models import load_tokenizer
@@ -39,7 +40,7 @@ def downstream_part(inputs: Inputs) -> Part:
     """Measure the loss of the model with the SAE, its baselines and the controls in place."""
     splices = {name: Splice([one]) for name, one in inputs.dictionaries.items()}
     return spliced_part(
-        inputs.model,
+        inputs.model.of(),
         inputs.store,
         splices,
         [inputs.sae],
@@ -88,8 +89,8 @@ def ablation_part(inputs: Inputs) -> Part:
     config = AblationConfig(n_rows=rows)
     effects = ablation_effects(
         store,
-        inputs.model.float(),
-        TokenTexts(load_tokenizer(inputs.resolved)),
+        inputs.model.of(torch.float32),  # effects are small differences of logits
+        TokenTexts(load_tokenizer(inputs.model.resolved)),
         {name: one for name, one in inputs.dictionaries.items() if name in ABLATED},
         inputs.report / EFFECTS / inputs.digest[:16],
         config,

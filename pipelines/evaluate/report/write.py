@@ -15,7 +15,7 @@ from sae_harvest.common.errors import InputError
 from sae_harvest.common.paths import shown
 from sae_harvest.pipelines.evaluate.figures import figures_table
 from sae_harvest.pipelines.evaluate.report.definitions import DEFINITIONS
-from sae_harvest.pipelines.evaluate.report.inputs import Inputs, Progress
+from sae_harvest.pipelines.evaluate.report.inputs import Inputs, Progress, StoreModel
 from sae_harvest.pipelines.evaluate.report.measure import (
     Evaluation,
     evaluate_joint,
@@ -76,8 +76,9 @@ def write_report(
     saes = [SAE.load(path, device) for path in sae_paths]
     tables = [features_of(features, sae.digest, store.digest) for sae in saes]
     require_used(features, tables)
+    model = StoreModel(store, device)
     several = [
-        Inputs(report, store, name, path, sae, table, settings, device, progress)
+        Inputs(report, store, name, path, sae, table, settings, device, model, progress)
         for name, path, sae, table in zip(names, sae_paths, saes, tables, strict=True)
     ]
     found = [evaluate_parts(inputs) for inputs in several]
