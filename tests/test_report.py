@@ -8,7 +8,11 @@ from html import unescape
 from html.parser import HTMLParser
 
 import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 from click.testing import CliRunner
 
 from sae_harvest.common.errors import InputError
@@ -18,13 +22,21 @@ from sae_harvest.harvest.run.driver import run as run_harvest
 from sae_harvest.harvest.text.corpus import CorpusSpec
 from sae_harvest.pipelines.evaluate import cli
 from sae_harvest.pipelines.evaluate.compute_equivalent import ComputeTable
+from sae_harvest.pipelines.evaluate.figures import Figure
 from sae_harvest.pipelines.evaluate.report import of_model, of_probes, of_rows
 from sae_harvest.pipelines.evaluate.report.definitions import DEFINITIONS, SECTIONS
+from sae_harvest.pipelines.evaluate.report.measure import Evaluation
+from sae_harvest.pipelines.evaluate.report.page import page
+from sae_harvest.pipelines.evaluate.report.parts import Part
 from sae_harvest.pipelines.evaluate.report.svg import Axis, Series, plot
 from sae_harvest.pipelines.features.building.build import build
 from sae_harvest.pipelines.features.building.config import FeatureConfig
 from sae_harvest.store.reader import ActivationStore
 from sae_harvest.store.rules import RowRule
+from sae_harvest.train.config import SAEConfig
+from sae_harvest.train.sae.sae import SAE
+from sae_harvest.train.synthetic.config import SyntheticConfig
+from sae_harvest.train.synthetic.store import make
 from tests.dictionaries import random_sae
 
 RULE = RowRule(heldout_fraction=0.4)
@@ -94,7 +106,9 @@ def test_a_report_has_every_metric_with_baselines_and_intervals(place, saes, tmp
     )
     assert low < value < high
     assert definition == DEFINITIONS["delta_ce"].meaning
-    listed = {metric for metrics in SECTIONS.values() for metric in metrics}
+    elsewhere = "Recovery of known features"  # on synthetic stores only
+    sections = {name: metrics for name, metrics in SECTIONS.items() if name != elsewhere}
+    listed = {metric for metrics in sections.values() for metric in metrics}
     listed = {metric for metric in listed if not metric.startswith(("probe_", "program_"))}
     measured = {m for (m,) in query("SELECT DISTINCT metric FROM t")}
     assert listed <= measured
@@ -255,6 +269,94 @@ def test_probes_and_programs_are_parts_of_the_report(
     refused = run(place, [saes / "b"], tmp_path / "q", "--features", tmp_path / "features")
     assert refused.exit_code == 1
     assert "tables of another SAE" in refused.output
+
+
+def test_own_tasks_are_probed_in_the_evaluated_store(place, saes, tmp_path):
+    store = ActivationStore.open(place)
+    tokens = store.tokens(0, store.n_rows // store.context_length).reshape(-1)
+    rows = np.arange(len(tokens))
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    pq.write_table(pa.table({"row": rows, "label": tokens % 2 == 0}), tasks / "even.parquet")
+    report, features = tmp_path / "r", tmp_path / "features"
+    refused = run(place, [saes / "a"], report, "--tasks", tasks)
+    assert refused.exit_code == 1
+    assert "--features" in refused.output
+    build(place, saes / "a", features, FeatureConfig(n_top=2), device="cpu")
+    asked = ["--features", features, "--n2g-latents", 0, "--tasks", tasks]
+    done = run(place, [saes / "a"], report, *asked)
+    assert done.exit_code == 0, done.output
+    found = duckdb.execute(
+        f"SELECT subject, part, value FROM '{report / 'metrics.parquet'}' "
+        "WHERE metric = 'probe_loss_relative'"
+    ).fetchall()
+    assert {"SAE", "random"} <= {subject for subject, _, _ in found}
+    assert {part for _, part, _ in found} == {"token tasks of --tasks"}
+    assert all(0 < value <= 1 for _, _, value in found)
+    [listed] = (report / "probes").glob("*/tasks.parquet")
+    assert duckdb.execute(f"SELECT DISTINCT task FROM '{listed}'").fetchall() == [("even",)]
+    before = listed.stat().st_mtime_ns
+    run(place, [saes / "a"], report, *asked)
+    assert listed.stat().st_mtime_ns == before
+    pq.write_table(pa.table({"row": rows, "label": tokens % 3 == 0}), tasks / "even.parquet")
+    run(place, [saes / "a"], report, *asked)
+    assert listed.stat().st_mtime_ns > before  # other labels are another task
+
+
+def test_a_synthetic_store_has_recovery_in_place_of_what_needs_a_model(tmp_path):
+    config = SyntheticConfig(features=24, width=12, parents=4, rows=128 * 128, l0=2)
+    made = make(config, tmp_path / "s")
+    # the true directions: the mean over features of the cosine with their latent is 1
+    directions = torch.from_numpy(made.features.directions)
+    sae_config = SAEConfig(
+        d_in=12,
+        n_latents=len(directions),
+        k=3,
+        site="synthetic",
+        rule=RowRule(heldout_fraction=0.4),
+    )
+    zeros = torch.zeros(len(directions)), torch.zeros(12)
+    SAE(sae_config, directions.clone(), directions.clone(), *zeros).save(tmp_path / "true")
+    report = tmp_path / "r"
+    done = run(tmp_path / "s" / "store", [tmp_path / "true"], report)
+    assert done.exit_code == 0, done.output
+    found = dict(
+        duckdb.execute(
+            f"SELECT subject, value FROM '{report / 'metrics.parquet'}' "
+            "WHERE metric = 'matched_cosine'"
+        ).fetchall()
+    )
+    assert found["SAE"] == pytest.approx(1, abs=1e-6)
+    assert found["ideal"] == pytest.approx(1, abs=1e-6)
+    assert found["random"] < 0.95
+    page = (report / "report.html").read_text()
+    assert "Recovery of known features" in page
+    assert "Downstream loss" not in page
+    refused = run(
+        tmp_path / "s" / "store", [tmp_path / "true"], report, "--compute-table", "gpt2-124m"
+    )
+    assert refused.exit_code == 1
+    assert "no model" in refused.output
+
+
+def test_probe_losses_of_several_saes_are_drawn_against_their_latents():
+    def evaluation(name, n):
+        rng = torch.Generator().manual_seed(0)
+        weights = torch.randn(n, 4, generator=rng)
+        sae = SAE(
+            SAEConfig(d_in=4, n_latents=n, k=2, site="resid_post.0"),
+            weights, weights, torch.zeros(n), torch.zeros(4),
+        )  # fmt: skip
+        figures = [
+            Figure("probe_loss_relative", "SAE", "all tasks", 0.5, 0.4, 0.6, 9, "tasks"),
+            Figure("probe_loss_relative", "channels", "all tasks", 0.6, 0.5, 0.7, 9, "tasks"),
+        ]
+        return Evaluation(name, [sae], {"probes": Part(figures)})
+
+    found = page([evaluation("a", 8), evaluation("b", 80)], "title", "command")
+    drawing = found[found.index("Probe loss against n") :]
+    assert drawing[: drawing.index("</figure>")].count("<circle") == 2
+    assert "number of latents" in drawing
 
 
 def test_the_same_sae_twice_is_refused(place, saes, tmp_path):

@@ -86,7 +86,7 @@ def measure(
     numbers, few, drawn = drawn_only(examples, found.drawn)
     x = channels(numbers)
     matrices = {CHANNELS: x, PCA: principal_components(x, _in_training(few))}
-    labellings = _labellings(examples, examples)
+    labellings = labellings_of(examples, examples)
     for scored, fitted in ((ALL, ALL), (TEST, TRAIN)):
         constant = score_constant(examples, labellings[fitted], labellings[scored])
         found.losses[CONSTANT, scored] = constant
@@ -99,7 +99,7 @@ def measure(
         given = dict(labellings)
         if name == SAE_ITSELF:
             given[SHUFFLED_LABELS] = labellings[ALL].shuffled(settings.seed)
-        known = _single_latents(
+        known = add_single_latents(
             found, name, features, examples, given, chosen[name], settings, progress
         )
         values[name] = {latent: known[latent][numbers] for latent in np.unique(chosen[name])}
@@ -107,8 +107,8 @@ def measure(
         columns, train = DenseColumns(matrix), few.part(test=False)
         chosen[name] = largest_differences(columns, few, settings.pooling, train, max(KS))
         values[name] = dict(enumerate(np.ascontiguousarray(matrix.T)))
-    weighted, none = _labellings(few, examples), np.empty(0, np.int64)
-    _single_latents(found, CHANNELS, DenseColumns(x), few, weighted, none, settings, progress)
+    weighted, none = labellings_of(few, examples), np.empty(0, np.int64)
+    add_single_latents(found, CHANNELS, DenseColumns(x), few, weighted, none, settings, progress)
     n_tasks = len(examples.names)
     for what, probes in (
         ("sparse probes", sparse_probes(few, drawn, chosen, values)),
@@ -120,7 +120,7 @@ def measure(
     return found
 
 
-def _labellings(examples: Examples, population: Examples) -> dict[str, Labelling]:
+def labellings_of(examples: Examples, population: Examples) -> dict[str, Labelling]:
     """Return the classes of all, of training and of test examples, by name.
 
     Classes are weighted so that they have the shares that they have in the population.
@@ -133,7 +133,7 @@ def _labellings(examples: Examples, population: Examples) -> dict[str, Labelling
     return {name: Labelling.weighted(*codes) for name, codes in parts.items()}
 
 
-def _single_latents(
+def add_single_latents(
     found: Measured,
     name: str,
     features: Features,

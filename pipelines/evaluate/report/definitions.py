@@ -221,6 +221,56 @@ DEFINITIONS: dict[str, Definition] = {
     "probe_accuracy": Definition(
         "Accuracy", "Mean of the accuracies of the two classes; 0.5 is chance.", "higher", ".3f"
     ),
+    "matched_cosine": Definition(
+        "Matched cosine",
+        "Every known feature is matched to one latent, so that the sum of the cosines of their "
+        "directions is largest; this is the mean cosine.",
+        "higher",
+        ".3f",
+    ),
+    "found_share": Definition(
+        "Features found", "Share of features whose cosine exceeds 0.9.", "higher", ".1%"
+    ),
+    "children_found": Definition(
+        "Children found",
+        "The same of features that fire only where their parent fires.",
+        "higher",
+        ".1%",
+    ),
+    "rare_found": Definition(
+        "Rare found", "The same of the rarest quarter of features.", "higher", ".1%"
+    ),
+    "precision": Definition(
+        "Precision of firings",
+        "Share of the firings of a matched latent on rows on which its feature fires, averaged "
+        "over features.",
+        "higher",
+        ".3f",
+    ),
+    "recall": Definition(
+        "Recall of firings",
+        "Share of the firings of a feature on rows on which its latent fires, averaged over "
+        "features.",
+        "higher",
+        ".3f",
+    ),
+    "f1": Definition(
+        "F1 of firings", "Harmonic mean of both, averaged over features.", "higher", ".3f"
+    ),
+    "absorption": Definition(
+        "Absorption",
+        "Of the rows on which a child and its latent fire, the share on which the latent of the "
+        "parent is silent, although the parent fires.",
+        "lower",
+        ".3f",
+    ),
+    "parent_missed": Definition(
+        "Parent missed",
+        "Of the rows on which a parent fires without a child, the share on which its latent is "
+        "silent. Only absorption beyond this is due to children.",
+        "lower",
+        ".3f",
+    ),
     "encoder_norm_q50": Definition("Encoder norm, median", "Norm of a latent's encoder row.", ""),
     "decoder_norm_q50": Definition("Decoder norm, median", "Norm of a latent's decoder row.", ""),
     "encoder_bias_q50": Definition("Encoder bias, median", "Bias of a latent.", ""),
@@ -251,6 +301,17 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "explained_variance_legacy",
         "norm_ratio",
         "reconstruction_bias",
+    ),
+    "Recovery of known features": (
+        "matched_cosine",
+        "found_share",
+        "children_found",
+        "rare_found",
+        "f1",
+        "precision",
+        "recall",
+        "absorption",
+        "parent_missed",
     ),
     "Downstream loss": (
         "delta_ce",

@@ -9,6 +9,7 @@ from functools import partial
 
 import xxhash
 
+from sae_harvest.common.errors import InputError
 from sae_harvest.pipelines.evaluate.compute_equivalent import ComputeTable
 from sae_harvest.pipelines.evaluate.figures import SAE_ITSELF
 from sae_harvest.pipelines.evaluate.report.inputs import Inputs
@@ -18,9 +19,14 @@ from sae_harvest.pipelines.evaluate.report.of_model import (
     downstream_part,
     spliced_part,
 )
-from sae_harvest.pipelines.evaluate.report.of_probes import probes_part
+from sae_harvest.pipelines.evaluate.report.of_probes import (
+    probes_part,
+    tasks_digest,
+    tasks_part,
+)
 from sae_harvest.pipelines.evaluate.report.of_rows import reconstruction_part, weights_part
 from sae_harvest.pipelines.evaluate.report.of_tables import programs_part
+from sae_harvest.pipelines.evaluate.report.of_truth import is_synthetic, recovery_part
 from sae_harvest.pipelines.evaluate.report.parts import Part, Parts
 from sae_harvest.pipelines.evaluate.splicing import Splice, replaced_site
 from sae_harvest.pipelines.features.encoding.dictionary import sae_fits
@@ -41,6 +47,22 @@ class Evaluation:
     """Name of the part → the part."""
 
 
+def _with_model(inputs: Inputs) -> bool:
+    return not is_synthetic(inputs)
+
+
+def _with_probes(inputs: Inputs) -> bool:
+    return inputs.settings.probes and not is_synthetic(inputs)
+
+
+def _with_features(inputs: Inputs) -> bool:
+    return inputs.features is not None
+
+
+def _with_tasks(inputs: Inputs) -> bool:
+    return inputs.settings.tasks is not None
+
+
 @dataclass(frozen=True)
 class _Measure:
     """One part of an evaluation."""
@@ -49,17 +71,21 @@ class _Measure:
     settings: tuple[str, ...]
     """Settings that it depends on, beside store and SAE."""
     measure: Callable[[Inputs], Part]
-    wanted: str | None = None
-    """Input or setting without which the part is left out."""
+    wanted: Callable[[Inputs], bool] = lambda inputs: True
+    """Whether an evaluation has the part."""
+    files: Callable[[Inputs], str] = lambda inputs: ""
+    """Identity of other files that it depends on."""
 
 
 MEASURES = (
     _Measure("weights", (), weights_part),
     _Measure("reconstruction", ("rows",), reconstruction_part),
-    _Measure("downstream", ("contexts",), downstream_part),
-    _Measure("ablation", ("ablated_rows",), ablation_part),
-    _Measure("probes", (), probes_part, wanted="probes"),
-    _Measure("programs", ("n2g_latents",), programs_part, wanted="features"),
+    _Measure("recovery", ("rows",), recovery_part, is_synthetic),
+    _Measure("downstream", ("contexts",), downstream_part, _with_model),
+    _Measure("ablation", ("ablated_rows",), ablation_part, _with_model),
+    _Measure("probes", (), probes_part, _with_probes),
+    _Measure("tasks", (), tasks_part, _with_tasks, tasks_digest),
+    _Measure("programs", ("n2g_latents",), programs_part, _with_features),
 )
 
 
@@ -68,19 +94,24 @@ def evaluate_parts(inputs: Inputs) -> Evaluation:
 
     Raises:
         RunError: SAE and store do not fit, or a file of the report is damaged.
-        InputError: nothing is held out, or the table of compute cannot be read.
+        InputError: nothing is held out, or a task or the table of compute cannot be used.
     """
     sae_fits(inputs.store, inputs.sae, inputs.path)
     table = _compute_table(inputs)
+    if table is not None and is_synthetic(inputs):
+        raise InputError(
+            f"{inputs.store.place} is synthetic, so there is no model whose loss could be compared "
+            "with --compute-table; leave it out."
+        )
     kept = Parts(inputs.report)
     found: dict[str, Part] = {}
     for one in MEASURES:
-        if one.wanted == "features" and inputs.features is None:
-            continue
-        if one.wanted == "probes" and not inputs.settings.probes:
+        if not one.wanted(inputs):
             continue
         key = {"store": inputs.store.digest, "sae": inputs.digest}
         key |= {name: getattr(inputs.settings, name) for name in one.settings}
+        if files := one.files(inputs):
+            key["files"] = files
         name = f"{inputs.digest[:16]}-{one.name}"
         found[one.name] = kept.get(name, key, partial(_timed, one.measure, inputs))
     if table is not None:

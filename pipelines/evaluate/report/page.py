@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 
+from sae_harvest.pipelines.evaluate.baselines import RANDOM
 from sae_harvest.pipelines.evaluate.figures import SAE_ITSELF, Figure
+from sae_harvest.pipelines.evaluate.probing.summary import EVERY_TASK
 from sae_harvest.pipelines.evaluate.report.definitions import DEFINITIONS, SECTIONS, Definition
 from sae_harvest.pipelines.evaluate.report.measure import Evaluation
 from sae_harvest.pipelines.evaluate.report.parts import Curve
@@ -39,6 +41,7 @@ class CurvePlot:
 
 
 LOSS = "Downstream loss"
+L0, N = "L0", "number of latents"
 PLOTS = (
     CurvePlot("fvu by position", "Reconstruction", "FVU by position", "position", "FVU"),
     CurvePlot(
@@ -53,9 +56,11 @@ PLOTS = (
     CurvePlot("delta_ce by position", LOSS, "ΔCE by position", "position", "ΔCE (nats)"),
     CurvePlot("kl by position", LOSS, "KL by position", "position", "KL (nats)", log_y=True),
 )  # fmt: skip
+# section, metric, part, horizontal axis, heading
 FRONTIERS = (
-    ("Reconstruction", "fvu", "without outliers", "FVU against L0"),
-    ("Downstream loss", "delta_ce", "predicted tokens", "ΔCE against L0"),
+    ("Reconstruction", "fvu", "without outliers", L0, "FVU against L0"),
+    ("Downstream loss", "delta_ce", "predicted tokens", L0, "ΔCE against L0"),
+    ("Probe loss", "probe_loss_relative", EVERY_TASK, N, "Probe loss against n"),
 )
 HIDDEN = ("mean", "zero")  # curves that would flatten the others
 
@@ -141,7 +146,8 @@ PARTS_OF = {
     "Reconstruction": ("reconstruction",),
     "Downstream loss": ("downstream", "compute"),
     "Ablations": ("ablation",),
-    "Probe loss": ("probes",),
+    "Recovery of known features": ("recovery",),
+    "Probe loss": ("probes", "tasks"),
     "Programs": ("programs",),
 }
 
@@ -203,12 +209,14 @@ def _cell(figure: Figure | None, definition: Definition) -> str:
 def _plots(evaluations: Sequence[Evaluation], section: str, colours: dict[str, str]) -> str:
     single = len(evaluations) == 1
     figures = []
-    for of_section, metric, part, title in FRONTIERS:
+    for of_section, metric, part, x_label, title in FRONTIERS:
         if of_section == section and not single:  # baselines of one SAE all have its L0
-            series = list(_frontier(evaluations, metric, part))
+            series = list(_frontier(evaluations, metric, part, x_label))
+            if not series:
+                continue
             definition = DEFINITIONS[metric]
             log = min((y for one in series for y in one.y if y is not None), default=0) > 0
-            drawn = plot(series, "L0", definition.title, colours, log_y=log)
+            drawn = plot(series, x_label, definition.title, colours, log_x=x_label == N, log_y=log)
             figures.append(_figure(title, drawn, series, colours))
     for wanted in PLOTS:
         series = [
@@ -229,16 +237,26 @@ def _varies(curve: Curve) -> bool:
     return curve.name != "l0" or sum(value is not None and value > 0 for value in curve.y) > 1
 
 
-def _frontier(evaluations: Sequence[Evaluation], metric: str, part: str) -> Iterator[Series]:
-    """Yield a point for each subject that has both an L0 and a value of the metric."""
+def _frontier(
+    evaluations: Sequence[Evaluation], metric: str, part: str, x_label: str
+) -> Iterator[Series]:
+    """Yield a point for each subject that has both a value of the metric and a place on the axis.
+
+    The number of latents is that of the SAE and of random directions; other baselines have another.
+    """
     single = len(evaluations) == 1
     for evaluation in evaluations:
         figures = [figure for part_ in evaluation.parts.values() for figure in part_.figures]
-        l0 = {
-            f.subject: f.value for f in figures if (f.metric, f.part) == ("l0", "without outliers")
-        }
+        if x_label == L0:
+            places = {
+                f.subject: f.value
+                for f in figures
+                if (f.metric, f.part) == ("l0", "without outliers")
+            }
+        else:
+            places = dict.fromkeys((SAE_ITSELF, RANDOM), evaluation.saes[0].config.n_latents)
         for figure in figures:
-            x = l0.get(figure.subject)
+            x = places.get(figure.subject)
             if (figure.metric, figure.part) == (metric, part) and x and figure.value is not None:
                 name = label_of(evaluation, figure.subject, single)
                 yield Series(name, [x], [figure.value], points=True)

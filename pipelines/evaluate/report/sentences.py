@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 
 from sae_harvest.pipelines.evaluate.baselines import CHANNELS, PCA, RANDOM
 from sae_harvest.pipelines.evaluate.figures import SAE_ITSELF, Figure
+from sae_harvest.pipelines.evaluate.probing.summary import EVERY_TASK
+from sae_harvest.pipelines.evaluate.programs.scoring import NGRAMS
 from sae_harvest.pipelines.evaluate.report.measure import Evaluation
 
 RIVALS = (PCA, CHANNELS, RANDOM)  # baselines that an SAE should beat
@@ -28,10 +30,10 @@ def sentences(evaluation: Evaluation) -> Iterator[str]:
         )
     delta = _of(found, "delta_ce", "predicted tokens")
     if SAE_ITSELF in delta:
-        zeros = f"; zeros cost {_nats(delta['zero'])}" if "zero" in delta else ""
+        zeros = f"; zeros cost {_number(delta['zero'])}" if "zero" in delta else ""
         yield (
-            f"In place of the activations, its output costs the model {_nats(delta[SAE_ITSELF])} "
-            f"nats per token; {_rivals(delta, 'costs', _nats)}{zeros}."
+            f"In place of the activations, its output costs the model {_number(delta[SAE_ITSELF])} "
+            f"nats per token; {_rivals(delta, 'costs', _number)}{zeros}."
         )
     share = _of(found, "compute_share", "predicted tokens").get(SAE_ITSELF)
     if share is not None:
@@ -39,6 +41,23 @@ def sentences(evaluation: Evaluation) -> Iterator[str]:
             f"That is the loss of a model trained with {_percent(share)} of the compute, by the "
             "table of compute and loss."
         )
+    probes = _of(found, "probe_loss_test_relative", EVERY_TASK)
+    if SAE_ITSELF in probes:
+        yield (
+            "On other documents, a probe on its best latent has on average "
+            f"{_percent(probes[SAE_ITSELF])} of the loss of a constant; "
+            f"{_rivals(probes, 'has', _percent)}."
+        )
+    programs = _of(found, "program_f1", NGRAMS)
+    if {SAE_ITSELF, RANDOM} <= set(programs):
+        yield (
+            "The tokens before a row predict where its latents fire with a mean F1 of "
+            f"{_number(programs[SAE_ITSELF])}, those of a random dictionary with "
+            f"{_number(programs[RANDOM])}."
+        )
+    recovered = _of(found, "found_share", "without outliers").get(SAE_ITSELF)
+    if recovered is not None:
+        yield f"It has found {_percent(recovered)} of the known features."
     dead = _of(found, "dead_share", "without outliers").get(SAE_ITSELF)
     if dead is not None:
         yield f"{_percent(dead)} of its latents fired on none of {dead.count:,} rows."
@@ -67,7 +86,7 @@ def _percent(figure: Figure) -> str:
     return f"{100 * figure.value:.3g} %" + _limits(figure, 100, ".3g")
 
 
-def _nats(figure: Figure) -> str:
+def _number(figure: Figure) -> str:
     assert figure.value is not None
     return f"{figure.value:.3f}" + _limits(figure, 1, ".3f")
 

@@ -30,6 +30,11 @@ class EvaluationSettings(BaseModel):
     probes: Annotated[bool, Option("Probes")] = Field(
         True, description="probe latents on packaged labelled texts, which the model reads first"
     )
+    tasks: Annotated[str | None, Option("Probes", "PATH")] = Field(
+        None,
+        description="your own binary tasks on the evaluated store: a Parquet file with a column "
+        "label and one of text, document, row, or a folder of such files; needs --features",
+    )
     compute_table: Annotated[str | None, Option("Downstream loss", "TABLE")] = Field(
         None,
         description="table of compute and loss during pretraining: gpt2-124m, or a CSV file with "

@@ -87,6 +87,8 @@ def write_report(
     _write_table(report / TABLE, found, command)
     new_folder(report.resolve() / SAEBENCH)
     for one in found[: len(several)]:
+        if "downstream" not in one.parts:  # a synthetic store has no model
+            continue
         content = saebench_core(one, store, int(1000 * time.time()))
         write_json(report / SAEBENCH / f"{one.saes[0].digest[:16]}_core.json", content)
     title = f"Evaluation of {', '.join(names) if len(names) < 4 else f'{len(names)} SAEs'}"
