@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from bench.studies.frontier.members import (
 from bench.studies.frontier.table import drawing, markdown
 from sae_harvest.common.atomic import new_folder, replacing, write_text
 from sae_harvest.common.console import Progress, output
+from sae_harvest.common.locks import HeldError, lock
 from sae_harvest.harvest.run.driver import Execution
 from sae_harvest.harvest.run.progress import harvest_with_progress
 from sae_harvest.pipelines.demo import HARVEST, SITE
@@ -56,6 +58,11 @@ def main(arguments: list[str]) -> None:
     if not result.finished or result.failed:
         sys.exit("Error: the sweep did not finish; the same command continues it.")
     judge_all(folder, chosen.contexts, chosen.n2g_latents)
+    missing = [
+        point.key for point, _ in dictionaries(folder) if not path_of(folder, point).exists()
+    ]
+    if missing:
+        sys.exit(f"Error: another process judges {', '.join(missing)}; run the command again.")
     every = [point for point, _ in points()] + [point for point, _ in baseline_points()]
     table = pa.concat_tables(pq.read_table(path_of(folder, point)) for point in every)
     write_table(folder / "metrics.parquet", table)
@@ -77,12 +84,21 @@ def judge_all(folder: Path, contexts: int, n2g_latents: int) -> None:
     with Progress() as progress:
         judge = Judge(folder / "features", texts, first, contexts, n2g_latents)
         for number, (point, load) in enumerate(left, 1):
+            path = path_of(folder, point)
+            with ExitStack() as stack:
+                try:  # several processes may judge at the same time
+                    stack.enter_context(lock(path.with_suffix(".lock")))
+                except HeldError:
+                    continue
+                if path.exists():
+                    continue
+                table = figures_table(judge.figures(load(), stages(progress, number, len(left))))
+                write_table(path, table)
 
-            def stage(name: str, done: int, total: int, number: int = number) -> None:
-                progress(f"point {number} of {len(left)}: {name}", done, total, "")
 
-            table = figures_table(judge.figures(load(), stage))
-            write_table(path_of(folder, point), table)
+def stages(progress: Progress, number: int, n: int) -> Callable[[str, int, int], None]:
+    """Return a function that reports the stages of one point."""
+    return lambda name, done, total: progress(f"point {number} of {n}: {name}", done, total, "")
 
 
 def dictionaries(folder: Path) -> Iterator[tuple[Point, Callable[[], dict[str, SAE]]]]:

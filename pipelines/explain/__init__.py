@@ -1,0 +1,1 @@
+"""Explanations of latents: written by a language model, simulated, scored, revised."""

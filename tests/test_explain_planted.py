@@ -1,0 +1,97 @@
+"""Latents with known rules: a perfect explainer and simulator reach the top of every score."""
+
+from __future__ import annotations
+
+import duckdb
+import numpy as np
+import pytest
+
+from sae_harvest.pipelines.explain.config import ExplainConfig
+from sae_harvest.pipelines.explain.excerpts import PARTS, EvidenceSource
+from sae_harvest.pipelines.explain.prompts import load_prompts
+from sae_harvest.pipelines.explain.run import explain
+from tests.conftest import made_once
+from tests.planted import LEVEL, PLANTED, Scripted, make_planted
+
+CONFIG = ExplainConfig(candidates=2)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    return made_once(tmp_path_factory, "planted", make_planted)
+
+
+@pytest.fixture
+def features(planted, tmp_path):
+    """The tables, in a folder of their own."""
+    (tmp_path / "store").symlink_to(planted / "store")
+    folder = tmp_path / "features"
+    folder.mkdir()
+    for path in (planted / "features").iterdir():
+        (folder / path.name).symlink_to(path)
+    return folder
+
+
+def explained(features, client):
+    latents = range(len(PLANTED))
+    summary = explain(features, client, latents, CONFIG, load_prompts())
+    rows = duckdb.execute(
+        f"SELECT latent, subject, task, part, metric, value FROM '{features / 'scores.parquet'}'"
+    ).fetchall()
+    return summary, {row[:5]: row[5] for row in rows}
+
+
+def test_a_perfect_explainer_and_simulator_score_one(features):
+    summary, scores = explained(features, Scripted())
+    assert summary.explained == len(PLANTED)
+    found = duckdb.execute(
+        f"SELECT explanation FROM '{features / 'explanations.parquet'}' WHERE chosen "
+        "ORDER BY latent"
+    ).fetchall()
+    assert [text for (text,) in found] == list(PLANTED)
+    for latent in range(len(PLANTED)):
+        for part in ("top firings", "all firings"):
+            assert scores[latent, "explanation", "simulation", part, "pearson"] > 0.99
+            assert scores[latent, "explanation", "simulation", part, "auprc"] > 0.98
+            assert scores[latent, "constant", "simulation", part, "pearson"] == 0
+            assert abs(scores[latent, "shuffled labels", "simulation", part, "pearson"]) < 0.2
+        assert scores[latent, "explanation", "detection", "random", "auprc"] == 1
+        assert scores[latent, "explanation", "detection", "random", "balanced_accuracy"] == 1
+        assert scores[latent, "explanation", "fuzzing", "wrong tokens", "balanced_accuracy"] == 1
+        assert scores[latent, "constant", "detection", "random", "balanced_accuracy"] == 0.5
+
+
+def test_a_wrong_explanation_scores_nothing(features):
+    _, scores = explained(features, Scripted(say=lambda right: "bananas"))
+    for latent in range(len(PLANTED)):
+        assert scores[latent, "explanation", "simulation", "all firings", "pearson"] == 0
+        assert scores[latent, "explanation", "detection", "random", "balanced_accuracy"] == 0.5
+        constant = scores[latent, "constant", "detection", "random", "auprc"]
+        assert scores[latent, "explanation", "detection", "random", "auprc"] == constant
+
+
+def test_the_three_sets_share_no_document_and_excerpts_no_other_text(planted):
+    source = EvidenceSource(planted / "features", 32)
+    documents = {part: set() for part in PARTS}
+    for evidence in source.of(range(len(PLANTED))):
+        for part in PARTS:
+            for excerpt in evidence.excerpts[part]:
+                shard = excerpt.first_row // source.store.shard_rows
+                first, _ = source.store.shard_span(shard)
+                here = slice(
+                    excerpt.first_row - first, excerpt.first_row - first + len(excerpt.ids)
+                )
+                (document,) = set(source.store.row_documents(shard)[0][here].tolist())
+                assert document == excerpt.document
+                documents[part].add(document)
+                values = source.store.read("mlp_act.0", excerpt.first_row, excerpt.first_row + 1)
+                assert values[0, evidence.latent] == excerpt.activations[0]
+    assert all(len(found) > 20 for found in documents.values())
+    assert documents["train"].isdisjoint(documents["validation"])
+    assert documents["test"].isdisjoint(documents["train"] | documents["validation"])
+
+
+def test_the_largest_activation_is_that_of_the_rules(planted):
+    (evidence,) = EvidenceSource(planted / "features", 32).of([0])
+    assert evidence.largest == LEVEL
+    assert np.unique(evidence.excerpts["test"][0].activations).tolist() == [0, LEVEL]
