@@ -86,7 +86,7 @@ def sentence(rng: random.Random) -> str:
         words = [rng.choice(GERMAN) for _ in range(4)]
     elif kind == 1:
         words[0] = rng.choice(NUMBERS)
-    elif kind == 2:
+    elif kind in (2, 6):
         words[3:] = ["in", rng.choice(YEARS), ";"]
     elif kind == 3:
         words[3:] = ["«", "no", other, "»", ";"]
@@ -155,7 +155,7 @@ def _shard(store: ActivationStore, texts: TokenTexts, number: int) -> Shard:
         words = [texts.one(int(token)).strip() for token in flat[start:stop]]
         for latent, name in enumerate(PLANTED):
             x[start:stop, latent] = LEVEL * np.array(RULES[name](words), np.float32)
-    x[:, -1] = LEVEL  # or every row with a firing would be an outlier row
+    x[:, -1] = -LEVEL  # or every row with a firing would be an outlier row
     norms = np.linalg.norm(x, axis=1)
     return Shard(
         number, tokens, store.pieces(number), store.documents(number),
@@ -166,16 +166,26 @@ def _shard(store: ActivationStore, texts: TokenTexts, number: int) -> Shard:
 class Scripted:
     """A client that knows the rules: a perfect explainer and simulator, or one that errs."""
 
-    def __init__(self, say: Callable[[str], str] = lambda right: right) -> None:
-        """`say`: returns what the explainer says instead of the right explanation."""
-        self.tally, self._say = Tally(), say
+    def __init__(
+        self,
+        say: Callable[[str], str] = lambda right: right,
+        revise: Callable[[str], str] = lambda right: right,
+    ) -> None:
+        """`say`, `revise`: return what the explainer says instead of the right explanation."""
+        self.tally, self._say, self._revise = Tally(), say, revise
         self.asked: list[Generation | Reading] = []
 
     identity, reads = "scripted", True
 
     def generate(self, requests, progress=lambda done, total: None) -> list[Text | Failure]:
         self.asked += requests
-        return [Text(self._say(_best_rule(r.messages[-1].text)), Usage(1, 1)) for r in requests]
+        return [Text(self._said(r.messages[-1].text), Usage(1, 1)) for r in requests]
+
+    def _said(self, question: str) -> str:
+        if "Write 5 short texts" in question:
+            return PROPOSALS
+        right = _best_rule(question)
+        return self._revise(right) if "Say the phrase again" in question else self._say(right)
 
     def read(self, requests, progress=lambda done, total: None) -> list[Read | Failure]:
         self.asked += requests
@@ -198,6 +208,24 @@ class Scripted:
         probability = np.zeros((len(chosen), len(request.choices)))
         probability[np.arange(len(chosen)), chosen] = 1
         return Read(probability, Usage(1, 0))
+
+
+PROPOSALS = """Here they are:
++ 7 dog sees a bank ;
++ some river likes 12 ;
+- some house sold in 1955 ;
+- some bank crossed in 1961 ;
+- some dog sees a house ;
+"""
+
+
+class PlantedReader:
+    """Reads typed texts by the rules."""
+
+    def activations_of(self, text: str, latent: int) -> tuple[list[str], np.ndarray]:
+        words = text.split()
+        fires = RULES[PLANTED[latent]](words)
+        return [f" {word}" for word in words], LEVEL * np.array(fires, np.float32)
 
 
 def _marked(text: str) -> tuple[list[str], np.ndarray]:

@@ -11,7 +11,7 @@ from sae_harvest.pipelines.explain.excerpts import PARTS, EvidenceSource
 from sae_harvest.pipelines.explain.prompts import load_prompts
 from sae_harvest.pipelines.explain.run import explain
 from tests.conftest import made_once
-from tests.planted import LEVEL, PLANTED, Scripted, make_planted
+from tests.planted import LEVEL, PLANTED, PlantedReader, Scripted, make_planted
 
 CONFIG = ExplainConfig(candidates=2)
 
@@ -68,6 +68,37 @@ def test_a_wrong_explanation_scores_nothing(features):
         assert scores[latent, "explanation", "detection", "random", "balanced_accuracy"] == 0.5
         constant = scores[latent, "constant", "detection", "random", "auprc"]
         assert scores[latent, "explanation", "detection", "random", "auprc"] == constant
+
+
+def revised(features, revise):
+    client = Scripted(say=lambda right: "numbers", revise=revise)
+    config = ExplainConfig(candidates=1, revisions=1)
+    latents = [PLANTED.index("numbers, but not years")]
+    explain(features, client, latents, config, load_prompts(), reader=PlantedReader())
+    texts = duckdb.execute(
+        f"SELECT explanation, chosen, parent FROM '{features / 'explanations.parquet'}'"
+    ).fetchall()
+    scores = duckdb.execute(
+        f"SELECT subject, value FROM '{features / 'scores.parquet'}' WHERE task = 'simulation' "
+        "AND part = 'all firings' AND metric = 'pearson'"
+    ).fetchall()
+    return texts, dict(scores)
+
+
+def test_a_revision_that_fits_what_happened_is_kept_and_scores_more(features):
+    texts, scores = revised(features, lambda right: right)
+    (chosen, other) = texts
+    assert chosen[:2] == ("numbers, but not years", True)
+    assert other[:2] == ("numbers", False)
+    assert chosen[2] is not None
+    assert scores["explanation"] > 0.99
+    assert scores["before revision"] < scores["explanation"] - 0.02
+
+
+def test_a_revision_into_nonsense_is_not_kept(features):
+    texts, scores = revised(features, lambda right: "bananas")
+    assert [text[:2] for text in texts] == [("numbers", True), ("bananas", False)]
+    assert "before revision" not in scores
 
 
 def test_the_three_sets_share_no_document_and_excerpts_no_other_text(planted):

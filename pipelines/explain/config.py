@@ -28,6 +28,13 @@ class ExplainConfig(BaseModel):
     contrast: Annotated[Count, Option("Explanations", "EXCERPTS")] = Field(
         4, ge=0, le=100, description="silent excerpts that the explainer sees"
     )
+    revisions: Annotated[Count, Option("Explanations")] = Field(
+        0,
+        ge=0,
+        le=10,
+        description="rounds in which the explainer proposes texts, model and SAE read them, and "
+        "the explanation is revised",
+    )
     scored: Annotated[Count, Option("Scores", "EXCERPTS")] = Field(
         5, ge=1, le=100, description="excerpts of each kind that a score is computed from"
     )

@@ -33,9 +33,13 @@ def marked(excerpt: Excerpt, which: Bools | None = None) -> str:
         excerpt: the excerpt.
         which: the tokens; None: those on which the latent is active.
     """
+    return marked_text(excerpt.texts, active(excerpt) if which is None else which)
+
+
+def marked_text(texts: Sequence[str], which: Bools) -> str:
+    """Return the text of tokens on one line, with marks around some of them; see `marked`."""
     parts, inside, run = list[str](), False, ""
-    chosen = active(excerpt) if which is None else which
-    for text, mark in zip([*excerpt.texts, ""], [*chosen.tolist(), False], strict=True):
+    for text, mark in zip([*texts, ""], [*which.tolist(), False], strict=True):
         if mark != inside:
             parts.append(_wrapped(run) if inside else run)
             run, inside = "", mark

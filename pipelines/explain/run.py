@@ -12,12 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sae_harvest.pipelines.explain import writing
-from sae_harvest.pipelines.explain.client.interface import Client, Text
+from sae_harvest.pipelines.explain import revising, writing
+from sae_harvest.pipelines.explain.client.interface import Client, Failure, Text
 from sae_harvest.pipelines.explain.config import ExplainConfig
 from sae_harvest.pipelines.explain.excerpts import Evidence, EvidenceSource
 from sae_harvest.pipelines.explain.programs import LatentProgram, programs_of
 from sae_harvest.pipelines.explain.prompts import Prompt
+from sae_harvest.pipelines.explain.revising import Reads
 from sae_harvest.pipelines.explain.rows import (
     Candidate,
     explanation_rows,
@@ -26,7 +27,7 @@ from sae_harvest.pipelines.explain.rows import (
     score_rows,
     simulation_rows,
 )
-from sae_harvest.pipelines.explain.scoring import EXPLANATION, OTHER
+from sae_harvest.pipelines.explain.scoring import BEFORE, EXPLANATION, OTHER
 from sae_harvest.pipelines.explain.tables import SCHEMAS, write_tables
 from sae_harvest.pipelines.explain.tasks import Sample, Sizes, simulations
 from sae_harvest.pipelines.explain.testing import (
@@ -60,6 +61,9 @@ class Explained:
     chosen: Candidate | None = None
     """The candidate that is scored; None if nothing was written."""
 
+    first: Candidate | None = None
+    """The candidate that was chosen before revisions, if another one is chosen now."""
+
     @property
     def text(self) -> str:
         """The chosen explanation; only where one is chosen."""
@@ -76,11 +80,17 @@ class Summary:
     explained: int = 0
     """Latents with an explanation."""
 
+    revised: int = 0
+    """Latents whose explanation was replaced by a revised one."""
+
     silent: list[int] = field(default_factory=list)
     """Latents without an active excerpt for the explainer: nothing is asked about them."""
 
     failed: list[int] = field(default_factory=list)
     """Latents for which no candidate was written."""
+
+    unrevised: int = 0
+    """Revisions that were not made, because the request for texts failed."""
 
     useful: int = 0
     """Latents whose explanation beats every program by more than the interval."""
@@ -97,6 +107,7 @@ def explain(
     prompts: Mapping[str, Prompt],
     moved: Locations = NOTHING_MOVED,
     progress: Progress = lambda stage, done, total: None,
+    reader: Reads | None = None,
 ) -> Summary:
     """Explain latents, and write or replace their rows in the tables of explanations.
 
@@ -108,13 +119,14 @@ def explain(
         prompts: prompts by name; see `load_prompts`.
         moved: new place of the store, if it has moved.
         progress: called with a stage, the amount done, the amount in all.
+        reader: the model with its SAE, which reads proposed texts; needed for revisions.
 
     Raises:
         RunError: tables or store are missing or damaged.
         InputError: the tables are of a cache of delphi, or the client cannot be used.
     """
     source = EvidenceSource(features, config.excerpt_tokens, moved)
-    run = _Run(source, client, config, prompts, progress)
+    run = _Run(source, client, config, prompts, progress, reader)
     rows: Rows = {name: [] for name in SCHEMAS}
     wanted = sorted(set(latents))
     for first in range(0, len(wanted), GROUP):
@@ -135,8 +147,9 @@ class _Run:
         config: ExplainConfig,
         prompts: Mapping[str, Prompt],
         progress: Progress,
+        reader: Reads | None,
     ) -> None:
-        self._source, self._client = source, client
+        self._source, self._client, self._reader = source, client, reader
         self._config, self._prompts, self._progress = config, prompts, progress
         self._sizes = Sizes(config.shown, config.contrast, config.scored)
         self._digest: str = source.run["sae_digest"]
@@ -153,6 +166,8 @@ class _Run:
                 self.summary.silent.append(evidence.latent)
         self._write(found, name)
         self._choose(found, name)
+        for number in range(self._config.revisions):
+            self._revise(found, number, f"{name}, revision {number + 1}")
         self._test(found, rows, name)
 
     def _write(self, found: Sequence[Explained], name: str) -> None:
@@ -179,15 +194,30 @@ class _Run:
 
     def _choose(self, found: Sequence[Explained], name: str) -> None:
         """Simulate different candidates on the set `validation`, and choose the best."""
+        several = {
+            one.evidence.latent: texts
+            for one in found
+            if len(texts := list(dict.fromkeys(c.text for c in one.candidates if c.text))) > 1
+        }
+        self._validate(found, several, name)
+        for one in found:
+            one.chosen = _best(one.candidates)
+            if one.chosen is None:
+                self.summary.failed.append(one.evidence.latent)
+
+    def _validate(
+        self, found: Sequence[Explained], texts: Mapping[int, Sequence[str]], name: str
+    ) -> None:
+        """Simulate explanations of some latents on the set `validation`; note the correlations.
+
+        A latent without an active excerpt there stays without.
+        """
         asked: list[tuple[Explained, str, Questions]] = []
         for one in found:
-            texts = list(dict.fromkeys(c.text for c in one.candidates if c.text))
             sample = Sample.of(one.evidence, "validation", self._config.scored)
-            excerpts = sample.every
-            if len(texts) > 1 and sample.active:
-                for text in texts:
-                    readings = simulations(self._prompts["simulate"], text, excerpts)
-                    asked.append((one, text, Questions(EXPLANATION, excerpts, readings, {})))
+            for text in texts.get(one.evidence.latent, ()) if sample.active else ():
+                readings = simulations(self._prompts["simulate"], text, sample.every)
+                asked.append((one, text, Questions(EXPLANATION, sample.every, readings, {})))
         progress = self._stage(f"{name}: choosing")
         answers = ask(self._client, [questions for _, _, questions in asked], progress)
         for (one, text, _), answer in zip(asked, answers, strict=True):
@@ -195,15 +225,44 @@ class _Run:
             one.candidates = [
                 replace(c, validation=value) if c.text == text else c for c in one.candidates
             ]
-        for one in found:
-            written = [c for c in one.candidates if c.text]
-            if not written:
-                self.summary.failed.append(one.evidence.latent)
-                continue
-            lowest = float("-inf")
-            one.chosen = max(
-                written, key=lambda c: lowest if c.validation is None else c.validation
+
+    def _revise(self, found: Sequence[Explained], number: int, name: str) -> None:
+        """Revise explanations by texts that the explainer proposes."""
+        if self._reader is None:
+            raise ValueError("revisions need a reader")
+        written = [one for one in found if one.chosen is not None]
+        seed = self._config.seed + number
+        asked = [revising.proposal(self._prompts["propose"], one.text, seed) for one in written]
+        answers = self._client.generate(asked, self._stage(f"{name}: proposing"))
+        pairs = []
+        for one, answer in zip(written, answers, strict=True):
+            texts = revising.proposed(answer) if isinstance(answer, Text) else []
+            seen = revising.tried(self._reader, one.evidence.latent, texts)
+            if seen:
+                largest = one.evidence.largest
+                prompt = self._prompts["revise"]
+                pairs.append((one, revising.revision(prompt, one.text, seen, largest, seed)))
+            elif isinstance(answer, Failure):
+                self.summary.unrevised += 1
+        requests = [request for _, request in pairs]
+        revised = self._client.generate(requests, self._stage(f"{name}: revising"))
+        several: dict[int, list[str]] = {}
+        for (one, request), answer in zip(pairs, revised, strict=True):
+            text = writing.explanation_in(answer) if isinstance(answer, Text) else None
+            parent = self._id(one)
+            one.candidates.append(
+                Candidate(len(one.candidates), request, answer, text, parent=parent)
             )
+            if text is not None and text != one.text:
+                several[one.evidence.latent] = [one.text, text]
+        self._validate(found, several, name)
+        for one in written:
+            best, before = _best(one.candidates), one.chosen
+            assert best is not None
+            assert before is not None
+            if best.text != before.text:
+                one.first = one.first or before
+            one.chosen = best  # also where it is the same with a correlation
 
     def _test(self, found: Sequence[Explained], rows: Rows, name: str) -> None:
         """Score the chosen explanations on the set `test`; add the rows of all latents."""
@@ -215,6 +274,9 @@ class _Run:
             plan = [questions_of(self._prompts, sample, one.text, EXPLANATION)]
             if other is not one:
                 plan.append(questions_of(self._prompts, sample, other.text, OTHER))
+            if one.first is not None and one.first.text is not None:
+                plan.append(questions_of(self._prompts, sample, one.first.text, BEFORE))
+                self.summary.revised += 1
             plans.append([*plan, intruder_questions(self._prompts, sample)])
             samples.append(sample)
         progress = self._stage(f"{name}: scoring")
@@ -225,6 +287,8 @@ class _Run:
             asked = [next(answers) for _ in plan]
             result = scored(one.evidence, one.programs, sample, asked, seed)
             ids = {EXPLANATION: self._id(one), OTHER: self._id(other)}
+            if one.first is not None and one.first.text is not None:
+                ids[BEFORE] = identity(self._digest, one.evidence.latent, one.first.text)
             latent = one.evidence.latent
             useful[latent] = result.useful
             self.summary.explained += 1
@@ -250,3 +314,12 @@ class _Run:
 
     def _stage(self, name: str) -> Callable[[int, int], None]:
         return lambda done, total: self._progress(name, done, total)
+
+
+def _best(candidates: Sequence[Candidate]) -> Candidate | None:
+    """Return the first of the candidates with the largest correlation; None without any."""
+    written = [candidate for candidate in candidates if candidate.text]
+    lowest = float("-inf")
+    return max(
+        written, key=lambda c: lowest if c.validation is None else c.validation, default=None
+    )

@@ -23,7 +23,7 @@ from sae_harvest.pipelines.explain.scores import (
 from sae_harvest.pipelines.explain.tasks import ACTIVE, INTRUDER, LISTED, Trial, expected
 
 CONSTANT, SHUFFLED, OTHER = "constant", "shuffled labels", "another latent's explanation"
-EXPLANATION = "explanation"
+EXPLANATION, BEFORE = "explanation", "before revision"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from sae_harvest.pipelines.explain.prompts import Prompt
 from sae_harvest.pipelines.explain.rendering import LEVELS
 from sae_harvest.pipelines.explain.scores import Floats
 from sae_harvest.pipelines.explain.scoring import (
+    BEFORE,
     EXPLANATION,
     OTHER,
     Scored,
@@ -145,8 +146,8 @@ def scored(
     for one in asked:
         scores = list(_scores(evidence, programs, sample, one, seed))
         subject = one.questions.subject
-        if subject == OTHER:
-            scores = [replace(s, subject=OTHER) for s in scores if s.subject == EXPLANATION]
+        if subject in (OTHER, BEFORE):
+            scores = [replace(s, subject=subject) for s in scores if s.subject == EXPLANATION]
         if subject == EXPLANATION:
             useful = _beats(one.simulated.chosen(sample.simulated[ALL_FIRINGS]), programs)
         found += scores
