@@ -101,6 +101,31 @@ def test_a_revision_into_nonsense_is_not_kept(features):
     assert "before revision" not in scores
 
 
+def test_the_label_is_what_correlates_most(features):
+    explained(features, Scripted())
+    labels = duckdb.execute(
+        f"SELECT label, kind, score FROM '{features / 'labels.parquet'}' ORDER BY latent"
+    ).fetchall()
+    assert [row[0] for row in labels[: len(PLANTED)]] == list(PLANTED)
+    assert {row[1] for row in labels[: len(PLANTED)]} == {"explanation"}
+    assert all(row[2] > 0.99 for row in labels[: len(PLANTED)])
+    assert labels[-1] == ("dead", "top tokens", None)
+
+
+def test_rows_of_other_latents_stay_when_some_are_explained_again(features):
+    explained(features, Scripted())
+    path = features / "scores.parquet"
+    before = duckdb.execute(f"SELECT * FROM '{path}' WHERE latent > 1 ORDER BY ALL").fetchall()
+    explain(features, Scripted(say=lambda right: "bananas"), [0, 1], CONFIG, load_prompts())
+    after = duckdb.execute(f"SELECT * FROM '{path}' WHERE latent > 1 ORDER BY ALL").fetchall()
+    assert after == before
+    found = duckdb.execute(
+        f"SELECT explanation FROM '{features / 'explanations.parquet'}' WHERE chosen "
+        "ORDER BY latent"
+    ).fetchall()
+    assert [text for (text,) in found] == ["bananas", "bananas", *PLANTED[2:]]
+
+
 def test_the_three_sets_share_no_document_and_excerpts_no_other_text(planted):
     source = EvidenceSource(planted / "features", 32)
     documents = {part: set() for part in PARTS}

@@ -38,6 +38,7 @@ from sae_harvest.pipelines.explain.testing import (
     questions_of,
     scored,
 )
+from sae_harvest.pipelines.features.reading.labels import write_labels
 from sae_harvest.pipelines.source import NOTHING_MOVED, Locations
 
 GROUP = 16  # latents whose requests are asked together
@@ -133,6 +134,7 @@ def explain(
         group = wanted[first : first + GROUP]
         run.group(group, rows, f"latents {first + 1} to {first + len(group)} of {len(wanted)}")
     write_tables(features, wanted, rows)
+    write_labels(features)
     run.summary.scores = rows["scores"]
     return run.summary
 

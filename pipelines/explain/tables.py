@@ -15,12 +15,16 @@ import pyarrow.parquet as pq
 
 from sae_harvest.common.errors import RunError
 from sae_harvest.common.parsing import first_line
-from sae_harvest.pipelines.features.tables.folder import EXPLANATIONS
+from sae_harvest.pipelines.features.tables.folder import (
+    EXPLANATIONS,
+    QUESTIONS,
+    SCORES,
+    SIMULATIONS,
+)
 from sae_harvest.pipelines.features.tables.writers import TableWriter
 
 FORMAT = "1"
 VERSION = b"sae_harvest_explanations"
-SCORES, SIMULATIONS, QUESTIONS = "scores", "simulations", "questions"
 FLOATS, ROWS = pa.list_(pa.float32()), pa.list_(pa.int64())
 SCHEMAS: dict[str, pa.Schema] = {
     EXPLANATIONS: pa.schema(

@@ -31,8 +31,9 @@ from sae_harvest.pipelines.explain.rendering import (
     one_line,
     slots,
 )
+from sae_harvest.pipelines.features.reading.labels import ALL_FIRINGS
 
-SIMULATION, DETECTION, FUZZING, INTRUDER = "simulation", "detection", "fuzzing", "intruder"
+DETECTION, FUZZING, INTRUDER = "detection", "fuzzing", "intruder"
 ACTIVE, RANDOM, TOKEN, NEIGHBOUR = "active", "random", "token", "neighbour"
 WRONG_TOKENS = "wrong tokens"
 SILENT_KINDS = (RANDOM, TOKEN, NEIGHBOUR)
@@ -41,7 +42,7 @@ DIGITS = tuple(str(level) for level in range(LEVELS))
 LISTED = 5  # excerpts of an intruder list
 TOP = ("top",)
 SPREAD = (*(f"decile_{n}" for n in range(10, 0, -1)), "random")
-TOP_FIRINGS, ALL_FIRINGS = "top firings", "all firings"  # the active excerpts of a simulation
+TOP_FIRINGS = "top firings"  # of a simulation, beside ALL_FIRINGS
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 

@@ -26,11 +26,9 @@ from sae_harvest.pipelines.explain.scoring import (
     trial_scores,
 )
 from sae_harvest.pipelines.explain.tasks import (
-    ALL_FIRINGS,
     DETECTION,
     FUZZING,
     INTRUDER,
-    SIMULATION,
     Sample,
     Trial,
     detections,
@@ -38,6 +36,7 @@ from sae_harvest.pipelines.explain.tasks import (
     intruders,
     simulations,
 )
+from sae_harvest.pipelines.features.reading.labels import ALL_FIRINGS, SIMULATION
 
 Answers = Sequence[Read | Failure]
 PROMPT_OF = {SIMULATION: "simulate", DETECTION: "detect", FUZZING: "fuzz", INTRUDER: "intruder"}

@@ -111,7 +111,10 @@ class Tables:
         """Read explanations by latent; empty if the folder has no table of explanations."""
         if not (self.features / f"{EXPLANATIONS}.parquet").is_file():
             return {}
-        table = self.read(EXPLANATIONS, columns=["latent", "explanation"])
+        table = self.read(EXPLANATIONS)
+        if "chosen" in table.column_names:  # other candidates are in the table as well
+            table = table.filter(table["chosen"])
+        table = table.select(["latent", "explanation"])
         found: dict[int, list[str]] = {}
         for latent, text in zip(*(c.to_pylist() for c in table.columns), strict=True):
             found.setdefault(latent, []).append(text)

@@ -49,7 +49,7 @@ def latent_page(tables: Tables, latent: int) -> dict[str, Any]:
         near,
         contexts,
         documents,
-        tables.labels([n["other"] for n in near]),
+        tables.labels([latent, *(n["other"] for n in near)]),
         tables.explanations(latent, latent).get(latent),
         tables.programs(latent, latent).get(latent, []),
     )
@@ -80,6 +80,7 @@ def assemble(
     used = {c["document"] for c in contexts}
     return {
         "latent": latent,
+        "label": labels.get(latent, {}).get("label"),
         "explanation": explanation,
         "programs": programs,
         "statistics": statistics,
@@ -123,6 +124,12 @@ def _ranked(
     chosen = sorted((n for n in near if n[rank] is not None), key=lambda n: n[rank])
     return [
         {key: n[key] for key in ("other", "decoder_cosine", "cofire", "jaccard")}
-        | {"tokens": labels.get(n["other"], {}).get("tokens", [])}
+        | name_of(labels, n["other"])
         for n in chosen
     ]
+
+
+def name_of(labels: dict[int, dict[str, Any]], latent: int) -> dict[str, Any]:
+    """Return what lists show of a latent: its label, if there is one, and its tokens."""
+    known = labels.get(latent, {})
+    return {"tokens": known.get("tokens", []), "label": known.get("label")}

@@ -72,7 +72,7 @@ def list_latents(tables: Tables, listing: Listing) -> dict[str, Any]:
     # column names are safe in SQL: the loop above checked them against SUMMARY
     order = f"isnan({listing.sort}::DOUBLE), {listing.sort} {'DESC' if listing.descending else ''}"
     rows = tables.ask(
-        f"SELECT {', '.join(SUMMARY)}, dead, tokens FROM summary {where} "
+        f"SELECT {', '.join(SUMMARY)}, dead, label, tokens FROM summary {where} "
         f"ORDER BY {listing.sort} IS NULL, {order}, latent LIMIT ? OFFSET ?",
         *values,
         listing.limit,

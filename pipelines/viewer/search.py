@@ -6,7 +6,7 @@ from typing import Any
 
 from sae_harvest.common.errors import InputError, RunError
 from sae_harvest.pipelines.features.tables.checks import check_context
-from sae_harvest.pipelines.viewer.latent import compact
+from sae_harvest.pipelines.viewer.latent import compact, name_of
 from sae_harvest.pipelines.viewer.tables import Tables
 
 LONGEST = 200  # characters of a search
@@ -116,7 +116,7 @@ def by_token(tables: Tables, question: str) -> dict[str, Any]:
     labels = tables.labels([row["latent"] for row in rows])
     for row in rows:
         del row["key"]
-        row["tokens"] = labels.get(row["latent"], {}).get("tokens", [])
+        row |= name_of(labels, row["latent"])
     return {"exact": match.startswith("lower"), "rows": rows}
 
 
@@ -153,7 +153,7 @@ def by_text(tables: Tables, question: str) -> list[dict[str, Any]]:
         | {
             "context": compact(best[row["latent"]]),
             "max": labels[row["latent"]]["max"],
-            "tokens": labels[row["latent"]]["tokens"],
+            **name_of(labels, row["latent"]),
             "title": documents.get(best[row["latent"]]["document"], {}).get("title"),
         }
         for row in found
@@ -162,12 +162,6 @@ def by_text(tables: Tables, question: str) -> list[dict[str, Any]]:
 
 def by_explanation(tables: Tables, question: str) -> list[dict[str, Any]]:
     """Return latents whose explanation contains every word of the search."""
-    words = question.lower().split()
-    condition = " AND ".join("contains(lower(explanation), ?)" for _ in words)
-    rows = tables.ask(
-        f"SELECT latent, explanation FROM explanations WHERE {condition} ORDER BY latent LIMIT ?",
-        *words,
-        FOUND,
-    )
+    rows = tables.explained(question.lower().split(), FOUND)
     labels = tables.labels([row["latent"] for row in rows])
-    return [row | {"tokens": labels.get(row["latent"], {}).get("tokens", [])} for row in rows]
+    return [row | name_of(labels, row["latent"]) for row in rows]

@@ -146,8 +146,10 @@ def _write_tables(
     }
     start = overview(tables) | about | options
     _write(data, f"{name}/start", start)
-    summary = tables.ask(f"SELECT {', '.join(SUMMARY)}, dead, tokens FROM summary ORDER BY latent")
-    columns = {key: [row[key] for row in summary] for key in (*SUMMARY, "dead", "tokens")}
+    summary = tables.ask(
+        f"SELECT {', '.join(SUMMARY)}, dead, label, tokens FROM summary ORDER BY latent"
+    )
+    columns = {key: [row[key] for row in summary] for key in (*SUMMARY, "dead", "label", "tokens")}
     _write(data, f"{name}/summary", columns)
     for number, pages in _pages(tables, comparison):
         _write(data, f"{name}/latents/{number}", pages)
@@ -188,7 +190,8 @@ def _pages(
             parts.append(rows)
         histograms, near, contexts = parts
         documents = tables.titles([c["document"] for cs in contexts.values() for c in cs])
-        labels = tables.labels([n["other"] for ns in near.values() for n in ns])
+        others = [n["other"] for ns in near.values() for n in ns]
+        labels = tables.labels([*range(first, last + 1), *others])
         explanations = tables.explanations(first, last)
         programs = tables.programs(first, last)
         pages = {}

@@ -14,7 +14,7 @@ import duckdb
 from sae_harvest.common.errors import InputError, RunError
 from sae_harvest.pipelines.features.reading.query import connect, first_line
 from sae_harvest.pipelines.features.tables.checks import require_tables
-from sae_harvest.pipelines.features.tables.folder import EXPLANATIONS, PROGRAMS
+from sae_harvest.pipelines.features.tables.folder import EXPLANATIONS, LABELS, PROGRAMS
 
 QUERY_SECONDS = 20.0
 KEPT_DOCUMENTS = 1_000_000  # if there are more, titles are looked up in the file
@@ -50,12 +50,14 @@ class Tables:
         self.seconds = seconds
         self.run: dict[str, Any] = require_tables(features)
         self.has_explanations = (features / f"{EXPLANATIONS}.parquet").is_file()
+        self._chosen = ""  # condition for the explanations to show
         self.has_programs = (features / f"{PROGRAMS}.parquet").is_file()
         self._connection = connect(features)
         try:
             self._connection.execute(
                 f"CREATE TABLE summary AS SELECT {', '.join(SUMMARY)}, dead, "
-                f"top_tokens[1:{LABEL_TOKENS}] AS tokens FROM latents ORDER BY latent"
+                f"top_tokens[1:{LABEL_TOKENS}] AS tokens, label FROM latents "
+                f"LEFT JOIN {self._described()} USING (latent) ORDER BY latent"
             )
             count = self._connection.execute("SELECT count(*) FROM documents").fetchall()[0][0]
             kept = "TABLE" if count <= KEPT_DOCUMENTS else "VIEW"
@@ -66,6 +68,8 @@ class Tables:
             raise RunError(
                 f"{self.features} is damaged ({first_line(error)}); remove it and build again."
             ) from error
+        if self.has_explanations and self._columns(EXPLANATIONS) >= {"chosen"}:
+            self._chosen = "AND chosen"  # other candidates are in the table as well
         (counts,) = self.ask(
             "SELECT count(*) AS n, count(*) FILTER (NOT dead) AS live, "
             "round(max(n_fire / density) FILTER (density > 0))::BIGINT AS rows FROM summary"
@@ -117,13 +121,33 @@ class Tables:
             )
 
     def labels(self, latents: list[int]) -> dict[int, dict[str, Any]]:
-        """Return `density`, `max`, `dead` and the most frequent `tokens` by latent."""
+        """Return `density`, `max`, `dead`, `label` and the most frequent `tokens` by latent."""
         rows = self.ask(
-            "SELECT latent, density, max, dead, tokens FROM summary "
+            "SELECT latent, density, max, dead, label, tokens FROM summary "
             "WHERE latent IN (SELECT unnest(?::INTEGER[]))",
             latents,
         )
         return {row["latent"]: row for row in rows}
+
+    def _described(self) -> str:
+        """Return SQL for the label of each latent that has more than a list of tokens."""
+        if not (self.features / f"{LABELS}.parquet").is_file():
+            return "(SELECT NULL::INTEGER AS latent, NULL::VARCHAR AS label)"
+        return f"(SELECT latent, label FROM {LABELS} WHERE kind <> 'top tokens')"
+
+    def _columns(self, name: str) -> set[str]:
+        """Return the names of a table's columns."""
+        return {row["column_name"] for row in self.ask(f"DESCRIBE {name}")}
+
+    def explained(self, words: list[str], most: int) -> list[dict[str, Any]]:
+        """Return latents whose explanation contains every word, in lower case, by number."""
+        condition = " AND ".join("contains(lower(explanation), ?)" for _ in words)
+        return self.ask(
+            f"SELECT latent, explanation FROM {EXPLANATIONS} WHERE {condition} {self._chosen} "
+            "ORDER BY latent LIMIT ?",
+            *words,
+            most,
+        )
 
     def explanations(self, first: int, last: int) -> dict[int, str]:
         """Return the explanations of the latents `first` to `last`; several become lines."""
@@ -132,7 +156,7 @@ class Tables:
         rows = self.ask(
             "SELECT latent, string_agg(explanation, chr(10) ORDER BY explanation) AS text "
             f"FROM {EXPLANATIONS} WHERE latent BETWEEN ? AND ? AND explanation IS NOT NULL "
-            "GROUP BY latent",
+            f"{self._chosen} GROUP BY latent",
             first,
             last,
         )

@@ -36,6 +36,7 @@ from sae_harvest.pipelines.evaluate.programs.scores import Mean, Means
 from sae_harvest.pipelines.evaluate.programs.scoring import KINDS, Group, programs
 from sae_harvest.pipelines.evaluate.programs.source import ProgramSource, TablesSource
 from sae_harvest.pipelines.evaluate.programs.table import rows_of
+from sae_harvest.pipelines.features.reading.labels import write_labels
 from sae_harvest.pipelines.features.tables.folder import PROGRAMS
 from sae_harvest.pipelines.features.tables.texts import TokenTexts
 from sae_harvest.pipelines.features.tables.writers import TableWriter
@@ -94,6 +95,7 @@ def write_programs(
         if source.sae is not None:
             figures += _of_random_latents(search, source.sae)
         search.finish()
+        write_labels(features)
     return figures
 
 

@@ -24,7 +24,11 @@ from sae_harvest.pipelines.features.tables.folder import (
     ADDED,
     EXPLANATIONS,
     FIRINGS,
+    LABELS,
     PROGRAMS,
+    QUESTIONS,
+    SCORES,
+    SIMULATIONS,
     STRATA,
     TABLES,
     check_tables,
@@ -84,6 +88,20 @@ COLUMNS: dict[str, dict[pa.DataType, str]] = {  # names by type
         pa.string(): "kind program",
         pa.float32(): "f1 f1_low f1_high other_f1 always_f1",
     },
+    SCORES: {
+        pa.int32(): "latent",
+        pa.string(): "id subject task part metric",
+        pa.float64(): "value low high",
+        pa.int64(): "items failed",
+    },
+    SIMULATIONS: {
+        pa.int32(): "latent",
+        pa.string(): "id stratum",
+        pa.int64(): "row first_row",
+        pa.list_(pa.float32()): "activations simulated",
+    },
+    QUESTIONS: {pa.int32(): "latent", pa.string(): "id subject task part"},
+    LABELS: {pa.int32(): "latent", pa.string(): "label kind", pa.float32(): "score"},
 }
 
 

@@ -17,7 +17,9 @@ TABLES = ("latents", "contexts", "histograms", "neighbours", "tokens", "document
 FIRINGS = "firings"  # a folder of files
 EXPLANATIONS = "explanations"  # a table that may be added: latent, explanation
 PROGRAMS = "programs"  # a table that `sae-features programs` adds
-ADDED = (EXPLANATIONS, PROGRAMS)
+# tables that `sae-features explain` adds
+SCORES, SIMULATIONS, QUESTIONS, LABELS = "scores", "simulations", "questions", "labels"
+ADDED = (EXPLANATIONS, PROGRAMS, SCORES, SIMULATIONS, QUESTIONS, LABELS)
 IDENTITY, DELPHI = "identity", "delphi"  # used in place of the path of an SAE
 WITHOUT_SAE = {IDENTITY: "neurons", DELPHI: "a cache of delphi"}
 RUN_FILE, BUILDING_FILE = "run.json", "building.json"

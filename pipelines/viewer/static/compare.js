@@ -29,7 +29,7 @@
       SAE.walk = answer.rows.map((r) => r.latent);
       SAE.walkAddress = location.hash;
       const cells = (latent, label, sae) => label && [h("td", null, SAE.latentLink(latent, sae)),
-        h("td", null, label.dead ? h("span.dead", null, "dead") : SAE.tokens(label.tokens, 3)),
+        h("td", null, label.dead ? h("span.dead", null, "dead") : SAE.named(label, 3)),
         h("td.num", { "data-name": "density" }, SAE.percent(label.density))];
       SAE.replace(box, h("table.latents.stack", null,
         h("thead", null, h("tr", null, h("th", null, SAE.info.name), h("th", null, "fires most on"),

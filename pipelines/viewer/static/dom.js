@@ -123,6 +123,11 @@ window.SAE.pages = {};
   SAE.tokens = (texts, most = 6) =>
     SAE.h("span.tokens", null, (texts || []).slice(0, most).map((t) => SAE.token(t)));
 
+  /** What describes a latent best: its label, or the tokens that it fires on most. */
+  SAE.named = (row, most = 6) => row && row.label
+    ? SAE.h("span.label", { dir: "auto" }, SAE.visible(row.label))
+    : SAE.tokens(row && row.tokens, most);
+
   // ---- small parts of pages
 
   /** Address of a page of the SAE that is shown. */

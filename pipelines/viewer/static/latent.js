@@ -36,6 +36,9 @@
         jump(-1, "← previous", "k"), jump(1, "next →", "j"),
         h("a.button.strong", { href: SAE.link(`steer?latent=${n}`) }, "Steer"))),
       page.explanation ? h("p.explanation", { dir: "auto" }, SAE.visible(page.explanation)) : null,
+      page.label && page.label !== page.explanation
+        ? h("p.label", { dir: "auto", title: "what predicts it best by score" }, SAE.visible(page.label))
+        : null,
       s.dead ? h("p", null, "This latent is dead: it fired on no row that was read.")
         : h("div.fireson", null, h("span.muted", null, "fires on"),
           s.top_tokens.map((t, i) => SAE.token(t,
@@ -96,7 +99,7 @@
   function near(page) {
     const table = (rows, key, name) => h("div", null, h("h3", null, name),
       rows.length ? h("ol.near", null, rows.map((n) => h("li", null, SAE.latentLink(n.other),
-        SAE.tokens(n.tokens, 1), h("span.num", null, n[key].toFixed(2).replace("-", "−")))))
+        SAE.named(n, 1), h("span.num", null, n[key].toFixed(2).replace("-", "−")))))
         : SAE.empty("none"));
     return h("section.card", null, h("h2", null, "Neighbours"), h("div.two", null,
       table(page.neighbours.cosine, "decoder_cosine", "decoder cosine"),
@@ -125,7 +128,7 @@
     if (!page.nearest || !SAE.info.compare) return null;
     const { other, cosine, label } = page.nearest;
     return h("section.card", null, h("h2", null, "Nearest in ", SAE.info.compare.name),
-      h("p", null, SAE.latentLink(other, "b"), " ", SAE.tokens(label && label.tokens, 3),
+      h("p", null, SAE.latentLink(other, "b"), " ", SAE.named(label, 3),
         h("span.muted", null, ` cosine ${SAE.number(cosine)}, density `,
           SAE.percent(label && label.density))));
   }

@@ -113,7 +113,7 @@
         return SAE.add(tr, COLUMNS.map(([key, name, format]) => {
           if (key === "latent") return h("td", null, SAE.latentLink(row.latent));
           if (key === null) {
-            return h("td.what", null, row.dead ? h("span.dead", null, "dead") : SAE.tokens(row.tokens));
+            return h("td.what", null, row.dead ? h("span.dead", null, "dead") : SAE.named(row));
           }
           return h("td.num", { "data-name": name }, format(row[key]));
         }));

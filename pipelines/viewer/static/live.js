@@ -112,7 +112,7 @@
           } }, "heat");
         return h("li" + (latent === chosen ? ".chosen" : ""), {
           style: { "--share": Math.min(Math.max(unusual / DARKEST, 0), 1) } },
-        SAE.latentLink(latent), SAE.tokens(label(latent).tokens, 3),
+        SAE.latentLink(latent), SAE.named(label(latent), 3),
         h("span.num.muted", { title: `${SAE.percent(relative(latent, value))} of its maximum` },
           SAE.fixed(value)),
         h("span.num", { title: "about one token in this many has a latent as unusual" },
@@ -147,7 +147,7 @@
           h("tr", null, h("th", { scope: "row" }, SAE.token(token.text)),
             h("td", null, token.latents.slice(0, 6).map(([latent, value, unusual]) =>
               h("span.chip", null, SAE.latentLink(latent), " ",
-                SAE.tokens(label(latent).tokens, 1), " ",
+                SAE.named(label(latent), 1), " ",
                 h("span.muted", null, `${SAE.number(value)}, ${oneIn(unusual)}`)))))))));
     }
   }

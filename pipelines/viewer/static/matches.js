@@ -43,7 +43,7 @@
     function pair(row, documents) {
       const side = (name, latent, label, sae) => h("span.side", null, h("b", null, name), " ",
         latent === null ? "none" : [SAE.latentLink(latent, sae), " ",
-          label ? SAE.tokens(label.tokens, 4) : null]);
+          label ? SAE.named(label, 4) : null]);
       const facts = [
         `${SAE.whole(row.both_fire)} rows together`,
         `${SAE.whole(row.a_only)} A only`, `${SAE.whole(row.b_only)} B only`,

@@ -92,7 +92,7 @@
       h("tbody", null, order.map((r) => h("tr", null, h("td", null, SAE.latentLink(r.latent)),
         h("td", null, SAE.tokens(r.texts, 3)),
         NUMBERS.map(([key, name, format]) => h("td.num", { "data-name": name }, format(r[key]))),
-        h("td", { "data-name": "fires most on" }, SAE.tokens(r.tokens, 4)))))));
+        h("td", { "data-name": "fires most on" }, SAE.named(r, 4)))))));
     }
 
     draw();
@@ -106,7 +106,7 @@
         "each of the words; the server searches all latents.") : null,
       rows.length
         ? h("div.contexts", null, rows.map((r) => h("div.hit", null,
-          h("div.row", null, SAE.latentLink(r.latent), SAE.tokens(r.tokens, 3),
+          h("div.row", null, SAE.latentLink(r.latent), SAE.named(r, 3),
             h("span.muted", null, r.n_peak
               ? `fires on the text in ${SAE.whole(r.n_peak)} of ${SAE.whole(r.n)} contexts`
               : `fires beside the text in ${SAE.whole(r.n)} context${r.n === 1 ? "" : "s"}`)),

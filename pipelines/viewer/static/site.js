@@ -71,22 +71,22 @@
 
   async function search(question) {
     const q = question.trim(), lowered = q.toLowerCase(), number = q.replace(/^#/, "");
-    const { tokens } = await ours("summary");
+    const { tokens, label } = await ours("summary");
     const byToken = ((await ours(`tokens/${share(lowered)}`))[lowered] || [])
       .map(([n, texts, count, mean, part, lift]) =>
-        ({ latent: n, texts, count, mean, share: part, lift, tokens: tokens[n] }));
+        ({ latent: n, texts, count, mean, share: part, lift, tokens: tokens[n], label: label[n] }));
     return {
       question: q,
       latent: /^\d+$/.test(number) && Number(number) < SAE.info.n_latents ? Number(number) : null,
       tokens: { exact: true, rows: byToken },
-      texts: await byText(lowered, tokens),
+      texts: await byText(lowered, tokens, label),
       words: true,
       explanations: null,
     };
   }
 
   /** Latents whose contexts contain the text, among those that fire most on its words. */
-  async function byText(lowered, tokens) {
+  async function byText(lowered, tokens, label) {
     const words = [...new Set(lowered.match(/[\p{L}\p{N}]+/gu) || [])];
     const lists = await Promise.all(words.map(async (word) =>
       (await ours(`words/${share(word)}`))[word] || []));
@@ -106,7 +106,7 @@
       const strength = (some) => some.reduce((sum, f) => sum + f.context.activation, 0) /
         page.statistics.max;
       return found.length ? { strength: [strength(found.filter((f) => f.onPeak)), strength(found)],
-        latent: n, tokens: tokens[n], max: page.statistics.max,
+        latent: n, tokens: tokens[n], label: label[n], max: page.statistics.max,
         n: found.length, n_peak: found.filter((f) => f.onPeak).length, context: found[0].context,
         title: (page.documents[found[0].context.document] || {}).title } : null;
     }));
@@ -128,7 +128,7 @@
   async function compare(params) {
     const [pairs, a, b] = await Promise.all([chunk("compare"), chunk("a/summary"), chunk("b/summary")]);
     const label = (columns, n) => ({ latent: n, density: columns.density[n], max: columns.max[n],
-      dead: columns.dead[n], tokens: columns.tokens[n] });
+      dead: columns.dead[n], tokens: columns.tokens[n], label: columns.label[n] });
     const low = params.get("low"), high = params.get("high");
     const sign = params.get("desc") === "1" ? -1 : 1, cosine = pairs.cosine;
     const order = pairs.latent.map((_, i) => i)

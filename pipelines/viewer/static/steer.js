@@ -49,7 +49,8 @@
       };
       const chips = kept.latents.map((n) => {
         const about = h("span");
-        SAE.source.latent(n).then((page) => SAE.replace(about, SAE.tokens(page.statistics.top_tokens, 3),
+        SAE.source.latent(n).then((page) => SAE.replace(about, SAE.named(
+          { label: page.label, tokens: page.statistics.top_tokens }, 3),
           h("span.muted", null, ` max ${SAE.number(page.statistics.max)}`)), () => {});
         return h("span.filter", null, SAE.latentLink(n), about, h("button.close", { type: "button",
           "aria-label": `remove latent ${n}`, onclick: () => {
