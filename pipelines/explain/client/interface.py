@@ -1,8 +1,8 @@
 """What is asked of a language model, and what comes back, whoever runs it.
 
-There are two kinds of requests. A **generation** continues a conversation by new text. A **reading**
-takes a text and asks, at some places in it, which of a few continuations is likely there; nothing is
-generated, so one forward pass answers all places.
+There are two kinds of requests. A **generation** continues a conversation by new text. A
+**reading** takes a text and asks, at some places in it, which of a few continuations is likely
+there; nothing is generated, so one forward pass answers all places.
 
 A failed request is an answer like any other: a `Failure` with its reason. It is never replaced by a
 made-up value, so that whoever asked can count it.
@@ -11,14 +11,13 @@ made-up value, so that whoever asked can count it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-
-Progress = Callable[[int, int], None]  # requests done and their number
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +107,15 @@ class Failure:
     """A request without an answer."""
 
     reason: str
-    """What went wrong in a few words, such as `HTTP 429`, `timeout`, `no log-probabilities`."""
+    """What went wrong in a few words, such as `HTTP 429`, `timeout`, `no log-probabilities`.
+
+    Details of the one request stand behind a colon.
+    """
+
+    @property
+    def kind(self) -> str:
+        """The reason without its details."""
+        return self.reason.partition(":")[0]
 
 
 @dataclass(slots=True)
@@ -128,11 +135,44 @@ class Tally:
     """Tokens that it generated."""
 
     failures: Counter[str] = field(default_factory=Counter)
-    """Number of failed requests by reason, after all attempts."""
+    """Number of failed requests by the kind of their reason, after all attempts."""
+
+    def used(self, usage: Usage) -> None:
+        """Count tokens."""
+        self.prompt_tokens += usage.prompt_tokens
+        self.new_tokens += usage.new_tokens
+
+    def failed(self, failure: Failure) -> None:
+        """Count a failure."""
+        self.failures[failure.kind] += 1
+
+
+Request = Generation | Reading
+Answer = Text | Read | Failure
+A = TypeVar("A", bound=Answer)
+Numbered = Generator[tuple[int, A], None, None]
+OnAnswer = Callable[[int, Answer], None]  # number of a request, and its answer, when it is there
+
+
+def unheard(number: int, answer: Answer) -> None:
+    """Do nothing with an answer."""
+
+
+def in_order(answers: Numbered[A], total: int, on_answer: OnAnswer) -> list[A]:
+    """Return numbered answers in the order of their numbers; tell each as it comes."""
+    found: dict[int, A] = {}
+    with closing(answers):
+        for number, answer in answers:
+            found[number] = answer
+            on_answer(number, answer)
+    return [found[number] for number in range(total)]
 
 
 class Client(Protocol):
-    """A language model."""
+    """A language model.
+
+    `on_answer` is called for each request once, in any order, and in the thread of the caller.
+    """
 
     tally: Tally
     """What it has done so far."""
@@ -148,13 +188,13 @@ class Client(Protocol):
         ...
 
     def generate(
-        self, requests: Sequence[Generation], progress: Progress = lambda done, total: None
+        self, requests: Sequence[Generation], on_answer: OnAnswer = unheard
     ) -> list[Text | Failure]:
         """Answer generations, in their order."""
         ...
 
     def read(
-        self, requests: Sequence[Reading], progress: Progress = lambda done, total: None
+        self, requests: Sequence[Reading], on_answer: OnAnswer = unheard
     ) -> list[Read | Failure]:
         """Answer readings, in their order.
 
