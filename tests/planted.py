@@ -28,6 +28,7 @@ from sae_harvest.pipelines.explain.client.interface import (
     Tally,
     Text,
     Usage,
+    unheard,
 )
 from sae_harvest.pipelines.features.building.build import build
 from sae_harvest.pipelines.features.building.config import FeatureConfig
@@ -177,7 +178,7 @@ class Scripted:
 
     identity, reads = "scripted", True
 
-    def generate(self, requests, progress=lambda done, total: None) -> list[Text | Failure]:
+    def generate(self, requests, on_answer=unheard) -> list[Text | Failure]:
         self.asked += requests
         return [Text(self._said(r.messages[-1].text), Usage(1, 1)) for r in requests]
 
@@ -187,7 +188,7 @@ class Scripted:
         right = _best_rule(question)
         return self._revise(right) if "Say the phrase again" in question else self._say(right)
 
-    def read(self, requests, progress=lambda done, total: None) -> list[Read | Failure]:
+    def read(self, requests, on_answer=unheard) -> list[Read | Failure]:
         self.asked += requests
         return [self._read(request) for request in requests]
 

@@ -59,7 +59,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Path:
         intermediate_size=64,
         num_hidden_layers=13,
         num_attention_heads=4,
-        max_position_embeddings=512,
+        max_position_embeddings=8192,
         eos_token_id=0,
         initializer_range=0.2,
     )

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import duckdb
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from sae_harvest.common.errors import InputError
 from sae_harvest.pipelines.explain.config import ExplainConfig
 from sae_harvest.pipelines.explain.excerpts import PARTS, EvidenceSource
 from sae_harvest.pipelines.explain.prompts import load_prompts
+from sae_harvest.pipelines.explain.receipts import receipt
 from sae_harvest.pipelines.explain.run import explain
+from sae_harvest.pipelines.exports.tables import Tables as Exported
+from sae_harvest.pipelines.viewer.latent import latent_page
+from sae_harvest.pipelines.viewer.search import search
+from sae_harvest.pipelines.viewer.tables import Tables
 from tests.conftest import made_once
 from tests.planted import LEVEL, PLANTED, PlantedReader, Scripted, make_planted
 
@@ -124,6 +132,63 @@ def test_rows_of_other_latents_stay_when_some_are_explained_again(features):
         "ORDER BY latent"
     ).fetchall()
     assert [text for (text,) in found] == ["bananas", "bananas", *PLANTED[2:]]
+
+
+def ids(features):
+    return dict(
+        duckdb.execute(
+            f"SELECT latent, id FROM '{features / 'explanations.parquet'}' WHERE chosen"
+        ).fetchall()
+    )
+
+
+def test_a_receipt_derives_every_score_again(features):
+    explained(features, Scripted())
+    for latent, number in ids(features).items():
+        found = receipt(features, number)
+        assert found.holds
+        assert found.explanation["explanation"] == PLANTED[latent]
+        assert {score.task for score in found.scores} == {"simulation", "detection", "fuzzing"}
+        assert len(found.scores) >= 12
+        assert all(score.recorded is not None for score in found.scores)
+
+
+def test_a_receipt_says_what_no_longer_holds(features):
+    explained(features, Scripted())
+    path = features / "simulations.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    rows[0]["activations"][0] += 1.0
+    rows[1]["simulated"] = [0.0] * len(rows[1]["tokens"])
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), path)
+    found = receipt(features, ids(features)[0])
+    assert not found.holds
+    assert len(found.differences) == 1
+    assert str(rows[0]["first_row"]) in found.differences[0]
+    wrong = {(score.part, score.metric) for score in found.scores if not score.holds}
+    assert ("top firings", "pearson") in wrong
+    assert all(score.holds for score in found.scores if score.task == "detection")
+    with pytest.raises(InputError, match="no explanation with the id"):
+        receipt(features, "xyz")
+
+
+def test_pages_show_the_chosen_explanation_with_scores_and_simulations(features):
+    explained(features, Scripted())
+    tables = Tables(features)
+    for latent, name in enumerate(PLANTED):
+        page = latent_page(tables, latent)
+        assert page["explanation"] == page["label"] == name
+        scores = {(s["task"], s["part"], s["metric"]): s for s in page["explained"]["scores"]}
+        subjects = scores["simulation", "all firings", "pearson"]["subjects"]
+        assert subjects["explanation"][0] > 0.99
+        assert subjects["constant"][0] == 0
+        simulations = page["explained"]["simulations"]
+        assert 0 < len(simulations) <= 12
+        assert all(len(s["tokens"]) == len(s["simulated"]) for s in simulations)
+    assert latent_page(tables, len(PLANTED))["explained"] is None
+    found = search(tables, "numbers years")
+    assert [row["label"] for row in found["explanations"]] == ["numbers, but not years"]
+    assert Exported(features).explanations()[0] == ["numbers"]
 
 
 def test_the_three_sets_share_no_document_and_excerpts_no_other_text(planted):

@@ -98,6 +98,7 @@ ADDED: dict[tuple[str, str], dict[str, str]] = {
     ("train-sae", "synthetic"): {"--rows": str(ROWS)},
     ("sae-features", "build"): {"--top": "4", "--random": "2", "--decile": "1", "--silent": "2"},
     ("sae-features", "programs"): {"--n2g-latents": "1"},
+    ("sae-features", "explain"): {"--candidates": "1", "--scored": "1", "--shown": "2"},
     ("sae-features", "serve"): {"--port": "0"},
     ("sae-pipeline", "run"): {"--workers": "0"},
     ("sae-pipeline", "demo"): {"--workers": "0", "--tokens": str(ROWS)},

@@ -6,8 +6,9 @@ probability 1. An answer of another form is a failure.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -16,11 +17,12 @@ from sae_harvest.pipelines.explain.client.interface import (
     Failure,
     Generation,
     Message,
-    Progress,
+    OnAnswer,
     Read,
     Reading,
     Text,
     Usage,
+    unheard,
 )
 
 TOKENS_PER_CHOICE = 3  # of an answer, at most
@@ -29,12 +31,12 @@ TOKENS_PER_CHOICE = 3  # of an answer, at most
 def read(
     client: Client,
     readings: Sequence[Reading],
-    progress: Progress = lambda done, total: None,
+    on_answer: OnAnswer = unheard,
 ) -> list[Read | Failure]:
     """Answer readings by log-probabilities, or in words where the client returns none."""
     if client.reads:
-        return client.read(readings, progress)
-    answers = client.generate([in_words(reading) for reading in readings], progress)
+        return client.read(readings, on_answer)
+    answers = client.generate([in_words(reading) for reading in readings], on_answer)
     return [
         answer if isinstance(answer, Failure) else parsed(answer, reading)
         for reading, answer in zip(readings, answers, strict=True)
@@ -68,3 +70,11 @@ def parsed(answer: Text, reading: Reading) -> Read | Failure:
     probability = np.zeros((len(words), len(names)))
     probability[np.arange(len(words)), [names[word] for word in words]] = 1
     return Read(probability, Usage(answer.usage.prompt_tokens, answer.usage.new_tokens))
+
+
+def counted(progress: Callable[[int, int], None], total: int) -> OnAnswer:
+    """Return a function that counts answers, and calls `progress` with their number."""
+    numbers = itertools.count(1)
+    if total:
+        progress(0, total)
+    return lambda number, answer: progress(next(numbers), total)

@@ -173,6 +173,10 @@ class EvidenceSource:
             largest = float(facts[latent]["max"] or 0.0)
             yield Evidence(latent, largest, facts[latent], excerpts)
 
+    def documents(self, first: int, last: int) -> npt.NDArray[np.int64]:
+        """Return the documents of rows of one context, int64 [rows]; -1 between documents."""
+        return self._documents(first, last)[0]
+
     @cached_property
     def _n_fire(self) -> npt.NDArray[np.int64]:
         table = pq.read_table(self.features / "latents.parquet", columns=["n_fire"])

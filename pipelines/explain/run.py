@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sae_harvest.pipelines.explain import revising, writing
-from sae_harvest.pipelines.explain.client.interface import Client, Failure, Text
+from sae_harvest.pipelines.explain.asking import counted
+from sae_harvest.pipelines.explain.client.interface import Client, Failure, Generation, Text
 from sae_harvest.pipelines.explain.config import ExplainConfig
 from sae_harvest.pipelines.explain.excerpts import Evidence, EvidenceSource
 from sae_harvest.pipelines.explain.programs import LatentProgram, programs_of
@@ -109,6 +110,7 @@ def explain(
     moved: Locations = NOTHING_MOVED,
     progress: Progress = lambda stage, done, total: None,
     reader: Reads | None = None,
+    write: bool = True,
 ) -> Summary:
     """Explain latents, and write or replace their rows in the tables of explanations.
 
@@ -121,6 +123,7 @@ def explain(
         moved: new place of the store, if it has moved.
         progress: called with a stage, the amount done, the amount in all.
         reader: the model with its SAE, which reads proposed texts; needed for revisions.
+        write: whether to write the tables.
 
     Raises:
         RunError: tables or store are missing or damaged.
@@ -133,8 +136,9 @@ def explain(
     for first in range(0, len(wanted), GROUP):
         group = wanted[first : first + GROUP]
         run.group(group, rows, f"latents {first + 1} to {first + len(group)} of {len(wanted)}")
-    write_tables(features, wanted, rows)
-    write_labels(features)
+    if write:
+        write_tables(features, wanted, rows)
+        write_labels(features)
     run.summary.scores = rows["scores"]
     return run.summary
 
@@ -186,8 +190,8 @@ class _Run:
             )
             for one in found
         ]
-        progress = self._stage(f"{name}: explaining")
-        answers = iter(self._client.generate([r for some in requests for r in some], progress))
+        every = [request for some in requests for request in some]
+        answers = iter(self._generate(every, f"{name}: explaining"))
         for one, some in zip(found, requests, strict=True):
             for number, request in enumerate(some):
                 answer = next(answers)
@@ -235,7 +239,7 @@ class _Run:
         written = [one for one in found if one.chosen is not None]
         seed = self._config.seed + number
         asked = [revising.proposal(self._prompts["propose"], one.text, seed) for one in written]
-        answers = self._client.generate(asked, self._stage(f"{name}: proposing"))
+        answers = self._generate(asked, f"{name}: proposing")
         pairs = []
         for one, answer in zip(written, answers, strict=True):
             texts = revising.proposed(answer) if isinstance(answer, Text) else []
@@ -247,7 +251,7 @@ class _Run:
             elif isinstance(answer, Failure):
                 self.summary.unrevised += 1
         requests = [request for _, request in pairs]
-        revised = self._client.generate(requests, self._stage(f"{name}: revising"))
+        revised = self._generate(requests, f"{name}: revising")
         several: dict[int, list[str]] = {}
         for (one, request), answer in zip(pairs, revised, strict=True):
             text = writing.explanation_in(answer) if isinstance(answer, Text) else None
@@ -310,6 +314,9 @@ class _Run:
                 self._prompts,
                 shown,
             )
+
+    def _generate(self, requests: Sequence[Generation], stage: str) -> list[Text | Failure]:
+        return self._client.generate(requests, counted(self._stage(stage), len(requests)))
 
     def _id(self, one: Explained) -> str:
         return identity(self._digest, one.evidence.latent, one.text)

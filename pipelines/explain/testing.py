@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sae_harvest.pipelines.explain.asking import read
+from sae_harvest.pipelines.explain.asking import counted, read
 from sae_harvest.pipelines.explain.client.interface import Client, Failure, Read, Reading
 from sae_harvest.pipelines.explain.excerpts import Evidence, Excerpt
 from sae_harvest.pipelines.explain.programs import LatentProgram
@@ -121,8 +121,9 @@ def ask(
     several: Sequence[Questions],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Asked]:
-    """Ask all questions in one call."""
-    answers = iter(read(client, [r for one in several for r in one.readings], progress))
+    """Ask all questions in one call; `progress` is called with answers and their number."""
+    readings = [reading for one in several for reading in one.readings]
+    answers = iter(read(client, readings, counted(progress, len(readings))))
     found = []
     for one in several:
         simulation = [next(answers) for _ in one.simulation]

@@ -12,6 +12,7 @@ from sae_harvest.pipelines.features.tables.checks import (
     check_latent,
 )
 from sae_harvest.pipelines.features.tables.folder import DECILES
+from sae_harvest.pipelines.viewer.explained import explained
 from sae_harvest.pipelines.viewer.tables import Tables, plain
 
 MERGED_BINS = 4  # bins per bar; tables have 16 bins an octave, too many for a small plot
@@ -52,6 +53,7 @@ def latent_page(tables: Tables, latent: int) -> dict[str, Any]:
         tables.labels([latent, *(n["other"] for n in near)]),
         tables.explanations(latent, latent).get(latent),
         tables.programs(latent, latent).get(latent, []),
+        explained(tables, latent, latent).get(latent),
     )
 
 
@@ -65,6 +67,7 @@ def assemble(
     labels: dict[int, dict[str, Any]],
     explanation: str | None,
     programs: list[dict[str, Any]],
+    scored: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Assemble a latent's page from rows of the tables; `RunError` if they contradict."""
     latent = statistics["latent"]
@@ -82,6 +85,7 @@ def assemble(
         "latent": latent,
         "label": labels.get(latent, {}).get("label"),
         "explanation": explanation,
+        "explained": scored,
         "programs": programs,
         "statistics": statistics,
         "histogram": merged(histogram),

@@ -26,6 +26,7 @@ from typing import Any
 from sae_harvest.common.errors import InputError
 from sae_harvest.pipelines.exports.files import new_folder
 from sae_harvest.pipelines.viewer.compare import Comparison
+from sae_harvest.pipelines.viewer.explained import explained
 from sae_harvest.pipelines.viewer.latent import BIN, CONTEXT, NEIGHBOUR, assemble
 from sae_harvest.pipelines.viewer.matches import PAGE, Matches
 from sae_harvest.pipelines.viewer.overview import overview
@@ -194,6 +195,7 @@ def _pages(
         labels = tables.labels([*range(first, last + 1), *others])
         explanations = tables.explanations(first, last)
         programs = tables.programs(first, last)
+        scored = explained(tables, first, last)
         pages = {}
         for row in statistics:
             latent = row["latent"]
@@ -207,6 +209,7 @@ def _pages(
                 labels,
                 explanations.get(latent),
                 programs.get(latent, []),
+                scored.get(latent),
             )
             if comparison is not None:
                 pages[latent]["nearest"] = comparison.of(latent)

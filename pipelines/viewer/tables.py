@@ -14,7 +14,13 @@ import duckdb
 from sae_harvest.common.errors import InputError, RunError
 from sae_harvest.pipelines.features.reading.query import connect, first_line
 from sae_harvest.pipelines.features.tables.checks import require_tables
-from sae_harvest.pipelines.features.tables.folder import EXPLANATIONS, LABELS, PROGRAMS
+from sae_harvest.pipelines.features.tables.folder import (
+    EXPLANATIONS,
+    LABELS,
+    PROGRAMS,
+    SCORES,
+    SIMULATIONS,
+)
 
 QUERY_SECONDS = 20.0
 KEPT_DOCUMENTS = 1_000_000  # if there are more, titles are looked up in the file
@@ -50,6 +56,9 @@ class Tables:
         self.seconds = seconds
         self.run: dict[str, Any] = require_tables(features)
         self.has_explanations = (features / f"{EXPLANATIONS}.parquet").is_file()
+        self.has_scores = self.has_explanations and all(
+            (features / f"{name}.parquet").is_file() for name in (SCORES, SIMULATIONS)
+        )
         self._chosen = ""  # condition for the explanations to show
         self.has_programs = (features / f"{PROGRAMS}.parquet").is_file()
         self._connection = connect(features)

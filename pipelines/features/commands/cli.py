@@ -20,6 +20,8 @@ from sae_harvest.common.settings import (
     options_for,
 )
 from sae_harvest.pipelines.evaluate.programs.cli import programs
+from sae_harvest.pipelines.explain.cli import explain
+from sae_harvest.pipelines.explain.receipt_cli import receipt
 from sae_harvest.pipelines.exports.cli import export_command
 from sae_harvest.pipelines.features.building.config import FeatureConfig
 from sae_harvest.pipelines.features.commands.diff import diff
@@ -45,6 +47,8 @@ main.add_command(serve)
 main.add_command(site)
 main.add_command(export_command)
 main.add_command(programs)
+main.add_command(explain)
+main.add_command(receipt)
 
 
 class Places(BaseModel):

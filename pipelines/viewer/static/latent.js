@@ -21,9 +21,9 @@
     const s = page.statistics, maximum = s.max || 1;
     document.title = `latent ${page.latent} · ${SAE.info.name}`;
     SAE.replace(main, heading(page), h("div.columns", null,
-      h("div.side", null, statistics(page), lens(s), programs(page), near(page), nearest(page),
-        notes(page)),
-      contexts(page, maximum)));
+      h("div.side", null, statistics(page), lens(s), scores(page), programs(page), near(page),
+        nearest(page), notes(page)),
+      h("div", null, simulated(page, maximum), contexts(page, maximum))));
   };
 
   function heading(page) {
@@ -122,6 +122,33 @@
       page.programs.map((p) => [h("h3", null, p.kind), h("p.muted", null, score(p)),
         h("ul", { dir: "auto" }, patterns(p.program || "").map((line) =>
           h("li", null, SAE.visible(line.trim()))))]));
+  }
+
+  /** Scores of the explanation, each beside its floors. */
+  function scores(page) {
+    if (!page.explained) return null;
+    const value = ([x, low, high]) => x === null ? "–"
+      : x.toFixed(2) + (low === null ? "" : ` (${low.toFixed(2)} to ${high.toFixed(2)})`);
+    return h("section.card.scores", null,
+      h("h2", { title: "on documents that the explainer has not seen" }, "Scores"),
+      page.explained.scores.map(({ task, part, metric, subjects }) => [
+        h("h3", null, `${task}, ${part}: ${metric}`),
+        h("ul", null, Object.entries(subjects).map(([subject, score]) => h("li", null,
+          subject === "explanation" ? h("b", null, subject) : subject, " ", value(score),
+          score[4] ? h("span.muted", null, ` ${score[4]} failed`) : null)))]));
+  }
+
+  /** Excerpts twice: with the latent's activations, and as simulated from the explanation. */
+  function simulated(page, maximum) {
+    if (!page.explained || !page.explained.simulations.length) return null;
+    const line = (row, values, name) => h("div.line", null, h("span.muted", null, name),
+      h("div.text", { dir: SAE.isRightToLeft(row.tokens.join("")) ? "rtl" : "ltr" },
+        row.tokens.map((text, i) => SAE.tokenSpan(text, values[i], maximum, false))));
+    return h("section.card.simulated", null,
+      h("h2", { title: "activations above, those that a model expects from the explanation below" },
+        "Real and simulated"),
+      page.explained.simulations.map((row) => h("div.pair", null,
+        line(row, row.activations, "real"), line(row, row.simulated, "simulated"))));
   }
 
   function nearest(page) {
