@@ -79,6 +79,7 @@ CHANGED: dict[tuple[str, str], dict[str, Callable[[str], str | None]]] = {
     },
     ("train-sae", "synthetic"): {"--rows": lambda _: str(ROWS)},
     ("sae-features", "build"): {"--workers": lambda _: "0"},
+    ("sae-features", "explain"): {"--latents": lambda _: "1"},
     ("sae-pipeline", "run"): {"--workers": lambda _: "0", "--set": lambda _: None},
     ("sae-pipeline", "demo"): {"--tokens": lambda _: str(ROWS)},
 }
