@@ -47,7 +47,7 @@ def test_a_cell_has_the_mean_and_both_uncertainties():
     assert (found.value, found.half_width, found.half_range) == pytest.approx((1.5, 0.2, 0.5))
     assert found.text(1) == "1.5 ±0.2 (0.5)"
     table = markdown(figures_table(figures), [point]).splitlines()
-    assert table[2].startswith("| topk k8 | 1.5 ±0.2 (0.5) | 1.500 ±0.200 (0.500) |")
+    assert table[2].startswith("| topk, k 8 | 1.5 ±0.2 (0.5) | 1.500 ±0.200 (0.500) |")
     assert len({line.count("|") for line in table}) == 1
 
 

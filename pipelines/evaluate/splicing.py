@@ -30,16 +30,16 @@ Replacement = Literal["output", "control", "zero", "mean"]
 
 @dataclass(frozen=True, eq=False)
 class Splice:
-    """What takes the place of activations during a forward pass."""
+    """A replacement of activations during a forward pass."""
 
     saes: Sequence[SAE]
     """Dictionaries, one for each replaced site."""
 
     replacement: Replacement = "output"
-    """What takes the place of the activations."""
+    """The things that take the place of the activations."""
 
     every_row: bool = False
-    """Whether outlier rows are replaced as well."""
+    """True if outlier rows are replaced as well."""
 
     means: dict[str, Tensor] = field(default_factory=dict)
     """Mean of each replaced site, float32 [width]; needed for `mean`."""

@@ -78,7 +78,7 @@ class Excerpt:
     """Activation of the latent on each token."""
 
     starts_context: bool
-    """Whether its first token is the first of a context, apart from a BOS."""
+    """True if its first token is the first of a context, apart from a BOS."""
 
     @property
     def text(self) -> str:
@@ -87,7 +87,7 @@ class Excerpt:
 
     @property
     def is_silent(self) -> bool:
-        """Whether it was chosen because the latent is silent."""
+        """True if it was chosen because the latent is silent."""
         return self.stratum in SILENT
 
     @property

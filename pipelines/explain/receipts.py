@@ -54,7 +54,7 @@ class Checked:
 
     @property
     def holds(self) -> bool:
-        """Whether both are the same."""
+        """True if both are the same."""
         if self.recorded is None or self.derived.value is None:
             return self.recorded is self.derived.value
         return abs(self.recorded - self.derived.value) <= CLOSE
@@ -62,7 +62,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What an explanation and its scores rest on."""
+    """An explanation with all that its scores rest on."""
 
     explanation: dict[str, Any]
     """Its row in the table of explanations."""
@@ -75,7 +75,7 @@ class Receipt:
 
     @property
     def holds(self) -> bool:
-        """Whether every score and everything that it rests on is as it was."""
+        """True if every score and everything that it rests on is as it was."""
         return not self.differences and all(score.holds for score in self.scores)
 
 

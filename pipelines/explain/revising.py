@@ -39,7 +39,7 @@ class Tried:
     """The text."""
 
     should_fire: bool
-    """Whether the explainer expected the latent to fire."""
+    """True if the explainer expected the latent to fire."""
 
     texts: Sequence[str]
     """Text of each token."""

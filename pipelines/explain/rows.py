@@ -38,7 +38,7 @@ class Candidate:
 
     @property
     def failure(self) -> str | None:
-        """Why there is no explanation."""
+        """Reason for which there is no explanation."""
         if isinstance(self.answer, Failure):
             return self.answer.reason
         return None if self.text else "no explanation in the answer"

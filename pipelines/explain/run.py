@@ -77,7 +77,7 @@ class Explained:
 
 @dataclass(eq=False)
 class Summary:
-    """What a run has done."""
+    """The result of a run."""
 
     explained: int = 0
     """Latents with an explanation."""

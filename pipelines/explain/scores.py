@@ -60,7 +60,7 @@ class Items:
 
     @cached_property
     def weights(self) -> Floats:
-        """How often each item is drawn: first once each, then in resamples [1 + resamples, items].
+        """Times that each item is drawn: first once each, then in resamples [1 + resamples, items].
 
         Without two documents, only the first line.
         """

@@ -38,7 +38,7 @@ class Scored:
     """simulation, detection, fuzzing, intruder."""
 
     part: str
-    """Of a simulation: the active excerpts that it has; else the kind of the distractors."""
+    """For a simulation: the active excerpts that it has; else the kind of the distractors."""
 
     metric: str
     """The metric."""

@@ -44,7 +44,7 @@ PROMPT_OF = {SIMULATION: "simulate", DETECTION: "detect", FUZZING: "fuzz", INTRU
 
 @dataclass(frozen=True, eq=False)
 class Questions:
-    """What is asked about one explanation, or about a latent itself."""
+    """Questions about one explanation, or about a latent itself."""
 
     subject: str
     """EXPLANATION, OTHER; or `latent`, for questions that show no explanation."""
@@ -94,7 +94,7 @@ class Tested:
     """All scores."""
 
     useful: bool | None
-    """Whether the explanation beats every program by more than the interval; None if unknown."""
+    """True if the explanation beats every program by more than the interval; None if unknown."""
 
 
 def questions_of(

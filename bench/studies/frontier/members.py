@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,11 @@ class Point:
     """The setting that makes it sparse, and its value."""
     names: tuple[str, ...]
     """Names of its dictionaries, one for each seed."""
+
+    @property
+    def title(self) -> str:
+        """A name for tables."""
+        return re.sub(r"^(k|l1)", rf"{self.family}, \1 ", self.setting)
 
     @property
     def key(self) -> str:

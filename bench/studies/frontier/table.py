@@ -97,7 +97,7 @@ def markdown(table: pa.Table, points: Sequence[Point]) -> str:
     lines = [["", *(column.heading for column in COLUMNS)], ["---"] * (1 + len(COLUMNS))]
     for point in points:
         texts = [found[point, column].text(column.digits) for column in COLUMNS]
-        lines.append([f"{point.family} {point.setting}", *texts])
+        lines.append([point.title, *texts])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

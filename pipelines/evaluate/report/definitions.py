@@ -1,4 +1,4 @@
-"""What each metric is, in a name, a unit and a sentence, for the page and for docs/metrics.md."""
+"""Names, units and sentences of all metrics, for the page and for docs/metrics.md."""
 
 from __future__ import annotations
 

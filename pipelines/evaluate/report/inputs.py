@@ -1,4 +1,4 @@
-"""What the parts of an evaluation read: store, SAE, baselines, model."""
+"""Inputs of the parts of an evaluation: store, SAE, baselines, model."""
 
 from __future__ import annotations
 

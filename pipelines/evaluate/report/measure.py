@@ -72,7 +72,7 @@ class _Measure:
     """Settings that it depends on, beside store and SAE."""
     measure: Callable[[Inputs], Part]
     wanted: Callable[[Inputs], bool] = lambda inputs: True
-    """Whether an evaluation has the part."""
+    """True if an evaluation has the part."""
     files: Callable[[Inputs], str] = lambda inputs: ""
     """Identity of other files that it depends on."""
 

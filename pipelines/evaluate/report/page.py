@@ -37,7 +37,7 @@ class CurvePlot:
     """Vertical axis."""
 
     log_y: bool = False
-    """Whether the vertical axis is logarithmic."""
+    """True if the vertical axis is logarithmic."""
 
 
 LOSS = "Downstream loss"

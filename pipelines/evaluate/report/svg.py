@@ -29,7 +29,7 @@ class Series:
     """Vertical places; None leaves a gap."""
 
     points: bool = False
-    """Whether to draw points instead of a line."""
+    """True to draw points instead of a line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Axis:
     """Last value."""
 
     log: bool = False
-    """Whether the scale is logarithmic."""
+    """True if the scale is logarithmic."""
 
     @classmethod
     def over(cls, label: str, values: Sequence[float], log: bool = False) -> Axis:

@@ -1,4 +1,4 @@
-"""How much of the truth of a synthetic store a dictionary has found.
+"""The share of a synthetic store's truth that a dictionary has found.
 
 Each true feature is matched to one latent, so that the sum of the cosines of directions and decoder
 rows is largest. With both, fired and true the numbers of held-out rows on which feature and latent,
@@ -82,7 +82,7 @@ class Match:
 
 
 class Recovery:
-    """What a dictionary has found; rows are added in any number of pieces."""
+    """Features that a dictionary has found; rows are added in any number of pieces."""
 
     def __init__(self, sae: SAE, features: Features) -> None:
         self.match = Match.of(sae, features)

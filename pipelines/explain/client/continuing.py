@@ -32,7 +32,7 @@ class Continuing:
         known = inspect.signature(model.forward).parameters
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         self.pads = "position_ids" in known
-        """Whether prompts of different lengths may be continued together."""
+        """True if prompts of different lengths may be continued together."""
 
     @torch.inference_mode()
     def __call__(

@@ -39,7 +39,7 @@ class Estimate:
     """Tokens that are generated, at most."""
 
     exact: bool = True
-    """Whether `prompt_tokens` comes from a tokenizer, and not from the number of characters."""
+    """True if `prompt_tokens` comes from a tokenizer, and not from the number of characters."""
 
     def __add__(self, other: Estimate) -> Estimate:
         """Return the sums over both."""

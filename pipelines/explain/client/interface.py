@@ -1,4 +1,4 @@
-"""What is asked of a language model, and what comes back, whoever runs it.
+"""Requests to a language model, and its answers, whoever runs it.
 
 There are two kinds of requests. A **generation** continues a conversation by new text. A
 **reading** takes a text and asks, at some places in it, which of a few continuations is likely
@@ -28,7 +28,7 @@ class Message:
     """Who says it."""
 
     text: str
-    """What is said."""
+    """The text that is said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class Failure:
     """A request without an answer."""
 
     reason: str
-    """What went wrong in a few words, such as `HTTP 429`, `timeout`, `no log-probabilities`.
+    """The fault in a few words, such as `HTTP 429`, `timeout`, `no log-probabilities`.
 
     Details of the one request stand behind a colon.
     """
@@ -120,7 +120,7 @@ class Failure:
 
 @dataclass(slots=True)
 class Tally:
-    """What a client has done so far."""
+    """Counts of all that a client has done so far."""
 
     asked: int = 0
     """Requests that were sent to the model; a repeated attempt counts again."""
@@ -175,7 +175,7 @@ class Client(Protocol):
     """
 
     tally: Tally
-    """What it has done so far."""
+    """Counts of all that it has done so far."""
 
     @property
     def identity(self) -> str:
