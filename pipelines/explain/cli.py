@@ -38,6 +38,15 @@ HEADLINES = (
     ("intruder", "random", "accuracy"),
 )
 
+# heading → subjects; the best of them is shown
+COLUMNS = {
+    "score": ("explanation", "latent"),
+    "program": ("tokens", "ngrams", "n2g", "n2g_exceptions"),
+    "other": ("another latent's explanation",),
+    "shuffled": ("shuffled labels",),
+    "constant": ("constant",),
+}
+
 
 @click.command(cls=Command)
 @features_option
@@ -172,23 +181,21 @@ def asked(tally: Tally) -> str:
 
 
 def means(rows: list[dict[str, Any]]) -> Table:
-    """Return the means over latents of the most quoted scores, for each subject."""
-    subjects = list(dict.fromkeys(row["subject"] for row in rows))
+    """Return the means over latents of the most quoted scores, each beside its floors."""
     table = Table(box=None, title="means over latents")
     table.add_column("", no_wrap=True)
-    for subject in subjects:
-        table.add_column(subject, justify="right")
+    for heading in COLUMNS:
+        table.add_column(heading, justify="right")
     for task, part, metric in HEADLINES:
         cells = []
-        for subject in subjects:
-            values = [
-                row["value"]
-                for row in rows
-                if (row["task"], row["part"], row["metric"]) == (task, part, metric)
-                and row["subject"] == subject
-                and row["value"] is not None
-            ]
-            cells.append(f"{sum(values) / len(values):.3f}" if values else "")
+        for subjects in COLUMNS.values():
+            of_subject = {subject: list[float]() for subject in subjects}
+            for row in rows:
+                wanted = (row["task"], row["part"], row["metric"]) == (task, part, metric)
+                if wanted and row["subject"] in subjects and row["value"] is not None:
+                    of_subject[row["subject"]].append(row["value"])
+            found = [sum(values) / len(values) for values in of_subject.values() if values]
+            cells.append(f"{max(found):.3f}" if found else "")
         if any(cells):
             table.add_row(f"{task}, {part}: {metric}", *cells)
     return table

@@ -37,6 +37,7 @@ PLOTTED = (
     Column("F1, N2G", "program_f1", N2G, 2),
     Column("F1, n-grams", "program_f1", NGRAMS, 3),
 )
+LOGARITHMIC = ("fvu", "delta_ce")
 DEAD = Column("dead", "dead_share", "all rows", 3)
 COLUMNS = (L0, *PLOTTED, DEAD)
 
@@ -105,11 +106,12 @@ def drawing(table: pa.Table, points: Sequence[Point]) -> str:
     """Return all plots against L0 as one SVG file."""
     found = cells(table, points)
     families = list(dict.fromkeys(point.family for point in points))
-    colours = {family: COLOURS[n % len(COLOURS)] for n, family in enumerate(families)}
+    colours = dict(zip(families, (*COLOURS, "black"), strict=False))
     body = []
     for number, column in enumerate(PLOTTED):
         series = [_series(family, column, points, found) for family in families]
-        picture = plot(series, L0.heading, column.heading, colours, log_x=True)
+        log = column.metric in LOGARITHMIC
+        picture = plot(series, L0.heading, column.heading, colours, log_x=True, log_y=log)
         x, y = number % 2 * WIDTH, number // 2 * HEIGHT
         size = f'x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}"'
         body.append(picture.replace("<svg ", f"<svg {size} ", 1))
