@@ -129,14 +129,17 @@ def test_a_killed_run_continues_without_asking_again(folders, server, tmp_path):
     features = tables_of(folders, tmp_path / "killed")
     words = typed(features, folders, *ONE, *endpoint(server), "--concurrency", "1")
     command = [sys.executable, "-m", "sae_harvest", "sae-features", *words]
+    answered = 6
+    server.faults, server.stays = [""] * answered, "stall"
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    for _ in range(20):
-        server.arrived.acquire(timeout=120)
+    for _ in range(answered + 1):  # the last one hangs
+        assert server.arrived.acquire(timeout=300)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    server.stays = ""
     assert not (features / "scores.parquet").exists()
     said = run(words)
-    assert "answered from the cache" in said
+    assert f"{answered} answered from the cache" in said
     repeated = [prompt for prompt, times in server.asked().items() if times > 1]
     assert len(repeated) <= 1  # the one under way
     fresh = tables_of(folders, tmp_path / "fresh")

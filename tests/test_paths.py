@@ -29,7 +29,7 @@ COMMANDS = (
 PATHS = {
     *("store", "out", "sae", "sae_folder", "features", "compare", "corpus", "model", "into"),
     *("saes", "stores", "models", "target", "file", "path", "sources", "sweep", "recipe"),
-    *("a", "b", "report", "matches"),
+    *("a", "b", "report", "matches", "prompts"),
 }
 # what is noted of a model that is not read; a number of features
 NAMES_ONLY = {("import", "model"), ("synthetic", "features")}

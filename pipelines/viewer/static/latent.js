@@ -23,7 +23,7 @@
     SAE.replace(main, heading(page), h("div.columns", null,
       h("div.side", null, statistics(page), lens(s), scores(page), programs(page), near(page),
         nearest(page), notes(page)),
-      h("div", null, simulated(page, maximum), contexts(page, maximum))));
+      h("div.texts", null, simulated(page, maximum), contexts(page, maximum))));
   };
 
   function heading(page) {
