@@ -29,7 +29,6 @@ def excerpt(
         row=row,
         first_row=row,
         document=document,
-        cluster=document % 256,
         ids=tuple(ids),
         texts=tuple(texts or (f" t{token}" for token in ids)),
         activations=np.array(values, np.float32),

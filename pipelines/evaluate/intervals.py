@@ -84,12 +84,12 @@ def resampled(
     n = len(used)
     if n < 2:
         return None
-    totals = np.tensordot(_draws(n, resamples, seed), used, axes=1)  # [resamples, ..., quantities]
+    totals = np.tensordot(draws(n, resamples, seed), used, axes=1)  # [resamples, ..., quantities]
     return np.asarray(figure(totals), np.float64)
 
 
 @lru_cache(maxsize=4)
-def _draws(n: int, resamples: int, seed: int) -> Floats:
+def draws(n: int, resamples: int, seed: int) -> Floats:
     """Return how often each of n clusters is drawn, float64 [resamples, n]."""
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)
     return drawn.astype(np.float64)

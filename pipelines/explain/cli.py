@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -186,16 +188,17 @@ def means(rows: list[dict[str, Any]]) -> Table:
     table.add_column("", no_wrap=True)
     for heading in COLUMNS:
         table.add_column(heading, justify="right")
-    for task, part, metric in HEADLINES:
+    values: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for row in rows:
+        if row["value"] is not None:
+            values[row["task"], row["part"], row["metric"], row["subject"]].append(row["value"])
+    for headline in HEADLINES:
         cells = []
         for subjects in COLUMNS.values():
-            of_subject = {subject: list[float]() for subject in subjects}
-            for row in rows:
-                wanted = (row["task"], row["part"], row["metric"]) == (task, part, metric)
-                if wanted and row["subject"] in subjects and row["value"] is not None:
-                    of_subject[row["subject"]].append(row["value"])
-            found = [sum(values) / len(values) for values in of_subject.values() if values]
+            known = (values[*headline, subject] for subject in subjects)
+            found = [mean(some) for some in known if some]
             cells.append(f"{max(found):.3f}" if found else "")
         if any(cells):
+            task, part, metric = headline
             table.add_row(f"{task}, {part}: {metric}", *cells)
     return table

@@ -23,7 +23,6 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from sae_harvest.common.errors import InputError, RunError
-from sae_harvest.pipelines.evaluate.intervals import clusters_of
 from sae_harvest.pipelines.features.tables.checks import require_tables
 from sae_harvest.pipelines.features.tables.folder import DELPHI
 from sae_harvest.pipelines.features.tables.rows import for_scores
@@ -40,7 +39,6 @@ COLUMNS = (
     "latent", "stratum", "rank", "reason", "row", "position", "window_start", "token_ids",
     "token_ends", "activations", "text",
 )  # fmt: skip
-SILENT = ("inactive", "hard_negative")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +63,6 @@ class Excerpt:
     document: int
     """Document of all of its tokens; -1 for a BOS alone."""
 
-    cluster: int
-    """Cluster of the document, from 0 to 255, for intervals."""
-
     ids: tuple[int, ...]
     """Token ids."""
 
@@ -84,11 +79,6 @@ class Excerpt:
     def text(self) -> str:
         """The text."""
         return "".join(self.texts)
-
-    @property
-    def is_silent(self) -> bool:
-        """True if it was chosen because the latent is silent."""
-        return self.stratum in SILENT
 
     @property
     def focus(self) -> int:
@@ -213,7 +203,6 @@ class EvidenceSource:
             row["row"],
             first + start,
             int(documents[focus]),
-            int(clusters_of(text_hash)[0]),
             tuple(row["token_ids"][here]),
             tuple(pieces(row["text"], row["token_ends"])[here]),
             np.array(row["activations"][here], np.float32),

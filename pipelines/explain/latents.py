@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 import click
 import numpy as np
@@ -47,8 +46,3 @@ def chosen_latents(text: str, alive: npt.NDArray[np.int64], n_latents: int) -> l
             )
         found |= set(range(first, last))
     return sorted(found)
-
-
-def described(latents: Sequence[int]) -> str:
-    """Return the number of latents in words."""
-    return f"{len(latents):,} latent{'s' * (len(latents) != 1)}"

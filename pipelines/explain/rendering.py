@@ -67,6 +67,11 @@ def levels(activations: npt.NDArray[np.float32], largest: float) -> npt.NDArray[
     return np.minimum(tenths, LEVELS - 1).astype(np.int64)
 
 
+def unit_of(largest: float) -> float:
+    """Return the activation that a level stands for; the largest one has the level 9."""
+    return largest / (LEVELS - 1)
+
+
 def lines(texts: Sequence[str], values: Iterable[str]) -> str:
     """Return a line for each token: its text, a tab, a value."""
     return "\n".join(f"{escaped(text)}\t{value}" for text, value in zip(texts, values, strict=True))

@@ -11,7 +11,8 @@ import xxhash
 from sae_harvest.pipelines.explain.client.interface import Failure, Generation, Read, Text
 from sae_harvest.pipelines.explain.excerpts import Evidence
 from sae_harvest.pipelines.explain.prompts import Prompt
-from sae_harvest.pipelines.explain.testing import PROMPT_OF, Tested, unit_of
+from sae_harvest.pipelines.explain.rendering import unit_of
+from sae_harvest.pipelines.explain.testing import PROMPT_OF, Tested
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +115,7 @@ def simulation_rows(
     evidence: Evidence, tested: Tested, ids: Mapping[str, str]
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each simulated excerpt; `ids` has the explanation of each subject."""
-    unit = unit_of(evidence)
+    unit = unit_of(evidence.largest)
     for asked in tested.asked:
         levels = iter(asked.simulated.levels)
         pairs = zip(asked.questions.simulated, asked.simulation, strict=True)

@@ -30,7 +30,7 @@ from sae_harvest.pipelines.explain.rows import (
 )
 from sae_harvest.pipelines.explain.scoring import BEFORE, EXPLANATION, OTHER
 from sae_harvest.pipelines.explain.tables import SCHEMAS, write_tables
-from sae_harvest.pipelines.explain.tasks import Sample, Sizes, simulations
+from sae_harvest.pipelines.explain.tasks import Sample, simulations
 from sae_harvest.pipelines.explain.testing import (
     Questions,
     ask,
@@ -90,9 +90,6 @@ class Summary:
 
     failed: list[int] = field(default_factory=list)
     """Latents for which no candidate was written."""
-
-    unrevised: int = 0
-    """Revisions that were not made, because the request for texts failed."""
 
     useful: int = 0
     """Latents whose explanation beats every program by more than the interval."""
@@ -157,7 +154,6 @@ class _Run:
     ) -> None:
         self._source, self._client, self._reader = source, client, reader
         self._config, self._prompts, self._progress = config, prompts, progress
-        self._sizes = Sizes(config.shown, config.contrast, config.scored)
         self._digest: str = source.run["sae_digest"]
         self.summary = Summary()
 
@@ -166,7 +162,7 @@ class _Run:
         programs = programs_of(self._source.features, latents)
         found = []
         for evidence in self._source.of(latents):
-            if writing.shown(evidence, self._sizes)[0]:
+            if writing.shown(evidence, self._config)[0]:
                 found.append(Explained(evidence, programs[evidence.latent], []))
             else:
                 self.summary.silent.append(evidence.latent)
@@ -178,17 +174,9 @@ class _Run:
 
     def _write(self, found: Sequence[Explained], name: str) -> None:
         """Ask for the candidates of each latent."""
-        config = self._config
+        prompt = self._prompts["explain"]
         requests = [
-            writing.requests(
-                self._prompts["explain"],
-                one.evidence,
-                one.programs,
-                self._sizes,
-                config.candidates,
-                config.seed,
-            )
-            for one in found
+            writing.requests(prompt, one.evidence, one.programs, self._config) for one in found
         ]
         every = [request for some in requests for request in some]
         answers = iter(self._generate(every, f"{name}: explaining"))
@@ -248,8 +236,6 @@ class _Run:
                 largest = one.evidence.largest
                 prompt = self._prompts["revise"]
                 pairs.append((one, revising.revision(prompt, one.text, seen, largest, seed)))
-            elif isinstance(answer, Failure):
-                self.summary.unrevised += 1
         requests = [request for _, request in pairs]
         revised = self._generate(requests, f"{name}: revising")
         several: dict[int, list[str]] = {}
@@ -303,7 +289,7 @@ class _Run:
             rows["simulations"] += simulation_rows(one.evidence, result, ids)
             rows["questions"] += question_rows(latent, result, ids)
         for one in found:
-            shown = [e.row for some in writing.shown(one.evidence, self._sizes) for e in some]
+            shown = [e.row for some in writing.shown(one.evidence, self._config) for e in some]
             rows["explanations"] += explanation_rows(
                 self._digest,
                 one.evidence,

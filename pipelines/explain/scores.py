@@ -22,10 +22,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from sae_harvest.pipelines.evaluate.intervals import percentiles
+from sae_harvest.pipelines.evaluate.intervals import RESAMPLES, Floats, draws, percentiles
 
-RESAMPLES = 1000
-Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 
@@ -69,8 +67,7 @@ class Items:
         once = np.ones((1, len(self.truth)))
         if n < 2:
             return once
-        drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES)
-        return np.concatenate([once, drawn[:, of].astype(np.float64)])
+        return np.concatenate([once, draws(n, RESAMPLES, 0)[:, of]])
 
     def pearson(self, prediction: Floats) -> Floats:
         """Correlation of the truth and a prediction [1 + resamples]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from sae_harvest.pipelines.explain.client.interface import Failure, Read
 from sae_harvest.pipelines.explain.excerpts import Excerpt
 from sae_harvest.pipelines.explain.programs import LatentProgram
-from sae_harvest.pipelines.explain.rendering import LEVELS
+from sae_harvest.pipelines.explain.rendering import unit_of
 from sae_harvest.pipelines.explain.scores import (
     OF_EXCERPTS,
     OF_TOKENS,
@@ -21,8 +21,10 @@ from sae_harvest.pipelines.explain.scores import (
     score_of,
 )
 from sae_harvest.pipelines.explain.tasks import ACTIVE, INTRUDER, LISTED, Trial, expected
+from sae_harvest.pipelines.features.reading.labels import SIMULATION
 
 CONSTANT, SHUFFLED, OTHER = "constant", "shuffled labels", "another latent's explanation"
+Judged = tuple[Items, Floats, float]  # items, predictions, threshold of a firing
 EXPLANATION, BEFORE = "explanation", "before revision"
 
 
@@ -119,34 +121,32 @@ def simulation_scores(
     """
     excerpts = simulated.excerpts
     items = token_items(excerpts)
-    unit = largest / (LEVELS - 1)
-    prediction = np.concatenate([np.empty(0), *simulated.levels]) * unit
-    yield from _scored(EXPLANATION, "simulation", part, items, prediction, OF_TOKENS, simulated)
+    prediction = np.concatenate([np.empty(0), *simulated.levels]) * unit_of(largest)
     shuffled = Items(np.random.default_rng(seed).permutation(items.truth), items.document)
-    yield from _scored(SHUFFLED, "simulation", part, shuffled, prediction, OF_TOKENS, simulated)
     mean = np.full_like(prediction, items.truth.mean() if len(items.truth) else 0.0)
-    yield from _scored(CONSTANT, "simulation", part, items, mean, OF_TOKENS, simulated)
+    subjects = {
+        EXPLANATION: (items, prediction, 0.0),
+        SHUFFLED: (shuffled, prediction, 0.0),
+        CONSTANT: (items, mean, 0.0),
+    }
     for program in programs:
         told = np.concatenate([np.empty(0), *map(program.predict, excerpts)])
-        yield from _scored(program.kind, "simulation", part, items, told, OF_TOKENS, simulated)
+        subjects[program.kind] = items, told, 0.0
+    yield from _scored(SIMULATION, part, subjects, OF_TOKENS, simulated.failed)
 
 
 def _scored(
-    subject: str,
-    task: str,
-    part: str,
-    items: Items,
-    prediction: Floats,
-    measures: Measures,
-    simulated: Simulated,
-    threshold: float = 0.0,
+    task: str, part: str, subjects: Mapping[str, Judged], measures: Measures, failed: int
 ) -> Iterator[Scored]:
-    for metric, measure in measures.items():
-        values = measure(items, prediction, threshold) if len(items.truth) else np.array([np.nan])
-        yield Scored(
-            subject, task, part, metric, score_of(values), len(items.truth),
-            int(items.is_true.sum()), len(np.unique(items.document)), simulated.failed,
-        )  # fmt: skip
+    """Yield every metric of subjects: items with their predictions and a threshold."""
+    for subject, (items, prediction, threshold) in subjects.items():
+        for metric, measure in measures.items():
+            n = len(items.truth)
+            values = measure(items, prediction, threshold) if n else np.array([np.nan])
+            yield Scored(
+                subject, task, part, metric, score_of(values), n, int(items.is_true.sum()),
+                len(np.unique(items.document)), failed,
+            )  # fmt: skip
 
 
 def trial_scores(
@@ -169,21 +169,17 @@ def trial_scores(
         truth = np.array([trial.kind == ACTIVE for trial, _ in known], np.float64)
         items = Items(truth, np.array([t.excerpts[0].document for t, _ in known], np.int64))
         yes = np.array([answer.probability[0, 0] for _, answer in known])
-        subjects: dict[str, tuple[Items, Floats, float]] = {EXPLANATION: (items, yes, 0.5)}
-        order = np.random.default_rng(seed).permutation(len(truth))
-        subjects[SHUFFLED] = (Items(truth[order], items.document), yes, 0.5)
-        subjects[CONSTANT] = (items, np.ones(len(truth)), 0.5)
+        shuffled = Items(np.random.default_rng(seed).permutation(truth), items.document)
+        subjects = {
+            EXPLANATION: (items, yes, 0.5),
+            SHUFFLED: (shuffled, yes, 0.5),
+            CONSTANT: (items, np.ones(len(truth)), 0.5),
+        }
         for program in programs:
             told = [program.predict(t.excerpts[0])[t.which].max(initial=0) for t, _ in known]
             below = np.nextafter(program.threshold, -np.inf)
             subjects[program.kind] = (items, np.array(told, np.float64), below)
-        for subject, (of, prediction, threshold) in subjects.items():
-            for metric, measure in OF_EXCERPTS.items():
-                values = measure(of, prediction, threshold) if len(known) else np.array([np.nan])
-                yield Scored(
-                    subject, task, part, metric, score_of(values), len(known), int(truth.sum()),
-                    len(np.unique(items.document)), failed,
-                )  # fmt: skip
+        yield from _scored(task, part, subjects, OF_EXCERPTS, failed)
 
 
 def intruder_scores(trials: Sequence[Trial], answers: Sequence[Read | Failure]) -> Iterator[Scored]:

@@ -36,7 +36,6 @@ from sae_harvest.pipelines.features.reading.labels import ALL_FIRINGS
 DETECTION, FUZZING, INTRUDER = "detection", "fuzzing", "intruder"
 ACTIVE, RANDOM, TOKEN, NEIGHBOUR = "active", "random", "token", "neighbour"
 WRONG_TOKENS = "wrong tokens"
-SILENT_KINDS = (RANDOM, TOKEN, NEIGHBOUR)
 YES, NO = "Yes", "No"
 DIGITS = tuple(str(level) for level in range(LEVELS))
 LISTED = 5  # excerpts of an intruder list
@@ -45,20 +44,6 @@ SPREAD = (*(f"decile_{n}" for n in range(10, 0, -1)), "random")
 TOP_FIRINGS = "top firings"  # of a simulation, beside ALL_FIRINGS
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Numbers of excerpts of each latent."""
-
-    shown: int = 10
-    """Active excerpts that the explainer sees, half of them with the highest activations."""
-
-    contrast: int = 4
-    """Silent excerpts that the explainer sees."""
-
-    scored: int = 5
-    """Excerpts of each kind that a score is computed from."""
 
 
 @dataclass(frozen=True, eq=False)

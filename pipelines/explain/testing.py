@@ -12,7 +12,6 @@ from sae_harvest.pipelines.explain.client.interface import Client, Failure, Read
 from sae_harvest.pipelines.explain.excerpts import Evidence, Excerpt
 from sae_harvest.pipelines.explain.programs import LatentProgram
 from sae_harvest.pipelines.explain.prompts import Prompt
-from sae_harvest.pipelines.explain.rendering import LEVELS
 from sae_harvest.pipelines.explain.scores import Floats
 from sae_harvest.pipelines.explain.scoring import (
     BEFORE,
@@ -144,9 +143,10 @@ def scored(
     found: list[Scored] = []
     useful = None
     for one in asked:
-        scores = list(_scores(evidence, programs, sample, one, seed))
         subject = one.questions.subject
-        if subject in (OTHER, BEFORE):
+        of_others = subject in (OTHER, BEFORE)  # floors are the same as those of the explanation
+        scores = list(_scores(evidence, () if of_others else programs, sample, one, seed))
+        if of_others:
             scores = [replace(s, subject=subject) for s in scores if s.subject == EXPLANATION]
         if subject == EXPLANATION:
             useful = _beats(one.simulated.chosen(sample.simulated[ALL_FIRINGS]), programs)
@@ -198,8 +198,3 @@ def _beats(simulated: Simulated, programs: Sequence[LatentProgram]) -> bool | No
     best = np.max([items.pearson(one) for one in told], axis=0)
     difference = (own - best)[1:]
     return bool(np.nanquantile(difference, 0.025) > 0)
-
-
-def unit_of(evidence: Evidence) -> float:
-    """Return the activation that a level stands for."""
-    return evidence.largest / (LEVELS - 1)

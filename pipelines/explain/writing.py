@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sae_harvest.pipelines.explain.client.interface import Generation, Text
+from sae_harvest.pipelines.explain.config import ExplainConfig
 from sae_harvest.pipelines.explain.excerpts import Evidence, Excerpt
 from sae_harvest.pipelines.explain.programs import LatentProgram
 from sae_harvest.pipelines.explain.prompts import Prompt
@@ -21,7 +22,7 @@ from sae_harvest.pipelines.explain.rendering import (
     one_line,
     quoted,
 )
-from sae_harvest.pipelines.explain.tasks import SPREAD, TOP, Sizes
+from sae_harvest.pipelines.explain.tasks import SPREAD, TOP
 
 MAX_TOKENS = 60  # of an explanation
 MAX_CHARACTERS = 300
@@ -30,11 +31,11 @@ LISTED_TOKENS = 10  # tokens of a list in the prompt
 PROGRAM_ORDER = ("n2g_exceptions", "n2g", "ngrams", "tokens")
 
 
-def shown(evidence: Evidence, sizes: Sizes) -> tuple[list[Excerpt], list[Excerpt]]:
+def shown(evidence: Evidence, config: ExplainConfig) -> tuple[list[Excerpt], list[Excerpt]]:
     """Choose the excerpts that the explainer sees: active ones, and silent ones."""
-    top = evidence.of("train", TOP, sizes.shown - sizes.shown // 2)
-    spread = evidence.of("train", SPREAD, sizes.shown - len(top))
-    silent = evidence.of("train", ["hard_negative", "inactive"], sizes.contrast)
+    top = evidence.of("train", TOP, config.shown - config.shown // 2)
+    spread = evidence.of("train", SPREAD, config.shown - len(top))
+    silent = evidence.of("train", ["hard_negative", "inactive"], config.contrast)
     return [*top, *spread], silent
 
 
@@ -42,9 +43,7 @@ def requests(
     prompt: Prompt,
     evidence: Evidence,
     programs: Sequence[LatentProgram],
-    sizes: Sizes,
-    candidates: int,
-    seed: int,
+    config: ExplainConfig,
 ) -> list[Generation]:
     """Ask for candidates of an explanation. The first is the most likely one, others are drawn.
 
@@ -52,22 +51,20 @@ def requests(
         prompt: the prompt `explain`.
         evidence: the latent; only excerpts of the set `train` are shown.
         programs: its programs.
-        sizes: numbers of excerpts.
-        candidates: number of requests.
-        seed: seed of the draws.
+        config: numbers of excerpts and candidates, seed of the draws.
     """
-    messages = prompt.messages(values_of(evidence, programs, sizes))
+    messages = prompt.messages(values_of(evidence, programs, config))
     return [
-        Generation(messages, MAX_TOKENS, TEMPERATURE if number else 0.0, seed + number)
-        for number in range(candidates)
+        Generation(messages, MAX_TOKENS, TEMPERATURE if number else 0.0, config.seed + number)
+        for number in range(config.candidates)
     ]
 
 
 def values_of(
-    evidence: Evidence, programs: Sequence[LatentProgram], sizes: Sizes
+    evidence: Evidence, programs: Sequence[LatentProgram], config: ExplainConfig
 ) -> dict[str, str]:
     """Return what may stand in the places of the prompt `explain`."""
-    firing, silent = shown(evidence, sizes)
+    firing, silent = shown(evidence, config)
     facts = evidence.facts
     tables = [
         lines(e.texts, map(str, levels(e.activations, evidence.largest).tolist())) for e in firing

@@ -32,8 +32,9 @@ from sae_harvest.pipelines.evaluate.probing.summary import figures_of
 from sae_harvest.pipelines.evaluate.probing.table import ALL, TEST, TRAIN
 from sae_harvest.pipelines.evaluate.programs.asking import ModelActivations
 from sae_harvest.pipelines.evaluate.programs.finding import FoundPrograms, find_programs, sample
+from sae_harvest.pipelines.evaluate.programs.run import mean_figures
 from sae_harvest.pipelines.evaluate.programs.sampled import N2G, score
-from sae_harvest.pipelines.evaluate.programs.scores import Mean, Means
+from sae_harvest.pipelines.evaluate.programs.scores import Means
 from sae_harvest.pipelines.evaluate.programs.scoring import NGRAMS, programs
 from sae_harvest.pipelines.evaluate.programs.source import TablesSource
 from sae_harvest.pipelines.evaluate.reconstruction import HeldoutRows, reconstruction
@@ -134,7 +135,7 @@ class Judge:
             plain = [(latent, one[0]) for latent, one in found.items()]
             score(own.rows, plain, own.firings, means[N2G])
         for kind, of_kind in means.items():
-            yield from _mean_figures(name, kind, of_kind.program)
+            yield from mean_figures(of_kind.program, name, kind)
 
     def _ask(self, sae: SAE) -> tuple[ModelActivations, int]:
         ask = ModelActivations(LiveModel(self.store, sae, self._model, self._tokenizer))
@@ -160,8 +161,3 @@ class Judge:
 
     def _stage(self, name: str) -> Callable[[int, int], None]:
         return lambda done, total: self._progress(name, done, total)
-
-
-def _mean_figures(subject: str, kind: str, mean: Mean) -> Iterator[Figure]:
-    for name, value, low, high in mean.figures():
-        yield Figure(f"program_{name}", subject, kind, value, low, high, mean.latents, "latents")

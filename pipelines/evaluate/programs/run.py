@@ -130,7 +130,7 @@ def _of_the_latents(search: _Search) -> list[Figure]:
             (OTHER, of_kind.other),
             (CONSTANT, of_kind.constant),
         )
-        for figure in _figures(mean, subject, kind)
+        for figure in mean_figures(mean, subject, kind)
     ]
 
 
@@ -149,11 +149,12 @@ def _of_random_latents(search: _Search, sae: SAE) -> list[Figure]:
     return [
         figure
         for kind, of_kind in means.items()
-        for figure in _figures(of_kind.program, RANDOM, kind)
+        for figure in mean_figures(of_kind.program, RANDOM, kind)
     ]
 
 
-def _figures(mean: Mean, subject: str, kind: str) -> Iterator[Figure]:
+def mean_figures(mean: Mean, subject: str, kind: str) -> Iterator[Figure]:
+    """Yield the figures of a mean over latents, for programs of one kind."""
     for name, value, low, high in mean.figures():
         yield Figure(f"program_{name}", subject, kind, value, low, high, mean.latents, "latents")
 
