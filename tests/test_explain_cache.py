@@ -31,7 +31,7 @@ from sae_harvest.pipelines.explain.client.interface import (
     Usage,
     unheard,
 )
-from sae_harvest.pipelines.explain.client.sending import EndpointSettings
+from sae_harvest.pipelines.explain.client.settings import EndpointSettings
 from tests.completion_server import serving
 
 USAGE = Usage(3, 1)
@@ -201,7 +201,7 @@ import sys
 from pathlib import Path
 from sae_harvest.pipelines.explain.client.cache import CachedClient
 from sae_harvest.pipelines.explain.client.endpoint import EndpointClient
-from sae_harvest.pipelines.explain.client.sending import EndpointSettings
+from sae_harvest.pipelines.explain.client.settings import EndpointSettings
 from tests.test_explain_cache import many
 
 client = EndpointClient(EndpointSettings(base_url=sys.argv[1], model="tiny", concurrency=3))

@@ -30,7 +30,7 @@ from sae_harvest.pipelines.explain.client.interface import (
 )
 from sae_harvest.pipelines.explain.client.local import LocalClient
 from sae_harvest.pipelines.explain.client.logprobs import probabilities
-from sae_harvest.pipelines.explain.client.sending import EndpointSettings
+from sae_harvest.pipelines.explain.client.settings import EndpointSettings
 from tests.completion_server import KEY, CompletionServer, serving
 from tests.test_explain_client_local import CHOICES, READINGS, conversations
 

@@ -26,7 +26,8 @@ from sae_harvest.pipelines.explain.client.interface import (
 )
 from sae_harvest.pipelines.explain.client.logprobs import probabilities
 from sae_harvest.pipelines.explain.client.parallel import in_parallel
-from sae_harvest.pipelines.explain.client.sending import EndpointSettings, Sending, usage
+from sae_harvest.pipelines.explain.client.sending import Sending, usage
+from sae_harvest.pipelines.explain.client.settings import EndpointSettings
 
 R = TypeVar("R")
 BACKOFF_SECONDS = 1.0
